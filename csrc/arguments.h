@@ -1,0 +1,213 @@
+// The ops' tensor arguments, checked once and turned into a Unit. Shared by the devices; see library.cpp for the schemas.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "unit.h"
+
+namespace shufflenet {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream shape;
+  shape << "shape [";
+  for (int64_t i = 0; i < tensor.dim(); ++i) shape << (i ? ", " : "") << tensor.size(i);
+  shape << "]";
+  return shape.str();
+}
+
+inline void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) {
+  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
+  for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == expected[i];
+  if (same) return;
+  std::ostringstream shape;
+  for (size_t i = 0; i < expected.size(); ++i) shape << (i ? ", " : "") << expected[i];
+  fail(name, ": got ", shape_of(tensor), ", expected shape [", shape.str(), "]");
+}
+
+inline std::string dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    default: return "ScalarType(" + std::to_string(static_cast<int>(type)) + ")";
+  }
+}
+
+inline Dtype dtype_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default:
+      fail(name, ": got dtype ", dtype_name(tensor.scalar_type()),
+           ", expected float32, float64, bfloat16 or float16");
+  }
+}
+
+inline void check_like_x(const char* name, const Tensor& tensor, const Tensor& x, bool or_float32 = false) {
+  if (tensor.scalar_type() != x.scalar_type() && !(or_float32 && tensor.scalar_type() == ScalarType::Float)) {
+    fail(name, ": got dtype ", dtype_name(tensor.scalar_type()), ", expected x's, ", dtype_name(x.scalar_type()));
+  }
+  if (tensor.is_cpu() != x.is_cpu() || tensor.get_device_index() != x.get_device_index()) {
+    fail(name, ": got a tensor on another device than x's, expected the same");
+  }
+}
+
+inline void check_divides(const char* name, int64_t divisor, const char* of, int64_t value) {
+  if (divisor < 1 || value % divisor != 0) {
+    fail(name, ": got ", divisor, ", expected a positive divisor of the ", value, " ", of);
+  }
+}
+
+// Inference-mode batch norm behind a convolution; see nn.BatchNorm2d.
+struct BatchNorm {
+  Tensor weight, bias, running_mean, running_var;
+  double eps;
+};
+
+// One convolution's arguments: a bias or a batch norm (or neither).
+struct ConvolutionArguments {
+  const char* name;
+  Tensor weight;
+  std::optional<Tensor> bias;
+  std::optional<BatchNorm> norm;
+};
+
+struct UnitArguments {
+  Tensor x;
+  ConvolutionArguments conv1, conv2;
+  std::optional<ConvolutionArguments> conv3;
+  int64_t conv1_groups, groups, stride;
+  bool conv2_relu, pool_count_include_pad;
+};
+
+inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x, const std::vector<int64_t>& shape) {
+  const std::string name = conv.name;
+  check_shape((name + "_weight").c_str(), conv.weight, shape);
+  check_like_x((name + "_weight").c_str(), conv.weight, x);
+  const std::vector<int64_t> channels = {shape[0]};
+  if (conv.bias) {
+    check_shape((name + "_bias").c_str(), *conv.bias, channels);
+    check_like_x((name + "_bias").c_str(), *conv.bias, x);
+  }
+  if (conv.norm) {
+    const std::string norm = "bn" + name.substr(4);
+    const std::array<std::pair<const char*, const Tensor*>, 4> tensors = {{{"_weight", &conv.norm->weight},
+                                                                         {"_bias", &conv.norm->bias},
+                                                                         {"_mean", &conv.norm->running_mean},
+                                                                         {"_var", &conv.norm->running_var}}};
+    for (const auto& [suffix, tensor] : tensors) {
+      check_shape((norm + suffix).c_str(), *tensor, channels);
+      check_like_x((norm + suffix).c_str(), *tensor, x, /*or_float32=*/true);
+    }
+  }
+}
+
+// Channels last where a pixel's channels are adjacent in memory and the tensor is not contiguous anyway. The fake
+// kernels decide by the same rule (ops.py).
+inline Layout layout_of(const Tensor& x) {
+  return !x.is_contiguous() && x.stride(1) == 1 ? Layout::channels_last : Layout::contiguous;
+}
+
+inline Unit check_unit(const UnitArguments& a) {
+  const Tensor& x = a.x;
+  if (x.dim() != 4) fail("x: got ", shape_of(x), ", expected 4 dimensions (batch, channels, height, width)");
+  dtype_of("x", x);
+  if (x.size(1) < 1 || x.size(2) < 1 || x.size(3) < 1) {
+    fail("x: got ", shape_of(x), ", expected at least one channel, row and column");
+  }
+  if (a.stride != 1 && a.stride != 2) fail("stride: got ", a.stride, ", expected 1 or 2");
+  const Tensor& weight = a.conv1.weight;
+  if (weight.dim() != 4 || weight.size(0) < 1) {
+    fail("conv1_weight: got ", shape_of(weight), ", expected [mid_channels, in_channels / conv1_groups, 1, 1]");
+  }
+  Unit unit;
+  unit.batch = x.size(0);
+  unit.in_channels = x.size(1);
+  unit.height = x.size(2);
+  unit.width = x.size(3);
+  unit.mid_channels = weight.size(0);
+  unit.conv1_groups = a.conv1_groups;
+  unit.groups = a.groups;
+  unit.stride = a.stride;
+  unit.conv2_relu = a.conv2_relu;
+  unit.pool_count_include_pad = a.pool_count_include_pad;
+  unit.layout = layout_of(x);
+  const char* const groups = a.conv3 ? "groups" : "shuffle_groups";
+  check_divides("conv1_groups", unit.conv1_groups, "channels of x", unit.in_channels);
+  check_divides("conv1_groups", unit.conv1_groups, "rows of conv1_weight", unit.mid_channels);
+  check_divides(groups, unit.groups, "rows of conv1_weight", unit.mid_channels);
+  check_convolution(a.conv1, x, {unit.mid_channels, unit.conv1_depth(), 1, 1});
+  check_convolution(a.conv2, x, {unit.mid_channels, 1, 3, 3});
+  if (a.conv3) {
+    const Tensor& last = a.conv3->weight;
+    if (last.dim() != 4 || last.size(0) < 1) {
+      fail("conv3_weight: got ", shape_of(last), ", expected [out_channels, mid_channels / groups, 1, 1]");
+    }
+    unit.out_channels = last.size(0);
+    check_divides(groups, unit.groups, "rows of conv3_weight", unit.out_channels);
+    check_convolution(*a.conv3, x, {unit.out_channels, unit.slice_channels(), 1, 1});
+    if (unit.stride == 1 && unit.out_channels != unit.in_channels) {
+      fail("conv3_weight: got ", unit.out_channels, " rows, expected ", unit.in_channels,
+           " (with stride 1, x is added to the result)");
+    }
+  }
+  return unit;
+}
+
+inline std::array<int64_t, 4> strides_of(const std::array<int64_t, 4>& sizes, Layout layout) {
+  const auto [n, c, h, w] = sizes;
+  (void)n;
+  if (layout == Layout::channels_last) return {h * w * c, 1, w * c, c};
+  return {c * h * w, h * w, w, 1};
+}
+
+inline Tensor empty_like_x(const Tensor& x, const std::array<int64_t, 4>& sizes, Layout layout) {
+  int32_t dtype, device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), strides_of(sizes, layout).data(), dtype, device_type,
+                                                  x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// x itself where its elements lie densely in the layout, else a copy in which they do.
+inline Tensor dense(const Tensor& x, Layout layout) {
+  const std::array<int64_t, 4> sizes = {x.size(0), x.size(1), x.size(2), x.size(3)};
+  const std::array<int64_t, 4> strides = strides_of(sizes, layout);
+  bool is_dense = true;
+  for (int i = 0; i < 4; ++i) is_dense = is_dense && (sizes[i] == 1 || x.stride(i) == strides[i]);
+  if (is_dense || x.numel() == 0) return x;
+  Tensor copy = empty_like_x(x, sizes, layout);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+inline Tensor empty_result(const Tensor& x, const Unit& unit) {
+  return empty_like_x(x, {unit.batch, unit.result_channels(), unit.out_height(), unit.out_width()}, unit.layout);
+}
+
+}  // namespace shufflenet

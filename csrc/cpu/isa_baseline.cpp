@@ -1,0 +1,15 @@
+#include "isa.h"
+
+#define SHUFFLENET_ISA baseline
+#include "simd_baseline.h"
+//
+#include "simd.h"
+//
+#include "unit_kernel.h"
+
+namespace shufflenet::cpu {
+
+static bool usable() { return true; }
+const Isa baseline_isa = {"baseline", usable, baseline::unit_kernel, baseline::kVectorBytes};
+
+}  // namespace shufflenet::cpu

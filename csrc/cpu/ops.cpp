@@ -1,0 +1,165 @@
+// The ops on the CPU: tensors in, a Unit and raw pointers out to the kernels, split over torch's threads.
+#include <cmath>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+
+#include "../arguments.h"
+#include "kernels.h"
+#include "partition.h"
+
+namespace shufflenet::cpu {
+
+// Memory that a thread keeps from call to call, so that no call pays for fresh pages. It grows to the largest part that
+// the thread has seen: at most kScratchBudget, but for units one row of which needs more.
+static void* thread_scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    size = 0;
+    const int64_t rounded = (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
+    memory.reset(std::aligned_alloc(kScratchAlignment, rounded));
+    if (!memory) fail("could not allocate ", rounded, " bytes of scratch memory");
+    size = rounded;
+  }
+  return memory.get();
+}
+
+// The convolution's arrays in the accumulator type A: the arguments' own memory where it has that type.
+template <class A>
+class ConvolutionData {
+ public:
+  explicit ConvolutionData(const ConvolutionArguments& conv) {
+    const int64_t channels = conv.weight.size(0);
+    pointers.weight = values(conv.weight);
+    if (conv.norm) {
+      const A* mean = values(conv.norm->running_mean);
+      const A* var = values(conv.norm->running_var);
+      const A* weight = values(conv.norm->weight);
+      const A* bias = values(conv.norm->bias);
+      A* const scale = filled(channels, 1);
+      A* const shift = filled(channels, 0);
+      const A eps = static_cast<A>(conv.norm->eps);
+      for (int64_t c = 0; c < channels; ++c) scale[c] = weight[c] / std::sqrt(var[c] + eps);
+      for (int64_t c = 0; c < channels; ++c) shift[c] = bias[c] - mean[c] * scale[c];
+      pointers.scale = scale;
+      pointers.bias = shift;
+    } else {
+      pointers.scale = filled(channels, 1);
+      pointers.bias = conv.bias ? values(*conv.bias) : filled(channels, 0);
+    }
+  }
+
+  Convolution pointers;
+
+ private:
+  const A* values(const Tensor& tensor) {
+    const Tensor contiguous = torch::stable::contiguous(tensor);
+    kept_.push_back(contiguous);
+    const Dtype dtype = dtype_of("weight", contiguous);
+    const bool same = dtype == (std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
+    if (same) return static_cast<const A*>(contiguous.const_data_ptr());
+    A* const converted = filled(contiguous.numel(), 0);
+    isa().unit_kernel(dtype).to_accumulator(contiguous.const_data_ptr(), converted, contiguous.numel());
+    return converted;
+  }
+  A* filled(int64_t n, A value) {
+    buffers_.emplace_back(n, value);
+    return buffers_.back().data();
+  }
+
+  std::vector<Tensor> kept_;
+  std::deque<std::vector<A>> buffers_;
+};
+
+template <class A>
+static void run_in_parallel(const UnitArguments& arguments, const Unit& unit, const Tensor& x, const Tensor& result) {
+  const ConvolutionData<A> conv1(arguments.conv1);
+  const ConvolutionData<A> conv2(arguments.conv2);
+  std::optional<ConvolutionData<A>> conv3;
+  if (arguments.conv3) conv3.emplace(*arguments.conv3);
+  const UnitPointers pointers = {x.const_data_ptr(), conv1.pointers, conv2.pointers,
+                                 conv3 ? conv3->pointers : Convolution{}, result.mutable_data_ptr()};
+
+  const Isa& isa = cpu::isa();
+  const UnitKernel kernel = isa.unit_kernel(dtype_of("x", x));
+  const int64_t lanes = isa.vector_bytes / static_cast<int64_t>(sizeof(A));
+  const Partition partition = choose_partition(unit, kernel, lanes, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, partition.parts(unit), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Part part = partition.part(unit, i);
+      kernel.run(unit, pointers, part, thread_scratch(kernel.scratch_bytes(unit, part)));
+    }
+  });
+}
+
+static Tensor run(const UnitArguments& arguments) {
+  const Unit unit = check_unit(arguments);
+  const Tensor x = dense(arguments.x, unit.layout);
+  const Tensor result = empty_result(x, unit);
+  if (unit.batch == 0) return result;
+  if (dtype_of("x", x) == Dtype::float64) {
+    run_in_parallel<double>(arguments, unit, x, result);
+  } else {
+    run_in_parallel<float>(arguments, unit, x, result);
+  }
+  return result;
+}
+
+static Tensor pointwise_shuffle_depthwise(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias,
+                                          Tensor conv2_weight, std::optional<Tensor> conv2_bias, int64_t conv1_groups,
+                                          int64_t shuffle_groups, int64_t stride, bool conv2_relu) {
+  return run({x,
+              {"conv1", conv1_weight, conv1_bias, {}},
+              {"conv2", conv2_weight, conv2_bias, {}},
+              {},
+              conv1_groups,
+              shuffle_groups,
+              stride,
+              conv2_relu,
+              true});
+}
+
+static Tensor shuffle_bottleneck(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
+                                 std::optional<Tensor> conv2_bias, Tensor conv3_weight,
+                                 std::optional<Tensor> conv3_bias, int64_t conv1_groups, int64_t groups, int64_t stride,
+                                 bool conv2_relu, bool pool_count_include_pad) {
+  return run({x,
+              {"conv1", conv1_weight, conv1_bias, {}},
+              {"conv2", conv2_weight, conv2_bias, {}},
+              ConvolutionArguments{"conv3", conv3_weight, conv3_bias, {}},
+              conv1_groups,
+              groups,
+              stride,
+              conv2_relu,
+              pool_count_include_pad});
+}
+
+static Tensor shuffle_bottleneck_batch_norm(
+    Tensor x, Tensor conv1_weight, Tensor bn1_weight, Tensor bn1_bias, Tensor bn1_mean, Tensor bn1_var,
+    Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight,
+    Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps, double bn3_eps,
+    int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu, bool pool_count_include_pad) {
+  return run({x,
+              {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
+              {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
+              ConvolutionArguments{
+                  "conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
+              conv1_groups,
+              groups,
+              stride,
+              conv2_relu,
+              pool_count_include_pad});
+}
+
+}  // namespace shufflenet::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CPU, m) {
+  m.impl("pointwise_shuffle_depthwise", TORCH_BOX(&shufflenet::cpu::pointwise_shuffle_depthwise));
+  m.impl("shuffle_bottleneck", TORCH_BOX(&shufflenet::cpu::shuffle_bottleneck));
+  m.impl("shuffle_bottleneck_batch_norm", TORCH_BOX(&shufflenet::cpu::shuffle_bottleneck_batch_norm));
+}

@@ -1,0 +1,59 @@
+// One ShuffleNet v1 unit: its sizes, and the pointers that a kernel works on. Nothing here knows torch.
+#pragma once
+
+#include <cstdint>
+
+namespace shufflenet {
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+enum class Layout { contiguous, channels_last };
+
+// Sizes as checked by arguments.h; kernels trust them.
+struct Unit {
+  int64_t batch = 0;
+  int64_t in_channels = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+  int64_t mid_channels = 0;
+  int64_t out_channels = 0;  // of conv3; 0 where the unit ends after the depthwise convolution
+  int64_t conv1_groups = 1;
+  int64_t groups = 1;  // of the shuffle and of conv3
+  int64_t stride = 1;
+  bool conv2_relu = false;
+  bool pool_count_include_pad = true;
+  Layout layout = Layout::contiguous;
+
+  bool has_conv3() const { return out_channels != 0; }
+  bool adds_residual() const { return has_conv3() && stride == 1; }
+  bool concatenates_pool() const { return has_conv3() && stride == 2; }
+
+  // A 3x3 window with padding 1.
+  int64_t out_height() const { return (height - 1) / stride + 1; }
+  int64_t out_width() const { return (width - 1) / stride + 1; }
+
+  // Channels of the tensor that the unit writes.
+  int64_t result_channels() const {
+    if (!has_conv3()) return mid_channels;
+    return out_channels + (concatenates_pool() ? in_channels : 0);
+  }
+
+  // Slice h of the unit is group h of conv3 and the intermediate channels that it reads: no other slice reads those.
+  int64_t slice_channels() const { return mid_channels / groups; }
+  int64_t conv1_depth() const { return in_channels / conv1_groups; }
+  int64_t conv1_group_rows() const { return mid_channels / conv1_groups; }
+};
+
+// y = scale * (weight (*) x) + bias, per output channel. The arrays hold the kernel's accumulator type.
+struct Convolution {
+  const void* weight = nullptr;
+  const void* scale = nullptr;
+  const void* bias = nullptr;
+};
+
+struct UnitPointers {
+  const void* x = nullptr;
+  Convolution conv1, conv2, conv3;
+  void* result = nullptr;
+};
+
+}  // namespace shufflenet

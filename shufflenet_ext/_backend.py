@@ -1,0 +1,65 @@
+"""Decides whether a call runs the native kernel or the reference."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+
+from shufflenet_ext import _native
+
+Backend = Literal["auto", "native", "reference"]
+
+
+class ReferenceFallbackWarning(UserWarning):
+    """A call that the native kernels do not cover ran the reference."""
+
+
+def _checked(backend: str, source: str) -> str:
+    if backend not in get_args(Backend):
+        expected = ", ".join(repr(name) for name in get_args(Backend))
+        raise ValueError(f"{source}: got {backend!r}, expected one of {expected}")
+    return backend
+
+
+_backend = _checked(os.environ.get("SHUFFLENET_EXT_BACKEND", "auto"), "SHUFFLENET_EXT_BACKEND")
+_warned: set[str] = set()
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Selects what runs inside a ``with`` block, in every thread of the process.
+
+    ``"auto"`` (the default, or what the environment variable ``SHUFFLENET_EXT_BACKEND`` names) runs the native kernel
+    where it covers the device and dtype, else the reference, and warns once of each cause. ``"native"`` raises
+    RuntimeError instead. ``"reference"`` always runs plain PyTorch. ValueError for any other name.
+    """
+    global _backend
+    previous = _backend
+    _backend = _checked(backend, "backend")
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def fall_back(cause: str) -> None:
+    """Accounts for a call that cannot run natively: raises under "native", warns once of each cause under "auto"."""
+    if _backend == "native":
+        raise RuntimeError(f"backend 'native' was asked for, but {cause}")
+    if cause not in _warned:
+        _warned.add(cause)
+        warnings.warn(f"running the PyTorch reference: {cause}", ReferenceFallbackWarning, stacklevel=3)
+
+
+def runs_native(x: torch.Tensor) -> bool:
+    """Whether a call on ``x`` runs the native kernel under the backend in use."""
+    if _backend == "reference":
+        return False
+    cause = _native.uncovered(x)
+    if cause is None:
+        return True
+    fall_back(cause)
+    return False

@@ -1,0 +1,136 @@
+"""The unit as a module: plain (ShuffleBottleneck) and fused (FusedShuffleBottleneck), with the same state_dict."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shufflenet_ext import reference
+from shufflenet_ext._backend import fall_back, runs_native
+from shufflenet_ext._checks import check_divides, check_int, check_tensor
+
+# Stage 2's first unit, behind the stem of 24 channels, does not group its first convolution (section 3.2).
+STEM_CHANNELS = 24
+
+
+class ShuffleBottleneck(nn.Module):
+    """A ShuffleNet v1 unit in plain PyTorch (arXiv:1707.01083, figure 2 b for stride 1, c for stride 2).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the last convolution: in_channels for stride 1; the unit's output less in_channels for
+            stride 2, where the pooled input is concatenated.
+        stride: 1 or 2.
+        groups: of the shuffle and the last convolution.
+        mid_channels: of the intermediate tensors; by default ``out_channels // 4``.
+        conv1_groups: of the first convolution; by default 1 if in_channels is 24, else ``groups``.
+        conv2_relu: whether a ReLU follows the depthwise convolution's batch norm.
+        pool_count_include_pad: as in nn.AvgPool2d, for stride 2.
+
+    Input (N, in_channels, H, W); output (N, in_channels, H, W) for stride 1, (N, out_channels + in_channels,
+    ceil(H / 2), ceil(W / 2)) for stride 2. Parameters and buffers: conv1, bn1, conv2, bn2, conv3, bn3.
+
+    Raises TypeError or ValueError, naming the argument, for channels and groups that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        groups: int,
+        *,
+        mid_channels: int | None = None,
+        conv1_groups: int | None = None,
+        conv2_relu: bool = False,
+        pool_count_include_pad: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("out_channels", out_channels),
+            ("stride", stride),
+            ("groups", groups),
+        ):
+            check_int(name, value)
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected a positive int")
+        if stride not in (1, 2):
+            raise ValueError(f"stride: got {stride}, expected 1 or 2")
+        if mid_channels is None:
+            mid_channels = out_channels // 4
+        if conv1_groups is None:
+            conv1_groups = 1 if in_channels == STEM_CHANNELS else groups
+        check_int("mid_channels", mid_channels)
+        check_int("conv1_groups", conv1_groups)
+        if mid_channels < 1:
+            raise ValueError(f"mid_channels: got {mid_channels}, expected a positive int")
+        if stride == 1 and out_channels != in_channels:
+            raise ValueError(
+                f"out_channels: got {out_channels}, expected in_channels, {in_channels} (with stride 1, the input is added)"
+            )
+        check_divides("conv1_groups", conv1_groups, "in_channels", in_channels)
+        check_divides("conv1_groups", conv1_groups, "mid_channels", mid_channels)
+        check_divides("groups", groups, "mid_channels", mid_channels)
+        check_divides("groups", groups, "out_channels", out_channels)
+        self.stride = stride
+        self.groups = groups
+        self.conv2_relu = conv2_relu
+        self.pool_count_include_pad = pool_count_include_pad
+        self.conv1 = nn.Conv2d(in_channels, mid_channels, 1, groups=conv1_groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(mid_channels)
+        self.conv2 = nn.Conv2d(mid_channels, mid_channels, 3, stride, padding=1, groups=mid_channels, bias=False)
+        self.bn2 = nn.BatchNorm2d(mid_channels)
+        self.conv3 = nn.Conv2d(mid_channels, out_channels, 1, groups=groups, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_tensor("x", x)
+        if x.dim() != 4 or x.shape[1] != self.conv1.in_channels:
+            raise ValueError(f"x: got shape {list(x.shape)}, expected (batch, {self.conv1.in_channels}, height, width)")
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = reference.shuffle_channels(y, self.groups)
+        y = self.bn2(self.conv2(y))
+        if self.conv2_relu:
+            y = F.relu(y)
+        y = self.bn3(self.conv3(y))
+        return reference.add_shortcut(
+            y, x, stride=self.stride, pool_count_include_pad=self.pool_count_include_pad
+        )
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, groups={self.groups}"
+
+
+class FusedShuffleBottleneck(ShuffleBottleneck):
+    """The drop-in: a :class:`ShuffleBottleneck` that runs as one native kernel in eval mode.
+
+    Same arguments, state_dict, results and gradients. In eval mode a call is one op, which reads the parameters and the
+    statistics as they are at that moment: there is no folded copy that could be stale. In training mode, where batch norm
+    needs the whole batch's statistics between the convolutions, it is the plain unit. The op runs under the backend in
+    use (:func:`shufflenet_ext.use_backend`).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_tensor("x", x)
+        convs = (self.conv1, self.conv2, self.conv3)
+        norms = (self.bn1, self.bn2, self.bn3)
+        if any(norm.training or norm.running_mean is None for norm in norms) or not runs_native(x):
+            return super().forward(x)
+        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (*convs, *norms)):
+            fall_back("a convolution or batch norm inside the unit has hooks")
+            return super().forward(x)
+        tensors = []
+        for conv, norm in zip(convs, norms, strict=True):
+            tensors += [conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        return torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm(
+            x,
+            *tensors,
+            bn1_eps=self.bn1.eps,
+            bn2_eps=self.bn2.eps,
+            bn3_eps=self.bn3.eps,
+            conv1_groups=self.conv1.groups,
+            groups=self.groups,
+            stride=self.stride,
+            conv2_relu=self.conv2_relu,
+            pool_count_include_pad=self.pool_count_include_pad,
+        )

@@ -1,0 +1,187 @@
+"""The fused ops: what a user calls, and their fake kernels, autograd and autocast. Schemas: csrc/library.cpp."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shufflenet_ext import _native, reference
+from shufflenet_ext._backend import runs_native
+from shufflenet_ext._checks import check_int, check_tensor
+
+
+def pointwise_shuffle_depthwise(
+    x: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor | None,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor | None,
+    *,
+    conv1_groups: int,
+    shuffle_groups: int,
+    stride: int = 1,
+    conv2_relu: bool = False,
+) -> Tensor:
+    """Grouped 1×1 convolution, ReLU, channel shuffle and depthwise 3×3 convolution in one pass.
+
+    Computes ``conv2(shuffle(relu(conv1(x))))`` (ShuffleNet, arXiv:1707.01083, figure 2 up to its second convolution),
+    with padding 1 of zeros around the shuffled tensor. Differentiable, and usable under torch.compile, torch.export and
+    autocast.
+
+    Args:
+        x: (N, C, H, W); float32, float64, bfloat16 or float16; any strides.
+        conv1_weight: (M, C / conv1_groups, 1, 1), of x's dtype, as all that follow.
+        conv1_bias: (M,) or None.
+        conv2_weight: (M, 1, 3, 3).
+        conv2_bias: (M,) or None.
+        conv1_groups: groups of the 1×1 convolution; a divisor of C and M.
+        shuffle_groups: groups of the shuffle; a divisor of M.
+        stride: of the depthwise convolution, 1 or 2.
+        conv2_relu: whether a ReLU follows the depthwise convolution.
+
+    Returns (N, M, ceil(H / stride), ceil(W / stride)) in x's dtype and memory format. TypeError, ValueError or
+    RuntimeError for arguments that are not as above, naming the argument.
+    """
+    _check_types(
+        {"x": x, "conv1_weight": conv1_weight, "conv2_weight": conv2_weight},
+        {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias},
+        {"conv1_groups": conv1_groups, "shuffle_groups": shuffle_groups, "stride": stride},
+    )
+    run = torch.ops.shufflenet_ext if runs_native(x) else reference
+    return run.pointwise_shuffle_depthwise(
+        x,
+        conv1_weight,
+        conv1_bias,
+        conv2_weight,
+        conv2_bias,
+        conv1_groups=conv1_groups,
+        shuffle_groups=shuffle_groups,
+        stride=stride,
+        conv2_relu=conv2_relu,
+    )
+
+
+def shuffle_bottleneck(
+    x: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor | None,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor | None,
+    conv3_weight: Tensor,
+    conv3_bias: Tensor | None,
+    *,
+    conv1_groups: int,
+    groups: int,
+    stride: int = 1,
+    conv2_relu: bool = False,
+    pool_count_include_pad: bool = True,
+) -> Tensor:
+    """A whole ShuffleNet unit in one pass, batch norm folded into its weights and biases.
+
+    With ``y = conv3(conv2(shuffle(relu(conv1(x)))))`` computes ``relu(y + x)`` for stride 1 and
+    ``relu(cat([y, avg_pool2d(x, 3, stride=2, padding=1)], 1))`` for stride 2 (ShuffleNet, arXiv:1707.01083, figure 2 b
+    and c). Differentiable, and usable under torch.compile, torch.export and autocast.
+
+    Args:
+        x: (N, C, H, W); float32, float64, bfloat16 or float16; any strides.
+        conv1_weight: (M, C / conv1_groups, 1, 1), of x's dtype, as all that follow.
+        conv1_bias: (M,) or None.
+        conv2_weight: (M, 1, 3, 3).
+        conv2_bias: (M,) or None.
+        conv3_weight: (K, M / groups, 1, 1); K = C where stride is 1.
+        conv3_bias: (K,) or None.
+        conv1_groups: groups of the first convolution; a divisor of C and M.
+        groups: groups of the shuffle and of the last convolution; a divisor of M and K.
+        stride: 1 or 2.
+        conv2_relu: whether a ReLU follows the depthwise convolution.
+        pool_count_include_pad: as in avg_pool2d, for stride 2.
+
+    Returns (N, K, H, W) for stride 1, (N, K + C, ceil(H / 2), ceil(W / 2)) for stride 2, in x's dtype and memory
+    format. TypeError, ValueError or RuntimeError for arguments that are not as above, naming the argument.
+    """
+    _check_types(
+        {"x": x, "conv1_weight": conv1_weight, "conv2_weight": conv2_weight, "conv3_weight": conv3_weight},
+        {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias, "conv3_bias": conv3_bias},
+        {"conv1_groups": conv1_groups, "groups": groups, "stride": stride},
+    )
+    run = torch.ops.shufflenet_ext if runs_native(x) else reference
+    return run.shuffle_bottleneck(
+        x,
+        conv1_weight,
+        conv1_bias,
+        conv2_weight,
+        conv2_bias,
+        conv3_weight,
+        conv3_bias,
+        conv1_groups=conv1_groups,
+        groups=groups,
+        stride=stride,
+        conv2_relu=conv2_relu,
+        pool_count_include_pad=pool_count_include_pad,
+    )
+
+
+def _check_types(tensors: dict[str, object], optional_tensors: dict[str, object], ints: dict[str, object]) -> None:
+    for name, value in tensors.items():
+        check_tensor(name, value)
+    for name, value in optional_tensors.items():
+        if value is not None:
+            check_tensor(name, value)
+    for name, value in ints.items():
+        check_int(name, value)
+
+
+def _register(name: str, *, casts_vectors: bool) -> None:
+    """Gives the op its fake kernel, autograd and autocast, all from the reference of the same name."""
+    qualified_name = f"shufflenet_ext::{name}"
+    op = getattr(torch.ops.shufflenet_ext, name)
+    run_reference: Callable[..., Tensor] = getattr(reference, name)
+
+    def fake(x: Tensor, *args: Tensor | None, **kwargs: Any) -> Tensor:
+        shape = run_reference(x, *args, **kwargs).shape
+        channels_last = not x.is_contiguous() and x.stride(1) == 1  # the rule of layout_of in csrc/arguments.h
+        return x.new_empty(shape).to(memory_format=torch.channels_last) if channels_last else x.new_empty(shape)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.options = keyword_only_inputs
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Nothing but the inputs was kept: the intermediates are computed once more, by the reference.
+        inputs = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+
+        def run(*values: Tensor) -> Tensor:
+            replaced = dict(zip(wanted, values, strict=True))
+            return run_reference(*(replaced.get(i, given) for i, given in enumerate(inputs)), **ctx.options)
+
+        _, vjp = torch.func.vjp(run, *(inputs[i] for i in wanted))
+        grads = dict(zip(wanted, vjp(grad), strict=True))
+        return tuple(grads.get(i) for i in range(len(inputs)))
+
+    def autocast(x: Tensor, *args: Tensor | None, **kwargs: Any) -> Tensor:
+        # As for convolutions: float32 and 16-bit tensors are cast to the dtype in force, float64 is left alone.
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(value: Tensor | None) -> Tensor | None:
+            if value is None or value.dtype == torch.float64 or not (casts_vectors or value.dim() == 4):
+                return value
+            return value.to(dtype)
+
+        with torch.autocast(device, enabled=False):
+            return op(cast(x), *map(cast, args), **kwargs)
+
+    torch.library.register_fake(qualified_name, fake)
+    torch.library.register_autograd(qualified_name, backward, setup_context=setup_context)
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(name, autocast, key)
+
+
+if _native.native_error is None:
+    _library = torch.library.Library("shufflenet_ext", "FRAGMENT")
+    _register("pointwise_shuffle_depthwise", casts_vectors=True)
+    _register("shuffle_bottleneck", casts_vectors=True)
+    # Batch norm keeps its own dtype under autocast, as in PyTorch.
+    _register("shuffle_bottleneck_batch_norm", casts_vectors=False)

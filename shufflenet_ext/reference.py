@@ -1,0 +1,162 @@
+"""The ops in plain PyTorch: the fallback, and the ground truth of the equivalence tests.
+
+The unit is that of ShuffleNet (Zhang et al. 2017, arXiv:1707.01083, section 3.2 and figure 2). Batch norm, where a
+function does not take it, is expected folded into the weights and biases.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shufflenet_ext._checks import check_divides, check_int, check_tensor, check_unit
+
+
+def shuffle_channels(x: Tensor, groups: int) -> Tensor:
+    """Channel shuffle (section 3.1): channel ``c`` of the result is channel ``(c % groups) * (C // groups) + c // groups``.
+
+    Args:
+        x: (N, C, H, W), any dtype.
+        groups: a divisor of C.
+
+    Returns a new tensor of x's shape; TypeError or ValueError for arguments that are not as above.
+    """
+    check_tensor("x", x)
+    check_int("groups", groups)
+    if x.dim() != 4:
+        raise ValueError(f"x: got shape {list(x.shape)}, expected (batch, channels, height, width)")
+    check_divides("groups", groups, "x's channels", x.shape[1])
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def pointwise_shuffle_depthwise(
+    x: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor | None,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor | None,
+    *,
+    conv1_groups: int,
+    shuffle_groups: int,
+    stride: int = 1,
+    conv2_relu: bool = False,
+) -> Tensor:
+    """:func:`shufflenet_ext.ops.pointwise_shuffle_depthwise` in plain PyTorch."""
+    check_unit(
+        x,
+        conv1_weight,
+        conv1_bias,
+        conv2_weight,
+        conv2_bias,
+        conv1_groups=conv1_groups,
+        shuffle_groups=shuffle_groups,
+        stride=stride,
+    )
+    y = F.relu(F.conv2d(x, conv1_weight, conv1_bias, groups=conv1_groups))
+    y = shuffle_channels(y, shuffle_groups)
+    y = F.conv2d(y, conv2_weight, conv2_bias, stride=stride, padding=1, groups=conv2_weight.shape[0])
+    return F.relu(y) if conv2_relu else y
+
+
+def shuffle_bottleneck(
+    x: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor | None,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor | None,
+    conv3_weight: Tensor,
+    conv3_bias: Tensor | None,
+    *,
+    conv1_groups: int,
+    groups: int,
+    stride: int = 1,
+    conv2_relu: bool = False,
+    pool_count_include_pad: bool = True,
+) -> Tensor:
+    """:func:`shufflenet_ext.ops.shuffle_bottleneck` in plain PyTorch."""
+    check_unit(
+        x,
+        conv1_weight,
+        conv1_bias,
+        conv2_weight,
+        conv2_bias,
+        conv1_groups=conv1_groups,
+        shuffle_groups=groups,
+        stride=stride,
+        conv3_weight=conv3_weight,
+        conv3_bias=conv3_bias,
+        groups_name="groups",
+    )
+    y = pointwise_shuffle_depthwise(
+        x,
+        conv1_weight,
+        conv1_bias,
+        conv2_weight,
+        conv2_bias,
+        conv1_groups=conv1_groups,
+        shuffle_groups=groups,
+        stride=stride,
+        conv2_relu=conv2_relu,
+    )
+    y = F.conv2d(y, conv3_weight, conv3_bias, groups=groups)
+    return add_shortcut(y, x, stride=stride, pool_count_include_pad=pool_count_include_pad)
+
+
+def add_shortcut(y: Tensor, x: Tensor, *, stride: int, pool_count_include_pad: bool) -> Tensor:
+    """The unit's end (figure 2 b and c): the residual sum with stride 1, concatenation with the pooled x with stride 2."""
+    if stride == 1:
+        return F.relu(y + x)
+    pooled = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=pool_count_include_pad)
+    return F.relu(torch.cat([y, pooled], 1))
+
+
+def shuffle_bottleneck_batch_norm(
+    x: Tensor,
+    conv1_weight: Tensor,
+    bn1_weight: Tensor,
+    bn1_bias: Tensor,
+    bn1_mean: Tensor,
+    bn1_var: Tensor,
+    conv2_weight: Tensor,
+    bn2_weight: Tensor,
+    bn2_bias: Tensor,
+    bn2_mean: Tensor,
+    bn2_var: Tensor,
+    conv3_weight: Tensor,
+    bn3_weight: Tensor,
+    bn3_bias: Tensor,
+    bn3_mean: Tensor,
+    bn3_var: Tensor,
+    *,
+    bn1_eps: float,
+    bn2_eps: float,
+    bn3_eps: float,
+    conv1_groups: int,
+    groups: int,
+    stride: int = 1,
+    conv2_relu: bool = False,
+    pool_count_include_pad: bool = True,
+) -> Tensor:
+    """The unit with its batch norms in inference mode: what a FusedShuffleBottleneck in eval mode runs."""
+    check_unit(
+        x,
+        conv1_weight,
+        None,
+        conv2_weight,
+        None,
+        conv1_groups=conv1_groups,
+        shuffle_groups=groups,
+        stride=stride,
+        conv3_weight=conv3_weight,
+        groups_name="groups",
+    )
+    y = F.conv2d(x, conv1_weight, groups=conv1_groups)
+    y = F.relu(F.batch_norm(y, bn1_mean, bn1_var, bn1_weight, bn1_bias, eps=bn1_eps))
+    y = shuffle_channels(y, groups)
+    y = F.conv2d(y, conv2_weight, stride=stride, padding=1, groups=conv2_weight.shape[0])
+    y = F.batch_norm(y, bn2_mean, bn2_var, bn2_weight, bn2_bias, eps=bn2_eps)
+    if conv2_relu:
+        y = F.relu(y)
+    y = F.conv2d(y, conv3_weight, groups=groups)
+    y = F.batch_norm(y, bn3_mean, bn3_var, bn3_weight, bn3_bias, eps=bn3_eps)
+    return add_shortcut(y, x, stride=stride, pool_count_include_pad=pool_count_include_pad)
