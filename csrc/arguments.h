@@ -1,4 +1,5 @@
-// The ops' tensor arguments, checked once and turned into a Unit. Shared by the devices; see library.cpp for the schemas.
+// The ops' tensor arguments, checked once and turned into a Unit. Shared by the devices; see library.cpp for the
+// schemas.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -61,8 +62,7 @@ inline Dtype dtype_of(const char* name, const Tensor& tensor) {
     case ScalarType::BFloat16: return Dtype::bfloat16;
     case ScalarType::Half: return Dtype::float16;
     default:
-      fail(name, ": got dtype ", dtype_name(tensor.scalar_type()),
-           ", expected float32, float64, bfloat16 or float16");
+      fail(name, ": got dtype ", dtype_name(tensor.scalar_type()), ", expected float32, float64, bfloat16 or float16");
   }
 }
 
@@ -114,10 +114,11 @@ inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x,
   }
   if (conv.norm) {
     const std::string norm = "bn" + name.substr(4);
-    const std::array<std::pair<const char*, const Tensor*>, 4> tensors = {{{"_weight", &conv.norm->weight},
-                                                                         {"_bias", &conv.norm->bias},
-                                                                         {"_mean", &conv.norm->running_mean},
-                                                                         {"_var", &conv.norm->running_var}}};
+    const std::array<std::pair<const char*, const Tensor*>, 4> tensors = {
+        {{"_weight", &conv.norm->weight},
+         {"_bias", &conv.norm->bias},
+         {"_mean", &conv.norm->running_mean},
+         {"_var", &conv.norm->running_var}}};
     for (const auto& [suffix, tensor] : tensors) {
       check_shape((norm + suffix).c_str(), *tensor, channels);
       check_like_x((norm + suffix).c_str(), *tensor, x, /*or_float32=*/true);
@@ -189,8 +190,8 @@ inline Tensor empty_like_x(const Tensor& x, const std::array<int64_t, 4>& sizes,
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), strides_of(sizes, layout).data(), dtype, device_type,
-                                                  x.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      4, sizes.data(), strides_of(sizes, layout).data(), dtype, device_type, x.get_device_index(), &handle));
   return Tensor(handle);
 }
 

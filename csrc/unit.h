@@ -5,6 +5,8 @@
 
 namespace shufflenet {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 enum class Dtype { float32, float64, bfloat16, float16 };
 enum class Layout { contiguous, channels_last };
 

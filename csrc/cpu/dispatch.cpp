@@ -31,8 +31,8 @@ static const Isa& find_isa(const std::string& name, const char* argument) {
     if (name == candidate->name) return *candidate;
     expected += (expected.empty() ? "" : ", ") + std::string(candidate->name);
   }
-  throw std::invalid_argument(std::string(argument) + ": got '" + name + "', expected one that this processor has (" +
-                              expected + ")");
+  throw std::invalid_argument(
+      std::string(argument) + ": got '" + name + "', expected one that this processor has (" + expected + ")");
 }
 
 static std::atomic<const Isa*>& selected_isa() {

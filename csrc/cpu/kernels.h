@@ -9,23 +9,35 @@
 
 namespace shufflenet::cpu {
 
-// A share of a unit's work: some rows and slices of one image. Parts write disjoint elements of the result, and what
-// they write does not depend on how a unit is cut into parts.
+// Some rows of the result of one image.
 struct Part {
   int64_t image = 0;
-  int64_t row_begin = 0, row_end = 0;      // of the result
-  int64_t slice_begin = 0, slice_end = 0;  // of Unit::groups
+  int64_t row_begin = 0, row_end = 0;
 };
 
+struct Channels {
+  int64_t begin = 0, end = 0;
+  int64_t count() const { return end - begin; }
+};
+
+// The phases of a part, in the order in which they run: each needs all channels of the one before, and its own channels
+// may be split in any way, over any threads. No result depends on the splits, bit for bit.
 struct UnitKernel {
-  // Bytes of scratch memory, aligned to kScratchAlignment, that run needs for a part.
-  int64_t (*scratch_bytes)(const Unit&, const Part&);
-  void (*run)(const Unit&, const UnitPointers&, const Part&, void* scratch);
+  int64_t (*buffer_bytes)(const Unit&, const Part&);  // of what the phases hand on to each other
+  void (*prepare)(const Unit&, const Part&, void* buffers);
+  // Channels of x.
+  void (*stage)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers);
+  // Intermediate channels, in shuffled order; scratch holds expand_bytes.
+  int64_t (*expand_bytes)(const Unit&, const Part&, Channels);
+  void (*expand)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers, void* scratch);
+  // Channels of the result; no such phase in a unit that ends after the depthwise convolution.
+  void (*project)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers);
+
   // Converts n elements of the dtype to the accumulator type.
   void (*to_accumulator)(const void* from, void* to, int64_t n);
 };
 
-inline constexpr int64_t kScratchAlignment = 64;
+inline constexpr int64_t kScratchAlignment = 64;  // of buffers and scratch, in bytes
 
 struct Isa {
   const char* name;

@@ -7,27 +7,36 @@
 #include "../arguments.h"
 #include "kernels.h"
 #include "partition.h"
+#include "phases.h"
 
 namespace shufflenet::cpu {
 
-// Memory that a thread keeps from call to call, so that no call pays for fresh pages. It grows to the largest part that
-// the thread has seen: at most kScratchBudget, but for units one row of which needs more.
-static void* thread_scratch(int64_t bytes) {
+// Memory that a thread keeps from call to call, so that no call pays for fresh pages. It grows to the most that the
+// thread has needed: at most kScratchBudget, but for units one row of which needs more.
+class Scratch {
+ public:
+  void* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      const int64_t rounded = ceil_div(bytes, kScratchAlignment) * kScratchAlignment;
+      memory_.reset(std::aligned_alloc(kScratchAlignment, rounded));
+      if (!memory_) fail("could not allocate ", rounded, " bytes of scratch memory");
+      size_ = rounded;
+    }
+    return memory_.get();
+  }
+
+ private:
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    memory.reset();
-    size = 0;
-    const int64_t rounded = (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
-    memory.reset(std::aligned_alloc(kScratchAlignment, rounded));
-    if (!memory) fail("could not allocate ", rounded, " bytes of scratch memory");
-    size = rounded;
-  }
-  return memory.get();
-}
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
+};
+
+// A thread's buffers are those of the part that it runs, or that threads it called run together.
+static thread_local Scratch thread_buffers, thread_expand_scratch;
 
 // The convolution's arrays in the accumulator type A: the arguments' own memory where it has that type.
 template <class A>
@@ -76,6 +85,41 @@ class ConvolutionData {
   std::deque<std::vector<A>> buffers_;
 };
 
+// One thread runs all phases of a part.
+static void run_alone(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers, const Part& part) {
+  const Channels mid = {0, unit.mid_channels};
+  void* const buffers = thread_buffers.reserve(kernel.buffer_bytes(unit, part));
+  void* const scratch = thread_expand_scratch.reserve(kernel.expand_bytes(unit, part, mid));
+  kernel.prepare(unit, part, buffers);
+  kernel.stage(unit, pointers, part, {0, unit.in_channels}, buffers);
+  kernel.expand(unit, pointers, part, mid, buffers, scratch);
+  if (unit.has_conv3()) kernel.project(unit, pointers, part, {0, unit.result_channels()}, buffers);
+}
+
+// Several threads share each phase of a part, by channels: nothing is computed twice.
+static void run_together(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers, const Part& part,
+                         int64_t workers) {
+  void* const buffers = thread_buffers.reserve(kernel.buffer_bytes(unit, part));
+  kernel.prepare(unit, part, buffers);
+  // `workers` shares of n channels, in multiples of `unit_size`.
+  const auto share = [workers](int64_t n, int64_t unit_size, int64_t i) {
+    const int64_t units = ceil_div(n, unit_size);
+    return Channels{std::min(n, units * i / workers * unit_size), std::min(n, units * (i + 1) / workers * unit_size)};
+  };
+  run_phases(workers, 3, [&](int64_t phase, int64_t i) {
+    if (phase == 0) {
+      kernel.stage(unit, pointers, part, share(unit.in_channels, 16, i), buffers);
+    } else if (phase == 1) {
+      // Whole multiples of the groups leave each of conv1's groups an equal share of its rows.
+      const Channels channels = share(unit.mid_channels, unit.groups, i);
+      void* const scratch = thread_expand_scratch.reserve(kernel.expand_bytes(unit, part, channels));
+      kernel.expand(unit, pointers, part, channels, buffers, scratch);
+    } else if (unit.has_conv3()) {
+      kernel.project(unit, pointers, part, share(unit.result_channels(), 1, i), buffers);
+    }
+  });
+}
+
 template <class A>
 static void run_in_parallel(const UnitArguments& arguments, const Unit& unit, const Tensor& x, const Tensor& result) {
   const ConvolutionData<A> conv1(arguments.conv1);
@@ -88,13 +132,17 @@ static void run_in_parallel(const UnitArguments& arguments, const Unit& unit, co
   const Isa& isa = cpu::isa();
   const UnitKernel kernel = isa.unit_kernel(dtype_of("x", x));
   const int64_t lanes = isa.vector_bytes / static_cast<int64_t>(sizeof(A));
-  const Partition partition = choose_partition(unit, kernel, lanes, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, partition.parts(unit), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Part part = partition.part(unit, i);
-      kernel.run(unit, pointers, part, thread_scratch(kernel.scratch_bytes(unit, part)));
+  const int64_t threads = torch::stable::get_num_threads();
+  const Partition partition = choose_partition(unit, kernel, lanes, threads);
+  if (partition.workers_per_part == 1) {
+    torch::stable::parallel_for(0, partition.parts(unit), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) run_alone(kernel, unit, pointers, partition.part(unit, i));
+    });
+  } else {
+    for (int64_t i = 0; i < partition.parts(unit); ++i) {
+      run_together(kernel, unit, pointers, partition.part(unit, i), partition.workers_per_part);
     }
-  });
+  }
 }
 
 static Tensor run(const UnitArguments& arguments) {
@@ -144,16 +192,16 @@ static Tensor shuffle_bottleneck_batch_norm(
     Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight,
     Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps, double bn3_eps,
     int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu, bool pool_count_include_pad) {
-  return run({x,
-              {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
-              {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
-              ConvolutionArguments{
-                  "conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
-              conv1_groups,
-              groups,
-              stride,
-              conv2_relu,
-              pool_count_include_pad});
+  return run(
+      {x,
+       {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
+       {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
+       ConvolutionArguments{"conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
+       conv1_groups,
+       groups,
+       stride,
+       conv2_relu,
+       pool_count_include_pad});
 }
 
 }  // namespace shufflenet::cpu

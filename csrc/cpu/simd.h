@@ -37,6 +37,9 @@ struct Simd : Intrinsics<A> {
   static V even(V a, V b) { return every_second(a, b, std::make_integer_sequence<int, kLanes>{}); }
   static V odd(V a, V b) { return every_second_odd(a, b, std::make_integer_sequence<int, kLanes>{}); }
 
+  // The lanes of v moved up by one, the last lane of `before` in the first.
+  static V shift_in(V before, V v) { return shifted(before, v, std::make_integer_sequence<int, kLanes>{}); }
+
   // Transposes a kLanes x kLanes block held as one vector a row: log2(kLanes) rounds, each of which merges the rows
   // i and i + kLanes / 2 element by element.
   static void transpose(V (&rows)[kLanes]) {
@@ -61,6 +64,10 @@ struct Simd : Intrinsics<A> {
   template <int... I>
   static V every_second_odd(V a, V b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, (2 * I + 1)...);
+  }
+  template <int... I>
+  static V shifted(V before, V v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(before, v, (kLanes - 1 + I)...);
   }
   template <int First, int... I>
   static V interleave(V a, V b, std::integer_sequence<int, I...>) {

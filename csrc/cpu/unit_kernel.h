@@ -5,8 +5,8 @@
 //   depthwise  reads y1 with its halo rows, writes y2 (scratch, or the result where the unit ends here).
 //   conv3      reads y2, adds the residual, writes the result.
 //
-// Where x is contiguous and of the accumulator's type it is read, and the result written, in place. Otherwise the part's
-// rows are first copied ("staged") into planes of the accumulator type, and the result's planes copied out.
+// Where x is contiguous and of the accumulator's type it is read, and the result written, in place. Otherwise the
+// part's rows are first copied ("staged") into planes of the accumulator type, and the result's planes copied out.
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 // Channels as planes of pixels: channel c starts at data + c * stride.
@@ -15,15 +15,15 @@ struct Planes {
   A* data = nullptr;
   int64_t stride = 0;
   A* channel(int64_t c) const { return data + c * stride; }
+  Planes from(int64_t c) const { return {channel(c), stride}; }
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- Pointwise convolution ------------------------------------------------------------------------------------------
 
-// A tile's accumulators, one vector each, stay in registers next to a vector of pixels for each column and one broadcast
-// weight. Eight channels use each loaded pixel vector eight times, three vectors use each broadcast weight three times:
-// 11 loads for 24 multiply-adds. More vectors than three were slower on Zen 4, fewer leave the FMA latency exposed.
+// A tile's accumulators, one vector each, stay in registers next to a vector of pixels for each column and one
+// broadcast weight. Eight channels use each loaded pixel vector eight times, three vectors use each broadcast weight
+// three times: 11 loads for 24 multiply-adds. More vectors than three were slower on Zen 4, fewer leave the FMA latency
+// exposed.
 inline constexpr int kTileVectors = 3;
 inline constexpr int kTileChannels = kRegisters == 32 ? 8 : 4;
 static_assert(kTileChannels * kTileVectors + kTileVectors + 1 <= kRegisters, "a tile must fit the registers");
@@ -46,11 +46,15 @@ struct PointwiseTile {
 // y = relu(scale * (weight x) + bias + residual) for Channels x Vectors. Each pixel sums over the depth in the same
 // order whatever the tile, so results do not depend on how pixels are cut into tiles.
 template <class A, int Channels, int Vectors>
-void pointwise_tile(const PointwiseTile<A>& t) {
+void pointwise_tile(const PointwiseTile<A>& tile) {
+  const PointwiseTile<A> t = tile;  // a copy that no store can alias
   using S = Simd<A>;
   using V = typename S::V;
   V sum[Channels][Vectors] = {};
   const A* x = t.x;
+  const A* weights[Channels];  // a pointer a row: address arithmetic in the loop would compete for the FMA units' ports
+#pragma GCC unroll 8
+  for (int c = 0; c < Channels; ++c) weights[c] = t.weight + c * t.depth;
   for (int64_t k = 0; k < t.depth; ++k, x += t.x_stride) {
     V pixels[Vectors];
 #pragma GCC unroll 8
@@ -58,7 +62,7 @@ void pointwise_tile(const PointwiseTile<A>& t) {
     pixels[Vectors - 1] = S::load(x + (Vectors - 1) * S::kLanes, t.tail);
 #pragma GCC unroll 8
     for (int c = 0; c < Channels; ++c) {
-      const V weight = S::broadcast(t.weight[c * t.depth + k]);
+      const V weight = S::broadcast(weights[c][k]);
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) sum[c][v] = S::fma(weight, pixels[v], sum[c][v]);
     }
@@ -118,90 +122,74 @@ struct PixelTiles {
   int64_t pixels, vectors, count;
 };
 
-// The part's channels of y1, in shuffled order. Intermediate channel n * groups + r of that order is row
-// r * slice_channels + n of conv1: for each r the part needs consecutive rows and writes them `groups` channels apart.
+// Rows of a grouped pointwise convolution that share their inputs: all their tiles. x and y are the first planes.
 template <class A>
-void conv1(const Unit& unit, const Part& part, const Convolution& conv, Planes<const A> x, int64_t pixels,
+void pointwise_rows(const Convolution& conv, int64_t row, int64_t rows, int64_t depth, const PixelTiles<A>& tiles,
+                    Planes<const A> x, Planes<const A> residual, Planes<A> y) {
+  PointwiseTile<A> t;
+  t.x_stride = x.stride;
+  t.depth = depth;
+  t.weight = static_cast<const A*>(conv.weight) + row * depth;
+  t.scale = static_cast<const A*>(conv.scale) + row;
+  t.bias = static_cast<const A*>(conv.bias) + row;
+  t.residual_stride = residual.stride;
+  t.y_stride = y.stride;
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    const int64_t pixel = tiles.pixel(tile);
+    t.tail = tiles.tail(tile);
+    t.x = x.data + pixel;
+    t.residual = residual.data ? residual.data + pixel : nullptr;
+    t.y = y.data + pixel;
+    run_pointwise_tile(rows, tiles.tile_vectors(tile), t);
+  }
+}
+
+// Some channels of y1, in shuffled order. Intermediate channel n * groups + r of that order is row
+// r * slice_channels + n of conv1: each r needs consecutive rows and writes them `groups` channels apart.
+template <class A>
+void conv1(const Unit& unit, const Convolution& conv, Channels channels, Planes<const A> x, int64_t pixels,
            Planes<A> y1) {
   const int64_t slice = unit.slice_channels();
-  const int64_t first_channel = part.slice_begin * slice;
-  const auto* weight = static_cast<const A*>(conv.weight);
   const PixelTiles<A> tiles(pixels);
-  PointwiseTile<A> t = {};
-  t.x_stride = x.stride;
-  t.depth = unit.conv1_depth();
-  t.y_stride = unit.groups * y1.stride;
-  for (int64_t tile = 0; tile < tiles.count; ++tile) {
-    const int64_t pixel = tiles.pixel(tile);
-    t.tail = tiles.tail(tile);
-    for (int64_t r = 0; r < unit.groups; ++r) {
-      const int64_t row_end = r * slice + ceil_div(part.slice_end * slice - r, unit.groups);
-      int64_t row = r * slice + ceil_div(first_channel - r, unit.groups);
-      while (row < row_end) {
-        const int64_t group = row / unit.conv1_group_rows();
-        const int64_t group_end = (group + 1) * unit.conv1_group_rows();
-        const int64_t channels = next_channels((row_end < group_end ? row_end : group_end) - row);
-        t.x = x.channel(group * t.depth) + pixel;
-        t.weight = weight + row * t.depth;
-        t.scale = static_cast<const A*>(conv.scale) + row;
-        t.bias = static_cast<const A*>(conv.bias) + row;
-        t.y = y1.channel((row - r * slice) * unit.groups + r - first_channel) + pixel;
-        run_pointwise_tile(channels, tiles.tile_vectors(tile), t);
-        row += channels;
-      }
+  for (int64_t r = 0; r < unit.groups; ++r) {
+    const int64_t row_end = r * slice + ceil_div(channels.end - r, unit.groups);
+    int64_t row = r * slice + ceil_div(channels.begin - r, unit.groups);
+    while (row < row_end) {
+      const int64_t group = row / unit.conv1_group_rows();
+      const int64_t rows = next_channels(std::min(row_end, (group + 1) * unit.conv1_group_rows()) - row);
+      const int64_t channel = (row - r * slice) * unit.groups + r;
+      pointwise_rows<A>(conv, row, rows, unit.conv1_depth(), tiles, x.from(group * unit.conv1_depth()), {},
+                        {y1.channel(channel - channels.begin), unit.groups * y1.stride});
+      row += rows;
     }
   }
 }
 
+// Some of conv3's output channels.
 template <class A>
-void conv3(const Unit& unit, const Part& part, const Convolution& conv, Planes<const A> y2, int64_t pixels,
+void conv3(const Unit& unit, const Convolution& conv, Channels channels, Planes<const A> y2, int64_t pixels,
            Planes<const A> residual, Planes<A> result) {
   const int64_t group_rows = unit.out_channels / unit.groups;
-  const auto* weight = static_cast<const A*>(conv.weight);
   const PixelTiles<A> tiles(pixels);
-  PointwiseTile<A> t = {};
-  t.x_stride = y2.stride;
-  t.depth = unit.slice_channels();
-  t.residual_stride = residual.stride;
-  t.y_stride = result.stride;
-  for (int64_t tile = 0; tile < tiles.count; ++tile) {
-    const int64_t pixel = tiles.pixel(tile);
-    t.tail = tiles.tail(tile);
-    for (int64_t h = part.slice_begin; h < part.slice_end; ++h) {
-      t.x = y2.channel((h - part.slice_begin) * t.depth) + pixel;
-      const int64_t row_end = (h + 1) * group_rows;
-      for (int64_t row = h * group_rows; row < row_end;) {
-        const int64_t channels = next_channels(row_end - row);
-        t.weight = weight + row * t.depth;
-        t.scale = static_cast<const A*>(conv.scale) + row;
-        t.bias = static_cast<const A*>(conv.bias) + row;
-        t.residual = residual.data ? residual.channel(row) + pixel : nullptr;
-        t.y = result.channel(row) + pixel;
-        run_pointwise_tile(channels, tiles.tile_vectors(tile), t);
-        row += channels;
-      }
-    }
+  for (int64_t row = channels.begin; row < channels.end;) {
+    const int64_t group = row / group_rows;
+    const int64_t rows = next_channels(std::min(channels.end, (group + 1) * group_rows) - row);
+    pointwise_rows<A>(conv, row, rows, unit.slice_channels(), tiles, y2.from(group * unit.slice_channels()),
+                      residual.data ? residual.from(row) : residual, result.from(row));
+    row += rows;
   }
 }
 
-// ---- Depthwise 3x3 convolution and average pooling --------------------------------------------------------------------
+// ---- Depthwise 3x3 convolution and average pooling ------------------------------------------------------------------
 
-// Lanes of vectors that lie inside the row: the columns at the left and right edge see zeros beyond it. One entry a
-// vector: with stride 1 a vector runs on over the ends of rows (left and right taps), with stride 2 it covers a part of
-// one row of the result and reads two vectors from each of two columns (the left tap's, the centre and right taps').
+// Lanes that lie inside the row: beyond its left and right end the taps see zeros. One entry a vector of results. With
+// stride 1 a vector runs on over the ends of rows, and both side taps are masked. With stride 2 it covers a part of one
+// row, reads two vectors from the centre tap's first column on, and takes the left taps from the right taps before.
 template <class A>
 struct EdgeMasks {
-  typename Simd<A>::Mask left[2], right[2];
+  typename Simd<A>::Mask left;  // with stride 1 only
+  typename Simd<A>::Mask right[2];
 };
-
-// Bits of the lanes whose column, counted on from `column`, lies in a row of `width`.
-inline uint32_t lanes_in_row(int64_t column, int64_t width, int lanes) {
-  uint32_t bits = 0;
-  for (int lane = 0; lane < lanes; ++lane) {
-    if (column + lane >= 0 && column + lane < width) bits |= uint32_t{1} << lane;
-  }
-  return bits;
-}
 
 template <class A>
 int64_t edge_vectors(const Unit& unit, const Part& part) {
@@ -213,43 +201,58 @@ template <class A>
 void fill_edge_masks(const Unit& unit, const Part& part, EdgeMasks<A>* masks) {
   using S = Simd<A>;
   const int64_t vectors = edge_vectors<A>(unit, part);
+  int64_t column = 0;  // of the lane, with stride 1
   for (int64_t v = 0; v < vectors; ++v) {
     if (unit.stride == 1) {
       uint32_t left = 0, right = 0;
       for (int lane = 0; lane < S::kLanes; ++lane) {
-        const int64_t column = (v * S::kLanes + lane) % unit.width;
         if (column > 0) left |= uint32_t{1} << lane;
         if (column < unit.width - 1) right |= uint32_t{1} << lane;
+        column = column == unit.width - 1 ? 0 : column + 1;
       }
-      masks[v] = {{S::mask(left)}, {S::mask(right)}};
+      masks[v] = {S::mask(left), {S::mask(right)}};
     } else {
       for (int half = 0; half < 2; ++half) {
-        const int64_t column = 2 * v * S::kLanes + half * S::kLanes;
-        masks[v].left[half] = S::mask(lanes_in_row(column - 1, unit.width, S::kLanes));
-        masks[v].right[half] = S::mask(lanes_in_row(column, unit.width, S::kLanes));
+        const int64_t first = (2 * v + half) * S::kLanes;
+        masks[v].right[half] = S::first(std::max<int64_t>(0, unit.width - first));
       }
     }
   }
 }
 
-// The sum over the taps of vector v of a row of results, columns two apart. A null row lies outside the image.
+// The sums over the taps of a row of results, columns two apart, vector by vector from the left. A null row lies
+// outside the image.
 template <class A>
-typename Simd<A>::V strided_taps(const A* const (&rows)[3], const A* weight, int64_t v, const EdgeMasks<A>& masks) {
+class StridedTaps {
+ public:
   using S = Simd<A>;
-  typename S::V sum = {};
-  for (int i = 0; i < 3; ++i) {
-    if (!rows[i]) continue;
-    const A* centre = rows[i] + 2 * v * S::kLanes;
-    const auto left0 = S::load(centre - 1, masks.left[0]);
-    const auto left1 = S::load(centre - 1 + S::kLanes, masks.left[1]);
-    const auto right0 = S::load(centre, masks.right[0]);
-    const auto right1 = S::load(centre + S::kLanes, masks.right[1]);
-    sum = S::fma(S::even(left0, left1), S::broadcast(weight[3 * i]), sum);
-    sum = S::fma(S::even(right0, right1), S::broadcast(weight[3 * i + 1]), sum);
-    sum = S::fma(S::odd(right0, right1), S::broadcast(weight[3 * i + 2]), sum);
+  using V = typename S::V;
+
+  StridedTaps(const A* top, const A* middle, const A* bottom, const A* weight)
+      : rows_{top, middle, bottom}, weight_(weight) {}
+
+  V next(const EdgeMasks<A>& masks) {
+    V sum = {};
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      if (!rows_[i]) continue;
+      const V first = S::load(rows_[i], masks.right[0]);
+      const V second = S::load(rows_[i] + S::kLanes, masks.right[1]);
+      const V right = S::odd(first, second);
+      sum = S::fma(S::shift_in(right_before_[i], right), S::broadcast(weight_[3 * i]), sum);
+      sum = S::fma(S::even(first, second), S::broadcast(weight_[3 * i + 1]), sum);
+      sum = S::fma(right, S::broadcast(weight_[3 * i + 2]), sum);
+      right_before_[i] = right;
+      rows_[i] += 2 * S::kLanes;
+    }
+    return sum;
   }
-  return sum;
-}
+
+ private:
+  const A* rows_[3];
+  const A* weight_;
+  V right_before_[3] = {};  // its last lane is the left tap of the next vector's first; zero at the row's left end
+};
 
 // One plane with stride 1, its rows run together: x starts with the row above the first.
 template <class A>
@@ -261,7 +264,7 @@ void depthwise_stride1(const A* x, int64_t width, int64_t pixels, const EdgeMask
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
       const A* centre = x + i * width + pixel;
-      sum = S::fma(S::load(centre - 1, masks[v].left[0]), S::broadcast(weight[3 * i]), sum);
+      sum = S::fma(S::load(centre - 1, masks[v].left), S::broadcast(weight[3 * i]), sum);
       sum = S::fma(S::load(centre), S::broadcast(weight[3 * i + 1]), sum);
       sum = S::fma(S::load(centre + 1, masks[v].right[0]), S::broadcast(weight[3 * i + 2]), sum);
     }
@@ -276,65 +279,59 @@ void depthwise_stride2(const A* x, int64_t width, int64_t out_rows, int64_t out_
   using S = Simd<A>;
   for (int64_t row = 0; row < out_rows; ++row) {
     const A* top = x + 2 * row * width;
-    const A* const rows[3] = {top, top + width, top + 2 * width};
+    StridedTaps<A> taps(top, top + width, top + 2 * width, weight);
     for (int64_t v = 0, column = 0; column < out_width; ++v, column += S::kLanes) {
-      const auto sum = strided_taps<A>(rows, weight, v, masks[v]);
+      const auto sum = taps.next(masks[v]);
       const auto value = S::max(S::broadcast(lower), S::fma(sum, S::broadcast(scale), S::broadcast(bias)));
       S::store(y + row * out_width + column, value, S::first(out_width - column));
     }
   }
 }
 
-// The part's rows of the intermediate channels. y1 has the halo row above the first, of zeros at the image's edge.
+// The part's rows of some intermediate channels. y1 has the halo row above the first, of zeros at the image's edge.
 template <class A>
-void depthwise(const Unit& unit, const Part& part, const Convolution& conv, const EdgeMasks<A>* masks,
-               Planes<const A> y1, Planes<A> y2) {
+void depthwise(const Unit& unit, const Part& part, const Convolution& conv, Channels channels,
+               const EdgeMasks<A>* masks, Planes<const A> y1, Planes<A> y2) {
   const int64_t rows = part.row_end - part.row_begin;
-  const int64_t first = part.slice_begin * unit.slice_channels();
-  const int64_t channels = part.slice_end * unit.slice_channels() - first;
   const A lower = unit.conv2_relu ? A{0} : -std::numeric_limits<A>::infinity();
-  for (int64_t c = 0; c < channels; ++c) {
-    const A* weight = static_cast<const A*>(conv.weight) + (first + c) * 9;
-    const A scale = static_cast<const A*>(conv.scale)[first + c];
-    const A bias = static_cast<const A*>(conv.bias)[first + c];
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
+    const A* x = y1.channel(c - channels.begin);
+    const A* weight = static_cast<const A*>(conv.weight) + c * 9;
+    const A scale = static_cast<const A*>(conv.scale)[c];
+    const A bias = static_cast<const A*>(conv.bias)[c];
     if (unit.stride == 1) {
-      depthwise_stride1<A>(y1.channel(c), unit.width, rows * unit.width, masks, weight, scale, bias, lower,
-                           y2.channel(c));
+      depthwise_stride1<A>(x, unit.width, rows * unit.width, masks, weight, scale, bias, lower, y2.channel(c));
     } else {
-      depthwise_stride2<A>(y1.channel(c), unit.width, rows, unit.out_width(), masks, weight, scale, bias, lower,
-                           y2.channel(c));
+      depthwise_stride2<A>(x, unit.width, rows, unit.out_width(), masks, weight, scale, bias, lower, y2.channel(c));
     }
   }
 }
 
 // relu(avg_pool2d(x, 3, stride=2, padding=1)) of some channels; x starts with input row x_row.
 template <class A>
-void pool(const Unit& unit, const Part& part, int64_t channel_begin, int64_t channel_end, const EdgeMasks<A>* masks,
-          Planes<const A> x, int64_t x_row, Planes<A> result) {
+void pool(const Unit& unit, const Part& part, Channels channels, const EdgeMasks<A>* masks, Planes<const A> x,
+          int64_t x_row, Planes<A> result) {
   using S = Simd<A>;
   using V = typename S::V;
   static constexpr A ones[9] = {1, 1, 1, 1, 1, 1, 1, 1, 1};
   const V one = S::broadcast(1);
-  for (int64_t c = channel_begin; c < channel_end; ++c) {
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
-      const A* rows[3];
-      int inside = 0;
-      for (int i = 0; i < 3; ++i) {
-        const int64_t in_row = 2 * row - 1 + i;
-        const bool in_image = in_row >= 0 && in_row < unit.height;
-        rows[i] = in_image ? x.channel(c) + (in_row - x_row) * unit.width : nullptr;
-        inside += in_image;
-      }
+      const A* const middle = x.channel(c) + (2 * row - x_row) * unit.width;
+      const bool has_top = row > 0, has_bottom = 2 * row + 1 < unit.height;
+      StridedTaps<A> taps(
+          has_top ? middle - unit.width : nullptr, middle, has_bottom ? middle + unit.width : nullptr, ones);
+      const V rows = S::broadcast(static_cast<A>(1 + has_top + has_bottom));
       A* y = result.channel(c) + (row - part.row_begin) * unit.out_width();
+      V right_before = {};
       for (int64_t v = 0, column = 0; column < unit.out_width(); ++v, column += S::kLanes) {
-        V count = S::broadcast(9);
+        V share = S::broadcast(A{1} / 9);
         if (!unit.pool_count_include_pad) {
-          const V left = S::even(S::keep(one, masks[v].left[0]), S::keep(one, masks[v].left[1]));
           const V right = S::odd(S::keep(one, masks[v].right[0]), S::keep(one, masks[v].right[1]));
-          count = (left + one + right) * S::broadcast(static_cast<A>(inside));
+          share = one / ((S::shift_in(right_before, right) + one + right) * rows);
+          right_before = right;
         }
-        const V value = S::max(V{}, strided_taps<A>(rows, ones, v, masks[v]) / count);
-        S::store(y + column, value, S::first(unit.out_width() - column));
+        S::store(y + column, S::max(V{}, taps.next(masks[v]) * share), S::first(unit.out_width() - column));
       }
     }
   }
@@ -351,21 +348,22 @@ struct Image {
   int64_t plane;     // pixels of a channel
 };
 
-// Calls the contiguous or the transposing copy between pixels [begin, begin + pixels) of an image and planes.
+// Copies pixels [begin, begin + pixels) of some channels from an image to planes.
 template <class T>
-void stage_in(const Image<const T>& image, int64_t begin, int64_t pixels, Planes<accumulator_t<T>> planes) {
+void stage_in(const Image<const T>& image, int64_t begin, int64_t pixels, Channels range,
+              Planes<accumulator_t<T>> planes) {
   using S = Simd<accumulator_t<T>>;
   constexpr int kLanes = S::kLanes;
   if (image.layout == Layout::contiguous) {
-    for (int64_t c = 0; c < image.channels; ++c) {
+    for (int64_t c = range.begin; c < range.end; ++c) {
       const T* from = image.data + c * image.plane + begin;
       for (int64_t p = 0; p < pixels; p += kLanes) S::store(planes.channel(c) + p, load_first(from + p, pixels - p));
     }
     return;
   }
   for (int64_t p = 0; p < pixels; p += kLanes) {
-    for (int64_t c = 0; c < image.channels; c += kLanes) {
-      const int64_t channels = image.channels - c;
+    for (int64_t c = range.begin; c < range.end; c += kLanes) {
+      const int64_t channels = range.end - c;
       typename S::V rows[kLanes] = {};
       for (int i = 0; i < kLanes && p + i < pixels; ++i) {
         rows[i] = load_first(image.data + (begin + p + i) * image.channels + c, channels);
@@ -376,21 +374,22 @@ void stage_in(const Image<const T>& image, int64_t begin, int64_t pixels, Planes
   }
 }
 
+// Copies the other way.
 template <class T>
-void stage_out(const Image<T>& image, int64_t begin, int64_t pixels, int64_t channel_begin, int64_t channel_end,
+void stage_out(const Image<T>& image, int64_t begin, int64_t pixels, Channels range,
                Planes<const accumulator_t<T>> planes) {
   using S = Simd<accumulator_t<T>>;
   constexpr int kLanes = S::kLanes;
   if (image.layout == Layout::contiguous) {
-    for (int64_t c = channel_begin; c < channel_end; ++c) {
+    for (int64_t c = range.begin; c < range.end; ++c) {
       T* to = image.data + c * image.plane + begin;
       for (int64_t p = 0; p < pixels; p += kLanes) store_first(to + p, S::load(planes.channel(c) + p), pixels - p);
     }
     return;
   }
   for (int64_t p = 0; p < pixels; p += kLanes) {
-    for (int64_t c = channel_begin; c < channel_end; c += kLanes) {
-      const int64_t channels = channel_end - c;
+    for (int64_t c = range.begin; c < range.end; c += kLanes) {
+      const int64_t channels = range.end - c;
       typename S::V rows[kLanes] = {};
       for (int i = 0; i < kLanes && i < channels; ++i) rows[i] = S::load(planes.channel(c + i) + p);
       S::transpose(rows);
@@ -419,114 +418,169 @@ struct InputRows {
   int64_t begin, end;
 };
 
-// A part's buffers, one behind the other. Each plane ends with a vector of slack: whole vectors are loaded and stored
-// past its last pixel.
-template <class T>
-struct Scratch {
-  using A = accumulator_t<T>;
-
-  Scratch(const Unit& unit, const Part& part, void* memory) : next(static_cast<char*>(memory)) {
-    const InputRows in(unit, part);
-    const int64_t channels = (part.slice_end - part.slice_begin) * unit.slice_channels();
-    const int64_t out_pixels = (part.row_end - part.row_begin) * unit.out_width();
-    masks = take<EdgeMasks<A>>(edge_vectors<A>(unit, part));
-    y1 = planes(channels, (in.halo_end - in.halo_begin) * unit.width);
-    if (unit.has_conv3()) y2 = planes(channels, out_pixels);
-    if (!is_staged<T>(unit)) return;
-    x = planes(unit.in_channels, (in.end - in.begin) * unit.width);
-    if (!unit.adds_residual()) result = planes(unit.result_channels(), out_pixels);
-  }
+// Cuts memory into arrays, one behind the other; only counts where there is none.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
 
   template <class U>
   U* take(int64_t n) {
-    char* const here = next;
-    next += ceil_div(n * static_cast<int64_t>(sizeof(U)), kScratchAlignment) * kScratchAlignment;
-    return reinterpret_cast<U*>(here);
+    U* const array = memory_ ? reinterpret_cast<U*>(memory_ + bytes_) : nullptr;
+    bytes_ += ceil_div(n * static_cast<int64_t>(sizeof(U)), kScratchAlignment) * kScratchAlignment;
+    return array;
   }
+  // Each plane ends with a vector of slack: whole vectors are loaded and stored past its last pixel.
+  template <class A>
   Planes<A> planes(int64_t channels, int64_t pixels) {
     const int64_t stride = (ceil_div(pixels, Simd<A>::kLanes) + 1) * Simd<A>::kLanes;
     return {take<A>(channels * stride), stride};
   }
+  int64_t bytes() const { return bytes_; }
 
-  EdgeMasks<A>* masks;
-  Planes<A> y1, y2, x, result;
-  char* next;  // the end
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
 };
 
+// What the phases of a part hand on to each other.
 template <class T>
-int64_t scratch_bytes(const Unit& unit, const Part& part) {
-  return Scratch<T>(unit, part, nullptr).next - static_cast<char*>(nullptr);
-}
+struct Buffers {
+  using A = accumulator_t<T>;
+
+  Buffers(const Unit& unit, const Part& part, void* memory) {
+    const InputRows in(unit, part);
+    const int64_t out_pixels = (part.row_end - part.row_begin) * unit.out_width();
+    Arena arena(memory);
+    masks = arena.take<EdgeMasks<A>>(edge_vectors<A>(unit, part));
+    if (unit.has_conv3()) y2 = arena.planes<A>(unit.mid_channels, out_pixels);
+    if (is_staged<T>(unit)) {
+      x = arena.planes<A>(unit.in_channels, (in.end - in.begin) * unit.width);
+      // A residual is added where it lies: conv1 is done with x by then.
+      if (unit.adds_residual()) {
+        result = {x.channel(0) + (part.row_begin - in.begin) * unit.width, x.stride};
+      } else {
+        result = arena.planes<A>(unit.result_channels(), out_pixels);
+      }
+    }
+    bytes = arena.bytes();
+  }
+
+  EdgeMasks<A>* masks;
+  Planes<A> y2, x, result;
+  int64_t bytes;
+};
 
 template <class A>
 Planes<const A> read_only(Planes<A> planes) {
   return {planes.data, planes.stride};
 }
 
+// A part with its buffers and the pointers of its image.
 template <class T>
-void run_unit(const Unit& unit, const UnitPointers& pointers, const Part& part, void* memory) {
+struct PartView : Buffers<T> {
   using A = accumulator_t<T>;
-  const InputRows in(unit, part);
-  const int64_t in_plane = unit.height * unit.width;
-  const int64_t out_plane = unit.out_height() * unit.out_width();
-  const int64_t in_pixels = (in.end - in.begin) * unit.width;
-  const int64_t out_begin = part.row_begin * unit.out_width();
-  const int64_t out_pixels = (part.row_end - part.row_begin) * unit.out_width();
-  const T* const image_x = static_cast<const T*>(pointers.x) + part.image * unit.in_channels * in_plane;
-  T* const image_result = static_cast<T*>(pointers.result) + part.image * unit.result_channels() * out_plane;
 
-  Scratch<T> scratch(unit, part, memory);
-  fill_edge_masks<A>(unit, part, scratch.masks);
-
-  Planes<const A> x = read_only(scratch.x);
-  Planes<A> result = scratch.result;
-  const bool staged = is_staged<T>(unit);
-  if (staged) {
-    stage_in<T>({image_x, unit.layout, unit.in_channels, in_plane}, in.begin * unit.width, in_pixels, scratch.x);
-    // A residual is added where it lies: conv1 is done with x by then.
-    if (unit.adds_residual()) {
-      result = {scratch.x.data + (part.row_begin - in.begin) * unit.width, scratch.x.stride};
+  PartView(const Unit& unit, const UnitPointers& pointers, const Part& part, void* memory)
+      : Buffers<T>(unit, part, memory), in(unit, part), staged(is_staged<T>(unit)) {
+    const int64_t in_plane = unit.height * unit.width;
+    const int64_t out_plane = unit.out_height() * unit.out_width();
+    in_begin = in.begin * unit.width;
+    in_pixels = (in.end - in.begin) * unit.width;
+    out_begin = part.row_begin * unit.out_width();
+    out_pixels = (part.row_end - part.row_begin) * unit.out_width();
+    image_x = {static_cast<const T*>(pointers.x) + part.image * unit.in_channels * in_plane, unit.layout,
+               unit.in_channels, in_plane};
+    image_result = {static_cast<T*>(pointers.result) + part.image * unit.result_channels() * out_plane, unit.layout,
+                    unit.result_channels(), out_plane};
+    planes_x = read_only(this->x);
+    if constexpr (std::is_same_v<T, A>) {
+      if (!staged) {
+        planes_x = {image_x.data + in_begin, in_plane};
+        this->result = {image_result.data + out_begin, out_plane};
+      }
     }
-  } else if constexpr (std::is_same_v<T, A>) {
-    x = {image_x + in.begin * unit.width, in_plane};
-    result = {image_result + out_begin, out_plane};
   }
 
-  const int64_t slice = unit.slice_channels();
-  const int64_t channels = (part.slice_end - part.slice_begin) * slice;
-  const Planes<A> y1_image = {scratch.y1.data + (in.begin - in.halo_begin) * unit.width, scratch.y1.stride};
-  for (int64_t c = 0; c < channels; ++c) {
-    A* const plane = scratch.y1.channel(c);
+  void write_out(Channels channels) const {
+    if (staged) stage_out<T>(image_result, out_begin, out_pixels, channels, read_only(this->result));
+  }
+
+  InputRows in;
+  bool staged;
+  int64_t in_begin, in_pixels, out_begin, out_pixels;
+  Image<const T> image_x;
+  Image<T> image_result;
+  Planes<const A> planes_x;  // the part's rows of x, staged or in place
+};
+
+template <class T>
+int64_t buffer_bytes(const Unit& unit, const Part& part) {
+  return Buffers<T>(unit, part, nullptr).bytes;
+}
+
+template <class T>
+void prepare(const Unit& unit, const Part& part, void* buffers) {
+  using A = accumulator_t<T>;
+  fill_edge_masks<A>(unit, part, Buffers<T>(unit, part, buffers).masks);
+}
+
+template <class T>
+void stage(const Unit& unit, const UnitPointers& pointers, const Part& part, Channels channels, void* buffers) {
+  const PartView<T> view(unit, pointers, part, buffers);
+  if (view.staged) stage_in<T>(view.image_x, view.in_begin, view.in_pixels, channels, view.x);
+}
+
+template <class A>
+Planes<A> expand_planes(const Unit& unit, const Part& part, Channels channels, Arena& arena) {
+  const InputRows in(unit, part);
+  return arena.planes<A>(channels.count(), (in.halo_end - in.halo_begin) * unit.width);
+}
+
+template <class T>
+int64_t expand_bytes(const Unit& unit, const Part& part, Channels channels) {
+  Arena arena(nullptr);
+  expand_planes<accumulator_t<T>>(unit, part, channels, arena);
+  return arena.bytes();
+}
+
+template <class T>
+void expand(const Unit& unit, const UnitPointers& pointers, const Part& part, Channels channels, void* buffers,
+            void* scratch) {
+  using A = accumulator_t<T>;
+  const PartView<T> view(unit, pointers, part, buffers);
+  const InputRows& in = view.in;
+  Arena arena(scratch);
+  const Planes<A> y1 = expand_planes<A>(unit, part, channels, arena);
+  for (int64_t c = 0; c < channels.count(); ++c) {
+    A* const plane = y1.channel(c);
     std::fill(plane, plane + (in.begin - in.halo_begin) * unit.width, A{0});
     std::fill(plane + (in.end - in.halo_begin) * unit.width, plane + (in.halo_end - in.halo_begin) * unit.width, A{0});
   }
-  conv1<A>(unit, part, pointers.conv1, x, in_pixels, y1_image);
+  const Planes<A> y1_image = {y1.data + (in.begin - in.halo_begin) * unit.width, y1.stride};
+  conv1<A>(unit, pointers.conv1, channels, view.planes_x, view.in_pixels, y1_image);
+  const Planes<A> y2 = unit.has_conv3() ? view.y2 : view.result;
+  depthwise<A>(unit, part, pointers.conv2, channels, view.masks, read_only(y1), y2);
+  if (!unit.has_conv3()) view.write_out(channels);
+}
 
-  int64_t written_begin = part.slice_begin * slice, written_end = part.slice_end * slice;
-  if (!unit.has_conv3()) {
-    const Planes<A> y2 = {result.channel(written_begin), result.stride};
-    depthwise<A>(unit, part, pointers.conv2, scratch.masks, read_only(scratch.y1), y2);
-  } else {
-    written_begin = part.slice_begin * (unit.out_channels / unit.groups);
-    written_end = part.slice_end * (unit.out_channels / unit.groups);
-    depthwise<A>(unit, part, pointers.conv2, scratch.masks, read_only(scratch.y1), scratch.y2);
+template <class T>
+void project(const Unit& unit, const UnitPointers& pointers, const Part& part, Channels channels, void* buffers) {
+  using A = accumulator_t<T>;
+  const PartView<T> view(unit, pointers, part, buffers);
+  const Channels convolved = {channels.begin, std::min(channels.end, unit.out_channels)};
+  if (convolved.count() > 0) {
     Planes<const A> residual;
-    if (unit.adds_residual()) residual = {x.data + (part.row_begin - in.begin) * unit.width, x.stride};
-    conv3<A>(unit, part, pointers.conv3, read_only(scratch.y2), out_pixels, residual, result);
-  }
-
-  const Image<T> image = {image_result, unit.layout, unit.result_channels(), out_plane};
-  if (staged) stage_out<T>(image, out_begin, out_pixels, written_begin, written_end, read_only(result));
-  if (unit.concatenates_pool()) {
-    const int64_t begin = unit.in_channels * part.slice_begin / unit.groups;
-    const int64_t end = unit.in_channels * part.slice_end / unit.groups;
-    const Planes<A> pooled = {result.channel(unit.out_channels), result.stride};
-    pool<A>(unit, part, begin, end, scratch.masks, x, in.begin, pooled);
-    if (staged) {
-      stage_out<T>(image, out_begin, out_pixels, unit.out_channels + begin, unit.out_channels + end,
-                   read_only(result));
+    if (unit.adds_residual()) {
+      residual = {view.planes_x.data + (part.row_begin - view.in.begin) * unit.width, view.planes_x.stride};
     }
+    conv3<A>(unit, pointers.conv3, convolved, read_only(view.y2), view.out_pixels, residual, view.result);
   }
+  const Channels pooled = {
+      std::max(channels.begin, unit.out_channels) - unit.out_channels, channels.end - unit.out_channels};
+  if (pooled.count() > 0) {
+    pool<A>(unit, part, pooled, view.masks, view.planes_x, view.in.begin, view.result.from(unit.out_channels));
+  }
+  view.write_out(channels);
 }
 
 template <class T>
@@ -539,7 +593,7 @@ void to_accumulator(const void* from, void* to, int64_t n) {
 
 template <class T>
 constexpr UnitKernel kernel_for() {
-  return {scratch_bytes<T>, run_unit<T>, to_accumulator<T>};
+  return {buffer_bytes<T>, prepare<T>, stage<T>, expand_bytes<T>, expand<T>, project<T>, to_accumulator<T>};
 }
 
 inline UnitKernel unit_kernel(Dtype dtype) {
