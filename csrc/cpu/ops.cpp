@@ -67,7 +67,7 @@ class ConvolutionData {
 
  private:
   const A* values(const Tensor& tensor) {
-    const Tensor contiguous = torch::stable::contiguous(tensor);
+    const Tensor contiguous = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
     kept_.push_back(contiguous);
     const Dtype dtype = dtype_of("weight", contiguous);
     const bool same = dtype == (std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
