@@ -19,6 +19,10 @@ void run_phases(int64_t tasks, int64_t phases, const Task& task) {
     std::atomic<int64_t> claimed{0};
     std::atomic<int64_t> done{0};
   };
+  struct Done {  // counts the task even if it throws, so that nobody waits for it forever
+    std::atomic<int64_t>& count;
+    ~Done() { count.fetch_add(1, std::memory_order_release); }
+  };
   constexpr int kSpins = 2000;  // some microseconds: longer than balanced tasks differ, shorter than a time slice
   std::vector<Progress> progress(phases);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
@@ -27,8 +31,8 @@ void run_phases(int64_t tasks, int64_t phases, const Task& task) {
       for (;;) {
         const int64_t i = p.claimed.fetch_add(1, std::memory_order_relaxed);
         if (i >= tasks) break;
+        const Done done{p.done};
         task(phase, i);
-        p.done.fetch_add(1, std::memory_order_release);
       }
       for (int spins = 0; p.done.load(std::memory_order_acquire) < tasks; ++spins) {
         if (spins >= kSpins) std::this_thread::yield();
