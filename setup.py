@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pybind11
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.errors import CompileError
 from torch.utils import cpp_extension
 
@@ -61,22 +61,22 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().build_extensions()
 
 
-def extensions() -> list[cpp_extension.CppExtension]:
+def extensions() -> list[Extension]:
     if os.environ.get("SHUFFLENET_EXT_REFERENCE_ONLY") == "1":
         print("shufflenet_ext: reference only, no native library (SHUFFLENET_EXT_REFERENCE_ONLY=1)")
         return []
     with_cuda, reason = cuda_decision()
     print(f"shufflenet_ext: building {'with' if with_cuda else 'without'} CUDA: {reason}")
     sources = ["csrc/library.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
-    return [
-        cpp_extension.CppExtension(
-            "shufflenet_ext._C",
-            sources,
-            include_dirs=[pybind11.get_include()],  # before torch's bundled copy
-            depends=[str(path) for path in Path("csrc").rglob("*.h")],
-            extra_compile_args=cpp_flags(),
-        )
-    ]
+    library = cpp_extension.CppExtension(
+        "shufflenet_ext._C",
+        sources,
+        include_dirs=[pybind11.get_include()],  # before torch's bundled copy
+        depends=[str(path) for path in Path("csrc").rglob("*.h")],
+        extra_compile_args=cpp_flags(),
+    )
+    library.libraries = ["torch_cpu"]  # holds the stable ABI; nothing of libc10 or libtorch_python is used
+    return [library]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

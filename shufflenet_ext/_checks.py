@@ -55,8 +55,10 @@ def check_unit(
         check_tensor(name, value)
     for name, number in (("conv1_groups", conv1_groups), (groups_name, shuffle_groups), ("stride", stride)):
         check_int(name, number)
-    if x.dim() != 4 or min(x.shape[1:]) < 1:
-        raise ValueError(f"x: got shape {list(x.shape)}, expected (batch, channels, height, width), not empty but for batch")
+    if x.dim() != 4 or any(size < 1 for size in x.shape[1:]):
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, expected (batch, channels, height, width), not empty but for batch"
+        )
     if not x.dtype.is_floating_point:
         raise ValueError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
     if stride not in (1, 2):

@@ -3,12 +3,13 @@
 import copy
 import itertools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shufflenet_ext._backend import use_backend
-from shufflenet_ext.modules import FusedShuffleBottleneck, ShuffleBottleneck
+from shufflenet_ext.modules import FusedShuffleBottleneck, ShuffleBottleneck, has_hooks
 
 _PARTS = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
 _TOLERANCE = 1e-9  # of a float64 comparison, relative to the largest output; other units differ by far more
@@ -37,7 +38,9 @@ def fuse(model: nn.Module) -> nn.Module:
         if module not in fused:
             fused[module] = _fused_unit(name, module) if _looks_like_unit(module) else module
             if fused[module] is module:
-                for child_name, child in list(module.named_children()):
+                for child_name, child in list(module._modules.items()):  # named_children() leaves out repeated ones
+                    if child is None:
+                        continue
                     replacement = swap(f"{name}.{child_name}" if name else child_name, child)
                     if replacement is not child:
                         setattr(module, child_name, replacement)
@@ -50,7 +53,10 @@ def _looks_like_unit(module: nn.Module) -> bool:
     return all(hasattr(module, part) for part in (*_PARTS, "stride"))
 
 
-def _fused_unit(name: str, unit: nn.Module) -> nn.Module:
+# Units here are Any: modules with the attributes of _looks_like_unit, of any class.
+
+
+def _fused_unit(name: str, unit: Any) -> nn.Module:
     """The fused twin of a unit, or the unit itself, with a warning, where there is none."""
     if isinstance(unit, FusedShuffleBottleneck):
         return unit
@@ -70,9 +76,9 @@ def _fused_unit(name: str, unit: nn.Module) -> nn.Module:
     return unit
 
 
-def _unfit(unit: nn.Module) -> str | None:
+def _unfit(unit: Any) -> str | None:
     """Why a unit's parts cannot be those of a FusedShuffleBottleneck; None where they can."""
-    if unit._forward_hooks or unit._forward_pre_hooks or unit._backward_hooks or unit._backward_pre_hooks:
+    if has_hooks(unit):
         return "it has hooks"
     for part in _PARTS:
         module = getattr(unit, part)
@@ -99,7 +105,7 @@ def _unfit(unit: nn.Module) -> str | None:
     return None
 
 
-def _shell(unit: nn.Module, groups: int, conv2_relu: bool, include_pad: bool) -> FusedShuffleBottleneck:
+def _shell(unit: Any, groups: int, conv2_relu: bool, include_pad: bool) -> FusedShuffleBottleneck:
     """A fused unit with the unit's geometry and no memory of its own."""
     with torch.device("meta"):
         return FusedShuffleBottleneck(
@@ -114,7 +120,7 @@ def _shell(unit: nn.Module, groups: int, conv2_relu: bool, include_pad: bool) ->
         )
 
 
-def _twin(unit: nn.Module, groups: int, conv2_relu: bool, include_pad: bool) -> FusedShuffleBottleneck:
+def _twin(unit: Any, groups: int, conv2_relu: bool, include_pad: bool) -> FusedShuffleBottleneck:
     """A fused unit that holds the unit's own convolutions and norms, and its mode."""
     twin = _shell(unit, groups, conv2_relu, include_pad)
     for part in _PARTS:
@@ -124,7 +130,7 @@ def _twin(unit: nn.Module, groups: int, conv2_relu: bool, include_pad: bool) -> 
 
 
 @torch.no_grad()
-def _difference(unit: nn.Module, twin: nn.Module) -> float:
+def _difference(unit: Any, twin: FusedShuffleBottleneck) -> float:
     """The largest relative difference of float64 copies with random statistics, over both modes and two sizes."""
     generator = torch.Generator().manual_seed(0)
     pair = [copy.deepcopy(module).to(device="cpu", dtype=torch.float64) for module in (unit, twin)]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from shufflenet_ext import ops
 from shufflenet_ext.fusion import fuse
+from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
 from shufflenet_ext.modules import ShuffleBottleneck
 
 
@@ -40,6 +41,13 @@ def _required(statistics: Tensor | None) -> Tensor:
 
 class InferenceUnit(_EvalOnly):
     """A unit for inference: one op on folded weights. Made by :func:`optimize_for_inference`."""
+
+    conv1_weight: Tensor
+    conv1_bias: Tensor
+    conv2_weight: Tensor
+    conv2_bias: Tensor
+    conv3_weight: Tensor
+    conv3_bias: Tensor
 
     def __init__(self, unit: ShuffleBottleneck) -> None:
         super().__init__()
@@ -85,24 +93,30 @@ class InferenceModel(_EvalOnly):
 def optimize_for_inference(model: nn.Module) -> nn.Module:
     """An eval-only copy of ``model`` whose units have their batch norm folded into their weights.
 
-    Every unit that :func:`shufflenet_ext.fuse` swaps becomes one op on folded weights. Batch norm of its own that a
-    network with the original code's names has behind its stem (conv1, bn1) is folded too. ``model`` itself is left as it
-    is. The copy computes no gradients; its ``train()`` raises RuntimeError. TypeError if ``model`` is not a module.
+    Every unit that :func:`shufflenet_ext.fuse` swaps becomes one op on folded weights; so does the batch norm behind
+    the stem of this package's networks. ``model`` itself is left as it is. The copy computes no gradients; its
+    ``train()`` raises RuntimeError. TypeError if ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     copied = fuse(copy.deepcopy(model).eval())
-    return InferenceModel(_inference_twin(copied))
+    return InferenceModel(_inference_twin(copied, {}))
 
 
-def _inference_twin(module: nn.Module) -> nn.Module:
+def _inference_twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """What takes the module's place; ``twins`` has those made so far, as a module used twice stays one."""
+    if module in twins:
+        return twins[module]
     if isinstance(module, ShuffleBottleneck):
-        return InferenceUnit(module)
-    for name, child in list(module.named_children()):
-        setattr(module, name, _inference_twin(child))
-    conv, norm = getattr(module, "conv1", None), getattr(module, "bn1", None)
-    if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.num_features == conv.out_channels:
-        weight, bias = _folded(conv, norm)
-        conv.weight, conv.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-        module.bn1 = nn.Identity()
+        twins[module] = InferenceUnit(module)
+        return twins[module]
+    twins[module] = module
+    for name, child in list(module._modules.items()):
+        if child is not None:
+            setattr(module, name, _inference_twin(child, twins))
+    # Of a network of another class only its code knows whether bn1 comes behind conv1.
+    if isinstance(module, (ShuffleNetCifar, ShuffleNetV1)) and isinstance(module.bn1, nn.BatchNorm2d):
+        weight, bias = _folded(module.conv1, module.bn1)
+        module.conv1.weight, module.conv1.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+        module._modules["bn1"] = nn.Identity()
     return module

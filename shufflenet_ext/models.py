@@ -11,7 +11,9 @@ REPEATS = (4, 8, 4)
 STAGE2_CHANNELS = {1: 144, 2: 200, 3: 240, 4: 272, 8: 384}
 
 
-def _stage(in_channels: int, out_channels: int, repeats: int, groups: int, first_mid_channels: int | None) -> nn.Sequential:
+def _stage(
+    in_channels: int, out_channels: int, repeats: int, groups: int, first_mid_channels: int | None
+) -> nn.Sequential:
     """One stage: a unit of stride 2 that brings in_channels to out_channels, then repeats - 1 of stride 1."""
     first = FusedShuffleBottleneck(in_channels, out_channels - in_channels, 2, groups, mid_channels=first_mid_channels)
     rest = (FusedShuffleBottleneck(out_channels, out_channels, 1, groups) for _ in range(repeats - 1))
@@ -19,7 +21,7 @@ def _stage(in_channels: int, out_channels: int, repeats: int, groups: int, first
 
 
 class ShuffleNetCifar(nn.Module):
-    """The original code's network for 32×32 images of 3 channels: 1×1 stem, three stages, 4×4 average pool, 10 classes."""
+    """The original code's network for 3×32×32 images: 1×1 stem, three stages, 4×4 average pool, 10 classes."""
 
     def __init__(self, out_channels: tuple[int, int, int], groups: int) -> None:
         super().__init__()

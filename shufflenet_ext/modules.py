@@ -66,7 +66,7 @@ class ShuffleBottleneck(nn.Module):
             raise ValueError(f"mid_channels: got {mid_channels}, expected a positive int")
         if stride == 1 and out_channels != in_channels:
             raise ValueError(
-                f"out_channels: got {out_channels}, expected in_channels, {in_channels} (with stride 1, the input is added)"
+                f"out_channels: got {out_channels}, expected in_channels, {in_channels} (stride 1 adds the input)"
             )
         check_divides("conv1_groups", conv1_groups, "in_channels", in_channels)
         check_divides("conv1_groups", conv1_groups, "mid_channels", mid_channels)
@@ -93,21 +93,25 @@ class ShuffleBottleneck(nn.Module):
         if self.conv2_relu:
             y = F.relu(y)
         y = self.bn3(self.conv3(y))
-        return reference.add_shortcut(
-            y, x, stride=self.stride, pool_count_include_pad=self.pool_count_include_pad
-        )
+        return reference.add_shortcut(y, x, stride=self.stride, pool_count_include_pad=self.pool_count_include_pad)
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, groups={self.groups}"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module's own call runs more than its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 class FusedShuffleBottleneck(ShuffleBottleneck):
     """The drop-in: a :class:`ShuffleBottleneck` that runs as one native kernel in eval mode.
 
     Same arguments, state_dict, results and gradients. In eval mode a call is one op, which reads the parameters and the
-    statistics as they are at that moment: there is no folded copy that could be stale. In training mode, where batch norm
-    needs the whole batch's statistics between the convolutions, it is the plain unit. The op runs under the backend in
-    use (:func:`shufflenet_ext.use_backend`).
+    statistics as they are at that moment: there is no folded copy that could be stale. In training mode, where batch
+    norm needs the whole batch's statistics between the convolutions, it is the plain unit. The op runs under the
+    backend in use (:func:`shufflenet_ext.use_backend`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
         norms = (self.bn1, self.bn2, self.bn3)
         if any(norm.training or norm.running_mean is None for norm in norms) or not runs_native(x):
             return super().forward(x)
-        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (*convs, *norms)):
+        if any(has_hooks(module) for module in (*convs, *norms)):
             fall_back("a convolution or batch norm inside the unit has hooks")
             return super().forward(x)
         tensors = []

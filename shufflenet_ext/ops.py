@@ -156,7 +156,7 @@ def _register(name: str, *, casts_vectors: bool) -> None:
             replaced = dict(zip(wanted, values, strict=True))
             return run_reference(*(replaced.get(i, given) for i, given in enumerate(inputs)), **ctx.options)
 
-        _, vjp = torch.func.vjp(run, *(inputs[i] for i in wanted))
+        vjp = torch.func.vjp(run, *(inputs[i] for i in wanted))[1]
         grads = dict(zip(wanted, vjp(grad), strict=True))
         return tuple(grads.get(i) for i in range(len(inputs)))
 

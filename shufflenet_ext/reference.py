@@ -12,7 +12,7 @@ from shufflenet_ext._checks import check_divides, check_int, check_tensor, check
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
-    """Channel shuffle (section 3.1): channel ``c`` of the result is channel ``(c % groups) * (C // groups) + c // groups``.
+    """Channel shuffle (section 3.1): channel c of the result is ``(c % groups) * (C // groups) + c // groups`` of x.
 
     Args:
         x: (N, C, H, W), any dtype.
@@ -74,6 +74,7 @@ def shuffle_bottleneck(
     pool_count_include_pad: bool = True,
 ) -> Tensor:
     """:func:`shufflenet_ext.ops.shuffle_bottleneck` in plain PyTorch."""
+    check_tensor("conv3_weight", conv3_weight)
     check_unit(
         x,
         conv1_weight,
@@ -103,7 +104,7 @@ def shuffle_bottleneck(
 
 
 def add_shortcut(y: Tensor, x: Tensor, *, stride: int, pool_count_include_pad: bool) -> Tensor:
-    """The unit's end (figure 2 b and c): the residual sum with stride 1, concatenation with the pooled x with stride 2."""
+    """The unit's end (figure 2 b and c): the sum with x for stride 1, concatenation with the pooled x for stride 2."""
     if stride == 1:
         return F.relu(y + x)
     pooled = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=pool_count_include_pad)

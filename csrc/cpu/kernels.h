@@ -27,11 +27,12 @@ struct UnitKernel {
   void (*prepare)(const Unit&, const Part&, void* buffers);
   // Channels of x.
   void (*stage)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers);
-  // Intermediate channels, in shuffled order; scratch holds expand_bytes.
-  int64_t (*expand_bytes)(const Unit&, const Part&, Channels);
+  // Of a worker, for so many intermediate channels; project needs that of none.
+  int64_t (*scratch_bytes)(const Unit&, const Part&, Channels);
+  // Intermediate channels, in shuffled order.
   void (*expand)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers, void* scratch);
   // Channels of the result; no such phase in a unit that ends after the depthwise convolution.
-  void (*project)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers);
+  void (*project)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers, void* scratch);
 
   // Converts n elements of the dtype to the accumulator type.
   void (*to_accumulator)(const void* from, void* to, int64_t n);

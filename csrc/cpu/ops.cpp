@@ -36,7 +36,7 @@ class Scratch {
 };
 
 // A thread's buffers are those of the part that it runs, or that threads it called run together.
-static thread_local Scratch thread_buffers, thread_expand_scratch;
+static thread_local Scratch thread_buffers, thread_scratch;
 
 // The convolution's arrays in the accumulator type A: the arguments' own memory where it has that type.
 template <class A>
@@ -89,11 +89,11 @@ class ConvolutionData {
 static void run_alone(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers, const Part& part) {
   const Channels mid = {0, unit.mid_channels};
   void* const buffers = thread_buffers.reserve(kernel.buffer_bytes(unit, part));
-  void* const scratch = thread_expand_scratch.reserve(kernel.expand_bytes(unit, part, mid));
+  void* const scratch = thread_scratch.reserve(kernel.scratch_bytes(unit, part, mid));
   kernel.prepare(unit, part, buffers);
   kernel.stage(unit, pointers, part, {0, unit.in_channels}, buffers);
   kernel.expand(unit, pointers, part, mid, buffers, scratch);
-  if (unit.has_conv3()) kernel.project(unit, pointers, part, {0, unit.result_channels()}, buffers);
+  if (unit.has_conv3()) kernel.project(unit, pointers, part, {0, unit.result_channels()}, buffers, scratch);
 }
 
 // Several threads share each phase of a part, by channels: nothing is computed twice.
@@ -112,10 +112,11 @@ static void run_together(const UnitKernel& kernel, const Unit& unit, const UnitP
     } else if (phase == 1) {
       // Whole multiples of the groups leave each of conv1's groups an equal share of its rows.
       const Channels channels = share(unit.mid_channels, unit.groups, i);
-      void* const scratch = thread_expand_scratch.reserve(kernel.expand_bytes(unit, part, channels));
+      void* const scratch = thread_scratch.reserve(kernel.scratch_bytes(unit, part, channels));
       kernel.expand(unit, pointers, part, channels, buffers, scratch);
     } else if (unit.has_conv3()) {
-      kernel.project(unit, pointers, part, share(unit.result_channels(), 1, i), buffers);
+      void* const scratch = thread_scratch.reserve(kernel.scratch_bytes(unit, part, {}));
+      kernel.project(unit, pointers, part, share(unit.result_channels(), 1, i), buffers, scratch);
     }
   });
 }

@@ -45,7 +45,7 @@ inline int64_t part_cost(const Unit& unit, int64_t strips, int64_t lanes) {
 inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes, int64_t threads) {
   const auto fits = [&](int64_t strips) {
     const Part strip = {0, 0, ceil_div(unit.out_height(), strips)};
-    const int64_t scratch = kernel.expand_bytes(unit, strip, {0, unit.mid_channels});
+    const int64_t scratch = kernel.scratch_bytes(unit, strip, {0, unit.mid_channels});
     return kernel.buffer_bytes(unit, strip) + scratch <= kScratchBudget;
   };
   int64_t fewest = 1;

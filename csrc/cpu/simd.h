@@ -33,6 +33,13 @@ struct Simd : Intrinsics<A> {
   static constexpr uint32_t first_bits(int64_t n) { return n >= kLanes ? kAllBits : (uint32_t{1} << n) - 1; }
   static Mask first(int64_t n) { return Intrinsics<A>::mask(first_bits(n)); }
 
+  static A sum(V v) {
+    A total = 0;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+  }
+
   // Every second element of the 2 * kLanes elements of a and b.
   static V even(V a, V b) { return every_second(a, b, std::make_integer_sequence<int, kLanes>{}); }
   static V odd(V a, V b) { return every_second_odd(a, b, std::make_integer_sequence<int, kLanes>{}); }

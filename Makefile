@@ -1,0 +1,69 @@
+# make demo and make test set everything up in $(VENV) first, and again only when something changed.
+#   PYTHON   makes the virtual environment
+#   TORCH    requirement that chooses PyTorch, such as torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+TORCH_STAMP := $(STAMPS)/$(subst =,_,$(subst >,_,$(subst <,_,$(TORCH))))
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.h tests/native/*.cpp)
+
+.PHONY: demo test bench sanitize lint format clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMPS)/built $(STAMPS)/extra-demo
+	$(BIN)/python -m shufflenet_ext demo
+
+test: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
+	$(BIN)/python -m pytest
+
+bench: $(STAMPS)/built $(STAMPS)/extra-bench
+	$(BIN)/python -m benchmarks
+
+# AddressSanitizer and UndefinedBehaviorSanitizer over the torch-free kernels.
+sanitize:
+	sh tests/native/run_sanitized.sh
+
+lint: $(STAMPS)/extra-lint $(STAMPS)/extra-test $(STAMPS)/extra-demo
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(STAMPS)/extra-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info shufflenet_ext/*.so $(STAMPS)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The build's own requirements, as in pyproject.toml: without build isolation, the library is built against this torch.
+$(TORCH_STAMP): | $(VENV)/bin/python
+	$(PIP) install --quiet "$(TORCH)" "setuptools>=77" ninja "pybind11>=2.13"
+	rm -rf $(STAMPS) && mkdir -p $(STAMPS) && touch $@
+
+# Installed editable, which needs no compiler: the library is built in place next, where ninja compiles only what changed.
+$(STAMPS)/installed: $(TORCH_STAMP) pyproject.toml
+	SHUFFLENET_EXT_REFERENCE_ONLY=1 $(PIP) install --quiet --no-build-isolation --editable .
+	touch $@
+
+$(STAMPS)/built: $(STAMPS)/installed $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# $(STAMPS)/extra-X: the requirements of the package's extra X.
+$(STAMPS)/extra-%: $(STAMPS)/installed
+	$(BIN)/python -c "import importlib.metadata as m; \
+	  print(*(r.split(';')[0] for r in m.requires('shufflenet_ext') if 'extra == \"$*\"' in r), sep='\n')" > $@.txt
+	$(PIP) install --quiet --requirement $@.txt
+	touch $@

@@ -1,0 +1,123 @@
+"""The pictures: latency against the peers, and the share of the machine's peak."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+
+from benchmarks.peers import OURS
+from benchmarks.race import Row
+from benchmarks.shapes import BATCHES
+
+# Colours of Okabe and Ito, apart for every kind of colour vision, and a marker each.
+_STYLES = {
+    OURS: ("*", "#D55E00"),
+    "eager": ("o", "#999999"),
+    "eager channels_last": ("D", "#999999"),
+    "folded": ("o", "#56B4E9"),
+    "folded channels_last": ("D", "#56B4E9"),
+    "torch.compile": ("s", "#009E73"),
+    "ONNX Runtime": ("^", "#E69F00"),
+    "OpenVINO": ("v", "#CC79A7"),
+}
+_UNITS_GROUPS = 3
+
+
+def draw(rows: list[Row], fma_peak: float, folder: Path) -> list[Path]:
+    """Writes the pictures for which there are rows; returns their paths."""
+    units = [row for row in rows if row.suite == "units"]
+    networks = [row for row in rows if row.suite == "networks"]
+    g3_units = [row for row in units if row.groups == _UNITS_GROUPS]
+    shared = units + [replace(row, label="whole network") for row in networks if row.label.startswith("1×")]
+    drawn = []
+    for name, chosen, paint in (
+        ("latency_units", g3_units, lambda: _latency(g3_units, f"Units of ShuffleNet 1×, g = {_UNITS_GROUPS}")),
+        ("latency_networks", networks, lambda: _latency(networks, "Whole networks: 1× at 224², CIFAR at 32²")),
+        ("share_of_peak", shared, lambda: _share(shared, fma_peak)),
+    ):
+        if chosen:
+            drawn.append(_save(paint, folder / f"{name}.png"))
+    return drawn
+
+
+def _save(paint: Callable[[], Any], path: Path) -> Path:
+    figure = paint()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _labels(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row.label for row in rows))
+
+
+def _latency(rows: list[Row], title: str) -> Any:
+    """A panel a batch size, a line a shape, a marker a contender at its median, a bar between its quartiles."""
+    labels, batches = _labels(rows), sorted({row.batch for row in rows})
+    figure, panels = plt.subplots(
+        1, len(batches), figsize=(11, 2 + 0.75 * len(labels)), sharey=True, squeeze=False, layout="constrained"
+    )
+    lanes = dict(zip(_STYLES, np.linspace(-0.36, 0.36, len(_STYLES)), strict=True))  # so that no marker hides another
+    for panel, batch in zip(panels[0], batches, strict=True):
+        for row in (row for row in rows if row.batch == batch):
+            for name, (marker, colour) in _STYLES.items():
+                if timing := row.timings.get(name):
+                    x = timing.median * 1e3
+                    spread = [[x - timing.q1 * 1e3], [timing.q3 * 1e3 - x]]
+                    line = labels.index(row.label) + lanes[name]
+                    size = 9 if name == OURS else 6
+                    panel.errorbar(x, line, xerr=spread, fmt=marker, color=colour, ms=size, label=name)
+        panel.set(xscale="log", title=f"batch {batch}", xlabel="ms a call, logarithmic: left is faster")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        _finish(panel, labels)
+    _legend(figure, panels[0][0], "outside lower center", columns=4)
+    figure.suptitle(title)
+    return figure
+
+
+def _finish(panel: Any, labels: list[str]) -> None:
+    """Names the lines, sets every other one off by a band, and draws a grid."""
+    for band in range(0, len(labels), 2):
+        panel.axhspan(band - 0.5, band + 0.5, color="#F4F4F4", zorder=0)
+    panel.set_yticks(range(len(labels)), labels)
+    panel.set_ylim(len(labels) - 0.5, -0.5)
+    panel.tick_params(axis="y", length=0)
+    panel.grid(axis="x", color="#DDDDDD")
+    panel.set_axisbelow(True)
+
+
+def _legend(figure: Any, panel: Any, place: str, columns: int) -> None:
+    handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))  # one of each label
+    figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False)
+
+
+def _share(rows: list[Row], fma_peak: float) -> Any:
+    """A panel a group count, a line a unit, a marker a batch size; hollow ones are the best peer's."""
+    labels, groups = _labels(rows), sorted({row.groups for row in rows})
+    size = (max(8, 2 + 2.1 * len(groups)), 1.8 + 0.4 * len(labels))
+    figure, panels = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    styles = dict(zip(BATCHES, (("o", "#D55E00", -0.14), ("s", "#0072B2", 0.14)), strict=True))
+    for panel, g in zip(panels[0], groups, strict=True):
+        for row in (row for row in rows if row.groups == g):
+            marker, colour, shift = styles[row.batch]
+            line = labels.index(row.label) + shift
+            peer = min(timing.median for name, timing in row.timings.items() if not name.startswith(OURS))
+            shares = [row.flop / seconds / fma_peak for seconds in (peer, row.timings[OURS].median)]
+            panel.plot(shares, [line, line], color=colour, lw=1, zorder=1)
+            for share, fill, who in zip(shares, ("white", colour), ("best peer", OURS), strict=True):
+                panel.plot(share, line, marker, color=colour, mfc=fill, ms=6.5, label=f"{who}, batch {row.batch}")
+        panel.set(title=f"g = {g}", xlim=(0, 1), xticks=(0.2, 0.4, 0.6, 0.8), xlabel="% of peak")
+        panel.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+        _finish(panel, labels)
+    _legend(figure, panels[0][0], "outside lower center", columns=2 if len(groups) < 4 else 4)
+    figure.suptitle("Share of the measured FMA peak (0 to 100 %): units, and whole networks at 224²")
+    return figure

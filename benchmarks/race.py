@@ -1,0 +1,108 @@
+"""Times contenders against each other, round by round, so that what the machine does meanwhile meets all of them."""
+
+import time
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.peers import OURS, Contender
+
+_WARM_S = 1e-3
+_MAX_SETTLE_S = 0.1
+_TOLERANCE = 1e-4  # of float32 outputs, relative to the largest
+
+
+@dataclass
+class Timing:
+    """Seconds a call, over the rounds; and the median of the rounds' ratios to ours."""
+
+    median: float
+    q1: float
+    q3: float
+    ratio: float
+
+
+@dataclass
+class Row:
+    """One shape's results. ``flop`` counts the convolutions and linear layers, ``traffic`` the bytes of input, output
+    and weights, which have to be moved whatever the kernel."""
+
+    suite: str
+    label: str
+    groups: int
+    batch: int
+    flop: int
+    traffic: int
+    copy_bandwidth: float  # of a copy with as much traffic
+    rounds: int = 0
+    timings: dict[str, Timing] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+def work(plain: nn.Module, x: Tensor) -> tuple[int, int]:
+    """A row's ``flop`` and ``traffic``."""
+    with FlopCounterMode(display=False) as counter:
+        y = plain(x)
+    return counter.get_total_flops(), sum(tensor.nbytes for tensor in (x, y, *plain.parameters()))
+
+
+def check(contenders: dict[str, Contender]) -> None:
+    """AssertionError, naming the contender, unless all give what ours gives."""
+    expected = contenders[OURS]().clone()
+    limit = _TOLERANCE * expected.abs().max().item()
+    for name, run in contenders.items():
+        difference = (run() - expected).abs().max().item()
+        assert difference <= limit, f"{name} differs from ours by {difference:.3g}, more than {limit:.3g}"
+
+
+def settle_and_warm(run: Contender) -> None:
+    """Waits until the last contender's threads have stopped spinning, then calls the next one for a millisecond.
+
+    Thread pools spin for milliseconds after a call (ONNX Runtime's for about 25) and would take processors away.
+    """
+    deadline = time.perf_counter() + _MAX_SETTLE_S
+    while time.perf_counter() < deadline:
+        before = time.process_time()
+        time.sleep(1e-3)
+        if time.process_time() - before < 0.3e-3:
+            break
+    deadline = time.perf_counter() + _WARM_S
+    while True:
+        run()
+        if time.perf_counter() > deadline:
+            return
+
+
+def timed(run: Contender) -> float:
+    """Seconds of one call, as pytest-benchmark takes ours."""
+    settle_and_warm(run)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def race(benchmark: Any, contenders: dict[str, Contender], row: Row, seconds: float) -> None:
+    """Times all contenders for about ``seconds`` and fills in ``row``; pytest-benchmark records ours."""
+    check(contenders)
+    start = time.perf_counter()
+    for run in contenders.values():
+        timed(run)
+    row.rounds = min(50, max(7, int(seconds / (time.perf_counter() - start))))
+    others = {name: run for name, run in contenders.items() if name != OURS}
+    samples: dict[str, list[float]] = {name: [] for name in others}
+
+    def others_then_warm() -> None:
+        for name, run in others.items():
+            samples[name].append(timed(run))
+        settle_and_warm(contenders[OURS])
+
+    benchmark.pedantic(contenders[OURS], setup=others_then_warm, rounds=row.rounds)
+    ours = list(benchmark.stats.stats.data)
+    for name, times in ({OURS: ours} | samples).items():
+        q1, middle, q3 = quantiles(times, method="inclusive")
+        ratio = median(t / base for t, base in zip(times, ours, strict=True))
+        row.timings[name] = Timing(*(float(f"{value:.4g}") for value in (middle, q1, q3, ratio)))
+    benchmark.extra_info.update({name: timing.median for name, timing in row.timings.items()})

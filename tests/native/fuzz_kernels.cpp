@@ -1,0 +1,338 @@
+// Fuzzes the kernels without torch: units of random shapes, every ISA, dtype and layout, cut at random into parts and
+// shares of channels, on buffers that end exactly where their contents end, against a naive implementation in double.
+// Run by run_sanitized.sh, under which any access outside of them is an error.
+//
+// Usage: fuzz_kernels [units] [seed]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/partition.h"
+
+using namespace shufflenet;
+using namespace shufflenet::cpu;
+
+static std::mt19937 generator;
+
+static int64_t uniform(int64_t lowest, int64_t highest) {
+  return std::uniform_int_distribution<int64_t>(lowest, highest)(generator);
+}
+
+// Memory of exactly n bytes in which every number, of any dtype, is NaN until it is written.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(kScratchAlignment, bytes)) {
+    std::memset(data_, 0xff, bytes);
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  void* get() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+// ---- Numbers of a dtype ---------------------------------------------------------------------------------------------
+
+static int64_t size_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64: return 8;
+    case Dtype::float32: return 4;
+    default: return 2;
+  }
+}
+
+static double epsilon(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64: return 0x1p-52;
+    case Dtype::float32: return 0x1p-23;
+    case Dtype::float16: return 0x1p-10;
+    default: return 0x1p-7;
+  }
+}
+
+// Appends a value that every dtype represents exactly.
+static void put(Dtype dtype, double value, std::vector<char>& bytes) {
+  const auto append = [&](const void* p, size_t n) {
+    bytes.insert(bytes.end(), static_cast<const char*>(p), static_cast<const char*>(p) + n);
+  };
+  if (dtype == Dtype::float64) return append(&value, 8);
+  const float single = static_cast<float>(value);
+  if (dtype == Dtype::float32) return append(&single, 4);
+  uint32_t bits;
+  std::memcpy(&bits, &single, 4);
+  uint16_t half = static_cast<uint16_t>(bits >> 16);
+  if (dtype == Dtype::float16) {
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    half = static_cast<uint16_t>(sign | (magnitude ? (magnitude - (112u << 23)) >> 13 : 0));
+  }
+  append(&half, 2);
+}
+
+static double get(Dtype dtype, const void* data, int64_t i) {
+  if (dtype == Dtype::float64) return static_cast<const double*>(data)[i];
+  if (dtype == Dtype::float32) return static_cast<const float*>(data)[i];
+  const uint16_t half = static_cast<const uint16_t*>(data)[i];
+  if (dtype == Dtype::bfloat16) {
+    const uint32_t bits = uint32_t{half} << 16;
+    float single;
+    std::memcpy(&single, &bits, 4);
+    return single;
+  }
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  if (exponent == 31) return std::numeric_limits<double>::quiet_NaN();  // none overflows here
+  const double value = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+  return half & 0x8000 ? -value : value;
+}
+
+// ---- The unit, naively ----------------------------------------------------------------------------------------------
+
+struct Weights {
+  std::vector<double> weight, scale, bias;
+};
+
+struct Case {
+  Unit unit;
+  Dtype dtype = Dtype::float32;
+  std::vector<double> x;  // (batch, channels, height, width), whatever the layout
+  Weights conv1, conv2, conv3;
+};
+
+static int64_t offset(int64_t n, int64_t c, int64_t row, int64_t column, int64_t channels, int64_t height,
+                      int64_t width, Layout layout) {
+  if (layout == Layout::contiguous) return ((n * channels + c) * height + row) * width + column;
+  return ((n * height + row) * width + column) * channels + c;
+}
+
+// Of the result as in memory. `magnitude` gets, for each element, the sum of the absolute terms: what rounding goes
+// with.
+static std::vector<double> expected_result(const Case& c, std::vector<double>& magnitude) {
+  const Unit& u = c.unit;
+  const int64_t out_height = u.out_height(), out_width = u.out_width(), channels = u.result_channels();
+  std::vector<double> result(u.batch * channels * out_height * out_width);
+  magnitude.resize(result.size());
+  const auto x = [&](int64_t n, int64_t ch, int64_t row, int64_t column) {
+    return c.x[((n * u.in_channels + ch) * u.height + row) * u.width + column];
+  };
+  for (int64_t n = 0; n < u.batch; ++n) {
+    std::vector<double> y1(u.mid_channels * u.height * u.width), y2(u.mid_channels * out_height * out_width);
+    std::vector<double> size1(y1.size()), size2(y2.size());
+    for (int64_t m = 0; m < u.mid_channels; ++m) {
+      // Channel m after the shuffle is row `row` of conv1.
+      const int64_t row = m % u.groups * u.slice_channels() + m / u.groups;
+      const int64_t first = row / u.conv1_group_rows() * u.conv1_depth();
+      for (int64_t p = 0; p < u.height * u.width; ++p) {
+        double sum = 0, size = 0;
+        for (int64_t k = 0; k < u.conv1_depth(); ++k) {
+          const double term = c.conv1.weight[row * u.conv1_depth() + k] * x(n, first + k, p / u.width, p % u.width);
+          sum += term;
+          size += std::abs(term);
+        }
+        const int64_t i = m * u.height * u.width + p;
+        y1[i] = std::max(0.0, c.conv1.scale[row] * sum + c.conv1.bias[row]);
+        size1[i] = std::abs(c.conv1.scale[row]) * size + std::abs(c.conv1.bias[row]);
+      }
+      for (int64_t p = 0; p < out_height * out_width; ++p) {
+        double sum = 0, size = 0;
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          const int64_t in_row = p / out_width * u.stride - 1 + tap / 3,
+                        column = p % out_width * u.stride - 1 + tap % 3;
+          if (in_row < 0 || in_row >= u.height || column < 0 || column >= u.width) continue;
+          const int64_t i = (m * u.height + in_row) * u.width + column;
+          sum += c.conv2.weight[m * 9 + tap] * y1[i];
+          size += std::abs(c.conv2.weight[m * 9 + tap]) * size1[i];
+        }
+        const int64_t i = m * out_height * out_width + p;
+        y2[i] = c.conv2.scale[m] * sum + c.conv2.bias[m];
+        if (u.conv2_relu) y2[i] = std::max(0.0, y2[i]);
+        size2[i] = std::abs(c.conv2.scale[m]) * size + std::abs(c.conv2.bias[m]);
+      }
+    }
+    for (int64_t ch = 0; ch < channels; ++ch) {
+      for (int64_t p = 0; p < out_height * out_width; ++p) {
+        const int64_t row = p / out_width, column = p % out_width;
+        double value = 0, size = 0;
+        if (!u.has_conv3()) {
+          value = y2[ch * out_height * out_width + p];
+          size = size2[ch * out_height * out_width + p];
+        } else if (ch < u.out_channels) {
+          const int64_t first = ch / (u.out_channels / u.groups) * u.slice_channels();
+          for (int64_t k = 0; k < u.slice_channels(); ++k) {
+            const double weight = c.conv3.weight[ch * u.slice_channels() + k];
+            value += weight * y2[(first + k) * out_height * out_width + p];
+            size += std::abs(weight) * size2[(first + k) * out_height * out_width + p];
+          }
+          value = c.conv3.scale[ch] * value + c.conv3.bias[ch];
+          size = std::abs(c.conv3.scale[ch]) * size + std::abs(c.conv3.bias[ch]);
+          if (u.adds_residual()) value += x(n, ch, row, column);
+          value = std::max(0.0, value);
+        } else {
+          int64_t inside = 0;
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            const int64_t in_row = row * 2 - 1 + tap / 3, in_column = column * 2 - 1 + tap % 3;
+            if (in_row < 0 || in_row >= u.height || in_column < 0 || in_column >= u.width) continue;
+            value += x(n, ch - u.out_channels, in_row, in_column);
+            ++inside;
+          }
+          value = std::max(0.0, value / static_cast<double>(u.pool_count_include_pad ? 9 : inside));
+        }
+        const int64_t i = offset(n, ch, row, column, channels, out_height, out_width, u.layout);
+        result[i] = value;
+        magnitude[i] = size + 8;  // x's values are at most 2
+      }
+    }
+  }
+  return result;
+}
+
+// ---- The unit, by the kernels -----------------------------------------------------------------------------------------
+
+// Cuts n into random ranges and calls f with each, in random order: none may depend on another.
+template <class F>
+static void in_shares(int64_t n, int64_t multiple, const F& f) {
+  std::vector<Channels> shares;
+  for (int64_t begin = 0; begin < n;) {
+    const int64_t end = uniform(0, 1) ? n : std::min(n, begin + multiple * uniform(1, (n - begin) / multiple + 1));
+    shares.push_back({begin, end});
+    begin = end;
+  }
+  std::shuffle(shares.begin(), shares.end(), generator);
+  for (const Channels& share : shares) f(share);
+}
+
+static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers, const Part& part) {
+  const Buffer buffers(kernel.buffer_bytes(unit, part));
+  kernel.prepare(unit, part, buffers.get());
+  in_shares(unit.in_channels, 16, [&](Channels share) { kernel.stage(unit, pointers, part, share, buffers.get()); });
+  in_shares(unit.mid_channels, unit.groups, [&](Channels share) {
+    const Buffer scratch(kernel.scratch_bytes(unit, part, share));
+    kernel.expand(unit, pointers, part, share, buffers.get(), scratch.get());
+  });
+  if (!unit.has_conv3()) return;
+  in_shares(unit.result_channels(), 1, [&](Channels share) {
+    const Buffer scratch(kernel.scratch_bytes(unit, part, {}));
+    kernel.project(unit, pointers, part, share, buffers.get(), scratch.get());
+  });
+}
+
+// Any number of strips, or what the op itself would choose for some number of threads.
+static Partition random_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes) {
+  if (uniform(0, 1)) return {uniform(1, unit.out_height()), 1};
+  return choose_partition(unit, kernel, lanes, uniform(1, 6));
+}
+
+// Weights in the accumulator's type, in memory of their exact size.
+template <class A>
+struct Pointers {
+  explicit Pointers(const Weights& w)
+      : weight(w.weight.begin(), w.weight.end()),
+        scale(w.scale.begin(), w.scale.end()),
+        bias(w.bias.begin(), w.bias.end()) {}
+  operator Convolution() const { return {weight.data(), scale.data(), bias.data()}; }
+  std::vector<A> weight, scale, bias;
+};
+
+template <class A>
+static std::vector<char> native_result(const Case& c, const Isa& isa) {
+  const Unit& u = c.unit;
+  std::vector<double> ordered(c.x.size());
+  for (int64_t i = 0; i < static_cast<int64_t>(c.x.size()); ++i) {
+    const int64_t column = i % u.width, row = i / u.width % u.height;
+    const int64_t ch = i / (u.width * u.height) % u.in_channels, n = i / (u.width * u.height * u.in_channels);
+    ordered[offset(n, ch, row, column, u.in_channels, u.height, u.width, u.layout)] = c.x[i];
+  }
+  std::vector<char> x;
+  for (const double value : ordered) put(c.dtype, value, x);
+  x.shrink_to_fit();
+  std::vector<char> result(u.batch * u.result_channels() * u.out_height() * u.out_width() * size_of(c.dtype), '\xff');
+
+  const Pointers<A> conv1(c.conv1), conv2(c.conv2), conv3(c.conv3);
+  const UnitPointers pointers = {x.data(), conv1, conv2, conv3, result.data()};
+  const UnitKernel kernel = isa.unit_kernel(c.dtype);
+  const Partition partition = random_partition(u, kernel, isa.vector_bytes / static_cast<int64_t>(sizeof(A)));
+  for (int64_t i = 0; i < partition.parts(u); ++i) run_part(kernel, u, pointers, partition.part(u, i));
+  return result;
+}
+
+static void check(const Case& c, const Isa& isa) {
+  std::vector<double> magnitude;
+  const std::vector<double> expected = expected_result(c, magnitude);
+  const bool is_double = c.dtype == Dtype::float64;
+  const std::vector<char> result = is_double ? native_result<double>(c, isa) : native_result<float>(c, isa);
+  const double sum_epsilon = epsilon(is_double ? Dtype::float64 : Dtype::float32);
+  for (int64_t i = 0; i < static_cast<int64_t>(expected.size()); ++i) {
+    const double got = get(c.dtype, result.data(), i);
+    const double tolerance = epsilon(c.dtype) * std::abs(expected[i]) + 32 * sum_epsilon * magnitude[i];
+    if (std::abs(got - expected[i]) <= tolerance) continue;  // false for NaN
+    const Unit& u = c.unit;
+    std::fprintf(
+        stderr,
+        "%s: element %lld is %.9g, expected %.9g within %.3g: batch %lld, channels %lld %lld %lld, plane "
+        "%lldx%lld, conv1_groups %lld, groups %lld, stride %lld, conv2_relu %d, include_pad %d, layout %d, dtype %d\n",
+        isa.name, static_cast<long long>(i), got, expected[i], tolerance, static_cast<long long>(u.batch),
+        static_cast<long long>(u.in_channels), static_cast<long long>(u.mid_channels),
+        static_cast<long long>(u.out_channels), static_cast<long long>(u.height), static_cast<long long>(u.width),
+        static_cast<long long>(u.conv1_groups), static_cast<long long>(u.groups), static_cast<long long>(u.stride),
+        u.conv2_relu, u.pool_count_include_pad, static_cast<int>(u.layout), static_cast<int>(c.dtype));
+    std::exit(1);
+  }
+}
+
+// ---- Random units -----------------------------------------------------------------------------------------------------
+
+static Weights random_weights(int64_t rows, int64_t depth) {
+  std::normal_distribution<double> normal;
+  Weights w;
+  for (int64_t i = 0; i < rows * depth; ++i) {
+    w.weight.push_back(static_cast<float>(normal(generator) / std::sqrt(static_cast<double>(depth))));
+  }
+  for (int64_t i = 0; i < rows; ++i) w.scale.push_back(static_cast<float>(normal(generator)));
+  for (int64_t i = 0; i < rows; ++i) w.bias.push_back(static_cast<float>(normal(generator)));
+  return w;
+}
+
+static Case random_case() {
+  Case c;
+  Unit& u = c.unit;
+  c.dtype = static_cast<Dtype>(uniform(0, 3));
+  u.layout = static_cast<Layout>(uniform(0, 1));
+  u.stride = uniform(1, 2);
+  u.groups = uniform(1, 8);
+  u.conv1_groups = uniform(0, 1) ? u.groups : uniform(1, 8);
+  u.conv2_relu = uniform(0, 1);
+  u.pool_count_include_pad = uniform(0, 1);
+  u.batch = uniform(1, 2);
+  const int64_t all_groups = u.groups * u.conv1_groups;
+  u.mid_channels = all_groups * uniform(1, std::max<int64_t>(1, 24 / all_groups));
+  u.in_channels = all_groups * uniform(1, std::max<int64_t>(1, 40 / all_groups));
+  if (u.stride == 2 || uniform(0, 3) == 0) u.in_channels = u.conv1_groups * uniform(1, 20 / u.conv1_groups);
+  u.out_channels = u.stride == 1 ? u.in_channels : u.groups * uniform(1, 9);
+  if (u.out_channels % u.groups != 0 || uniform(0, 3) == 0) u.out_channels = 0;  // ends after the depthwise convolution
+  // Now and then a plane of one row, column or pixel.
+  u.height = uniform(0, 5) ? uniform(1, 18) : 1;
+  u.width = uniform(0, 5) ? uniform(1, 36) : 1;
+  for (int64_t i = 0; i < u.batch * u.in_channels * u.height * u.width; ++i) {
+    c.x.push_back(static_cast<double>(uniform(-64, 64)) / 32);
+  }
+  c.conv1 = random_weights(u.mid_channels, u.conv1_depth());
+  c.conv2 = random_weights(u.mid_channels, 9);
+  if (u.has_conv3()) c.conv3 = random_weights(u.out_channels, u.slice_channels());
+  return c;
+}
+
+int main(int argc, char** argv) {
+  const long units = argc > 1 ? std::atol(argv[1]) : 2000;
+  generator.seed(argc > 2 ? std::atol(argv[2]) : 0);
+  for (const std::string& name : usable_isas()) {
+    select_isa(name);
+    for (long i = 0; i < units; ++i) check(random_case(), isa());
+    std::printf("%s: %ld units\n", name.c_str(), units);
+  }
+  return 0;
+}

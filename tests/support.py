@@ -1,0 +1,173 @@
+"""What the tests share: units with random arguments, the measure of accuracy, and a record of what ran."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import shufflenet_ext as se
+from shufflenet_ext import reference
+
+OPS = ("pointwise_shuffle_depthwise", "shuffle_bottleneck", "shuffle_bottleneck_batch_norm")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A call of one op. Every row of a convolution has channels of its own, so that no two can be mixed up."""
+
+    op: str = "shuffle_bottleneck"
+    groups: int = 3
+    conv1_groups: int | None = None  # groups
+    in_channels: int = 24
+    mid_channels: int = 12
+    out_channels: int | None = None  # in_channels
+    batch: int = 2
+    plane: tuple[int, int] = (5, 7)
+    stride: int = 1
+    conv2_relu: bool = False
+    pool_count_include_pad: bool = True
+    bias: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The op's keyword arguments."""
+        options: dict[str, Any] = {"conv1_groups": self.conv1_groups or self.groups}
+        options |= {"stride": self.stride, "conv2_relu": self.conv2_relu}
+        if self.op == "pointwise_shuffle_depthwise":
+            return options | {"shuffle_groups": self.groups}
+        options |= {"groups": self.groups, "pool_count_include_pad": self.pool_count_include_pad}
+        if self.op == "shuffle_bottleneck_batch_norm":
+            options |= {"bn1_eps": 1e-5, "bn2_eps": 1e-3, "bn3_eps": 1e-4}
+        return options
+
+    def tensors(self, dtype: torch.dtype = torch.float32, layout: torch.memory_format = LAYOUTS[0]) -> list[Tensor]:
+        """The op's positional arguments, such that every intermediate is of the order of one."""
+        generator = torch.Generator().manual_seed(1)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        def vectors(channels: int) -> list[Any]:
+            if self.op == "shuffle_bottleneck_batch_norm":
+                weight, var = (1 + normal(channels).abs() for _ in range(2))
+                return [weight, normal(channels), normal(channels), var]
+            return [normal(channels) if self.bias else None]
+
+        out_channels = self.out_channels or self.in_channels
+        depth1, depth3 = self.in_channels // self.options["conv1_groups"], self.mid_channels // self.groups
+        tensors = [normal(self.batch, self.in_channels, *self.plane)]
+        tensors += [normal(self.mid_channels, depth1, 1, 1) / depth1**0.5, *vectors(self.mid_channels)]
+        tensors += [normal(self.mid_channels, 1, 3, 3) / 3, *vectors(self.mid_channels)]
+        if self.op != "pointwise_shuffle_depthwise":
+            tensors += [normal(out_channels, depth3, 1, 1) / depth3**0.5, *vectors(out_channels)]
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        tensors[0] = tensors[0].contiguous(memory_format=layout)
+        return tensors
+
+    def native(self, tensors: list[Tensor]) -> Tensor:
+        """The native op itself, no fallback between."""
+        return getattr(torch.ops.shufflenet_ext, self.op)(*tensors, **self.options)
+
+    def reference(self, tensors: list[Tensor]) -> Tensor:
+        return getattr(reference, self.op)(*tensors, **self.options)
+
+    def exact(self, tensors: list[Tensor]) -> Tensor:
+        """The ground truth: the reference in float64."""
+        return self.reference([None if tensor is None else tensor.double() for tensor in tensors])
+
+    def check(self, tensors: list[Tensor]) -> Tensor:
+        """The native result, which must be as accurate as PyTorch's own."""
+        got = self.native(tensors)
+        assert got.dtype == tensors[0].dtype
+        assert_as_accurate(got, self.reference(tensors), self.exact(tensors))
+        return got
+
+
+def assert_as_accurate(got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Fails if ``got`` is further from ``exact`` than twice as far as ``plain``, PyTorch's own result, is.
+
+    The floor is for results that ``plain`` hits by luck: of few elements, or where both round the same float64.
+    """
+    assert got.shape == exact.shape
+    if got.numel() == 0:
+        return
+    assert got.isfinite().all(), "the result has elements that are not finite"
+    largest = exact.abs().max()
+    # The rounding of the result for the 16-bit dtypes, of a few sums for those that are summed in themselves.
+    floor = torch.finfo(got.dtype).eps * largest * (1 if got.element_size() == 2 else 8)
+    error, plain_error = (result.double() - exact for result in (got, plain))
+    for norm in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
+        got_norm, plain_norm = norm(error), norm(plain_error)
+        assert got_norm <= 2 * plain_norm + floor, f"error {got_norm:.3g}, PyTorch's {plain_norm:.3g}"
+
+
+def assert_strides_of_layout(tensor: Tensor, layout: torch.memory_format) -> None:
+    assert tensor.stride() == torch.empty(tensor.shape, memory_format=layout).stride()
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the name of every op that reaches a backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def assert_ran(op: str, times: int = 1) -> Iterator[None]:
+    """Fails unless the block runs the native op so often, and no convolution of PyTorch's."""
+    with Recorder() as recorder:
+        yield
+    assert recorder.names.count(f"shufflenet_ext::{op}") == times
+    assert "aten::convolution" not in recorder.names
+
+
+@contextmanager
+def assert_ran_reference() -> Iterator[None]:
+    """Fails unless the block runs convolutions of PyTorch's and no native op."""
+    with Recorder() as recorder:
+        yield
+    assert not [name for name in recorder.names if name.startswith("shufflenet_ext::")]
+    assert "aten::convolution" in recorder.names
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives a model weights and statistics of no special values, as training would; fresh batch norms hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                tensor.data.uniform_(0.5, 1.5, generator=generator)
+            for tensor in (module.bias, module.running_mean):
+                tensor.data.normal_(generator=generator)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data.normal_(std=module.weight[0].numel() ** -0.5, generator=generator)
+    return model
+
+
+def plain_twin(unit: se.FusedShuffleBottleneck) -> se.ShuffleBottleneck:
+    """A ShuffleBottleneck with a copy of the unit's state."""
+    plain = se.ShuffleBottleneck(
+        unit.conv1.in_channels,
+        unit.conv3.out_channels,
+        unit.stride,
+        unit.groups,
+        mid_channels=unit.conv1.out_channels,
+        conv1_groups=unit.conv1.groups,
+        conv2_relu=unit.conv2_relu,
+        pool_count_include_pad=unit.pool_count_include_pad,
+    ).to(unit.conv1.weight.dtype)
+    plain.load_state_dict(unit.state_dict())
+    for norm in ("bn1", "bn2", "bn3"):
+        getattr(plain, norm).eps = getattr(unit, norm).eps
+    return plain.train(unit.training)
