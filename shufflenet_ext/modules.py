@@ -105,6 +105,17 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks)
 
 
+def _unfusable(conv: nn.Module, norm: nn.Module) -> str | None:
+    """Why the op cannot stand for what was put in a convolution's and a norm's place; None where it can."""
+    if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
+        return f"a convolution was replaced: {conv}"
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.weight is None:
+        return f"a batch norm was replaced: {norm}"
+    if has_hooks(conv) or has_hooks(norm):
+        return "a convolution or batch norm has hooks"
+    return None
+
+
 class FusedShuffleBottleneck(ShuffleBottleneck):
     """The drop-in: a :class:`ShuffleBottleneck` that runs as one native kernel in eval mode.
 
@@ -116,15 +127,16 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        convs = (self.conv1, self.conv2, self.conv3)
-        norms = (self.bn1, self.bn2, self.bn3)
-        if any(norm.training or norm.running_mean is None for norm in norms) or not runs_native(x):
+        pairs = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        batch_statistics = any(norm.training or getattr(norm, "running_mean", norm) is None for _, norm in pairs)
+        if batch_statistics or not runs_native(x):
             return super().forward(x)
-        if any(has_hooks(module) for module in (*convs, *norms)):
-            fall_back("a convolution or batch norm inside the unit has hooks")
-            return super().forward(x)
-        tensors = []
-        for conv, norm in zip(convs, norms, strict=True):
+        tensors: list[Tensor | None] = []
+        for conv, norm in pairs:
+            cause = _unfusable(conv, norm)
+            if cause is not None:
+                fall_back(f"in a FusedShuffleBottleneck {cause}")
+                return super().forward(x)
             tensors += [conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
         return torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm(
             x,

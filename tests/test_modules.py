@@ -210,6 +210,22 @@ def test_without_running_statistics_the_unit_is_the_plain_one():
         unit(images(unit))
 
 
+@pytest.mark.parametrize(
+    ("part", "replacement"),
+    [("bn2", nn.Identity()), ("bn1", nn.BatchNorm2d(12, affine=False)), ("conv3", nn.Conv2d(12, 24, 1, groups=3))],
+    ids=["identity", "no weight", "bias"],
+)
+def test_a_replaced_part_runs_the_plain_unit_or_is_refused(part, replacement):
+    unit = se.FusedShuffleBottleneck(24, 24, 1, 3, mid_channels=12).eval()
+    setattr(unit, part, replacement.eval())
+    x = images(unit)
+    with pytest.raises(RuntimeError, match=r"backend 'native' was asked for, but .* was replaced"):
+        unit(x)
+    with se.use_backend("auto"), pytest.warns(se.ReferenceFallbackWarning, match="was replaced"), assert_ran_reference():
+        got = unit(x)
+    torch.testing.assert_close(got, se.ShuffleBottleneck.forward(unit, x))
+
+
 def test_empty_batch():
     for configuration in CONFIGURATIONS:
         unit = fused(configuration)
