@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from support import LAYOUTS, assert_as_accurate, assert_ran, assert_ran_reference, plain_twin, randomize
+from torch import nn
 
 import shufflenet_ext as se
 from shufflenet_ext import FusedShuffleBottleneck, ShuffleBottleneck
@@ -221,7 +222,8 @@ def test_a_replaced_part_runs_the_plain_unit_or_is_refused(part, replacement):
     x = images(unit)
     with pytest.raises(RuntimeError, match=r"backend 'native' was asked for, but .* was replaced"):
         unit(x)
-    with se.use_backend("auto"), pytest.warns(se.ReferenceFallbackWarning, match="was replaced"), assert_ran_reference():
+    warns = pytest.warns(se.ReferenceFallbackWarning, match="was replaced")
+    with se.use_backend("auto"), warns, assert_ran_reference():
         got = unit(x)
     torch.testing.assert_close(got, se.ShuffleBottleneck.forward(unit, x))
 
