@@ -132,30 +132,37 @@ inline Layout layout_of(const Tensor& x) {
   return !x.is_contiguous() && x.stride(1) == 1 ? Layout::channels_last : Layout::contiguous;
 }
 
-inline Unit check_unit(const UnitArguments& a) {
-  const Tensor& x = a.x;
+using Sizes = std::array<int64_t, 4>;
+
+inline Sizes check_x(const Tensor& x) {
   if (x.dim() != 4) fail("x: got ", shape_of(x), ", expected 4 dimensions (batch, channels, height, width)");
   dtype_of("x", x);
   if (x.size(1) < 1 || x.size(2) < 1 || x.size(3) < 1) {
     fail("x: got ", shape_of(x), ", expected at least one channel, row and column");
   }
+  return {x.size(0), x.size(1), x.size(2), x.size(3)};
+}
+
+// The unit of these arguments on an input of these sizes, of the dtype and device of a.x.
+inline Unit check_unit(const UnitArguments& a, const Sizes& sizes, Layout layout) {
+  const Tensor& x = a.x;
   if (a.stride != 1 && a.stride != 2) fail("stride: got ", a.stride, ", expected 1 or 2");
   const Tensor& weight = a.conv1.weight;
   if (weight.dim() != 4 || weight.size(0) < 1) {
     fail("conv1_weight: got ", shape_of(weight), ", expected [mid_channels, in_channels / conv1_groups, 1, 1]");
   }
   Unit unit;
-  unit.batch = x.size(0);
-  unit.in_channels = x.size(1);
-  unit.height = x.size(2);
-  unit.width = x.size(3);
+  unit.batch = sizes[0];
+  unit.in_channels = sizes[1];
+  unit.height = sizes[2];
+  unit.width = sizes[3];
   unit.mid_channels = weight.size(0);
   unit.conv1_groups = a.conv1_groups;
   unit.groups = a.groups;
   unit.stride = a.stride;
   unit.conv2_relu = a.conv2_relu;
   unit.pool_count_include_pad = a.pool_count_include_pad;
-  unit.layout = layout_of(x);
+  unit.layout = layout;
   const char* const groups = a.conv3 ? "groups" : "shuffle_groups";
   check_divides("conv1_groups", unit.conv1_groups, "channels of x", unit.in_channels);
   check_divides("conv1_groups", unit.conv1_groups, "rows of conv1_weight", unit.mid_channels);
@@ -178,14 +185,16 @@ inline Unit check_unit(const UnitArguments& a) {
   return unit;
 }
 
-inline std::array<int64_t, 4> strides_of(const std::array<int64_t, 4>& sizes, Layout layout) {
+inline Unit check_unit(const UnitArguments& a) { return check_unit(a, check_x(a.x), layout_of(a.x)); }
+
+inline Sizes strides_of(const Sizes& sizes, Layout layout) {
   const auto [n, c, h, w] = sizes;
   (void)n;
   if (layout == Layout::channels_last) return {h * w * c, 1, w * c, c};
   return {c * h * w, h * w, w, 1};
 }
 
-inline Tensor empty_like_x(const Tensor& x, const std::array<int64_t, 4>& sizes, Layout layout) {
+inline Tensor empty_like_x(const Tensor& x, const Sizes& sizes, Layout layout) {
   int32_t dtype, device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
@@ -197,8 +206,8 @@ inline Tensor empty_like_x(const Tensor& x, const std::array<int64_t, 4>& sizes,
 
 // x itself where its elements lie densely in the layout, else a copy in which they do.
 inline Tensor dense(const Tensor& x, Layout layout) {
-  const std::array<int64_t, 4> sizes = {x.size(0), x.size(1), x.size(2), x.size(3)};
-  const std::array<int64_t, 4> strides = strides_of(sizes, layout);
+  const Sizes sizes = {x.size(0), x.size(1), x.size(2), x.size(3)};
+  const Sizes strides = strides_of(sizes, layout);
   bool is_dense = true;
   for (int i = 0; i < 4; ++i) is_dense = is_dense && (sizes[i] == 1 || x.stride(i) == strides[i]);
   if (is_dense || x.numel() == 0) return x;

@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "shuffle_bottleneck(Tensor x, Tensor conv1_weight, Tensor? conv1_bias, Tensor conv2_weight, Tensor? conv2_bias, "
       "Tensor conv3_weight, Tensor? conv3_bias, *, int conv1_groups, int groups, int stride=1, bool conv2_relu=False, "
       "bool pool_count_include_pad=True) -> Tensor");
+  // Units one behind the other, for inference. Of each unit: conv1's, conv2's and conv3's weight and bias;
+  // conv1_groups, groups, stride, conv2_relu and pool_count_include_pad.
+  m.def("shuffle_bottleneck_chain(Tensor x, Tensor[] parameters, int[] options) -> Tensor");
   // The unit with its batch norms in inference mode: nothing is folded ahead of a call, so nothing can be stale.
   m.def(
       "shuffle_bottleneck_batch_norm(Tensor x, "

@@ -132,16 +132,9 @@ def _check_types(tensors: dict[str, object], optional_tensors: dict[str, object]
         check_int(name, value)
 
 
-def _register(name: str, *, casts_vectors: bool) -> None:
-    """Gives the op its fake kernel, autograd and autocast, all from the reference of the same name."""
-    qualified_name = f"shufflenet_ext::{name}"
-    op = getattr(torch.ops.shufflenet_ext, name)
+def _register_autograd(name: str) -> None:
+    """Gives an op whose positional arguments are tensors its backward, from the reference of the same name."""
     run_reference: Callable[..., Tensor] = getattr(reference, name)
-
-    def fake(x: Tensor, *args: Tensor | None, **kwargs: Any) -> Tensor:
-        shape = run_reference(x, *args, **kwargs).shape
-        channels_last = not x.is_contiguous() and x.stride(1) == 1  # the rule of layout_of in csrc/arguments.h
-        return x.new_empty(shape).to(memory_format=torch.channels_last) if channels_last else x.new_empty(shape)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
@@ -160,28 +153,48 @@ def _register(name: str, *, casts_vectors: bool) -> None:
         grads = dict(zip(wanted, vjp(grad), strict=True))
         return tuple(grads.get(i) for i in range(len(inputs)))
 
-    def autocast(x: Tensor, *args: Tensor | None, **kwargs: Any) -> Tensor:
+    torch.library.register_autograd(f"shufflenet_ext::{name}", backward, setup_context=setup_context)
+
+
+def _register_fake(name: str) -> None:
+    run_reference: Callable[..., Tensor] = getattr(reference, name)
+
+    def fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shape = run_reference(x, *args, **kwargs).shape
+        channels_last = not x.is_contiguous() and x.stride(1) == 1  # the rule of layout_of in csrc/arguments.h
+        return x.new_empty(shape).to(memory_format=torch.channels_last) if channels_last else x.new_empty(shape)
+
+    torch.library.register_fake(f"shufflenet_ext::{name}", fake)
+
+
+def _register_autocast(name: str, *, casts_vectors: bool) -> None:
+    op = getattr(torch.ops.shufflenet_ext, name)
+
+    def autocast(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # As for convolutions: float32 and 16-bit tensors are cast to the dtype in force, float64 is left alone.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device)
 
-        def cast(value: Tensor | None) -> Tensor | None:
-            if value is None or value.dtype == torch.float64 or not (casts_vectors or value.dim() == 4):
+        def cast(value: Any) -> Any:
+            if isinstance(value, list):
+                return [cast(element) for element in value]
+            if not isinstance(value, Tensor) or value.dtype == torch.float64:
                 return value
-            return value.to(dtype)
+            return value.to(dtype) if casts_vectors or value.dim() == 4 else value
 
         with torch.autocast(device, enabled=False):
             return op(cast(x), *map(cast, args), **kwargs)
 
-    torch.library.register_fake(qualified_name, fake)
-    torch.library.register_autograd(qualified_name, backward, setup_context=setup_context)
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(name, autocast, key)
 
 
 if _native.native_error is None:
     _library = torch.library.Library("shufflenet_ext", "FRAGMENT")
-    _register("pointwise_shuffle_depthwise", casts_vectors=True)
-    _register("shuffle_bottleneck", casts_vectors=True)
-    # Batch norm keeps its own dtype under autocast, as in PyTorch.
-    _register("shuffle_bottleneck_batch_norm", casts_vectors=False)
+    for _name in ("pointwise_shuffle_depthwise", "shuffle_bottleneck", "shuffle_bottleneck_batch_norm"):
+        _register_fake(_name)
+        _register_autograd(_name)
+        # Batch norm keeps its own dtype under autocast, as in PyTorch.
+        _register_autocast(_name, casts_vectors=_name != "shuffle_bottleneck_batch_norm")
+    _register_fake("shuffle_bottleneck_chain")  # for inference: it has no backward
+    _register_autocast("shuffle_bottleneck_chain", casts_vectors=True)

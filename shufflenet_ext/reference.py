@@ -103,6 +103,28 @@ def shuffle_bottleneck(
     return add_shortcut(y, x, stride=stride, pool_count_include_pad=pool_count_include_pad)
 
 
+def shuffle_bottleneck_chain(x: Tensor, parameters: list[Tensor], options: list[int]) -> Tensor:
+    """Units one behind the other: :func:`shuffle_bottleneck` with 6 of the parameters and 5 of the options for each.
+
+    The options of a unit are conv1_groups, groups, stride, conv2_relu and pool_count_include_pad.
+    """
+    if not options or len(options) % 5 != 0 or len(parameters) != len(options) // 5 * 6:
+        got = f"{len(parameters)} and {len(options)} elements"
+        raise ValueError(f"parameters, options: got {got}, expected 6 and 5 for each of the units")
+    for i in range(len(options) // 5):
+        conv1_groups, groups, stride, conv2_relu, include_pad = options[5 * i : 5 * i + 5]
+        x = shuffle_bottleneck(
+            x,
+            *parameters[6 * i : 6 * i + 6],
+            conv1_groups=conv1_groups,
+            groups=groups,
+            stride=stride,
+            conv2_relu=bool(conv2_relu),
+            pool_count_include_pad=bool(include_pad),
+        )
+    return x
+
+
 def add_shortcut(y: Tensor, x: Tensor, *, stride: int, pool_count_include_pad: bool) -> Tensor:
     """The unit's end (figure 2 b and c): the sum with x for stride 1, concatenation with the pooled x for stride 2."""
     if stride == 1:

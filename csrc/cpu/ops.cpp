@@ -38,6 +38,9 @@ class Scratch {
 // A thread's buffers are those of the part that it runs, or that threads it called run together.
 static thread_local Scratch thread_buffers, thread_scratch;
 
+// What a chain of units hands on, in turn; whole images, as large as the largest.
+static thread_local Scratch thread_images[2];
+
 // The convolution's arrays in the accumulator type A: the arguments' own memory where it has that type.
 template <class A>
 class ConvolutionData {
@@ -62,6 +65,9 @@ class ConvolutionData {
       pointers.bias = conv.bias ? values(*conv.bias) : filled(channels, 0);
     }
   }
+
+  // Moving leaves the arrays where they are, and `pointers` true.
+  ConvolutionData(ConvolutionData&&) = default;
 
   Convolution pointers;
 
@@ -121,71 +127,134 @@ static void run_together(const UnitKernel& kernel, const Unit& unit, const UnitP
   });
 }
 
+// A unit ready to run: checked, its arrays in the accumulator type A.
 template <class A>
-static void run_in_parallel(const UnitArguments& arguments, const Unit& unit, const Tensor& x, const Tensor& result) {
-  const ConvolutionData<A> conv1(arguments.conv1);
-  const ConvolutionData<A> conv2(arguments.conv2);
-  std::optional<ConvolutionData<A>> conv3;
-  if (arguments.conv3) conv3.emplace(*arguments.conv3);
-  const UnitPointers pointers = {x.const_data_ptr(), conv1.pointers, conv2.pointers,
-                                 conv3 ? conv3->pointers : Convolution{}, result.mutable_data_ptr()};
+struct PreparedUnit {
+  PreparedUnit(const UnitArguments& arguments, const Unit& unit)
+      : unit(unit), conv1(arguments.conv1), conv2(arguments.conv2) {
+    if (arguments.conv3) conv3.emplace(*arguments.conv3);
+  }
+  UnitPointers pointers(const void* x, void* result) const {
+    return {x, conv1.pointers, conv2.pointers, conv3 ? conv3->pointers : Convolution{}, result};
+  }
 
+  Unit unit;
+  ConvolutionData<A> conv1, conv2;
+  std::optional<ConvolutionData<A>> conv3;
+};
+
+static void run_unit(const UnitKernel& kernel, int64_t lanes, const Unit& unit, const UnitPointers& pointers,
+                     int64_t threads) {
+  const Partition partition = choose_partition(unit, kernel, lanes, threads);
+  if (partition.workers_per_part > 1) {
+    for (int64_t i = 0; i < partition.parts(unit); ++i) {
+      run_together(kernel, unit, pointers, partition.part(unit, i), partition.workers_per_part);
+    }
+    return;
+  }
+  const auto run_parts = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run_alone(kernel, unit, pointers, partition.part(unit, i));
+  };
+  if (threads == 1) {
+    run_parts(0, partition.parts(unit));
+  } else {
+    torch::stable::parallel_for(0, partition.parts(unit), 1, run_parts);
+  }
+}
+
+// Runs units one behind the other. What they hand on stays in two buffers a thread: as many whole images as there are
+// threads go through all units on one thread each, and stay in its caches; the threads share the images that are left.
+template <class A>
+static void run_chain(const std::vector<PreparedUnit<A>>& units, const Tensor& x, const Tensor& result) {
   const Isa& isa = cpu::isa();
   const UnitKernel kernel = isa.unit_kernel(dtype_of("x", x));
   const int64_t lanes = isa.vector_bytes / static_cast<int64_t>(sizeof(A));
   const int64_t threads = torch::stable::get_num_threads();
-  const Partition partition = choose_partition(unit, kernel, lanes, threads);
-  if (partition.workers_per_part == 1) {
-    torch::stable::parallel_for(0, partition.parts(unit), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) run_alone(kernel, unit, pointers, partition.part(unit, i));
-    });
-  } else {
-    for (int64_t i = 0; i < partition.parts(unit); ++i) {
-      run_together(kernel, unit, pointers, partition.part(unit, i), partition.workers_per_part);
-    }
+  if (units.size() == 1) {
+    const PreparedUnit<A>& only = units[0];
+    run_unit(kernel, lanes, only.unit, only.pointers(x.const_data_ptr(), result.mutable_data_ptr()), threads);
+    return;
   }
+  const auto image_bytes = [&](const Unit& unit) {
+    return unit.result_channels() * unit.out_height() * unit.out_width() * static_cast<int64_t>(x.element_size());
+  };
+  int64_t largest = 0;
+  for (size_t i = 0; i + 1 < units.size(); ++i) largest = std::max(largest, image_bytes(units[i].unit));
+  const int64_t batch = units[0].unit.batch;
+  const int64_t x_bytes = x.numel() / batch * static_cast<int64_t>(x.element_size());
+  const int64_t result_bytes = image_bytes(units.back().unit);
+
+  const auto run_image = [&](int64_t image, int64_t image_threads) {
+    const char* from = static_cast<const char*>(x.const_data_ptr()) + image * x_bytes;
+    for (size_t i = 0; i < units.size(); ++i) {
+      Unit unit = units[i].unit;
+      unit.batch = 1;
+      char* const to = i + 1 < units.size() ? static_cast<char*>(thread_images[i % 2].reserve(largest))
+                                            : static_cast<char*>(result.mutable_data_ptr()) + image * result_bytes;
+      run_unit(kernel, lanes, unit, units[i].pointers(from, to), image_threads);
+      from = to;
+    }
+  };
+  const int64_t alone = batch / threads * threads;
+  torch::stable::parallel_for(0, alone, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) run_image(image, 1);
+  });
+  for (int64_t image = alone; image < batch; ++image) run_image(image, threads);
 }
 
-static Tensor run(const UnitArguments& arguments) {
-  const Unit unit = check_unit(arguments);
-  const Tensor x = dense(arguments.x, unit.layout);
-  const Tensor result = empty_result(x, unit);
-  if (unit.batch == 0) return result;
-  if (dtype_of("x", x) == Dtype::float64) {
-    run_in_parallel<double>(arguments, unit, x, result);
-  } else {
-    run_in_parallel<float>(arguments, unit, x, result);
-  }
+template <class A>
+static Tensor prepare_and_run(const std::vector<UnitArguments>& chain, const std::vector<Unit>& units, const Tensor& x,
+                              const Tensor& result) {
+  std::vector<PreparedUnit<A>> prepared;
+  for (size_t i = 0; i < chain.size(); ++i) prepared.emplace_back(chain[i], units[i]);
+  run_chain(prepared, x, result);
   return result;
+}
+
+// Each unit works on the result of the one before, the first on given_x.
+static Tensor run(const Tensor& given_x, const std::vector<UnitArguments>& chain) {
+  const Layout layout = layout_of(given_x);
+  std::vector<Unit> units;
+  Sizes sizes = check_x(given_x);
+  for (const UnitArguments& arguments : chain) {
+    units.push_back(check_unit(arguments, sizes, layout));
+    const Unit& unit = units.back();
+    sizes = {unit.batch, unit.result_channels(), unit.out_height(), unit.out_width()};
+  }
+  const Tensor x = dense(given_x, layout);
+  const Tensor result = empty_like_x(x, sizes, layout);
+  if (x.size(0) == 0) return result;
+  if (dtype_of("x", x) == Dtype::float64) return prepare_and_run<double>(chain, units, x, result);
+  return prepare_and_run<float>(chain, units, x, result);
 }
 
 static Tensor pointwise_shuffle_depthwise(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias,
                                           Tensor conv2_weight, std::optional<Tensor> conv2_bias, int64_t conv1_groups,
                                           int64_t shuffle_groups, int64_t stride, bool conv2_relu) {
-  return run({x,
-              {"conv1", conv1_weight, conv1_bias, {}},
-              {"conv2", conv2_weight, conv2_bias, {}},
-              {},
-              conv1_groups,
-              shuffle_groups,
-              stride,
-              conv2_relu,
-              true});
+  return run(x, {{x,
+                  {"conv1", conv1_weight, conv1_bias, {}},
+                  {"conv2", conv2_weight, conv2_bias, {}},
+                  {},
+                  conv1_groups,
+                  shuffle_groups,
+                  stride,
+                  conv2_relu,
+                  true}});
 }
 
 static Tensor shuffle_bottleneck(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
                                  std::optional<Tensor> conv2_bias, Tensor conv3_weight,
                                  std::optional<Tensor> conv3_bias, int64_t conv1_groups, int64_t groups, int64_t stride,
                                  bool conv2_relu, bool pool_count_include_pad) {
-  return run({x,
-              {"conv1", conv1_weight, conv1_bias, {}},
-              {"conv2", conv2_weight, conv2_bias, {}},
-              ConvolutionArguments{"conv3", conv3_weight, conv3_bias, {}},
-              conv1_groups,
-              groups,
-              stride,
-              conv2_relu,
-              pool_count_include_pad});
+  return run(x, {{x,
+                  {"conv1", conv1_weight, conv1_bias, {}},
+                  {"conv2", conv2_weight, conv2_bias, {}},
+                  ConvolutionArguments{"conv3", conv3_weight, conv3_bias, {}},
+                  conv1_groups,
+                  groups,
+                  stride,
+                  conv2_relu,
+                  pool_count_include_pad}});
 }
 
 static Tensor shuffle_bottleneck_batch_norm(
@@ -194,15 +263,38 @@ static Tensor shuffle_bottleneck_batch_norm(
     Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps, double bn3_eps,
     int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu, bool pool_count_include_pad) {
   return run(
-      {x,
-       {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
-       {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
-       ConvolutionArguments{"conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
-       conv1_groups,
-       groups,
-       stride,
-       conv2_relu,
-       pool_count_include_pad});
+      x, {{x,
+           {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
+           {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
+           ConvolutionArguments{"conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
+           conv1_groups,
+           groups,
+           stride,
+           conv2_relu,
+           pool_count_include_pad}});
+}
+
+static Tensor shuffle_bottleneck_chain(Tensor x, std::vector<Tensor> parameters, std::vector<int64_t> options) {
+  if (options.empty() || options.size() % 5 != 0 || parameters.size() != options.size() / 5 * 6) {
+    fail("parameters, options: got ", parameters.size(), " and ", options.size(),
+         " elements, expected 6 and 5 for each of the units");
+  }
+  std::vector<UnitArguments> chain;
+  for (size_t i = 0; i < options.size() / 5; ++i) {
+    const Tensor* const p = &parameters[6 * i];
+    const int64_t* const o = &options[5 * i];
+    chain.push_back(
+        {x,
+         {"conv1", p[0], p[1], {}},
+         {"conv2", p[2], p[3], {}},
+         ConvolutionArguments{"conv3", p[4], p[5], {}},
+         o[0],
+         o[1],
+         o[2],
+         o[3] != 0,
+         o[4] != 0});
+  }
+  return run(x, chain);
 }
 
 }  // namespace shufflenet::cpu
@@ -210,5 +302,6 @@ static Tensor shuffle_bottleneck_batch_norm(
 STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CPU, m) {
   m.impl("pointwise_shuffle_depthwise", TORCH_BOX(&shufflenet::cpu::pointwise_shuffle_depthwise));
   m.impl("shuffle_bottleneck", TORCH_BOX(&shufflenet::cpu::shuffle_bottleneck));
+  m.impl("shuffle_bottleneck_chain", TORCH_BOX(&shufflenet::cpu::shuffle_bottleneck_chain));
   m.impl("shuffle_bottleneck_batch_norm", TORCH_BOX(&shufflenet::cpu::shuffle_bottleneck_batch_norm));
 }
