@@ -1,6 +1,7 @@
 """Times contenders against each other, round by round, so that what the machine does meanwhile meets all of them."""
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
@@ -94,9 +95,14 @@ def race(benchmark: Any, contenders: dict[str, Contender], row: Row, seconds: fl
     others = {name: run for name, run in contenders.items() if name != OURS}
     samples: dict[str, list[float]] = {name: [] for name in others}
 
+    # Each round starts with another peer, so that none, nor ours, always comes behind the same one: a pool's idle
+    # threads can leave the scheduler with two busy threads on one core for some milliseconds.
+    order = deque(others)
+
     def others_then_warm() -> None:
-        for name, run in others.items():
-            samples[name].append(timed(run))
+        for name in order:
+            samples[name].append(timed(others[name]))
+        order.rotate(-1)
         settle_and_warm(contenders[OURS])
 
     benchmark.pedantic(contenders[OURS], setup=others_then_warm, rounds=row.rounds)

@@ -60,7 +60,7 @@ class InferenceUnits(_EvalOnly):
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         run = torch.ops.shufflenet_ext if runs_native(x) else reference
-        return run.shuffle_bottleneck_chain(x, list(self.buffers()), self.options)
+        return run.shuffle_bottleneck_chain(x, list(self._buffers.values()), self.options)
 
 
 class InferenceNetwork(_EvalOnly):
@@ -89,7 +89,7 @@ class InferenceNetwork(_EvalOnly):
         x = F.conv2d(x, self.stem_weight, self.stem_bias, self.stride, self.padding)
         if not self.for_cifar:
             x = F.max_pool2d(x, 3, stride=2, padding=1)  # before the ReLU, which then has a quarter to do: they commute
-        x = self.units(F.relu(x).contiguous())
+        x = self.units(x.relu_().contiguous())
         x = F.avg_pool2d(x, 4) if self.for_cifar else F.adaptive_avg_pool2d(x, 1)
         return self.linear(x.flatten(1))
 
