@@ -9,6 +9,8 @@
 
 #define SHUFFLENET_DEVICE __device__ __forceinline__
 #define SHUFFLENET_UNROLL _Pragma("unroll")
+// For loops that share work over the threads: unrolling them takes the registers that accumulators need.
+#define SHUFFLENET_NO_UNROLL _Pragma("unroll 1")
 
 namespace shufflenet::cuda {
 

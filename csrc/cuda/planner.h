@@ -107,11 +107,11 @@ inline void choose_vectors(const Unit& unit, Dtype dtype, Tiling& t, const Addre
   }
 }
 
-inline int blocks_per_multiprocessor(int64_t shared_bytes, const Device& device) {
+inline int blocks_per_multiprocessor(int64_t shared_bytes, int accumulator, const Device& device) {
   constexpr int64_t kReservedPerBlock = 1024;  // of shared memory, by the system, from sm_80 on
   const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kReservedPerBlock);
   const int64_t by_threads = device.threads_per_multiprocessor / kThreads;
-  const int64_t blocks = std::min({by_shared, by_threads, int64_t{kMinBlocksPerMultiprocessor}});
+  const int64_t blocks = std::min({by_shared, by_threads, int64_t{blocks_by_registers(accumulator)}});
   return static_cast<int>(std::max<int64_t>(blocks, shared_bytes <= device.shared_per_block ? 1 : 0));
 }
 
@@ -184,7 +184,7 @@ inline Plan plan_unit(const Unit& unit, Dtype dtype, const Device& device) {
     const int64_t bytes = SharedLayout(s, t, e, a).bytes;
     least_bytes = std::min(least_bytes, bytes);
     if (bytes > device.shared_per_block) return;
-    const int blocks = blocks_per_multiprocessor(bytes, device);
+    const int blocks = blocks_per_multiprocessor(bytes, a, device);
     const double cycles = predicted_cycles(s, t, dtype, device, blocks);
     if (best.ok && cycles >= best.cycles) return;
     best = {true, t, bytes, t.windows(s), blocks, cycles, {}};

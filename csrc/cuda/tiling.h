@@ -24,7 +24,9 @@ inline constexpr int kThreads = 128;
 inline constexpr int kTilePixels = 64;
 inline constexpr int kTileRows = 64;
 inline constexpr int kTileDepthBytes = 64;
-inline constexpr int kMinBlocksPerMultiprocessor = 4;  // the register limit: 65536 / (4 * 128) = 128 a thread
+// Blocks that a multiprocessor's 65536 registers hold, by the limit that launch.cu compiles for: 128 registers a thread,
+// 255 where an accumulator takes two.
+SHUFFLENET_HOST_DEVICE constexpr int blocks_by_registers(int accumulator) { return accumulator == 8 ? 2 : 4; }
 
 // Bytes between rows of the staged tiles: eight rows' 16-byte blocks lie in eight different groups of banks, so that
 // reading a fragment (eight rows at a time) has no conflict.
@@ -77,19 +79,25 @@ struct Tiling {
 // A block's shared memory, as byte offsets. The finished tile of conv3 lies where the tiles it was computed from lay.
 struct SharedLayout {
   SHUFFLENET_HOST_DEVICE SharedLayout(const Sizes& s, const Tiling& t, int element, int accumulator) {
-    const int slice_channels = s.mid_channels / s.groups;
-    slice_pitch = static_cast<int>(round_up(slice_channels, kDepthStep));
+    const auto narrow = [](int64_t n) { return static_cast<int>(n); };
+    slice_pitch = narrow(round_up(s.mid_channels / s.groups, kDepthStep));
     const int64_t staged = int64_t{2} * t.stages * kTileBytes;
     const int64_t finished = s.out_channels ? int64_t{kTilePixels} * kFinishedPitch * accumulator : 0;
     const int64_t in_pixels = int64_t{(t.tile_rows - 1) * s.stride + 3} * ((t.tile_columns - 1) * s.stride + 3);
     const int64_t out_pixels = int64_t{t.tile_rows} * t.tile_columns;
-    y1_pitch = pitch(t.chunk, element);
-    y2_pitch = pitch(s.out_channels ? int64_t{t.slices} * slice_pitch : t.chunk, element);
-    taps = round_up(staged > finished ? staged : finished, 16);
-    affine3 = round_up(taps + int64_t{kTapConstants} * t.chunk * accumulator, 16);
-    y1 = round_up(affine3 + int64_t{2} * kTileRows * accumulator, 16);
-    y2 = y1 + round_up(in_pixels * y1_pitch * element, 16);
-    bytes = y2 + round_up(out_pixels * y2_pitch * element, 16);
+    const int64_t y1_elements = pitch(t.chunk, element);
+    const int64_t y2_elements = pitch(s.out_channels ? int64_t{t.slices} * slice_pitch : t.chunk, element);
+    y1_pitch = narrow(y1_elements);
+    y2_pitch = narrow(y2_elements);
+    int64_t end = round_up(staged > finished ? staged : finished, 16);
+    taps = narrow(end);
+    end += round_up(int64_t{kTapConstants} * t.chunk * accumulator, 16);
+    affine3 = narrow(end);
+    end += round_up(int64_t{2} * kTileRows * accumulator, 16);
+    y1 = narrow(end);
+    end += round_up(in_pixels * y1_elements * element, 16);
+    y2 = narrow(end);
+    bytes = end + round_up(out_pixels * y2_elements * element, 16);
   }
 
   // Elements between the pixels of an intermediate: whole 16-byte blocks, an odd number of them.
@@ -99,8 +107,9 @@ struct SharedLayout {
   }
 
   int slice_pitch;
-  int64_t y1_pitch, y2_pitch;
-  int64_t taps, affine3, y1, y2, bytes;
+  int y1_pitch, y2_pitch;       // elements between pixels
+  int taps, affine3, y1, y2;    // offsets
+  int64_t bytes;                // of all: may exceed what the others hold, and every device, in which case they are void
 };
 
 // One vector of per-channel parameters: of x's dtype or float32 (batch norm under 16-bit convolutions).

@@ -137,6 +137,7 @@ SHUFFLENET_DEVICE void stage_vectors(Shared<T> tile, int pitch, int rows, int va
                                      const Address& address) {
   constexpr int kPerVector = kVector / static_cast<int>(sizeof(T));
   constexpr int kVectors = kElements / kPerVector;
+  SHUFFLENET_NO_UNROLL
   for (int i = thread_index(); i < rows * kVectors; i += kThreads) {
     const int row = i / kVectors;
     const int element = i % kVectors * kPerVector;
@@ -157,6 +158,7 @@ SHUFFLENET_DEVICE void stage(Shared<T> tile, int pitch, int rows, int valid_rows
   } else if (sizeof(T) <= 4 && vector == 4) {
     stage_vectors<T, kElements, sizeof(T) <= 4 ? 4 : 8>(tile, pitch, rows, valid_rows, valid, address);
   } else {
+    SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < rows * kElements; i += kThreads) {
       const int row = i / kElements;
       const int element = i % kElements;
@@ -367,14 +369,16 @@ struct Block {
     const int padding = layout.slice_pitch - slice_channels;
     if (!s.out_channels || padding == 0) return;
     const int pixels = t.tile_rows * t.tile_columns;
+    SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < pixels * t.slices; i += kThreads) {
-      const int64_t first = i / t.slices * layout.y2_pitch + i % t.slices * layout.slice_pitch + slice_channels;
+      const int first = i / t.slices * layout.y2_pitch + i % t.slices * layout.slice_pitch + slice_channels;
       for (int c = 0; c < padding; ++c) y2[first + c] = T{};
     }
   }
 
   SHUFFLENET_DEVICE void load_taps(int begin, int end) {
     const T* const weight = static_cast<const T*>(arguments.conv2.weight);
+    SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < end - begin; i += kThreads) {
       const int channel = begin + i;
       const Affine<A> first = affine<T>(arguments.conv1, channel % s.groups * slice_channels + channel / s.groups);
@@ -390,6 +394,7 @@ struct Block {
 
   // Padding is zero behind conv1's bias and ReLU.
   SHUFFLENET_DEVICE void clear_halo(const Window& w, int channels) {
+    SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < w.in_rows * w.in_columns; i += kThreads) {
       const int row = i / w.in_columns + w.in_row;
       const int column = i % w.in_columns + w.in_column;
@@ -447,23 +452,24 @@ struct Block {
       commit_copies();  // an empty group where nothing was left: wait_for_stage counts groups
       load_stage = load_stage + 1 == t.stages ? 0 : load_stage + 1;
     };
-    for (int i = 0; i < t.stages - 1; ++i) stage_next();
 
     A sum[kRowTiles][4];
     clear(sum);
-    for (; !step.done(w); step.next(depth)) {
-      wait_for_stage(t.stages);
+    for (int i = 1 - t.stages; !step.done(w); ++i) {
+      if (i >= 0) wait_for_stage(t.stages);
       stage_next();
+      if (i < 0) continue;
       const int pixels = least(kTilePixels, w.image_pixels() - step.pixel);
       const PixelOperand<T> operand = {pixel_tile(step_stage), kDepthMajor ? 1 : kTilePitch<T>,
                                        kDepthMajor ? kPlanePitch<T> : 1, pixels};
       Engine::template multiply<kDepthMajor>(sum, operand, weight_tile(step_stage), ceil_div(step.rows.rows, 8),
                                              least(kTileDepth<T>, depth - step.k));
       step_stage = step_stage + 1 == t.stages ? 0 : step_stage + 1;
-      if (step.k + kTileDepth<T> < depth) continue;
-      // The barriers of the steps before have made the taps visible.
-      write_y1(w, step, pixels, sum);
-      clear(sum);
+      if (step.k + kTileDepth<T> >= depth) {
+        write_y1(w, step, pixels, sum);  // the barrier of this step has made the taps visible
+        clear(sum);
+      }
+      step.next(depth);
     }
   }
 
@@ -489,6 +495,7 @@ struct Block {
   // A thread walks down a column of a channel with the nine values below the taps in registers.
   SHUFFLENET_DEVICE void depthwise(const Window& w, int begin, int end) {
     const int channels = end - begin;
+    SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < channels * w.out_columns; i += kThreads) {
       const int c = i % channels;
       const int column = i / channels;
@@ -512,14 +519,14 @@ struct Block {
         SHUFFLENET_UNROLL
         for (int k = 0; k < 3; ++k) value[to][k] = value[from][k];
       };
-      read_row(1);
-      if (s.stride == 1) read_row(2);
+      if (s.stride == 1) read_row(1);
+      read_row(2);
       for (int row = 0; row < w.out_rows; ++row) {
         if (s.stride == 1) {
           move_row(1, 0);
           move_row(2, 1);
         } else {
-          move_row(row == 0 ? 1 : 2, 0);
+          move_row(2, 0);
           read_row(1);
         }
         read_row(2);
@@ -588,10 +595,10 @@ struct Block {
       commit_copies();
       load_stage = load_stage + 1 == t.stages ? 0 : load_stage + 1;
     };
-    for (int i = 0; i < t.stages - 1; ++i) stage_next();
-    for (int k = 0; k < slice_channels; k += kTileDepth<T>) {
-      wait_for_stage(t.stages);
+    for (int k = (1 - t.stages) * kTileDepth<T>; k < slice_channels; k += kTileDepth<T>) {
+      if (k >= 0) wait_for_stage(t.stages);
       stage_next();
+      if (k < 0) continue;
       PixelOperand<T> part = operand;
       part.data = operand.data + k;
       Engine::template multiply<false>(sum, part, weight_tile(step_stage), ceil_div(rows, 8),
@@ -626,6 +633,7 @@ struct Block {
     const int length = kDepthMajor ? pixels : channels;
     const int vectors = ceil_div(length, kPerVector);
     const int lines = kDepthMajor ? channels : pixels;
+    SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < lines * vectors; i += kThreads) {
       const int line = i / vectors;
       const int element = i % vectors * kPerVector;
@@ -662,6 +670,7 @@ struct Block {
   SHUFFLENET_DEVICE void pool(const Window& w) {
     const int begin = static_cast<int>(int64_t{s.in_channels} * w.slice_begin / s.groups);
     const int channels = static_cast<int>(int64_t{s.in_channels} * w.slice_end / s.groups) - begin;
+    SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < channels * w.out_pixels(); i += kThreads) {
       const int c = begin + (kDepthMajor ? i / w.out_pixels() : i % channels);
       const int pixel = kDepthMajor ? i % w.out_pixels() : i / channels;

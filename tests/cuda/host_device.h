@@ -26,6 +26,7 @@
 
 #define SHUFFLENET_DEVICE inline
 #define SHUFFLENET_UNROLL
+#define SHUFFLENET_NO_UNROLL
 
 namespace shufflenet::cuda {
 
