@@ -105,6 +105,10 @@ inline void choose_vectors(const Unit& unit, Dtype dtype, Tiling& t, const Addre
   } else {
     t.x_vector = t.result_vector = 1;  // a window's pixels do not lie together
   }
+  // Element by element where no access of the kernel's is as narrow as that: copies of 4 bytes, writes of 8.
+  const int element = element_bytes(dtype);
+  for (int* vector : {&t.x_vector, &t.conv1_vector, &t.conv3_vector}) *vector = *vector < 4 ? element : *vector;
+  if (t.result_vector < 8) t.result_vector = element;
 }
 
 inline int blocks_per_multiprocessor(int64_t shared_bytes, int accumulator, const Device& device) {

@@ -4,31 +4,14 @@
 #define SHUFFLENET_TEST_DEVICE "host_device.h"
 
 #include <iostream>
-#include <map>
 #include <sstream>
 #include <string>
 
-#include "planner.h"
+#include "case.h"
 #include "unit_kernel.cuh"
 
 namespace shufflenet::cuda {
 namespace {
-
-struct Case {
-  explicit Case(const std::string& line) {
-    std::istringstream words(line);
-    for (std::string word; words >> word;) {
-      const size_t equals = word.find('=');
-      if (equals == std::string::npos) throw std::runtime_error("not key=value: " + word);
-      values[word.substr(0, equals)] = word.substr(equals + 1);
-    }
-  }
-  int64_t number(const std::string& key, int64_t otherwise) const {
-    const auto found = values.find(key);
-    return found == values.end() ? otherwise : std::stoll(found->second);
-  }
-  std::map<std::string, std::string> values;
-};
 
 // Exactly as many elements as asked for, `shift` elements behind an aligned address. AddressSanitizer guards both ends
 // where shift is 0, else the end.
@@ -237,29 +220,9 @@ std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
 
 std::string run(const std::string& line) {
   const Case c(line);
-  Unit unit;
-  unit.batch = c.number("n", 1);
-  unit.in_channels = c.number("in", 12);
-  unit.height = c.number("h", 5);
-  unit.width = c.number("w", 5);
-  unit.mid_channels = c.number("mid", 6);
-  unit.out_channels = c.number("out", 12);
-  unit.conv1_groups = c.number("g1", 3);
-  unit.groups = c.number("g", 3);
-  unit.stride = c.number("stride", 1);
-  unit.conv2_relu = c.number("relu", 0);
-  unit.pool_count_include_pad = c.number("pad", 1);
-  const auto text = [&](const char* key, const char* otherwise) {
-    const auto found = c.values.find(key);
-    return found == c.values.end() ? std::string(otherwise) : found->second;
-  };
-  unit.layout = text("layout", "nchw") == "nhwc" ? Layout::channels_last : Layout::contiguous;
-  const std::string dtype = text("dtype", "float32");
-  const Dtype type = dtype == "float64"    ? Dtype::float64
-                     : dtype == "bfloat16" ? Dtype::bfloat16
-                     : dtype == "float16"  ? Dtype::float16
-                                           : Dtype::float32;
-  const Plan plan = plan_unit(unit, type, device_of(static_cast<int>(c.number("sm", 90))));
+  const Unit unit = c.unit();
+  const Dtype type = c.dtype();
+  const Plan plan = plan_unit(unit, type, c.device());
   if (!plan.ok) return "unplanned " + plan.explanation;
   Tiling tiling = plan.tiling;
   // A case may cut the unit otherwise than the planner would.
