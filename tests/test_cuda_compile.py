@@ -83,11 +83,11 @@ def test_registers_are_as_the_planner_assumes(
     compiled: dict[tuple[str, str], tuple[Path, list[Kernel]]], dtype: str, arch: str
 ) -> None:
     _, kernels = compiled[dtype, arch]
-    blocks = 2 if dtype == "float64" else 4  # blocks_by_registers in tiling.h
+    blocks = 1 if dtype == "float64" else 2  # blocks_by_registers in tiling.h
     assert {kernel.layout for kernel in kernels} == {"contiguous", "channels_last"}
     for kernel in kernels:
         assert kernel.spilled_bytes == 0, kernel
-        assert -(-kernel.registers // 8) * 8 * 128 * blocks <= 65536, kernel
+        assert -(-kernel.registers // 8) * 8 * 256 * blocks <= 65536, kernel
         assert kernel.static_shared_bytes == 0, "all shared memory is dynamic: SharedLayout counts it"
 
 

@@ -126,8 +126,8 @@ def test_units_of_all_kinds(programs: dict[str, Path], program: str, seed: int) 
 
 @pytest.mark.parametrize("program", DTYPES)
 def test_sizes_around_the_tiles(programs: dict[str, Path], program: str) -> None:
-    # 64 pixels and rows a tile; 32, 16 and 8 channels of depth.
-    edges: list[tuple[str, tuple[int, ...]]] = [("w", (63, 64, 65)), ("in", (31, 32, 33, 65)), ("out", (63, 64, 65))]
+    # 64 pixels and rows a tile; 64, 32 and 16 channels of depth.
+    edges: list[tuple[str, tuple[int, ...]]] = [("w", (63, 64, 65)), ("in", (15, 17, 32, 33, 63, 64, 65, 129)), ("out", (63, 64, 65))]
     cases: list[Case] = [
         {"layout": layout, "dtype": dtype, "g": 1, "g1": 1, "h": 1, "w": 9, "in": 8, "mid": 5, "out": 4, "stride": 2}
         | {name: value}

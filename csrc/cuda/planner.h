@@ -126,7 +126,7 @@ struct Rates {
 inline Rates rates_of(Dtype dtype, const Device& device) {
   const bool fast_double = device.compute_capability == 80 || device.compute_capability == 90 ||
                            device.compute_capability == 100;
-  double multiply_adds = 48;  // float32: 128 lanes, held up by 12 loads for 32 multiply-adds
+  double multiply_adds = 48;  // float32: 128 lanes, held up by 8 loads for 16 multiply-adds
   if (dtype == Dtype::float64) multiply_adds = fast_double ? 32 : 2;
   if (uses_mma(dtype, device)) multiply_adds = 512;  // by what the fragments' loads allow
   return {multiply_adds, 24, 4, 500, 3000};

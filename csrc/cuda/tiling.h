@@ -17,16 +17,20 @@
 namespace shufflenet::cuda {
 
 // A block's pointwise convolutions run in tiles of kTilePixels x kTileRows (rows of the weight matrix, so output
-// channels), summed over the depth in steps of kTileDepthBytes. Four warps of 16 pixels, the M of mma.m16n8: a 7 x 7
-// plane (49 pixels) is one tile. 64 rows are 8 of its N: 32 accumulators a thread, which leaves room for four blocks
-// on a multiprocessor. 64 bytes of depth are two k16 steps in 16 bits, and four 16-byte copies a row.
-inline constexpr int kThreads = 128;
+// channels), summed over the depth in steps of kTileDepthBytes. Eight warps: four of 16 pixels, the M of mma.m16n8,
+// by two that take every other eight rows, its N. A 7 x 7 plane (49 pixels) is one tile, as are the 20 to 64 rows that
+// most groups have; 64 rows are 16 accumulators a thread. 128 bytes of depth are four k16 steps in 16 bits between
+// barriers, and four copies of 16 bytes a thread for a tile of pixels and one of weights.
+inline constexpr int kThreads = 256;
 inline constexpr int kTilePixels = 64;
 inline constexpr int kTileRows = 64;
-inline constexpr int kTileDepthBytes = 64;
-// Blocks that a multiprocessor's 65536 registers hold, by the limit that launch.cu compiles for: 128 registers a thread,
-// 255 where an accumulator takes two.
-SHUFFLENET_HOST_DEVICE constexpr int blocks_by_registers(int accumulator) { return accumulator == 8 ? 2 : 4; }
+inline constexpr int kTileDepthBytes = 128;
+inline constexpr int kPixelWarps = kTilePixels / 16;
+inline constexpr int kRowWarps = kThreads / 32 / kPixelWarps;
+static_assert(kPixelWarps * kRowWarps * 32 == kThreads, "every warp has its share of a tile");
+// Blocks that a multiprocessor's 65536 registers hold, by the limit that instance.cuh compiles for: 128 registers a
+// thread, 255 where an accumulator takes two.
+SHUFFLENET_HOST_DEVICE constexpr int blocks_by_registers(int accumulator) { return accumulator == 8 ? 1 : 2; }
 
 // Bytes between rows of the staged tiles: eight rows' 16-byte blocks lie in eight different groups of banks, so that
 // reading a fragment (eight rows at a time) has no conflict.
@@ -35,7 +39,6 @@ inline constexpr int kTilePitchBytes = kTileDepthBytes + kBankPadding;
 static_assert(kTilePitchBytes / 16 % 2 == 1, "rows an odd number of 16-byte blocks apart touch all banks in turn");
 inline constexpr int kTileBytes = kTilePixels * kTilePitchBytes;
 static_assert(kTilePixels == kTileRows, "tiles of pixels and of weights share kTileBytes");
-static_assert(kTilePixels == kThreads / 32 * 16, "a warp's mma takes 16 pixels");
 // Accumulators between rows of the finished tile: 8 pixels x 4 lanes x 2 rows of a fragment touch different banks.
 inline constexpr int kFinishedPitch = kTileRows + 8;
 

@@ -201,16 +201,18 @@ struct PixelOperand {
   int pixels;
 };
 
-inline constexpr int kRowTiles = kTileRows / 8;
+// A thread's accumulator (j, i) is the sum for row(j, i) and pixel(i) of the tile; its warp's j-th eight of rows is
+// row_tile(j).
+inline constexpr int kRowTiles = kTileRows / 8 / kRowWarps;
+SHUFFLENET_DEVICE int row_tile(int j) { return j * kRowWarps + thread_index() / (kThreads / kRowWarps); }
 
-// Accumulator (j, i) of a thread is the sum for row(j, i) and pixel(i) of the tile.
 template <class T>
 struct FmaEngine {
   using A = accumulator_t<T>;
   // A warp's lanes take 16 neighbouring pixels and two rows: its loads of pixels differ in bank, those of weights are
-  // broadcast. Four pixels and up to eight rows a thread: 12 loads for 32 multiply-adds.
+  // broadcast. Four pixels and up to four rows a thread: 8 loads for 16 multiply-adds.
   SHUFFLENET_DEVICE static int pixel(int i) { return thread_index() % 16 + 16 * i; }
-  SHUFFLENET_DEVICE static int row(int j, int) { return 8 * j + thread_index() / 16; }
+  SHUFFLENET_DEVICE static int row(int j, int) { return 8 * row_tile(j) + thread_index() / 16 % 8; }
 
   template <bool kDepthMajor>
   SHUFFLENET_DEVICE static void multiply(A (&sum)[kRowTiles][4], const PixelOperand<T>& x, Shared<const T> weights,
@@ -224,7 +226,7 @@ struct FmaEngine {
       for (int i = 0; i < 4; ++i) pixels[i] = widen(T(x.data[offset[i] + k * x.depth_pitch]));
       SHUFFLENET_UNROLL
       for (int j = 0; j < kRowTiles; ++j) {
-        if (j >= row_tiles) break;
+        if (row_tile(j) >= row_tiles) break;
         const A weight = widen(T(weights[row(j, 0) * kTilePitch<T> + k]));
         SHUFFLENET_UNROLL
         for (int i = 0; i < 4; ++i) sum[j][i] = multiply_add(weight, pixels[i], sum[j][i]);
@@ -233,18 +235,18 @@ struct FmaEngine {
   }
 };
 
-// Tensor cores. A warp multiplies its 16 pixels (a, 16x16) by 8 rows of weights at a time (b, 16x8); lanes hold the
+// Tensor cores. A warp multiplies its 16 pixels (a, 16x16) by eight rows of weights at a time (b, 16x8); lanes hold the
 // fragments as the PTX manual draws them for mma.m16n8k16.
 template <class T>
 struct MmaEngine {
-  SHUFFLENET_DEVICE static int warp_pixel() { return thread_index() / 32 * 16; }
+  SHUFFLENET_DEVICE static int warp_pixel() { return thread_index() / 32 % kPixelWarps * 16; }
   SHUFFLENET_DEVICE static int pixel(int i) { return warp_pixel() + thread_index() % 32 / 4 + i / 2 * 8; }
-  SHUFFLENET_DEVICE static int row(int j, int i) { return 8 * j + thread_index() % 4 * 2 + i % 2; }
+  SHUFFLENET_DEVICE static int row(int j, int i) { return 8 * row_tile(j) + thread_index() % 4 * 2 + i % 2; }
 
   template <bool kDepthMajor>
   SHUFFLENET_DEVICE static void multiply(float (&sum)[kRowTiles][4], const PixelOperand<T>& x, Shared<const T> weights,
                                          int row_tiles, int depth) {
-    if (warp_pixel() >= x.pixels) return;
+    if (warp_pixel() >= x.pixels || row_tile(0) >= row_tiles) return;
     const int lane = thread_index() % 32;
     for (int k = 0; k < depth; k += kDepthStep) {
       uint32_t a[4];
@@ -259,9 +261,9 @@ struct MmaEngine {
       }
       SHUFFLENET_UNROLL
       for (int j = 0; j < kRowTiles; ++j) {
-        if (j >= row_tiles) break;
+        if (row_tile(j) >= row_tiles) break;
         uint32_t b[2];
-        load_matrices<T>(b, weights + ((8 * j + lane % 8) * kTilePitch<T> + k + lane / 8 % 2 * 8));
+        load_matrices<T>(b, weights + ((8 * row_tile(j) + lane % 8) * kTilePitch<T> + k + lane / 8 % 2 * 8));
         multiply_matrices(sum[j], a, b, T{});
       }
     }
@@ -428,10 +430,9 @@ struct Block {
     };
     if constexpr (kDepthMajor) {
       const int valid = least(kTileDepth<T>, depth - step.k);
-      stage<T, kTilePixels>(tile, kPlanePitch<T>, ceil_div(valid, kDepthStep) * kDepthStep > kTileDepth<T>
-                                                      ? kTileDepth<T>
-                                                      : ceil_div(valid, kDepthStep) * kDepthStep,
-                            valid, pixels, t.x_vector, [&](int k, int pixel) { return offset(pixel, k); });
+      const int rows = least(kTileDepth<T>, ceil_div(valid, kDepthStep) * kDepthStep);
+      stage<T, kTilePixels>(tile, kPlanePitch<T>, rows, valid, pixels, t.x_vector,
+                            [&](int k, int pixel) { return offset(pixel, k); });
     } else {
       stage<T, kTileDepth<T>>(tile, kTilePitch<T>, pixels, pixels, depth - step.k, t.x_vector, offset);
     }
