@@ -8,6 +8,7 @@ Environment:
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pybind11
@@ -18,6 +19,7 @@ from torch.utils import cpp_extension
 
 # The oldest torch that the library runs under: the target of LibTorch's stable ABI, as in pyproject.toml.
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"
+DEFAULT_CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
 def cpp_flags() -> list[str]:
@@ -27,6 +29,19 @@ def cpp_flags() -> list[str]:
 
 def cuda_sources() -> list[str]:
     return sorted(str(path) for suffix in ("cu", "cpp") for path in Path("csrc/cuda").glob(f"*.{suffix}"))
+
+
+def default_cuda_archs() -> str:
+    """The architectures to build for where TORCH_CUDA_ARCH_LIST names none: those of DEFAULT_CUDA_ARCHS that nvcc knows.
+
+    No GPU is asked: the machine that builds need not be the one that runs. The last also leaves PTX for newer cards.
+    """
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [arch for arch in DEFAULT_CUDA_ARCHS if "sm_" + arch.replace(".", "") in known]
+    if not archs:
+        raise RuntimeError(f"{nvcc} knows none of {DEFAULT_CUDA_ARCHS}: set TORCH_CUDA_ARCH_LIST")
+    return ";".join(archs) + "+PTX"
 
 
 def cuda_decision() -> tuple[bool, str]:
@@ -76,7 +91,25 @@ def extensions() -> list[Extension]:
         extra_compile_args=cpp_flags(),
     )
     library.libraries = ["torch_cpu"]  # holds the stable ABI; nothing of libc10 or libtorch_python is used
-    return [library]
+    return [library, cuda_extension()] if with_cuda else [library]
+
+
+def cuda_extension() -> cpp_extension.CppExtension:
+    """The CUDA library, apart from the CPU's: where it cannot be loaded the CPU kernels still are."""
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_cuda_archs()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # torch's list of -gencode flags
+    print(f"shufflenet_ext: CUDA kernels for {archs}")
+    flags = [*cpp_flags(), "-DUSE_CUDA", f'-DSHUFFLENET_EXT_CUDA_ARCHS="{archs}"']
+    extension = cpp_extension.CUDAExtension(
+        "shufflenet_ext._C_cuda",
+        cuda_sources(),
+        include_dirs=[pybind11.get_include()],
+        depends=[str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}")],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++17", *flags[-1:]]},
+    )
+    # The static runtime: whichever CUDA version torch brings, the library takes its own.
+    extension.libraries = [name for name in extension.libraries if name != "cudart"] + ["cudart_static", "rt", "dl"]
+    return extension
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -1,6 +1,8 @@
 """Loads the native libraries and says what they are. No other module imports them."""
 
 import importlib
+import importlib.util
+from functools import cache
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,41 @@ except ImportError as error:
     _C = None
     native_error = f"the native library is not loaded ({error})"
 
-cuda_error: str | None = "this version has no CUDA kernels"
+_C_cuda: ModuleType | None = None
+# Why no CUDA kernel is loaded. That a loaded one can run on a card is another question: see _device_error.
+cuda_error: str | None
+if native_error is not None:
+    cuda_error = native_error
+elif importlib.util.find_spec("shufflenet_ext._C_cuda") is None:
+    cuda_error = (
+        "this installation was built without CUDA kernels; reinstall where a CUDA toolkit and a CUDA build of torch are, "
+        "with --no-build-isolation"
+    )
+elif torch.version.cuda is None:
+    cuda_error = f"the CUDA library needs a CUDA build of torch, and this is {torch.__version__}; install torch for CUDA"
+else:
+    try:
+        _C_cuda = importlib.import_module("shufflenet_ext._C_cuda")
+        cuda_error = None
+    except ImportError as error:
+        cuda_error = f"the CUDA library is not loaded ({error}); reinstall shufflenet_ext against this torch"
+
+
+@cache
+def _device_error(index: int) -> str | None:
+    """Why the CUDA kernels do not run on a card, and the remedy; None where they do."""
+    assert _C_cuda is not None
+    return _C_cuda.device_error(index) or None
+
+
+def _cuda_error() -> str | None:
+    """Why no CUDA kernel runs here, or None. Does not initialise CUDA where torch finds no card."""
+    if cuda_error is not None:
+        return cuda_error
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False: no card is visible, or its driver is missing or too old for this torch"
+    errors = [_device_error(i) for i in range(torch.cuda.device_count())]
+    return None if None in errors else errors[0]
 
 
 def uncovered(x: torch.Tensor) -> str | None:
@@ -26,10 +62,27 @@ def uncovered(x: torch.Tensor) -> str | None:
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"there is no native kernel for {x.dtype}"
     if x.device.type == "cuda":
-        return cuda_error
+        return cuda_error or _device_error(x.device.index)
     if x.device.type not in ("cpu", "meta"):
         return f"there is no native kernel for device type {x.device.type!r}"
     return None
+
+
+def cuda_plan(unit: dict[str, int], dtype: str, *, sm: int) -> dict[str, Any]:
+    """How the CUDA kernel would cut a unit on a card of compute capability ``sm`` (90 for sm_90); no card is needed.
+
+    Args:
+        unit: ``batch``, ``in_channels``, ``height``, ``width``, ``mid_channels``, ``out_channels`` (0: no conv3),
+            ``conv1_groups``, ``groups``, ``stride``, ``channels_last`` (0 or 1).
+        dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
+
+    Returns a dict whose ``explanation`` says it in words; ``ok`` is False where the unit cannot be planned, and the
+    explanation says why. RuntimeError where the CUDA library is not loaded.
+    """
+    if _C_cuda is None:
+        raise RuntimeError(f"no CUDA plan: {cuda_error}")
+    plan: dict[str, Any] = _C_cuda.plan(unit, dtype, sm)
+    return plan
 
 
 def cpu_isas() -> list[str]:
@@ -58,7 +111,7 @@ def build_info() -> dict[str, Any]:
         "compiler": _C.compiler if _C is not None else None,
         "cpu_isa": _C.cpu_isa() if _C is not None else None,
         "cpu_isas": cpu_isas(),
-        "cuda_archs": [],
-        "cuda_error": cuda_error,
+        "cuda_archs": _C_cuda.cuda_archs.replace(";", " ").split() if _C_cuda is not None else [],
+        "cuda_error": _cuda_error(),
         "native_error": native_error,
     }

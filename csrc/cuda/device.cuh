@@ -1,0 +1,162 @@
+// What unit_kernel.cuh needs of the device: types, shared memory, barriers, asynchronous copies, warp-wide matrix
+// instructions. tests/cuda/host_device.h holds the same names for the CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define SHUFFLENET_DEVICE __device__ __forceinline__
+#define SHUFFLENET_UNROLL _Pragma("unroll")
+// For loops that share work over the threads: unrolling them takes the registers that accumulators need.
+#define SHUFFLENET_NO_UNROLL _Pragma("unroll 1")
+
+namespace shufflenet::cuda {
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+SHUFFLENET_DEVICE float widen(float value) { return value; }
+SHUFFLENET_DEVICE double widen(double value) { return value; }
+SHUFFLENET_DEVICE float widen(Float16 value) { return __half2float(__ushort_as_half(value.bits)); }
+SHUFFLENET_DEVICE float widen(BFloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
+SHUFFLENET_DEVICE void narrow(float value, float& to) { to = value; }
+SHUFFLENET_DEVICE void narrow(double value, double& to) { to = value; }
+SHUFFLENET_DEVICE void narrow(float value, Float16& to) { to.bits = __half_as_ushort(__float2half_rn(value)); }
+SHUFFLENET_DEVICE void narrow(float value, BFloat16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+
+SHUFFLENET_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+SHUFFLENET_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+SHUFFLENET_DEVICE float square_root(float value) { return sqrtf(value); }
+SHUFFLENET_DEVICE double square_root(double value) { return sqrt(value); }
+
+SHUFFLENET_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+SHUFFLENET_DEVICE int64_t block_index() { return blockIdx.x; }
+SHUFFLENET_DEVICE int64_t block_count() { return gridDim.x; }
+SHUFFLENET_DEVICE void barrier() { __syncthreads(); }
+
+// A pointer into shared memory. On the CPU it is a class that checks every access.
+template <class T>
+using Shared = T*;
+
+SHUFFLENET_DEVICE Shared<char> shared_memory() {
+  extern __shared__ __align__(16) char shufflenet_shared[];
+  return shufflenet_shared;
+}
+template <class T>
+SHUFFLENET_DEVICE Shared<T> shared_at(Shared<char> memory, int64_t offset) {
+  return reinterpret_cast<T*>(memory + offset);
+}
+
+SHUFFLENET_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Copies the first `valid` of kBytes and zeroes the rest; visible to the thread after wait_copies, to others after a
+// barrier behind that. Before sm_80 it is a plain copy.
+template <int kBytes, class T>
+SHUFFLENET_DEVICE void copy_async(Shared<T> to, const T* from, int valid) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
+                 "r"(valid)
+                 : "memory");
+  }
+#else
+  struct alignas(kBytes) Block {
+    T elements[kBytes / sizeof(T)];
+  };
+  Block block = {};
+  if (valid == kBytes) {
+    block = *reinterpret_cast<const Block*>(from);
+  } else {
+    SHUFFLENET_UNROLL
+    for (int i = 0; i < kBytes / static_cast<int>(sizeof(T)); ++i) {
+      if (i * static_cast<int>(sizeof(T)) < valid) block.elements[i] = from[i];
+    }
+  }
+  *reinterpret_cast<Block*>(to) = block;
+#endif
+}
+SHUFFLENET_DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits until at most kPending of the thread's committed groups are under way.
+template <int kPending>
+SHUFFLENET_DEVICE void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ldmatrix: 8x8 matrices of 16-bit elements; lane 8 * i + j gives the address of row j of matrix i, and gets, in
+// register i, elements 2 * (lane % 4) and + 1 of row lane / 4 of matrix i (of its transpose if kTransposed).
+template <bool kTransposed, class T>
+SHUFFLENET_DEVICE void load_matrices(uint32_t (&to)[4], Shared<const T> row) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+// The same for two matrices; lanes 16 to 31 give any valid address.
+template <class T>
+SHUFFLENET_DEVICE void load_matrices(uint32_t (&to)[2], Shared<const T> row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(to[0]), "=r"(to[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Whether the architecture being compiled for multiplies T on tensor cores.
+template <class T>
+inline constexpr bool kHasMma = false;
+template <>
+inline constexpr bool kHasMma<Float16> = true;  // from sm_75, the oldest that is built
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+template <>
+inline constexpr bool kHasMma<BFloat16> = true;
+#endif
+
+// mma.m16n8k16, a row by column: d += a b.
+SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Float16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  SHUFFLENET_UNROLL
+  for (int half = 0; half < 2; ++half) {  // sm_75 has m16n8k8: the two halves of the depth
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+  }
+#endif
+}
+SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+}  // namespace shufflenet::cuda

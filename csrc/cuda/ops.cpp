@@ -1,0 +1,185 @@
+// The ops on CUDA: tensors in, KernelArguments out, one launch in torch's current stream. Also the module _C_cuda: what
+// is built in, and how the planner cuts a unit. No tensor passes through pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <map>
+
+#include "../arguments.h"
+#include "kernels.h"
+
+namespace shufflenet::cuda {
+namespace {
+
+// Keeps what the kernel reads: contiguous copies where an argument is not so itself.
+class ConvolutionData {
+ public:
+  explicit ConvolutionData(const ConvolutionArguments& conv) {
+    pointers.weight = keep(conv.weight).data;
+    if (conv.bias) pointers.bias = keep(*conv.bias);
+    if (!conv.norm) return;
+    pointers.norm_weight = keep(conv.norm->weight);
+    pointers.norm_bias = keep(conv.norm->bias);
+    pointers.norm_mean = keep(conv.norm->running_mean);
+    pointers.norm_var = keep(conv.norm->running_var);
+    pointers.eps = conv.norm->eps;
+  }
+
+  ConvolutionPointers pointers;
+
+ private:
+  Parameter keep(const Tensor& tensor) {
+    kept_.push_back(torch::stable::contiguous(tensor));
+    return {kept_.back().const_data_ptr(), tensor.scalar_type() == ScalarType::Float};
+  }
+
+  std::vector<Tensor> kept_;
+};
+
+// Plans cost some microseconds: each thread keeps those it made.
+Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
+  using Key = std::array<int64_t, 13>;
+  constexpr size_t kMost = 256;  // shapes that change with every call must not pile up
+  thread_local std::map<Key, Plan> plans;
+  const Key key = {u.batch,        u.in_channels, u.height, u.width,  u.mid_channels,
+                   u.out_channels, u.conv1_groups, u.groups, u.stride, static_cast<int64_t>(u.layout),
+                   static_cast<int64_t>(dtype), device_index, 0};
+  const auto found = plans.find(key);
+  if (found != plans.end()) return found->second;
+  if (plans.size() >= kMost) plans.clear();
+  return plans[key] = plan_unit(u, dtype, device_properties(device_index));
+}
+
+Tensor run(const UnitArguments& arguments) {
+  const Unit unit = check_unit(arguments);
+  const int32_t device = arguments.x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor x = dense(arguments.x, unit.layout);
+  const Tensor result = empty_result(x, unit);
+  if (unit.batch == 0) return result;
+
+  const ConvolutionData conv1(arguments.conv1), conv2(arguments.conv2);
+  std::optional<ConvolutionData> conv3;
+  if (arguments.conv3) conv3.emplace(*arguments.conv3);
+  const Dtype dtype = dtype_of("x", x);
+  const Plan plan = cached_plan(unit, dtype, device);
+  if (!plan.ok) fail("x: no CUDA kernel can be planned for this unit (", plan.explanation, ")");
+
+  KernelArguments kernel = {sizes_of(unit),  plan.tiling,
+                            x.const_data_ptr(), conv1.pointers,
+                            conv2.pointers,  conv3 ? conv3->pointers : ConvolutionPointers{},
+                            result.mutable_data_ptr()};
+  const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
+  choose_vectors(unit, dtype, kernel.tiling,
+                 {address(kernel.x), address(kernel.conv1.weight), address(kernel.conv3.weight),
+                  address(kernel.result)});
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  launch(kernel, dtype, unit.layout, plan.shared_bytes, stream);
+  return result;
+}
+
+Tensor pointwise_shuffle_depthwise(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
+                                   std::optional<Tensor> conv2_bias, int64_t conv1_groups, int64_t shuffle_groups,
+                                   int64_t stride, bool conv2_relu) {
+  return run({x,
+              {"conv1", conv1_weight, conv1_bias, {}},
+              {"conv2", conv2_weight, conv2_bias, {}},
+              {},
+              conv1_groups,
+              shuffle_groups,
+              stride,
+              conv2_relu,
+              true});
+}
+
+Tensor shuffle_bottleneck(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
+                          std::optional<Tensor> conv2_bias, Tensor conv3_weight, std::optional<Tensor> conv3_bias,
+                          int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu,
+                          bool pool_count_include_pad) {
+  return run({x,
+              {"conv1", conv1_weight, conv1_bias, {}},
+              {"conv2", conv2_weight, conv2_bias, {}},
+              ConvolutionArguments{"conv3", conv3_weight, conv3_bias, {}},
+              conv1_groups,
+              groups,
+              stride,
+              conv2_relu,
+              pool_count_include_pad});
+}
+
+Tensor shuffle_bottleneck_batch_norm(
+    Tensor x, Tensor conv1_weight, Tensor bn1_weight, Tensor bn1_bias, Tensor bn1_mean, Tensor bn1_var,
+    Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight,
+    Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps, double bn3_eps,
+    int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu, bool pool_count_include_pad) {
+  return run({x,
+              {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
+              {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
+              ConvolutionArguments{
+                  "conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
+              conv1_groups,
+              groups,
+              stride,
+              conv2_relu,
+              pool_count_include_pad});
+}
+
+pybind11::dict plan(const std::map<std::string, int64_t>& sizes, const std::string& dtype, int sm) {
+  const auto size = [&](const char* name) {
+    const auto found = sizes.find(name);
+    if (found == sizes.end()) throw std::invalid_argument(std::string("unit: expected a key '") + name + "'");
+    return found->second;
+  };
+  Unit unit;
+  unit.batch = size("batch");
+  unit.in_channels = size("in_channels");
+  unit.height = size("height");
+  unit.width = size("width");
+  unit.mid_channels = size("mid_channels");
+  unit.out_channels = size("out_channels");
+  unit.conv1_groups = size("conv1_groups");
+  unit.groups = size("groups");
+  unit.stride = size("stride");
+  unit.layout = size("channels_last") ? Layout::channels_last : Layout::contiguous;
+  const std::map<std::string, Dtype> dtypes = {{"float32", Dtype::float32},
+                                               {"float64", Dtype::float64},
+                                               {"bfloat16", Dtype::bfloat16},
+                                               {"float16", Dtype::float16}};
+  const auto known = dtypes.find(dtype);
+  if (known == dtypes.end()) throw std::invalid_argument("dtype: got '" + dtype + "'");
+  const Device device = device_of(sm);
+  if (device.compute_capability == 0) throw std::invalid_argument("sm: got " + std::to_string(sm));
+  const Plan plan = plan_unit(unit, known->second, device);
+  pybind11::dict answer;
+  answer["ok"] = plan.ok;
+  answer["explanation"] = plan.explanation;
+  answer["tile_rows"] = plan.tiling.tile_rows;
+  answer["tile_columns"] = plan.tiling.tile_columns;
+  answer["slices"] = plan.tiling.slices;
+  answer["chunk"] = plan.tiling.chunk;
+  answer["stages"] = plan.tiling.stages;
+  answer["shared_bytes"] = plan.shared_bytes;
+  answer["windows"] = plan.windows;
+  answer["blocks_per_multiprocessor"] = plan.blocks_per_multiprocessor;
+  answer["multiprocessors"] = device.multiprocessors;
+  answer["cycles"] = plan.cycles;
+  return answer;
+}
+
+}  // namespace
+}  // namespace shufflenet::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CUDA, m) {
+  m.impl("pointwise_shuffle_depthwise", TORCH_BOX(&shufflenet::cuda::pointwise_shuffle_depthwise));
+  m.impl("shuffle_bottleneck", TORCH_BOX(&shufflenet::cuda::shuffle_bottleneck));
+  m.impl("shuffle_bottleneck_batch_norm", TORCH_BOX(&shufflenet::cuda::shuffle_bottleneck_batch_norm));
+}
+
+PYBIND11_MODULE(_C_cuda, m) {
+  m.doc() = "CUDA library of shufflenet_ext: importing it registers the ops' CUDA kernels.";
+  m.attr("cuda_archs") = SHUFFLENET_EXT_CUDA_ARCHS;
+  m.def("plan", &shufflenet::cuda::plan, pybind11::arg("unit"), pybind11::arg("dtype"), pybind11::arg("sm"));
+  m.def("device_error", &shufflenet::cuda::device_error, pybind11::arg("index"));
+}

@@ -1,0 +1,5 @@
+#include "instance.cuh"
+
+namespace shufflenet::cuda {
+const void* kernel_float32(Layout layout) { return kernel_of<float>(layout); }
+}  // namespace shufflenet::cuda

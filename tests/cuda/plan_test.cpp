@@ -1,0 +1,20 @@
+// Prints the planner's choice for each case of standard input, one a line as `key=value` pairs, the words last.
+#include <iostream>
+
+#include "case.h"
+
+int main() {
+  using namespace shufflenet::cuda;
+  for (std::string line; std::getline(std::cin, line);) {
+    const Case c(line);
+    const Plan plan = plan_unit(c.unit(), c.dtype(), c.device());
+    const Tiling& t = plan.tiling;
+    std::cout << "ok=" << plan.ok << " tile_rows=" << t.tile_rows << " tile_columns=" << t.tile_columns
+              << " slices=" << t.slices << " chunk=" << t.chunk << " stages=" << t.stages << " x_vector=" << t.x_vector
+              << " conv1_vector=" << t.conv1_vector << " conv3_vector=" << t.conv3_vector
+              << " result_vector=" << t.result_vector << " shared_bytes=" << plan.shared_bytes
+              << " shared_per_block=" << c.device().shared_per_block << " windows=" << plan.windows
+              << " blocks=" << plan.blocks_per_multiprocessor << " multiprocessors=" << c.device().multiprocessors
+              << " cycles=" << static_cast<int64_t>(plan.cycles) << " explanation=" << plan.explanation << "\n";
+  }
+}

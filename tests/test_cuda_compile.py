@@ -1,0 +1,114 @@
+"""What ptxas makes of the kernels for each architecture: what the tests on the CPU cannot see. Needs nvcc, no GPU.
+
+A kernel that spills, or takes more registers than the planner counts on, is a failure here; so is one whose assembly
+lacks the tensor-core instructions or the 16-byte accesses that it was written for.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+KERNEL = Path(__file__).parents[1] / "csrc" / "cuda"
+ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one that comes with triton."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        found = shutil.which("cuobjdump", path=str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
+    return found
+
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc (on PATH, or by CUDA_HOME)")
+
+
+@dataclass
+class Kernel:
+    layout: str
+    registers: int
+    spilled_bytes: int
+    static_shared_bytes: int
+
+
+def compile_kernels(dtype: str, arch: str, folder: Path) -> tuple[Path, list[Kernel]]:
+    """The two kernels (layouts) of a dtype, and ptxas' figures of them."""
+    cubin = folder / f"{dtype}_{arch}.cubin"
+    command = [nvcc(), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", cubin]
+    done = subprocess.run(
+        [*map(str, command), str(KERNEL / f"unit_{dtype}.cu")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = []
+    for part in done.stderr.split("Compiling entry function")[1:]:
+        shared = re.search(r"(\d+) bytes smem", part)
+        kernels.append(
+            Kernel(
+                layout="channels_last" if "LayoutE1" in part else "contiguous",
+                registers=int(re.search(r"Used (\d+) registers", part)[1]),
+                spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", part))),
+                static_shared_bytes=int(shared[1]) if shared else 0,
+            )
+        )
+    return cubin, kernels
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, list[Kernel]]]:
+    folder = tmp_path_factory.mktemp("cubins")
+    wanted = [(dtype, arch) for dtype in DTYPES for arch in ARCHS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(wanted, pool.map(lambda pair: compile_kernels(*pair, folder), wanted), strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_registers_are_as_the_planner_assumes(
+    compiled: dict[tuple[str, str], tuple[Path, list[Kernel]]], dtype: str, arch: str
+) -> None:
+    _, kernels = compiled[dtype, arch]
+    blocks = 1 if dtype == "float64" else 2  # blocks_by_registers in tiling.h
+    assert {kernel.layout for kernel in kernels} == {"contiguous", "channels_last"}
+    for kernel in kernels:
+        assert kernel.spilled_bytes == 0, kernel
+        assert -(-kernel.registers // 8) * 8 * 256 * blocks <= 65536, kernel
+        assert kernel.static_shared_bytes == 0, "all shared memory is dynamic: SharedLayout counts it"
+
+
+@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_assembly_has_the_instructions_it_should(
+    compiled: dict[tuple[str, str], tuple[Path, list[Kernel]]], dtype: str, arch: str
+) -> None:
+    cubin, _ = compiled[dtype, arch]
+    assembly = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    for kernel in assembly.split("Function : ")[1:]:
+        if int(arch) >= 80:
+            assert re.search(r"LDGSTS\.E\.BYPASS\S*\.128", kernel), "copies of x and of weights"
+        else:
+            assert re.search(r"LDG\.E\S*\.128", kernel), "copies of x and of weights"
+        assert re.search(r"STG\.E\S*\.128", kernel), "the result"
+        uses_mma = dtype == "float16" or (dtype == "bfloat16" and int(arch) >= 80)
+        assert bool(re.search(r"HMMA\.\d+", kernel)) == uses_mma
+        if uses_mma:
+            expected = "HMMA.1688.F32" if arch == "75" else "HMMA.16816.F32"
+            assert expected in kernel
+            assert "LDSM.16.M88.4" in kernel
+            assert "LDSM.16.MT88.4" in kernel or "channels_last" in kernel or "LayoutE1" in kernel

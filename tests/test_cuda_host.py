@@ -1,0 +1,279 @@
+"""The CUDA kernel's own source, run on the CPU by tests/cuda/host_device.h and compared with a naive unit in double.
+
+No GPU and no CUDA toolkit is needed, only g++ on x86-64 Linux.
+"""
+
+import itertools
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "tests" / "cuda"
+KERNEL = ROOT / "csrc" / "cuda"
+CXX = os.environ.get("CXX", "g++").split()[0]
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"]
+SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(CXX) is None or platform.system() != "Linux" or platform.machine() != "x86_64",
+    reason="needs a C++ compiler on x86-64 Linux",
+)
+
+Case = dict[str, int | str]
+
+
+def build(source: str, target: Path, *flags: str, kernel: Path = KERNEL) -> Path:
+    command = [CXX, *FLAGS, *flags, f"-I{kernel}", f"-I{KERNEL}", f"-I{SOURCES}", "-o", str(target), str(SOURCES / source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def line(case: Case) -> str:
+    return " ".join(f"{key}={value}" for key, value in case.items()) + "\n"
+
+
+def run(program: Path, cases: list[Case]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(program)], input="".join(map(line, cases)), capture_output=True, text=True)
+
+
+def failures(program: Path, cases: list[Case]) -> list[str]:
+    """What went wrong, by case; the harness ends the program at an access or a barrier that is not allowed."""
+    done = run(program, cases)
+    answers = done.stdout.splitlines()
+    found = [f"{line(case)}: {answer}" for case, answer in zip(cases, answers) if not answer.startswith("ok ")]
+    if len(answers) < len(cases):
+        errors = [text for text in done.stderr.splitlines() if "doesn't fully support makecontext" not in text]
+        found.append(f"{line(cases[len(answers)])}: ended with {done.returncode}\n" + "\n".join(errors[:40]))
+    return found
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The kernel for 16-bit dtypes with matrix instructions and without (bfloat16 before sm_80), and for the others."""
+    folder = tmp_path_factory.mktemp("cuda_host")
+    wanted = {
+        "mma": ["-O1", *SANITIZE, "-DSHUFFLENET_TEST_DTYPE16"],
+        "fma": ["-O1", *SANITIZE, "-DSHUFFLENET_TEST_DTYPE16", "-DSHUFFLENET_TEST_MMA=0"],
+        "wide": ["-O1", *SANITIZE],
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        built = pool.map(lambda name: build("unit_test.cpp", folder / name, *wanted[name]), wanted)
+        return dict(zip(wanted, built, strict=True))
+
+
+DTYPES = {"mma": ("float16", "bfloat16"), "fma": ("float16", "bfloat16"), "wide": ("float32", "float64")}
+
+
+def random_cases(program: str, seed: int, count: int) -> list[Case]:
+    """Units of all kinds, cut by the planner for some card, or at random."""
+    rng = random.Random(seed)
+    cases = []
+    for i in range(count):
+        groups = rng.choice([1, 2, 3, 4, 8])
+        conv1_groups = rng.choice([1, groups, rng.choice([1, 2, 3])])
+        both = math.lcm(groups, conv1_groups)
+        stride = rng.choice([1, 2])
+        case: Case = {
+            "dtype": rng.choice(DTYPES[program]),
+            "layout": rng.choice(["nchw", "nhwc"]),
+            "n": rng.choice([1, 2, 3]),
+            "in": conv1_groups * rng.choice([1, 3, 5, 8, 10, 16, 17, 24, 33, 40]),
+            "h": rng.choice([1, 2, 3, 4, 5, 7, 8, 9, 11]),
+            "w": rng.choice([1, 2, 3, 4, 6, 7, 8, 13, 16, 17]),
+            "mid": both * rng.choice([1, 2, 3, 5, 8, 9]),
+            "out": rng.choice([0, groups * rng.choice([1, 4, 7, 8, 65 if groups < 3 else 9])]),
+            "g1": conv1_groups,
+            "g": groups,
+            "stride": stride,
+            "relu": rng.randint(0, 1),
+            "pad": rng.randint(0, 1),
+            "norm": rng.randint(0, 1),
+            "shift": rng.choice([0, 0, 0, 1, 4]),
+            "seed": i,
+            "sm": rng.choice(ARCHS),
+        }
+        if stride == 1 and case["out"]:
+            case["in"] = case["out"] = both * rng.choice([1, 2, 3, 8, 11])
+        out_height, out_width = (int(case["h"]) - 1) // stride + 1, (int(case["w"]) - 1) // stride + 1
+        if rng.random() < 0.6:
+            case["tile_rows"] = rng.randint(1, out_height)
+            case["tile_columns"] = rng.choice([out_width, out_width, rng.randint(1, out_width)])
+            case["slices"] = rng.randint(1, groups)
+            case["stages"] = rng.randint(2, 4)
+            if rng.random() < 0.5:
+                case["chunk"] = rng.randint(1, int(case["mid"]) // groups * int(case["slices"]))
+        if rng.random() < 0.3:
+            case["blocks"] = rng.randint(1, 3)  # fewer than there are windows: blocks go on to the next
+        cases.append(case)
+    return cases
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("program", DTYPES)
+def test_units_of_all_kinds(programs: dict[str, Path], program: str, seed: int) -> None:
+    assert failures(programs[program], random_cases(program, 100 * seed, 60)) == []
+
+
+@pytest.mark.parametrize("program", DTYPES)
+def test_sizes_around_the_tiles(programs: dict[str, Path], program: str) -> None:
+    # 64 pixels and rows a tile; 64, 32 and 16 channels of depth.
+    edges: list[tuple[str, tuple[int, ...]]] = [("w", (63, 64, 65)), ("in", (15, 17, 32, 33, 63, 64, 65, 129)), ("out", (63, 64, 65))]
+    cases: list[Case] = [
+        {"layout": layout, "dtype": dtype, "g": 1, "g1": 1, "h": 1, "w": 9, "in": 8, "mid": 5, "out": 4, "stride": 2}
+        | {name: value}
+        for layout in ("nchw", "nhwc")
+        for dtype in DTYPES[program]
+        for name, values in edges
+        for value in values
+    ]
+    cases += [case | {"mid": mid, "g": 1} for case in cases[:2] for mid in (15, 16, 17, 63, 64, 65)]
+    assert failures(programs[program], cases) == []
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_stage_4_unit_of_the_paper(programs: dict[str, Path], layout: str) -> None:
+    unit: Case = {"in": 960, "mid": 240, "out": 960, "h": 7, "w": 7, "layout": layout, "dtype": "float16", "norm": 1}
+    assert failures(programs["mma"], [unit]) == []
+
+
+def test_thread_order_does_not_matter(programs: dict[str, Path]) -> None:
+    case: Case = {"dtype": "float16", "layout": "nhwc", "in": 48, "mid": 36, "out": 48, "h": 9, "w": 8}
+    # The seed draws the inputs, too; equal answers for all seeds are not expected, right ones are.
+    assert failures(programs["mma"], [case | {"seed": seed} for seed in range(12)]) == []
+
+
+# What each planted bug replaces in the kernel, and how the harness must answer.
+MUTATIONS = {
+    "missing barrier": (
+        "        conv1(window, begin, end);\n        barrier();\n",
+        "        conv1(window, begin, end);\n",
+        "race|never written",
+    ),
+    "halo off by one": ("in_row = out_row * s.stride - 1;", "in_row = out_row * s.stride;", "wrong|outside|never written"),
+    "fragment of the wrong lane": ("thread_index() % 4 * 2 + i % 2", "thread_index() % 4 + i % 2 * 4", "wrong"),
+    "fragment transposed": ("load_matrices<false, T>(a", "load_matrices<true, T>(a", "wrong"),
+    "copy not waited for": ("case 2: wait_for_stage<0>()", "case 2: wait_for_stage<1>()", "copy is filling|never written"),
+    "barrier that some threads skip": (
+        "        barrier();  // all are done with what",
+        "        if (thread_index() < 96) barrier();  // all are done with what",
+        "not all threads reach",
+    ),
+    "padding not cleared": ("    clear_padding();\n", "", "never written"),
+    "one row too many": ("row < valid_rows ? most", "row <= valid_rows ? most", "heap-buffer-overflow|wrong"),
+    "index past shared memory": (
+        "y2[(row * w.out_columns + column) * layout.y2_pitch + y2_column] = narrowed",
+        "y2[((row + 1) * w.out_columns + column) * layout.y2_pitch + y2_column] = narrowed",
+        "outside",
+    ),
+}
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
+    right, planted, expected = MUTATIONS[name]
+    source = (KERNEL / "unit_kernel.cuh").read_text()
+    assert source.count(right) == 1, "the mutation no longer fits the kernel"
+    (tmp_path / "unit_kernel.cuh").write_text(
+        source.replace(right, planted).replace('"tiling.h"', f'"{KERNEL / "tiling.h"}"')
+    )
+    program = build(
+        "unit_test.cpp",
+        tmp_path / "mutant",
+        *["-O0", "-fsanitize=address", "-DSHUFFLENET_TEST_DTYPE16=1"],
+        kernel=tmp_path,
+    )
+    case: Case = {"dtype": "float16", "layout": "nhwc", "in": 24, "mid": 18, "out": 24, "h": 9, "w": 8, "stages": 2}
+    done = run(program, [case | {"tile_rows": rows} for rows in (9, 4)])
+    answer = done.stdout + done.stderr
+    assert any(symptom in answer for symptom in expected.split("|")), answer
+
+
+# ---- The planner ------------------------------------------------------------------------------------------------------
+
+
+def paper_units() -> list[Case]:
+    """Every unit of the paper's networks (Table 1), the stride-2 ones with this project's and the paper's mid channels."""
+    stages = {1: (144, 288, 576), 2: (200, 400, 800), 3: (240, 480, 960), 4: (272, 544, 1088), 8: (384, 768, 1536)}
+    units: list[Case] = []
+    for groups, outputs in stages.items():
+        for i, (channels, side) in enumerate(zip(outputs, (28, 14, 7), strict=True)):
+            inputs = outputs[i - 1] if i else 24
+            for mid in {(channels - inputs) // 4 // groups * groups, channels // 4 // groups * groups}:
+                units.append(
+                    {"in": inputs, "mid": mid, "out": channels - inputs, "h": 2 * side, "w": 2 * side, "stride": 2}
+                    | {"g": groups, "g1": groups if i else 1}
+                )
+                if (channels - inputs) % groups:
+                    units.pop()
+            mid = channels // 4 // groups * groups
+            units.append(
+                {"in": channels, "mid": mid, "out": channels, "h": side, "w": side, "g": groups, "g1": groups}
+            )
+    return units
+
+
+@pytest.fixture(scope="session")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("plan_test.cpp", tmp_path_factory.mktemp("planner") / "plan", "-O1")
+
+
+def plans(planner: Path, cases: list[Case]) -> list[Case]:
+    answers = run(planner, cases).stdout.splitlines()
+    assert len(answers) == len(cases)
+    found: list[Case] = []
+    for answer in answers:
+        numbers, explanation = answer.split(" explanation=")
+        plan: Case = {key: int(value) for key, value in (pair.split("=") for pair in numbers.split())}
+        found.append(plan | {"explanation": explanation})
+    return found
+
+
+@pytest.mark.parametrize("sm", ARCHS)
+def test_every_unit_of_the_paper_has_a_plan(planner: Path, sm: int) -> None:
+    cases = [
+        unit | {"sm": sm, "dtype": dtype, "layout": layout, "n": batch}
+        for unit, dtype, layout, batch in itertools.product(
+            paper_units(), ("float16", "bfloat16", "float32", "float64"), ("nchw", "nhwc"), (1, 64, 65536)
+        )
+    ]
+    for case, plan in zip(cases, plans(planner, cases), strict=True):
+        assert plan["ok"], (case, plan["explanation"])
+        assert int(plan["shared_bytes"]) <= int(plan["shared_per_block"])
+        assert int(plan["blocks"]) >= 1
+        out_height = (int(case["h"]) - 1) // int(case.get("stride", 1)) + 1
+        assert 1 <= int(plan["tile_rows"]) <= out_height
+        if case["dtype"] in ("float16", "bfloat16"):
+            assert int(plan["tile_columns"]) == out_height, "whole rows fit"
+        assert plan["chunk"] == int(case["mid"]) // int(case["g"]) * int(plan["slices"])
+        tiles = math.ceil(out_height / int(plan["tile_rows"])) * math.ceil(int(case["g"]) / int(plan["slices"]))
+        assert plan["windows"] == int(case["n"]) * tiles
+        uses_mma = case["dtype"] == "float16" or (case["dtype"] == "bfloat16" and sm >= 80)
+        assert ("tensor cores" in str(plan["explanation"])) == uses_mma
+        if case["layout"] == "nhwc" and case["g"] == 3 and case.get("stride", 1) == 1:
+            assert plan["x_vector"] == plan["conv1_vector"] == plan["result_vector"] == 16
+
+
+def test_a_unit_that_cannot_be_planned_says_why(planner: Path) -> None:
+    (plan,) = plans(planner, [{"in": 8, "mid": 100_000, "out": 8, "g": 1, "g1": 1, "dtype": "float64", "sm": 75}])
+    assert plan["ok"] == 0
+    assert "100000 intermediate channels" in str(plan["explanation"])
+    assert "65536" in str(plan["explanation"])
+
+
+def test_wide_and_deep_units_are_cut_smaller(planner: Path) -> None:
+    wide: Case = {"in": 240, "mid": 60, "out": 240, "h": 64, "w": 4096, "sm": 90}
+    deep: Case = {"in": 64, "mid": 8192, "out": 64, "h": 28, "w": 28, "g": 1, "g1": 1, "sm": 90, "dtype": "float16"}
+    first, second = plans(planner, [wide, deep])
+    assert first["ok"]
+    assert int(first["tile_columns"]) < 4096
+    assert second["ok"]
+    assert int(second["chunk"]) < 8192
