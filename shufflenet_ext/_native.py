@@ -25,11 +25,13 @@ if native_error is not None:
     cuda_error = native_error
 elif importlib.util.find_spec("shufflenet_ext._C_cuda") is None:
     cuda_error = (
-        "this installation was built without CUDA kernels; reinstall where a CUDA toolkit and a CUDA build of torch are, "
+        "this installation was built without CUDA kernels; reinstall where a CUDA toolkit and torch for CUDA are, "
         "with --no-build-isolation"
     )
 elif torch.version.cuda is None:
-    cuda_error = f"the CUDA library needs a CUDA build of torch, and this is {torch.__version__}; install torch for CUDA"
+    cuda_error = (
+        f"the CUDA library needs a CUDA build of torch, and this is {torch.__version__}; install torch for CUDA"
+    )
 else:
     try:
         _C_cuda = importlib.import_module("shufflenet_ext._C_cuda")
@@ -50,7 +52,9 @@ def _cuda_error() -> str | None:
     if cuda_error is not None:
         return cuda_error
     if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False: no card is visible, or its driver is missing or too old for this torch"
+        return (
+            "torch.cuda.is_available() is False: no card is visible, or its driver is missing or too old for this torch"
+        )
     errors = [_device_error(i) for i in range(torch.cuda.device_count())]
     return None if None in errors else errors[0]
 

@@ -275,26 +275,7 @@ static Tensor shuffle_bottleneck_batch_norm(
 }
 
 static Tensor shuffle_bottleneck_chain(Tensor x, std::vector<Tensor> parameters, std::vector<int64_t> options) {
-  if (options.empty() || options.size() % 5 != 0 || parameters.size() != options.size() / 5 * 6) {
-    fail("parameters, options: got ", parameters.size(), " and ", options.size(),
-         " elements, expected 6 and 5 for each of the units");
-  }
-  std::vector<UnitArguments> chain;
-  for (size_t i = 0; i < options.size() / 5; ++i) {
-    const Tensor* const p = &parameters[6 * i];
-    const int64_t* const o = &options[5 * i];
-    chain.push_back(
-        {x,
-         {"conv1", p[0], p[1], {}},
-         {"conv2", p[2], p[3], {}},
-         ConvolutionArguments{"conv3", p[4], p[5], {}},
-         o[0],
-         o[1],
-         o[2],
-         o[3] != 0,
-         o[4] != 0});
-  }
-  return run(x, chain);
+  return run(x, chain_arguments(x, parameters, options));
 }
 
 }  // namespace shufflenet::cpu

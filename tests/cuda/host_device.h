@@ -74,7 +74,8 @@ class Machine {
   void warp_wide(int line, void* arguments, const std::function<void(void** lanes)>& complete) {
     Warp& warp = warps_[running_ / 32];
     if (warp.arrived == 0) warp.line = line;
-    if (warp.line != line) fail("lanes of a warp at different warp-wide instructions, lines %d and %d", warp.line, line);
+    if (warp.line != line)
+      fail("lanes of a warp at different warp-wide instructions, lines %d and %d", warp.line, line);
     warp.arguments[running_ % 32] = arguments;
     if (++warp.arrived < 32) {
       fibers_[running_].state = State::in_warp;
@@ -93,7 +94,8 @@ class Machine {
       fail("thread %d: shared memory [%ld, %ld) is outside of the block's %zu bytes", running_, offset, offset + bytes,
            shared.size());
     }
-    if (offset % alignment != 0) fail("thread %d: shared memory at %ld, not aligned to %ld", running_, offset, alignment);
+    if (offset % alignment != 0)
+      fail("thread %d: shared memory at %ld, not aligned to %ld", running_, offset, alignment);
   }
   void note_read(int64_t offset, int64_t bytes) {
     for (int64_t i = offset; i < offset + bytes; ++i) {
