@@ -277,7 +277,9 @@ def test_every_unit_of_the_paper_has_a_plan(planner: Path, sm: int) -> None:
         if case["dtype"] in ("float16", "bfloat16"):
             assert int(plan["tile_columns"]) == out_height, "whole rows fit"
         assert plan["chunk"] == int(case["mid"]) // int(case["g"]) * int(plan["slices"])
-        tiles = math.ceil(out_height / int(plan["tile_rows"])) * math.ceil(int(case["g"]) / int(plan["slices"]))
+        # The planes are square.
+        tiles = math.ceil(out_height / int(plan["tile_rows"])) * math.ceil(out_height / int(plan["tile_columns"]))
+        tiles *= math.ceil(int(case["g"]) / int(plan["slices"]))
         assert plan["windows"] == int(case["n"]) * tiles
         uses_mma = case["dtype"] == "float16" or (case["dtype"] == "bfloat16" and sm >= 80)
         assert ("tensor cores" in str(plan["explanation"])) == uses_mma
