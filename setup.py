@@ -32,7 +32,7 @@ def cuda_sources() -> list[str]:
 
 
 def default_cuda_archs() -> str:
-    """The architectures to build for where TORCH_CUDA_ARCH_LIST names none: those of DEFAULT_CUDA_ARCHS that nvcc knows.
+    """What to build for where TORCH_CUDA_ARCH_LIST names nothing: those of DEFAULT_CUDA_ARCHS that nvcc knows.
 
     No GPU is asked: the machine that builds need not be the one that runs. The last also leaves PTX for newer cards.
     """

@@ -25,11 +25,13 @@ if native_error is not None:
     cuda_error = native_error
 elif importlib.util.find_spec("shufflenet_ext._C_cuda") is None:
     cuda_error = (
-        "this installation was built without CUDA kernels; reinstall where a CUDA toolkit and a CUDA build of torch are, "
-        "with --no-build-isolation"
+        "this installation was built without CUDA kernels; reinstall with --no-build-isolation "
+        "where a CUDA toolkit and a CUDA build of torch are"
     )
 elif torch.version.cuda is None:
-    cuda_error = f"the CUDA library needs a CUDA build of torch, and this is {torch.__version__}; install torch for CUDA"
+    cuda_error = (
+        f"the CUDA library needs a CUDA build of torch, and this is {torch.__version__}; install torch for CUDA"
+    )
 else:
     try:
         _C_cuda = importlib.import_module("shufflenet_ext._C_cuda")
@@ -50,7 +52,9 @@ def _cuda_error() -> str | None:
     if cuda_error is not None:
         return cuda_error
     if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False: no card is visible, or its driver is missing or too old for this torch"
+        return (
+            "torch.cuda.is_available() is False: no card is visible, or its driver is missing or too old for this torch"
+        )
     errors = [_device_error(i) for i in range(torch.cuda.device_count())]
     return None if None in errors else errors[0]
 
@@ -68,11 +72,21 @@ def uncovered(x: torch.Tensor) -> str | None:
     return None
 
 
-def explain_cuda_plan(unit: dict[str, Any], dtype: str, *, sm: int) -> tuple[bool, str]:
-    """How a unit would be cut for a card of compute capability ``sm``, in words; False and why where it cannot be."""
+def cuda_plan(unit: dict[str, int], dtype: str, *, sm: int) -> dict[str, Any]:
+    """How the CUDA kernel would cut a unit on a card of compute capability ``sm`` (90 for sm_90); no card is needed.
+
+    Args:
+        unit: ``batch``, ``in_channels``, ``height``, ``width``, ``mid_channels``, ``out_channels`` (0: no conv3),
+            ``conv1_groups``, ``groups``, ``stride``, ``channels_last`` (0 or 1).
+        dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
+
+    Returns a dict whose ``explanation`` says it in words; ``ok`` is False where the unit cannot be planned, and the
+    explanation says why. RuntimeError where the CUDA library is not loaded.
+    """
     if _C_cuda is None:
         raise RuntimeError(f"no CUDA plan: {cuda_error}")
-    return _C_cuda.explain(unit, dtype, sm)
+    plan: dict[str, Any] = _C_cuda.plan(unit, dtype, sm)
+    return plan
 
 
 def cpu_isas() -> list[str]:

@@ -32,7 +32,17 @@ Case = dict[str, int | str]
 
 
 def build(source: str, target: Path, *flags: str, kernel: Path = KERNEL) -> Path:
-    command = [CXX, *FLAGS, *flags, f"-I{kernel}", f"-I{KERNEL}", f"-I{SOURCES}", "-o", str(target), str(SOURCES / source)]
+    command = [
+        CXX,
+        *FLAGS,
+        *flags,
+        f"-I{kernel}",
+        f"-I{KERNEL}",
+        f"-I{SOURCES}",
+        "-o",
+        str(target),
+        str(SOURCES / source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
@@ -50,7 +60,9 @@ def failures(program: Path, cases: list[Case]) -> list[str]:
     """What went wrong, by case; the harness ends the program at an access or a barrier that is not allowed."""
     done = run(program, cases)
     answers = done.stdout.splitlines()
-    found = [f"{line(case)}: {answer}" for case, answer in zip(cases, answers) if not answer.startswith("ok ")]
+    found = [
+        f"{line(case)}: {answer}" for case, answer in zip(cases, answers, strict=False) if not answer.startswith("ok ")
+    ]
     if len(answers) < len(cases):
         errors = [text for text in done.stderr.splitlines() if "doesn't fully support makecontext" not in text]
         found.append(f"{line(cases[len(answers)])}: ended with {done.returncode}\n" + "\n".join(errors[:40]))
@@ -127,7 +139,11 @@ def test_units_of_all_kinds(programs: dict[str, Path], program: str, seed: int) 
 @pytest.mark.parametrize("program", DTYPES)
 def test_sizes_around_the_tiles(programs: dict[str, Path], program: str) -> None:
     # 64 pixels and rows a tile; 64, 32 and 16 channels of depth.
-    edges: list[tuple[str, tuple[int, ...]]] = [("w", (63, 64, 65)), ("in", (15, 17, 32, 33, 63, 64, 65, 129)), ("out", (63, 64, 65))]
+    edges: list[tuple[str, tuple[int, ...]]] = [
+        ("w", (63, 64, 65)),
+        ("in", (15, 17, 32, 33, 63, 64, 65, 129)),
+        ("out", (63, 64, 65)),
+    ]
     cases: list[Case] = [
         {"layout": layout, "dtype": dtype, "g": 1, "g1": 1, "h": 1, "w": 9, "in": 8, "mid": 5, "out": 4, "stride": 2}
         | {name: value}
@@ -159,10 +175,18 @@ MUTATIONS = {
         "        conv1(window, begin, end);\n",
         "race|never written",
     ),
-    "halo off by one": ("in_row = out_row * s.stride - 1;", "in_row = out_row * s.stride;", "wrong|outside|never written"),
+    "halo off by one": (
+        "in_row = out_row * s.stride - 1;",
+        "in_row = out_row * s.stride;",
+        "wrong|outside|never written",
+    ),
     "fragment of the wrong lane": ("thread_index() % 4 * 2 + i % 2", "thread_index() % 4 + i % 2 * 4", "wrong"),
     "fragment transposed": ("load_matrices<false, T>(a", "load_matrices<true, T>(a", "wrong"),
-    "copy not waited for": ("case 2: wait_for_stage<0>()", "case 2: wait_for_stage<1>()", "copy is filling|never written"),
+    "copy not waited for": (
+        "case 2: wait_for_stage<0>()",
+        "case 2: wait_for_stage<1>()",
+        "copy is filling|never written",
+    ),
     "barrier that some threads skip": (
         "        barrier();  // all are done with what",
         "        if (thread_index() < 96) barrier();  // all are done with what",
@@ -170,8 +194,13 @@ MUTATIONS = {
     ),
     "padding not cleared": ("    clear_padding();\n", "", "never written"),
     "one row too many": ("row < valid_rows ? most", "row <= valid_rows ? most", "heap-buffer-overflow|wrong"),
-    "index past shared memory": ("rows = next_rows(least(run_end", "rows = next_rows(7 + least(run_end", "wrong|outside|race|over"),
+    "index past shared memory": (
+        "y2[(row * w.out_columns + column) * layout.y2_pitch + y2_column] = narrowed",
+        "y2[((row + 1) * w.out_columns + column) * layout.y2_pitch + y2_column] = narrowed",
+        "outside",
+    ),
 }
+
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
@@ -193,11 +222,11 @@ def test_a_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
     assert any(symptom in answer for symptom in expected.split("|")), answer
 
 
-# ---- The planner ------------------------------------------------------------------------------------------------------
+# ---- The planner ----------------------------------------------------------------------------------------------------
 
 
 def paper_units() -> list[Case]:
-    """Every unit of the paper's networks (Table 1), the stride-2 ones with this project's and the paper's mid channels."""
+    """The units of the paper's networks; stride-2 ones with this project's and with the paper's mid channels."""
     stages = {1: (144, 288, 576), 2: (200, 400, 800), 3: (240, 480, 960), 4: (272, 544, 1088), 8: (384, 768, 1536)}
     units: list[Case] = []
     for groups, outputs in stages.items():
@@ -211,9 +240,7 @@ def paper_units() -> list[Case]:
                 if (channels - inputs) % groups:
                     units.pop()
             mid = channels // 4 // groups * groups
-            units.append(
-                {"in": channels, "mid": mid, "out": channels, "h": side, "w": side, "g": groups, "g1": groups}
-            )
+            units.append({"in": channels, "mid": mid, "out": channels, "h": side, "w": side, "g": groups, "g1": groups})
     return units
 
 
@@ -247,10 +274,11 @@ def test_every_unit_of_the_paper_has_a_plan(planner: Path, sm: int) -> None:
         assert int(plan["blocks"]) >= 1
         out_height = (int(case["h"]) - 1) // int(case.get("stride", 1)) + 1
         assert 1 <= int(plan["tile_rows"]) <= out_height
-        assert int(plan["tile_columns"]) == out_height, "whole rows fit in every case of the paper"
+        if case["dtype"] in ("float16", "bfloat16"):
+            assert int(plan["tile_columns"]) == out_height, "whole rows fit"
         assert plan["chunk"] == int(case["mid"]) // int(case["g"]) * int(plan["slices"])
-        tiles = math.ceil(out_height / int(plan["tile_rows"])) * math.ceil(int(case["g"]) / int(plan["slices"]))
-        assert plan["windows"] == int(case["n"]) * tiles
+        tiles = math.ceil(out_height / int(plan["tile_rows"])) * math.ceil(out_height / int(plan["tile_columns"]))
+        assert plan["windows"] == int(case["n"]) * tiles * math.ceil(int(case["g"]) / int(plan["slices"]))
         uses_mma = case["dtype"] == "float16" or (case["dtype"] == "bfloat16" and sm >= 80)
         assert ("tensor cores" in str(plan["explanation"])) == uses_mma
         if case["layout"] == "nhwc" and case["g"] == 3 and case.get("stride", 1) == 1:

@@ -78,8 +78,8 @@ const Device& device_properties(int index) {
   Device& device = devices.at(index);
   if (device.compute_capability == 0) {
     Device found;
-    found.compute_capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
-                               attribute(cudaDevAttrComputeCapabilityMinor, index);
+    found.compute_capability =
+        10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
     found.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
     found.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
     found.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);

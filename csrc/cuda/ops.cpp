@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <map>
-#include <utility>
 
 #include "../arguments.h"
 #include "kernels.h"
@@ -43,9 +42,20 @@ Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
   using Key = std::array<int64_t, 13>;
   constexpr size_t kMost = 256;  // shapes that change with every call must not pile up
   thread_local std::map<Key, Plan> plans;
-  const Key key = {u.batch,        u.in_channels, u.height, u.width,  u.mid_channels,
-                   u.out_channels, u.conv1_groups, u.groups, u.stride, static_cast<int64_t>(u.layout),
-                   static_cast<int64_t>(dtype), device_index, 0};
+  const Key key = {
+      u.batch,
+      u.in_channels,
+      u.height,
+      u.width,
+      u.mid_channels,
+      u.out_channels,
+      u.conv1_groups,
+      u.groups,
+      u.stride,
+      static_cast<int64_t>(u.layout),
+      static_cast<int64_t>(dtype),
+      device_index,
+      0};
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMost) plans.clear();
@@ -67,14 +77,13 @@ Tensor run(const UnitArguments& arguments) {
   const Plan plan = cached_plan(unit, dtype, device);
   if (!plan.ok) fail("x: no CUDA kernel can be planned for this unit (", plan.explanation, ")");
 
-  KernelArguments kernel = {sizes_of(unit),  plan.tiling,
-                            x.const_data_ptr(), conv1.pointers,
-                            conv2.pointers,  conv3 ? conv3->pointers : ConvolutionPointers{},
+  KernelArguments kernel = {sizes_of(unit),           plan.tiling,    x.const_data_ptr(),
+                            conv1.pointers,           conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{},
                             result.mutable_data_ptr()};
   const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
-  choose_vectors(unit, dtype, kernel.tiling,
-                 {address(kernel.x), address(kernel.conv1.weight), address(kernel.conv3.weight),
-                  address(kernel.result)});
+  choose_vectors(
+      unit, dtype, kernel.tiling,
+      {address(kernel.x), address(kernel.conv1.weight), address(kernel.conv3.weight), address(kernel.result)});
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   launch(kernel, dtype, unit.layout, plan.shared_bytes, stream);
@@ -115,19 +124,19 @@ Tensor shuffle_bottleneck_batch_norm(
     Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight,
     Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps, double bn3_eps,
     int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu, bool pool_count_include_pad) {
-  return run({x,
-              {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
-              {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
-              ConvolutionArguments{
-                  "conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
-              conv1_groups,
-              groups,
-              stride,
-              conv2_relu,
-              pool_count_include_pad});
+  return run(
+      {x,
+       {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
+       {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
+       ConvolutionArguments{"conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
+       conv1_groups,
+       groups,
+       stride,
+       conv2_relu,
+       pool_count_include_pad});
 }
 
-std::pair<bool, std::string> explain(const std::map<std::string, int64_t>& sizes, const std::string& dtype, int sm) {
+pybind11::dict plan(const std::map<std::string, int64_t>& sizes, const std::string& dtype, int sm) {
   const auto size = [&](const char* name) {
     const auto found = sizes.find(name);
     if (found == sizes.end()) throw std::invalid_argument(std::string("unit: expected a key '") + name + "'");
@@ -144,16 +153,30 @@ std::pair<bool, std::string> explain(const std::map<std::string, int64_t>& sizes
   unit.groups = size("groups");
   unit.stride = size("stride");
   unit.layout = size("channels_last") ? Layout::channels_last : Layout::contiguous;
-  const std::map<std::string, Dtype> dtypes = {{"float32", Dtype::float32},
-                                               {"float64", Dtype::float64},
-                                               {"bfloat16", Dtype::bfloat16},
-                                               {"float16", Dtype::float16}};
+  const std::map<std::string, Dtype> dtypes = {
+      {"float32", Dtype::float32},
+      {"float64", Dtype::float64},
+      {"bfloat16", Dtype::bfloat16},
+      {"float16", Dtype::float16}};
   const auto known = dtypes.find(dtype);
   if (known == dtypes.end()) throw std::invalid_argument("dtype: got '" + dtype + "'");
   const Device device = device_of(sm);
   if (device.compute_capability == 0) throw std::invalid_argument("sm: got " + std::to_string(sm));
   const Plan plan = plan_unit(unit, known->second, device);
-  return {plan.ok, plan.explanation};
+  pybind11::dict answer;
+  answer["ok"] = plan.ok;
+  answer["explanation"] = plan.explanation;
+  answer["tile_rows"] = plan.tiling.tile_rows;
+  answer["tile_columns"] = plan.tiling.tile_columns;
+  answer["slices"] = plan.tiling.slices;
+  answer["chunk"] = plan.tiling.chunk;
+  answer["stages"] = plan.tiling.stages;
+  answer["shared_bytes"] = plan.shared_bytes;
+  answer["windows"] = plan.windows;
+  answer["blocks_per_multiprocessor"] = plan.blocks_per_multiprocessor;
+  answer["multiprocessors"] = device.multiprocessors;
+  answer["cycles"] = plan.cycles;
+  return answer;
 }
 
 }  // namespace
@@ -168,6 +191,6 @@ STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CUDA, m) {
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA library of shufflenet_ext: importing it registers the ops' CUDA kernels.";
   m.attr("cuda_archs") = SHUFFLENET_EXT_CUDA_ARCHS;
-  m.def("explain", &shufflenet::cuda::explain, pybind11::arg("unit"), pybind11::arg("dtype"), pybind11::arg("sm"));
+  m.def("plan", &shufflenet::cuda::plan, pybind11::arg("unit"), pybind11::arg("dtype"), pybind11::arg("sm"));
   m.def("device_error", &shufflenet::cuda::device_error, pybind11::arg("index"));
 }

@@ -46,9 +46,7 @@ struct Plan {
   std::string explanation;
 };
 
-inline int element_bytes(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
+inline int element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 inline int accumulator_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
 inline bool uses_mma(Dtype dtype, const Device& device) {
   return dtype == Dtype::float16 || (dtype == Dtype::bfloat16 && device.compute_capability >= 80);
@@ -124,8 +122,8 @@ struct Rates {
   double multiply_adds, copied_bytes, depthwise_outputs, step_latency, window_latency;
 };
 inline Rates rates_of(Dtype dtype, const Device& device) {
-  const bool fast_double = device.compute_capability == 80 || device.compute_capability == 90 ||
-                           device.compute_capability == 100;
+  const bool fast_double =
+      device.compute_capability == 80 || device.compute_capability == 90 || device.compute_capability == 100;
   double multiply_adds = 48;  // float32: 128 lanes, held up by 8 loads for 16 multiply-adds
   if (dtype == Dtype::float64) multiply_adds = fast_double ? 32 : 2;
   if (uses_mma(dtype, device)) multiply_adds = 512;  // by what the fragments' loads allow
@@ -225,9 +223,9 @@ inline Plan plan_unit(const Unit& unit, Dtype dtype, const Device& device) {
   text << "sm_" << device.compute_capability << ": windows of " << t.tile_rows << " x " << t.tile_columns
        << " result pixels, " << t.slices << " of " << s.groups << " slices, " << t.chunk
        << " intermediate channels at once; " << best.windows << " blocks of " << kThreads << " threads, "
-       << best.shared_bytes << " bytes of shared memory, " << best.blocks_per_multiprocessor
-       << " on a multiprocessor; " << t.stages << " stages; " << (uses_mma(dtype, device) ? "tensor cores" : "FMA")
-       << "; accesses of " << t.x_vector << " bytes to x, " << t.result_vector << " to the result";
+       << best.shared_bytes << " bytes of shared memory, " << best.blocks_per_multiprocessor << " on a multiprocessor; "
+       << t.stages << " stages; " << (uses_mma(dtype, device) ? "tensor cores" : "FMA") << "; accesses of "
+       << t.x_vector << " bytes to x, " << t.result_vector << " to the result";
   best.explanation = text.str();
   return best;
 }

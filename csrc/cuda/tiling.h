@@ -1,7 +1,7 @@
 // How a unit is cut into tiles: what planner.h chooses on the host and unit_kernel.cuh works by on the device.
 //
 // A block computes a window of `tile_rows` x `tile_columns` result pixels of one image for `slices` slices of the unit
-// (slice h: group h of conv3 and the intermediate channels that it reads), `chunk` of its intermediate channels at a time.
+// (slice h: group h of conv3 and the intermediate channels that it reads), `chunk` of these channels at a time.
 #pragma once
 
 #include <cstdint>
@@ -110,9 +110,9 @@ struct SharedLayout {
   }
 
   int slice_pitch;
-  int y1_pitch, y2_pitch;       // elements between pixels
-  int taps, affine3, y1, y2;    // offsets
-  int64_t bytes;                // of all: may exceed what the others hold, and every device, in which case they are void
+  int y1_pitch, y2_pitch;     // elements between pixels
+  int taps, affine3, y1, y2;  // offsets
+  int64_t bytes;              // of all: may exceed what the others hold, and every device, in which case they are void
 };
 
 // One vector of per-channel parameters: of x's dtype or float32 (batch norm under 16-bit convolutions).

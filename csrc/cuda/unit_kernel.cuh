@@ -40,7 +40,8 @@ template <class T>
 inline constexpr int kPlanePitch = kTilePixels + kBankPadding / static_cast<int>(sizeof(T));
 template <class T>
 inline constexpr bool kPlanesFit = kTileDepth<T> * kPlanePitch<T> * static_cast<int>(sizeof(T)) <= kTileBytes;
-static_assert(kPlanesFit<Float16> && kPlanesFit<float> && kPlanesFit<double>, "both forms of a tile of x take kTileBytes");
+static_assert(kPlanesFit<Float16> && kPlanesFit<float> && kPlanesFit<double>,
+              "both forms of a tile of x take kTileBytes");
 
 SHUFFLENET_DEVICE int least(int a, int b) { return a < b ? a : b; }
 SHUFFLENET_DEVICE int most(int a, int b) { return a > b ? a : b; }
@@ -88,14 +89,15 @@ struct Window {
 
   int64_t image;
   int slice_begin, slice_end;
-  int out_row, out_column, out_rows, out_columns;              // of the result
-  int in_row, in_column, in_rows, in_columns;                  // of y1, with its halo
-  int image_row, image_column, image_rows, image_columns;      // the part of that inside the image
+  int out_row, out_column, out_rows, out_columns;          // of the result
+  int in_row, in_column, in_rows, in_columns;              // of y1, with its halo
+  int image_row, image_column, image_rows, image_columns;  // the part of that inside the image
 };
 
 // Where channel `c` of a pixel lies in a tensor.
 template <Layout kLayout>
-SHUFFLENET_DEVICE int64_t tensor_offset(int64_t image, int channels, int height, int width, int c, int row, int column) {
+SHUFFLENET_DEVICE int64_t tensor_offset(int64_t image, int channels, int height, int width, int c, int row,
+                                        int column) {
   if constexpr (kLayout == Layout::channels_last) {
     return ((image * height + row) * width + column) * channels + c;
   } else {
@@ -120,14 +122,14 @@ template <class T>
 SHUFFLENET_DEVICE Affine<accumulator_t<T>> affine(const ConvolutionPointers& conv, int channel) {
   using A = accumulator_t<T>;
   if (conv.norm_weight.data) {
-    const A scale = read<T>(conv.norm_weight, channel) /
-                    square_root(read<T>(conv.norm_var, channel) + static_cast<A>(conv.eps));
+    const A scale =
+        read<T>(conv.norm_weight, channel) / square_root(read<T>(conv.norm_var, channel) + static_cast<A>(conv.eps));
     return {scale, read<T>(conv.norm_bias, channel) - read<T>(conv.norm_mean, channel) * scale};
   }
   return {A{1}, conv.bias.data ? read<T>(conv.bias, channel) : A{0}};
 }
 
-// ---- Staging: global memory to shared tiles ---------------------------------------------------------------------------
+// ---- Staging: global memory to shared tiles -------------------------------------------------------------------------
 
 // Fills `rows` rows of kElements, `pitch` apart. The first `valid_rows` of them get `valid` elements from where
 // address(row, element) says; all else is zeroed. `vector` bytes hold consecutive elements at consecutive, aligned
@@ -170,10 +172,12 @@ SHUFFLENET_DEVICE void stage(Shared<T> tile, int pitch, int rows, int valid_rows
 }
 
 template <class T>
-SHUFFLENET_DEVICE void stage_weights(Shared<T> tile, const void* weight, int depth, int row, int rows, int k, int vector) {
+SHUFFLENET_DEVICE void stage_weights(Shared<T> tile, const void* weight, int depth, int row, int rows, int k,
+                                     int vector) {
   const T* const first = static_cast<const T*>(weight) + (static_cast<int64_t>(row) * depth + k);
-  stage<T, kTileDepth<T>>(tile, kTilePitch<T>, ceil_div(rows, 8) * 8, rows, depth - k, vector,
-                          [=](int i, int element) { return first + (static_cast<int64_t>(i) * depth + element); });
+  stage<T, kTileDepth<T>>(tile, kTilePitch<T>, ceil_div(rows, 8) * 8, rows, depth - k, vector, [=](int i, int element) {
+    return first + (static_cast<int64_t>(i) * depth + element);
+  });
 }
 
 template <int kPending>
@@ -191,7 +195,7 @@ SHUFFLENET_DEVICE void wait_for_stage(int stages) {
   }
 }
 
-// ---- Tile products ----------------------------------------------------------------------------------------------------
+// ---- Tile products --------------------------------------------------------------------------------------------------
 
 // The pixels' side of a product, in shared memory: y2, or a staged tile of x.
 template <class T>
@@ -289,13 +293,16 @@ SHUFFLENET_DEVICE void clear(A (&sum)[kRowTiles][4]) {
   }
 }
 
-// ---- The block --------------------------------------------------------------------------------------------------------
+// ---- The block ------------------------------------------------------------------------------------------------------
 
 // The row tiles of conv1 that make channels [begin, end) of the shuffled order. Channel n * groups + r of it is row
 // r * slice + n, so they are a run of consecutive rows for each r, cut where a group of conv1 ends.
 struct ShuffledRows {
   SHUFFLENET_DEVICE ShuffledRows(const Sizes& s, int begin, int end)
-      : groups(s.groups), slice(s.mid_channels / s.groups), group_rows(s.mid_channels / s.conv1_groups), begin(begin),
+      : groups(s.groups),
+        slice(s.mid_channels / s.groups),
+        group_rows(s.mid_channels / s.conv1_groups),
+        begin(begin),
         end(end) {
     restart();
   }
@@ -332,10 +339,18 @@ struct Block {
   static constexpr bool kDepthMajor = kLayout == Layout::contiguous;
 
   SHUFFLENET_DEVICE explicit Block(const KernelArguments& arguments)
-      : arguments(arguments), s(arguments.sizes), t(arguments.tiling), layout(s, t, sizeof(T), sizeof(A)),
-        memory(shared_memory()), taps(shared_at<A>(memory, layout.taps)), affine3(shared_at<A>(memory, layout.affine3)),
-        y1(shared_at<T>(memory, layout.y1)), y2(shared_at<T>(memory, layout.y2)), x(static_cast<const T*>(arguments.x)),
-        result(static_cast<T*>(arguments.result)), slice_channels(s.mid_channels / s.groups) {}
+      : arguments(arguments),
+        s(arguments.sizes),
+        t(arguments.tiling),
+        layout(s, t, sizeof(T), sizeof(A)),
+        memory(shared_memory()),
+        taps(shared_at<A>(memory, layout.taps)),
+        affine3(shared_at<A>(memory, layout.affine3)),
+        y1(shared_at<T>(memory, layout.y1)),
+        y2(shared_at<T>(memory, layout.y2)),
+        x(static_cast<const T*>(arguments.x)),
+        result(static_cast<T*>(arguments.result)),
+        slice_channels(s.mid_channels / s.groups) {}
 
   SHUFFLENET_DEVICE Shared<T> pixel_tile(int stage) const { return shared_at<T>(memory, stage * kTileBytes); }
   SHUFFLENET_DEVICE Shared<T> weight_tile(int stage) const {
@@ -431,8 +446,8 @@ struct Block {
     if constexpr (kDepthMajor) {
       const int valid = least(kTileDepth<T>, depth - step.k);
       const int rows = least(kTileDepth<T>, ceil_div(valid, kDepthStep) * kDepthStep);
-      stage<T, kTilePixels>(tile, kPlanePitch<T>, rows, valid, pixels, t.x_vector,
-                            [&](int k, int pixel) { return offset(pixel, k); });
+      stage<T, kTilePixels>(
+          tile, kPlanePitch<T>, rows, valid, pixels, t.x_vector, [&](int k, int pixel) { return offset(pixel, k); });
     } else {
       stage<T, kTileDepth<T>>(tile, kTilePitch<T>, pixels, pixels, depth - step.k, t.x_vector, offset);
     }
@@ -461,10 +476,10 @@ struct Block {
       stage_next();
       if (i < 0) continue;
       const int pixels = least(kTilePixels, w.image_pixels() - step.pixel);
-      const PixelOperand<T> operand = {pixel_tile(step_stage), kDepthMajor ? 1 : kTilePitch<T>,
-                                       kDepthMajor ? kPlanePitch<T> : 1, pixels};
-      Engine::template multiply<kDepthMajor>(sum, operand, weight_tile(step_stage), ceil_div(step.rows.rows, 8),
-                                             least(kTileDepth<T>, depth - step.k));
+      const PixelOperand<T> operand = {
+          pixel_tile(step_stage), kDepthMajor ? 1 : kTilePitch<T>, kDepthMajor ? kPlanePitch<T> : 1, pixels};
+      Engine::template multiply<kDepthMajor>(
+          sum, operand, weight_tile(step_stage), ceil_div(step.rows.rows, 8), least(kTileDepth<T>, depth - step.k));
       step_stage = step_stage + 1 == t.stages ? 0 : step_stage + 1;
       if (step.k + kTileDepth<T> >= depth) {
         write_y1(w, step, pixels, sum);  // the barrier of this step has made the taps visible
@@ -563,8 +578,8 @@ struct Block {
           const int pixels = least(kTilePixels, w.out_pixels() - pixel);
           A sum[kRowTiles][4];
           clear(sum);
-          multiply_slice({slice_y2 + pixel * layout.y2_pitch, static_cast<int>(layout.y2_pitch), 1, pixels}, row, rows,
-                         sum);
+          multiply_slice(
+              {slice_y2 + pixel * layout.y2_pitch, static_cast<int>(layout.y2_pitch), 1, pixels}, row, rows, sum);
           barrier();  // all are done with the weights, whose place the finished tile takes
           SHUFFLENET_UNROLL
           for (int i = 0; i < 4; ++i) {
@@ -589,8 +604,8 @@ struct Block {
     int load_k = 0, load_stage = 0, step_stage = 0;
     const auto stage_next = [&] {
       if (load_k < slice_channels) {
-        stage_weights<T>(weight_tile(load_stage), arguments.conv3.weight, slice_channels, row, rows, load_k,
-                         t.conv3_vector);
+        stage_weights<T>(
+            weight_tile(load_stage), arguments.conv3.weight, slice_channels, row, rows, load_k, t.conv3_vector);
         load_k += kTileDepth<T>;
       }
       commit_copies();
@@ -602,8 +617,8 @@ struct Block {
       if (k < 0) continue;
       PixelOperand<T> part = operand;
       part.data = operand.data + k;
-      Engine::template multiply<false>(sum, part, weight_tile(step_stage), ceil_div(rows, 8),
-                                       least(kTileDepth<T>, slice_channels - k));
+      Engine::template multiply<false>(
+          sum, part, weight_tile(step_stage), ceil_div(rows, 8), least(kTileDepth<T>, slice_channels - k));
       step_stage = step_stage + 1 == t.stages ? 0 : step_stage + 1;
     }
   }
@@ -641,8 +656,8 @@ struct Block {
       const int p = kDepthMajor ? element : line;
       const int c = kDepthMajor ? line : element;
       const int64_t offset = tensor_offset<kLayout>(
-          w.image, s.result_channels, s.out_height, s.out_width, channel + c,
-          w.out_row + (pixel + p) / w.out_columns, w.out_column + (pixel + p) % w.out_columns);
+          w.image, s.result_channels, s.out_height, s.out_width, channel + c, w.out_row + (pixel + p) / w.out_columns,
+          w.out_column + (pixel + p) % w.out_columns);
       const int inside = least(kPerVector, length - element);
       Vector vector = {};
       if (adds_residual) {
@@ -688,8 +703,8 @@ struct Block {
       const int count = s.pool_count_include_pad ? 9 : (row_end - row_begin) * (column_end - column_begin);
       T value;
       narrow(relu(sum / static_cast<A>(count)), value);
-      result[tensor_offset<kLayout>(w.image, s.result_channels, s.out_height, s.out_width, s.out_channels + c, out_row,
-                                    out_column)] = value;
+      result[tensor_offset<kLayout>(
+          w.image, s.result_channels, s.out_height, s.out_width, s.out_channels + c, out_row, out_column)] = value;
     }
   }
 

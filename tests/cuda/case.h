@@ -44,10 +44,11 @@ struct Case {
     return unit;
   }
   Dtype dtype() const {
-    static const std::map<std::string, Dtype> dtypes = {{"float32", Dtype::float32},
-                                                        {"float64", Dtype::float64},
-                                                        {"bfloat16", Dtype::bfloat16},
-                                                        {"float16", Dtype::float16}};
+    static const std::map<std::string, Dtype> dtypes = {
+        {"float32", Dtype::float32},
+        {"float64", Dtype::float64},
+        {"bfloat16", Dtype::bfloat16},
+        {"float16", Dtype::float16}};
     return dtypes.at(text("dtype", "float32"));
   }
   Device device() const { return device_of(static_cast<int>(number("sm", 90))); }

@@ -30,7 +30,7 @@
 
 namespace shufflenet::cuda {
 
-// ---- The machine ------------------------------------------------------------------------------------------------------
+// ---- The machine ----------------------------------------------------------------------------------------------------
 
 class Machine {
  public:
@@ -74,7 +74,8 @@ class Machine {
   void warp_wide(int line, void* arguments, const std::function<void(void** lanes)>& complete) {
     Warp& warp = warps_[running_ / 32];
     if (warp.arrived == 0) warp.line = line;
-    if (warp.line != line) fail("lanes of a warp at different warp-wide instructions, lines %d and %d", warp.line, line);
+    if (warp.line != line)
+      fail("lanes of a warp at different warp-wide instructions, lines %d and %d", warp.line, line);
     warp.arguments[running_ % 32] = arguments;
     if (++warp.arrived < 32) {
       fibers_[running_].state = State::in_warp;
@@ -93,7 +94,8 @@ class Machine {
       fail("thread %d: shared memory [%ld, %ld) is outside of the block's %zu bytes", running_, offset, offset + bytes,
            shared.size());
     }
-    if (offset % alignment != 0) fail("thread %d: shared memory at %ld, not aligned to %ld", running_, offset, alignment);
+    if (offset % alignment != 0)
+      fail("thread %d: shared memory at %ld, not aligned to %ld", running_, offset, alignment);
   }
   void note_read(int64_t offset, int64_t bytes) {
     for (int64_t i = offset; i < offset + bytes; ++i) {
@@ -262,7 +264,7 @@ class Machine {
   int64_t epoch_ = 0;
 };
 
-// ---- Types ------------------------------------------------------------------------------------------------------------
+// ---- Types ----------------------------------------------------------------------------------------------------------
 
 struct Float16 {
   uint16_t bits;
@@ -296,7 +298,7 @@ inline double multiply_add(double a, double b, double c) { return std::fma(a, b,
 inline float square_root(float value) { return std::sqrt(value); }
 inline double square_root(double value) { return std::sqrt(value); }
 
-// ---- Threads and shared memory ------------------------------------------------------------------------------------------
+// ---- Threads and shared memory --------------------------------------------------------------------------------------
 
 inline int thread_index() { return Machine::current()->thread(); }
 inline int64_t block_index() { return Machine::current()->block_index; }
@@ -364,7 +366,7 @@ void wait_copies() {
   Machine::current()->wait_copies(kPending);
 }
 
-// ---- Warp-wide matrix instructions ----------------------------------------------------------------------------------------
+// ---- Warp-wide matrix instructions ----------------------------------------------------------------------------------
 
 namespace detail {
 

@@ -91,13 +91,13 @@ Tensor4 naive_unit(const Sizes& s, Tensor4& x, const C& conv1, const C& conv2, c
   const int64_t slice = s.mid_channels / s.groups;
   Tensor4 y1(s.batch, s.mid_channels, s.height, s.width), y2(s.batch, s.mid_channels, s.out_height, s.out_width);
   Tensor4 result(s.batch, s.result_channels, s.out_height, s.out_width);
-  const auto pointwise = [](Tensor4& from, int64_t groups, int64_t rows, const C& conv, int64_t n, int64_t row,
-                            int64_t h, int64_t w) {
-    const int64_t depth = from.c / groups, first = row / (rows / groups) * depth;
-    double sum = 0;
-    for (int64_t k = 0; k < depth; ++k) sum += conv.weight[row * depth + k] * from.at(n, first + k, h, w);
-    return conv.scale[row] * sum + conv.shift[row];
-  };
+  const auto pointwise =
+      [](Tensor4& from, int64_t groups, int64_t rows, const C& conv, int64_t n, int64_t row, int64_t h, int64_t w) {
+        const int64_t depth = from.c / groups, first = row / (rows / groups) * depth;
+        double sum = 0;
+        for (int64_t k = 0; k < depth; ++k) sum += conv.weight[row * depth + k] * from.at(n, first + k, h, w);
+        return conv.scale[row] * sum + conv.shift[row];
+      };
   for (int64_t n = 0; n < s.batch; ++n) {
     for (int64_t c = 0; c < s.mid_channels; ++c) {
       const int64_t row = c % s.groups * slice + c / s.groups;  // the shuffle
@@ -189,8 +189,8 @@ std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
   choose_vectors(unit, dtype, tiling,
                  {address(x.data), address(conv1.pointers.weight), conv3 ? address(conv3->pointers.weight) : 0,
                   address(result.data)});
-  const KernelArguments arguments = {s, tiling, x.data, conv1.pointers, conv2.pointers,
-                                     conv3 ? conv3->pointers : ConvolutionPointers{}, result.data};
+  const KernelArguments arguments = {
+      s, tiling, x.data, conv1.pointers, conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{}, result.data};
   Machine machine(kThreads, SharedLayout(s, tiling, sizeof(T), sizeof(accumulator_t<T>)).bytes, c.number("seed", 0));
   machine.launch(std::min(c.number("blocks", 1 << 20), tiling.windows(s)), [&] { Block<T, kLayout>(arguments).run(); });
 
