@@ -36,7 +36,7 @@ def default_cuda_archs() -> str:
 
     No GPU is asked: the machine that builds need not be the one that runs. The last also leaves PTX for newer cards.
     """
-    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    nvcc = Path(str(cpp_extension.CUDA_HOME), "bin", "nvcc")
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     archs = [arch for arch in DEFAULT_CUDA_ARCHS if "sm_" + arch.replace(".", "") in known]
     if not archs:
@@ -94,7 +94,7 @@ def extensions() -> list[Extension]:
     return [library, cuda_extension()] if with_cuda else [library]
 
 
-def cuda_extension() -> cpp_extension.CppExtension:
+def cuda_extension() -> Extension:
     """The CUDA library, apart from the CPU's: where it cannot be loaded the CPU kernels still are."""
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_cuda_archs()
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # torch's list of -gencode flags

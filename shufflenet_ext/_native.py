@@ -25,8 +25,8 @@ if native_error is not None:
     cuda_error = native_error
 elif importlib.util.find_spec("shufflenet_ext._C_cuda") is None:
     cuda_error = (
-        "this installation was built without CUDA kernels; reinstall where a CUDA toolkit and torch for CUDA are, "
-        "with --no-build-isolation"
+        "this installation was built without CUDA kernels; reinstall with --no-build-isolation "
+        "where a CUDA toolkit and a CUDA build of torch are"
     )
 elif torch.version.cuda is None:
     cuda_error = (

@@ -222,11 +222,11 @@ def test_a_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
     assert any(symptom in answer for symptom in expected.split("|")), answer
 
 
-# ---- The planner -----------------------------------------------------------------------------------------------------
+# ---- The planner ----------------------------------------------------------------------------------------------------
 
 
 def paper_units() -> list[Case]:
-    """Every unit of the paper's networks (Table 1); those of stride 2 with both numbers of mid channels in use."""
+    """The units of the paper's networks; stride-2 ones with this project's and with the paper's mid channels."""
     stages = {1: (144, 288, 576), 2: (200, 400, 800), 3: (240, 480, 960), 4: (272, 544, 1088), 8: (384, 768, 1536)}
     units: list[Case] = []
     for groups, outputs in stages.items():
@@ -277,10 +277,8 @@ def test_every_unit_of_the_paper_has_a_plan(planner: Path, sm: int) -> None:
         if case["dtype"] in ("float16", "bfloat16"):
             assert int(plan["tile_columns"]) == out_height, "whole rows fit"
         assert plan["chunk"] == int(case["mid"]) // int(case["g"]) * int(plan["slices"])
-        # The planes are square.
         tiles = math.ceil(out_height / int(plan["tile_rows"])) * math.ceil(out_height / int(plan["tile_columns"]))
-        tiles *= math.ceil(int(case["g"]) / int(plan["slices"]))
-        assert plan["windows"] == int(case["n"]) * tiles
+        assert plan["windows"] == int(case["n"]) * tiles * math.ceil(int(case["g"]) / int(plan["slices"]))
         uses_mma = case["dtype"] == "float16" or (case["dtype"] == "bfloat16" and sm >= 80)
         assert ("tensor cores" in str(plan["explanation"])) == uses_mma
         if case["layout"] == "nhwc" and case["g"] == 3 and case.get("stride", 1) == 1:

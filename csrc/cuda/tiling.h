@@ -1,8 +1,7 @@
 // How a unit is cut into tiles: what planner.h chooses on the host and unit_kernel.cuh works by on the device.
 //
 // A block computes a window of `tile_rows` x `tile_columns` result pixels of one image for `slices` slices of the unit
-// (slice h: group h of conv3 and the intermediate channels that it reads), `chunk` of its intermediate channels at a
-// time.
+// (slice h: group h of conv3 and the intermediate channels that it reads), `chunk` of these channels at a time.
 #pragma once
 
 #include <cstdint>

@@ -129,7 +129,7 @@ SHUFFLENET_DEVICE Affine<accumulator_t<T>> affine(const ConvolutionPointers& con
   return {A{1}, conv.bias.data ? read<T>(conv.bias, channel) : A{0}};
 }
 
-// ---- Staging: global memory to shared tiles ---------------------------------------------------------------------------
+// ---- Staging: global memory to shared tiles -------------------------------------------------------------------------
 
 // Fills `rows` rows of kElements, `pitch` apart. The first `valid_rows` of them get `valid` elements from where
 // address(row, element) says; all else is zeroed. `vector` bytes hold consecutive elements at consecutive, aligned
@@ -195,7 +195,7 @@ SHUFFLENET_DEVICE void wait_for_stage(int stages) {
   }
 }
 
-// ---- Tile products ----------------------------------------------------------------------------------------------------
+// ---- Tile products --------------------------------------------------------------------------------------------------
 
 // The pixels' side of a product, in shared memory: y2, or a staged tile of x.
 template <class T>
@@ -293,7 +293,7 @@ SHUFFLENET_DEVICE void clear(A (&sum)[kRowTiles][4]) {
   }
 }
 
-// ---- The block --------------------------------------------------------------------------------------------------------
+// ---- The block ------------------------------------------------------------------------------------------------------
 
 // The row tiles of conv1 that make channels [begin, end) of the shuffled order. Channel n * groups + r of it is row
 // r * slice + n, so they are a run of consecutive rows for each r, cut where a group of conv1 ends.

@@ -30,7 +30,7 @@
 
 namespace shufflenet::cuda {
 
-// ---- The machine ------------------------------------------------------------------------------------------------------
+// ---- The machine ----------------------------------------------------------------------------------------------------
 
 class Machine {
  public:
@@ -264,7 +264,7 @@ class Machine {
   int64_t epoch_ = 0;
 };
 
-// ---- Types ------------------------------------------------------------------------------------------------------------
+// ---- Types ----------------------------------------------------------------------------------------------------------
 
 struct Float16 {
   uint16_t bits;
@@ -298,7 +298,7 @@ inline double multiply_add(double a, double b, double c) { return std::fma(a, b,
 inline float square_root(float value) { return std::sqrt(value); }
 inline double square_root(double value) { return std::sqrt(value); }
 
-// ---- Threads and shared memory ------------------------------------------------------------------------------------------
+// ---- Threads and shared memory --------------------------------------------------------------------------------------
 
 inline int thread_index() { return Machine::current()->thread(); }
 inline int64_t block_index() { return Machine::current()->block_index; }
@@ -366,7 +366,7 @@ void wait_copies() {
   Machine::current()->wait_copies(kPending);
 }
 
-// ---- Warp-wide matrix instructions ----------------------------------------------------------------------------------------
+// ---- Warp-wide matrix instructions ----------------------------------------------------------------------------------
 
 namespace detail {
 
