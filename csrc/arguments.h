@@ -3,7 +3,6 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -103,32 +102,6 @@ struct UnitArguments {
   bool conv2_relu, pool_count_include_pad;
 };
 
-// Of each unit of a chain: conv1's, conv2's and conv3's weight and bias; conv1_groups, groups, stride, conv2_relu and
-// pool_count_include_pad.
-inline std::vector<UnitArguments> chain_arguments(const Tensor& x, const std::vector<Tensor>& parameters,
-                                                  const std::vector<int64_t>& options) {
-  if (options.empty() || options.size() % 5 != 0 || parameters.size() != options.size() / 5 * 6) {
-    fail("parameters, options: got ", parameters.size(), " and ", options.size(),
-         " elements, expected 6 and 5 for each of the units");
-  }
-  std::vector<UnitArguments> chain;
-  for (size_t i = 0; i < options.size() / 5; ++i) {
-    const Tensor* const p = &parameters[6 * i];
-    const int64_t* const o = &options[5 * i];
-    chain.push_back(
-        {x,
-         {"conv1", p[0], p[1], {}},
-         {"conv2", p[2], p[3], {}},
-         ConvolutionArguments{"conv3", p[4], p[5], {}},
-         o[0],
-         o[1],
-         o[2],
-         o[3] != 0,
-         o[4] != 0});
-  }
-  return chain;
-}
-
 inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x, const std::vector<int64_t>& shape) {
   const std::string name = conv.name;
   check_shape((name + "_weight").c_str(), conv.weight, shape);
@@ -211,7 +184,10 @@ inline Unit check_unit(const UnitArguments& a, const Sizes& sizes, Layout layout
   return unit;
 }
 
-inline Unit check_unit(const UnitArguments& a) { return check_unit(a, check_x(a.x), layout_of(a.x)); }
+inline Unit check_unit(const UnitArguments& a) {
+  const Sizes sizes = check_x(a.x);  // before its strides are asked for
+  return check_unit(a, sizes, layout_of(a.x));
+}
 
 inline Sizes strides_of(const Sizes& sizes, Layout layout) {
   const auto [n, c, h, w] = sizes;

@@ -4,7 +4,7 @@
 #include <deque>
 #include <memory>
 
-#include "../arguments.h"
+#include "../ops.h"
 #include "kernels.h"
 #include "partition.h"
 #include "phases.h"
@@ -12,7 +12,7 @@
 namespace shufflenet::cpu {
 
 // Memory that a thread keeps from call to call, so that no call pays for fresh pages. It grows to the most that the
-// thread has needed: at most kScratchBudget, but for units one row of which needs more.
+// thread has needed.
 class Scratch {
  public:
   void* reserve(int64_t bytes) {
@@ -35,7 +35,8 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// A thread's buffers are those of the part that it runs, or that threads it called run together.
+// At most kScratchBudget each, but for units one row of which needs more. A thread's buffers are those of the part that
+// it runs, or that threads it called run together.
 static thread_local Scratch thread_buffers, thread_scratch;
 
 // What a chain of units hands on, in turn; whole images, as large as the largest.
@@ -213,9 +214,9 @@ static Tensor prepare_and_run(const std::vector<UnitArguments>& chain, const std
 
 // Each unit works on the result of the one before, the first on given_x.
 static Tensor run(const Tensor& given_x, const std::vector<UnitArguments>& chain) {
+  Sizes sizes = check_x(given_x);  // before its strides are asked for
   const Layout layout = layout_of(given_x);
   std::vector<Unit> units;
-  Sizes sizes = check_x(given_x);
   for (const UnitArguments& arguments : chain) {
     units.push_back(check_unit(arguments, sizes, layout));
     const Unit& unit = units.back();
@@ -228,61 +229,6 @@ static Tensor run(const Tensor& given_x, const std::vector<UnitArguments>& chain
   return prepare_and_run<float>(chain, units, x, result);
 }
 
-static Tensor pointwise_shuffle_depthwise(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias,
-                                          Tensor conv2_weight, std::optional<Tensor> conv2_bias, int64_t conv1_groups,
-                                          int64_t shuffle_groups, int64_t stride, bool conv2_relu) {
-  return run(x, {{x,
-                  {"conv1", conv1_weight, conv1_bias, {}},
-                  {"conv2", conv2_weight, conv2_bias, {}},
-                  {},
-                  conv1_groups,
-                  shuffle_groups,
-                  stride,
-                  conv2_relu,
-                  true}});
-}
-
-static Tensor shuffle_bottleneck(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
-                                 std::optional<Tensor> conv2_bias, Tensor conv3_weight,
-                                 std::optional<Tensor> conv3_bias, int64_t conv1_groups, int64_t groups, int64_t stride,
-                                 bool conv2_relu, bool pool_count_include_pad) {
-  return run(x, {{x,
-                  {"conv1", conv1_weight, conv1_bias, {}},
-                  {"conv2", conv2_weight, conv2_bias, {}},
-                  ConvolutionArguments{"conv3", conv3_weight, conv3_bias, {}},
-                  conv1_groups,
-                  groups,
-                  stride,
-                  conv2_relu,
-                  pool_count_include_pad}});
-}
-
-static Tensor shuffle_bottleneck_batch_norm(
-    Tensor x, Tensor conv1_weight, Tensor bn1_weight, Tensor bn1_bias, Tensor bn1_mean, Tensor bn1_var,
-    Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight,
-    Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps, double bn3_eps,
-    int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu, bool pool_count_include_pad) {
-  return run(
-      x, {{x,
-           {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
-           {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
-           ConvolutionArguments{"conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
-           conv1_groups,
-           groups,
-           stride,
-           conv2_relu,
-           pool_count_include_pad}});
-}
-
-static Tensor shuffle_bottleneck_chain(Tensor x, std::vector<Tensor> parameters, std::vector<int64_t> options) {
-  return run(x, chain_arguments(x, parameters, options));
-}
-
 }  // namespace shufflenet::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CPU, m) {
-  m.impl("pointwise_shuffle_depthwise", TORCH_BOX(&shufflenet::cpu::pointwise_shuffle_depthwise));
-  m.impl("shuffle_bottleneck", TORCH_BOX(&shufflenet::cpu::shuffle_bottleneck));
-  m.impl("shuffle_bottleneck_chain", TORCH_BOX(&shufflenet::cpu::shuffle_bottleneck_chain));
-  m.impl("shuffle_bottleneck_batch_norm", TORCH_BOX(&shufflenet::cpu::shuffle_bottleneck_batch_norm));
-}
+STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CPU, m) { shufflenet::Ops<shufflenet::cpu::run>::implement(m); }

@@ -1,12 +1,13 @@
-// The unit as one fused pass over a Part, written once over Simd<A>. Pixels lie along the vectors and weights are
-// broadcast, so any number of channels and groups fills the lanes.
+// The unit, written once over Simd<A>. Pixels lie along the vectors and weights are broadcast, so any number of
+// channels and groups fills the lanes. Three phases on a Part, each of which can be split by channels (kernels.h):
 //
-//   conv1      reads x, writes y1 (scratch). The shuffle is the stride with which it writes its channels.
-//   depthwise  reads y1 with its halo rows, writes y2 (scratch, or the result where the unit ends here).
-//   conv3      reads y2, adds the residual, writes the result.
+//   stage    copies the part's rows of x into planes of the accumulator type; nothing to do where x is that already
+//   expand   conv1 from x to y1 (scratch), the shuffle being the stride with which it writes its channels; then the
+//            depthwise convolution from y1, with its halo rows, to y2 (or to the result, where the unit ends here)
+//   project  conv3 from y2, adding the residual, to the result; with stride 2 also the pooled shortcut
 //
 // Where x is contiguous and of the accumulator's type it is read, and the result written, in place. Otherwise the
-// part's rows are first copied ("staged") into planes of the accumulator type, and the result's planes copied out.
+// result's planes are copied out at the end of a phase.
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 // Channels as planes of pixels: channel c starts at data + c * stride.
@@ -124,7 +125,7 @@ struct PixelTiles {
 
 // A plane's last pixel, where it would have a vector for itself: a 7x7 plane, of every vector's length. Such a plane's
 // tiles would fill 49 of 64 lanes; the pixel as one dot product a channel, along the depth, costs a tenth of that
-// vector (measured on stage 4: units 15 % faster). Which pixel it is depends on the plane alone, so that a result
+// vector (measured: units of stage 4 19 % faster). Which pixel it is depends on the plane alone, so that a result
 // does not depend on the part in which it is computed.
 template <class A>
 bool has_lone_pixel(int64_t plane, int64_t pixel_end) {

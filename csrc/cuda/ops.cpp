@@ -6,7 +6,7 @@
 
 #include <map>
 
-#include "../arguments.h"
+#include "../ops.h"
 #include "kernels.h"
 
 namespace shufflenet::cuda {
@@ -62,7 +62,7 @@ Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
   return plans[key] = plan_unit(u, dtype, device_properties(device_index));
 }
 
-Tensor run(const UnitArguments& arguments) {
+Tensor run_unit(const UnitArguments& arguments) {
   const Unit unit = check_unit(arguments);
   const int32_t device = arguments.x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -90,57 +90,11 @@ Tensor run(const UnitArguments& arguments) {
   return result;
 }
 
-Tensor pointwise_shuffle_depthwise(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
-                                   std::optional<Tensor> conv2_bias, int64_t conv1_groups, int64_t shuffle_groups,
-                                   int64_t stride, bool conv2_relu) {
-  return run({x,
-              {"conv1", conv1_weight, conv1_bias, {}},
-              {"conv2", conv2_weight, conv2_bias, {}},
-              {},
-              conv1_groups,
-              shuffle_groups,
-              stride,
-              conv2_relu,
-              true});
-}
-
-Tensor shuffle_bottleneck(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
-                          std::optional<Tensor> conv2_bias, Tensor conv3_weight, std::optional<Tensor> conv3_bias,
-                          int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu,
-                          bool pool_count_include_pad) {
-  return run({x,
-              {"conv1", conv1_weight, conv1_bias, {}},
-              {"conv2", conv2_weight, conv2_bias, {}},
-              ConvolutionArguments{"conv3", conv3_weight, conv3_bias, {}},
-              conv1_groups,
-              groups,
-              stride,
-              conv2_relu,
-              pool_count_include_pad});
-}
-
-Tensor shuffle_bottleneck_batch_norm(
-    Tensor x, Tensor conv1_weight, Tensor bn1_weight, Tensor bn1_bias, Tensor bn1_mean, Tensor bn1_var,
-    Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight,
-    Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps, double bn3_eps,
-    int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu, bool pool_count_include_pad) {
-  return run(
-      {x,
-       {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
-       {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
-       ConvolutionArguments{"conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
-       conv1_groups,
-       groups,
-       stride,
-       conv2_relu,
-       pool_count_include_pad});
-}
-
-Tensor shuffle_bottleneck_chain(Tensor x, std::vector<Tensor> parameters, std::vector<int64_t> options) {
+Tensor run(const Tensor& x, const std::vector<UnitArguments>& units) {
   Tensor result = x;
-  for (UnitArguments unit : chain_arguments(x, parameters, options)) {
+  for (UnitArguments unit : units) {
     unit.x = result;
-    result = run(unit);
+    result = run_unit(unit);
   }
   return result;
 }
@@ -191,12 +145,7 @@ pybind11::dict plan(const std::map<std::string, int64_t>& sizes, const std::stri
 }  // namespace
 }  // namespace shufflenet::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CUDA, m) {
-  m.impl("pointwise_shuffle_depthwise", TORCH_BOX(&shufflenet::cuda::pointwise_shuffle_depthwise));
-  m.impl("shuffle_bottleneck", TORCH_BOX(&shufflenet::cuda::shuffle_bottleneck));
-  m.impl("shuffle_bottleneck_chain", TORCH_BOX(&shufflenet::cuda::shuffle_bottleneck_chain));
-  m.impl("shuffle_bottleneck_batch_norm", TORCH_BOX(&shufflenet::cuda::shuffle_bottleneck_batch_norm));
-}
+STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CUDA, m) { shufflenet::Ops<shufflenet::cuda::run>::implement(m); }
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA library of shufflenet_ext: importing it registers the ops' CUDA kernels.";
