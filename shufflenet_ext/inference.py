@@ -13,7 +13,7 @@ from shufflenet_ext._backend import runs_native
 from shufflenet_ext._checks import check_tensor
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
-from shufflenet_ext.modules import ShuffleBottleneck, has_hooks
+from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable
 
 
 class _EvalOnly(nn.Module):
@@ -46,12 +46,12 @@ def _required(statistics: Tensor | None) -> Tensor:
 class InferenceUnits(_EvalOnly):
     """Units one behind the other for inference: one op on folded weights. Made by :func:`optimize_for_inference`."""
 
-    def __init__(self, units: Iterable[ShuffleBottleneck]) -> None:
+    def __init__(self, units: Iterable[FusedShuffleBottleneck]) -> None:
         super().__init__()
         self.options: list[int] = []
         for i, unit in enumerate(units):
-            for part in (1, 2, 3):
-                weight, bias = _folded(getattr(unit, f"conv{part}"), getattr(unit, f"bn{part}"))
+            for part, (conv, norm) in enumerate(unit.pairs(), 1):
+                weight, bias = _folded(conv, norm)
                 self.register_buffer(f"unit{i}_conv{part}_weight", weight)
                 self.register_buffer(f"unit{i}_conv{part}_bias", bias)
             self.options += [unit.conv1.groups, unit.groups, unit.stride, unit.conv2_relu, unit.pool_count_include_pad]
@@ -70,23 +70,19 @@ class InferenceNetwork(_EvalOnly):
     result is converted between them.
     """
 
-    stem_weight: Tensor
-    stem_bias: Tensor
-
-    def __init__(self, network: ShuffleNetCifar | ShuffleNetV1, units: Iterable[ShuffleBottleneck]) -> None:
+    def __init__(self, network: ShuffleNetCifar | ShuffleNetV1, units: Iterable[FusedShuffleBottleneck]) -> None:
         super().__init__()
         weight, bias = _folded(network.conv1, network.bn1)
-        self.register_buffer("stem_weight", weight.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("stem_bias", bias)
-        self.stride = network.conv1.stride
-        self.padding = network.conv1.padding
+        self.stem = network.conv1
+        self.stem.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
+        self.stem.bias = nn.Parameter(bias, requires_grad=False)
         self.units = InferenceUnits(units)
         self.linear = network.linear
         self.for_cifar = isinstance(network, ShuffleNetCifar)
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.conv2d(x, self.stem_weight, self.stem_bias, self.stride, self.padding)
+        x = self.stem(x)
         if not self.for_cifar:
             x = F.max_pool2d(x, 3, stride=2, padding=1)  # before the ReLU, which then has a quarter to do: they commute
         x = self.units(x.relu_().contiguous())
@@ -128,7 +124,9 @@ def _inference_twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.
     # Only what these classes' own code does between the modules is known; a subclass may do something else.
     if type(module) is ShuffleNetCifar or type(module) is ShuffleNetV1:
         stages = [_chain(stage) for stage in (module.layer1, module.layer2, module.layer3)]
-        if type(module.bn1) is nn.BatchNorm2d and all(stages):
+        stem = (module.conv1, module.bn1)
+        plain = tuple(map(type, stem)) == (nn.Conv2d, nn.BatchNorm2d) and not any(map(has_hooks, (module, *stem)))
+        if plain and all(stages):
             twins[module] = InferenceNetwork(module, [unit for stage in stages for unit in stage])
             return twins[module]
     elif units:
@@ -141,11 +139,13 @@ def _inference_twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.
     return module
 
 
-def _chain(module: nn.Module) -> list[ShuffleBottleneck]:
+def _chain(module: nn.Module) -> list[FusedShuffleBottleneck]:
     """The units that the module is: itself, or those of a Sequential of nothing else; none for other modules."""
-    children = list(module) if type(module) is nn.Sequential else [module]
-    return [child for child in children if isinstance(child, ShuffleBottleneck)] if _all_units(children) else []
+    children = list(module) if type(module) is nn.Sequential and not has_hooks(module) else [module]
+    units = [child for child in children if type(child) is FusedShuffleBottleneck and _foldable(child)]
+    return units if len(units) == len(children) else []
 
 
-def _all_units(modules: list[nn.Module]) -> bool:
-    return all(isinstance(module, ShuffleBottleneck) and not has_hooks(module) for module in modules)
+def _foldable(unit: FusedShuffleBottleneck) -> bool:
+    """Whether the unit is no more than its folded weights. What is not stays a module of its own."""
+    return not has_hooks(unit) and all(unfusable(conv, norm) is None for conv, norm in unit.pairs())

@@ -105,9 +105,14 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks)
 
 
-def _unfusable(conv: nn.Module, norm: nn.Module) -> str | None:
+def _pads_to_same_size(conv: nn.Conv2d) -> bool:
+    half = conv.kernel_size[0] // 2
+    return conv.padding == (half, half) and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+
+
+def unfusable(conv: nn.Module, norm: nn.Module) -> str | None:
     """Why the op cannot stand for what was put in a convolution's and a norm's place; None where it can."""
-    if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
+    if not isinstance(conv, nn.Conv2d) or conv.bias is not None or not _pads_to_same_size(conv):
         return f"a convolution was replaced: {conv}"
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.weight is None:
         return f"a batch norm was replaced: {norm}"
@@ -125,15 +130,19 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
     backend in use (:func:`shufflenet_ext.use_backend`).
     """
 
+    def pairs(self) -> tuple[tuple[nn.Conv2d, nn.BatchNorm2d], ...]:
+        """Each convolution with the batch norm behind it."""
+        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        pairs = ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+        pairs = self.pairs()
         batch_statistics = any(norm.training or getattr(norm, "running_mean", norm) is None for _, norm in pairs)
         if batch_statistics or not runs_native(x):
             return super().forward(x)
         tensors: list[Tensor | None] = []
         for conv, norm in pairs:
-            cause = _unfusable(conv, norm)
+            cause = unfusable(conv, norm)
             if cause is not None:
                 fall_back(f"in a FusedShuffleBottleneck {cause}")
                 return super().forward(x)

@@ -6,15 +6,19 @@ import pytest
 import torch
 from support import Unit
 
-from shufflenet_ext import _native, use_backend
+from shufflenet_ext import _backend, _native, use_backend
 
 if _native.native_error is not None:
     raise pytest.UsageError(f"the tests need the native library, but {_native.native_error}")
 
 
 @pytest.fixture(autouse=True)
-def native_backend() -> Iterator[None]:
-    """A call that would fall back to the reference is an error, unless a test asks for another backend."""
+def native_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A call that would fall back to the reference is an error, unless a test asks for another backend.
+
+    No cause has been warned of yet, whatever tests ran before.
+    """
+    monkeypatch.setattr(_backend, "_warned", set())
     with use_backend("native"):
         yield
 

@@ -86,8 +86,7 @@ def test_integers_raise_under_every_backend():
             call(tensors)
 
 
-def test_fallback_warns_once_of_each_cause(monkeypatch):
-    monkeypatch.setattr(_backend, "_warned", set())
+def test_fallback_warns_once_of_each_cause():
     unit = randomize(se.FusedShuffleBottleneck(24, 24, 1, 3)).eval()
     handle = unit.conv1.register_forward_hook(lambda *args: None)
     x = torch.randn(1, 24, 5, 5)
@@ -105,7 +104,6 @@ def test_fallback_warns_once_of_each_cause(monkeypatch):
 
 def test_missing_library(monkeypatch):
     monkeypatch.setattr(_native, "native_error", "the native library is not loaded (test)")
-    monkeypatch.setattr(_backend, "_warned", set())
     with pytest.raises(RuntimeError, match=r"'native' was asked for, but the native library is not loaded \(test\)"):
         call()
     with (

@@ -138,6 +138,15 @@ def test_missing_and_unknown_arguments(op):
             call(way, op, arguments_of(op, padding=1))
 
 
+@pytest.mark.parametrize(
+    "x", [torch.tensor(1.0), torch.randn(8)[::2], torch.randn(4, 6).t()], ids=["0-d", "1-d", "2-d"]
+)
+def test_x_of_few_dimensions_to_the_native_op(x):
+    weights = (torch.randn(12, 8, 1, 1), None, torch.randn(12, 1, 3, 3), None)
+    with pytest.raises(RuntimeError, match=r"x: got shape \[.*\], expected 4 dimensions"):
+        torch.ops.shufflenet_ext.pointwise_shuffle_depthwise(x, *weights, conv1_groups=3, shuffle_groups=3)
+
+
 def test_weights_on_another_device():
     for op in OPS:
         for name in TENSORS[op][1:]:

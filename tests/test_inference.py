@@ -146,3 +146,58 @@ def test_model_that_other_code_wraps(net, images):
 def test_not_a_module(model):
     with pytest.raises(TypeError, match=r"model: got \w+, expected a torch\.nn\.Module"):
         se.optimize_for_inference(model)
+
+
+class Doubled(se.FusedShuffleBottleneck):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(_):
+    return Doubled(24, 24, 1, 3, mid_channels=12)
+
+
+def hooked_inside(unit):
+    unit.conv2.register_forward_hook(lambda module, args, y: 3 * y)
+    return unit
+
+
+def hooked_around(unit):
+    stage = nn.Sequential(unit)
+    stage.register_forward_hook(lambda module, args, y: 3 * y)
+    return stage
+
+
+def replaced(unit):
+    unit.bn2 = nn.Identity()
+    return unit
+
+
+@pytest.mark.parametrize("change", [doubled, hooked_inside, hooked_around, replaced])
+def test_units_that_are_more_than_their_weights_are_not_folded(change):
+    unit = randomize(change(se.FusedShuffleBottleneck(24, 24, 1, 3, mid_channels=12))).eval()
+    x = torch.randn(1, 24, 6, 6)
+    with se.use_backend("auto"), torch.no_grad():
+        assert_close(se.optimize_for_inference(unit)(x), unit(x))
+
+
+def dilated_stem(net):
+    net.conv1 = nn.Conv2d(3, 24, 3, stride=2, padding=2, dilation=2, bias=True)
+
+
+def hooked_stem(net):
+    net.bn1.register_forward_hook(lambda module, args, y: y + 1)
+
+
+def hooked_stage(net):
+    net.layer2.register_forward_hook(lambda module, args, y: 3 * y)
+
+
+@pytest.mark.parametrize("change", [dilated_stem, hooked_stem, hooked_stage])
+def test_changed_networks(change):
+    net = se.models.shufflenet_v1(3)
+    change(net)
+    randomize(net).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert_close(se.optimize_for_inference(net)(images), net(images))

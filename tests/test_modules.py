@@ -213,8 +213,14 @@ def test_without_running_statistics_the_unit_is_the_plain_one():
 
 @pytest.mark.parametrize(
     ("part", "replacement"),
-    [("bn2", nn.Identity()), ("bn1", nn.BatchNorm2d(12, affine=False)), ("conv3", nn.Conv2d(12, 24, 1, groups=3))],
-    ids=["identity", "no weight", "bias"],
+    [
+        ("bn2", nn.Identity()),
+        ("bn1", nn.BatchNorm2d(12, affine=False)),
+        ("conv3", nn.Conv2d(12, 24, 1, groups=3)),
+        ("conv2", nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12, bias=False)),
+        ("conv2", nn.Conv2d(12, 12, 3, padding=1, padding_mode="reflect", groups=12, bias=False)),
+    ],
+    ids=["identity", "no weight", "bias", "dilation", "padding mode"],
 )
 def test_a_replaced_part_runs_the_plain_unit_or_is_refused(part, replacement):
     unit = se.FusedShuffleBottleneck(24, 24, 1, 3, mid_channels=12).eval()
