@@ -12,7 +12,7 @@ import torch
 from support import Unit, assert_ran, assert_ran_reference, randomize
 
 import shufflenet_ext as se
-from shufflenet_ext import _backend, _native
+from shufflenet_ext import _native
 
 UNIT = Unit()
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
