@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "unit.h"
+#include "network.h"
 
 namespace shufflenet {
 
@@ -196,14 +196,19 @@ inline Sizes strides_of(const Sizes& sizes, Layout layout) {
   return {c * h * w, h * w, w, 1};
 }
 
-inline Tensor empty_like_x(const Tensor& x, const Sizes& sizes, Layout layout) {
+template <size_t N>
+Tensor empty_like_x(const Tensor& x, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides) {
   int32_t dtype, device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      4, sizes.data(), strides_of(sizes, layout).data(), dtype, device_type, x.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype, device_type, x.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_like_x(const Tensor& x, const Sizes& sizes, Layout layout) {
+  return empty_like_x<4>(x, sizes, strides_of(sizes, layout));
 }
 
 // x itself where its elements lie densely in the layout, else a copy in which they do.

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/kernels.h"
+#include "cpu/phases.h"
 
 STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
   m.def(
@@ -13,9 +14,8 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "shuffle_bottleneck(Tensor x, Tensor conv1_weight, Tensor? conv1_bias, Tensor conv2_weight, Tensor? conv2_bias, "
       "Tensor conv3_weight, Tensor? conv3_bias, *, int conv1_groups, int groups, int stride=1, bool conv2_relu=False, "
       "bool pool_count_include_pad=True) -> Tensor");
-  // Units one behind the other, for inference. Of each unit: conv1's, conv2's and conv3's weight and bias;
-  // conv1_groups, groups, stride, conv2_relu and pool_count_include_pad.
-  m.def("shuffle_bottleneck_chain(Tensor x, Tensor[] parameters, int[] options) -> Tensor");
+  // Units one behind the other, with or without a stem and a head, for inference: see program.h.
+  m.def("shuffle_network(Tensor x, Tensor weights, int[] program) -> Tensor");
   // The unit with its batch norms in inference mode: nothing is folded ahead of a call, so nothing can be stale.
   m.def(
       "shuffle_bottleneck_batch_norm(Tensor x, "
@@ -37,5 +37,15 @@ PYBIND11_MODULE(_C, m) {
   shufflenet::cpu::isa();  // an unusable SHUFFLENET_EXT_CPU_ISA is an error here, not in the first call
   m.def("cpu_isa", [] { return shufflenet::cpu::isa().name; });
   m.def("cpu_isas", &shufflenet::cpu::usable_isas);
+  // Between the two calls, the calling thread's ops add up the seconds that each of their steps takes.
+  static thread_local shufflenet::cpu::Profile profile;
+  m.def("start_profile", [] {
+    profile = {};
+    shufflenet::cpu::current_profile = &profile;
+  });
+  m.def("finish_profile", [] {
+    shufflenet::cpu::current_profile = nullptr;
+    return profile.seconds;
+  });
   m.def("select_cpu_isa", &shufflenet::cpu::select_isa, pybind11::arg("isa"));
 }

@@ -56,6 +56,8 @@ struct UnitPointers {
   const void* x = nullptr;
   Convolution conv1, conv2, conv3;
   void* result = nullptr;
+  // Elements from plane to plane, in the contiguous layout.
+  int64_t x_plane = 0, result_plane = 0;
 };
 
 }  // namespace shufflenet

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shufflenet_ext import reference
@@ -43,51 +42,87 @@ def _required(statistics: Tensor | None) -> Tensor:
     return statistics
 
 
+class _Steps:
+    """Steps of a program and their weights, as they are put together; see :func:`reference.shuffle_network`."""
+
+    def __init__(self) -> None:
+        self.program: list[int] = []
+        self.tensors: list[Tensor] = []
+
+    def add_stem(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, max_pool: bool) -> None:
+        padding = conv.padding[0]
+        assert isinstance(padding, int)
+        self.program += [0, conv.out_channels, conv.kernel_size[0], conv.stride[0], padding, max_pool]
+        self.tensors += _folded(conv, norm)
+
+    def add_unit(self, unit: FusedShuffleBottleneck) -> None:
+        (conv1, _), (conv2, _), (conv3, _) = unit.pairs()
+        self.program += [1, conv2.out_channels, conv3.out_channels, conv1.groups, unit.groups, unit.stride]
+        self.program += [unit.conv2_relu, unit.pool_count_include_pad]
+        for conv, norm in unit.pairs():
+            self.tensors += _folded(conv, norm)
+
+    def add_head(self, linear: nn.Linear, *, pool_window: int) -> None:
+        self.program += [2, linear.out_features, pool_window]
+        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        self.tensors += [linear.weight.detach(), bias.detach()]
+
+    def packed(self) -> Tensor:
+        return reference.pack_weights(self.tensors)
+
+
 class InferenceUnits(_EvalOnly):
-    """Units one behind the other for inference: one op on folded weights. Made by :func:`optimize_for_inference`."""
+    """Units one behind the other for inference: one op on packed weights. Made by :func:`optimize_for_inference`."""
+
+    weights: Tensor
 
     def __init__(self, units: Iterable[FusedShuffleBottleneck]) -> None:
         super().__init__()
-        self.options: list[int] = []
-        for i, unit in enumerate(units):
-            for part, (conv, norm) in enumerate(unit.pairs(), 1):
-                weight, bias = _folded(conv, norm)
-                self.register_buffer(f"unit{i}_conv{part}_weight", weight)
-                self.register_buffer(f"unit{i}_conv{part}_bias", bias)
-            self.options += [unit.conv1.groups, unit.groups, unit.stride, unit.conv2_relu, unit.pool_count_include_pad]
+        steps = _Steps()
+        for unit in units:
+            steps.add_unit(unit)
+        self.register_buffer("weights", steps.packed())
+        self.program = steps.program
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         run = torch.ops.shufflenet_ext if runs_native(x) else reference
-        return run.shuffle_bottleneck_chain(x, list(self._buffers.values()), self.options)
+        return run.shuffle_network(x, self.weights, self.program)
 
 
 class InferenceNetwork(_EvalOnly):
-    """One of this package's networks for inference. Made by :func:`optimize_for_inference`.
+    """One of this package's networks for inference: one op on packed weights. Made by :func:`optimize_for_inference`.
 
-    PyTorch's stem is several times faster in channels_last, the units are faster on contiguous tensors: the stem's
-    result is converted between them.
+    On a GPU the units are one op; the stem and the head are PyTorch's.
     """
+
+    weights: Tensor
 
     def __init__(self, network: ShuffleNetCifar | ShuffleNetV1, units: Iterable[FusedShuffleBottleneck]) -> None:
         super().__init__()
-        weight, bias = _folded(network.conv1, network.bn1)
-        self.stem = network.conv1
-        self.stem.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
-        self.stem.bias = nn.Parameter(bias, requires_grad=False)
-        self.units = InferenceUnits(units)
-        self.linear = network.linear
-        self.for_cifar = isinstance(network, ShuffleNetCifar)
+        for_cifar = isinstance(network, ShuffleNetCifar)
+        parts = stem, chain, head = _Steps(), _Steps(), _Steps()
+        stem.add_stem(network.conv1, network.bn1, max_pool=not for_cifar)
+        for unit in units:
+            chain.add_unit(unit)
+        head.add_head(network.linear, pool_window=4 if for_cifar else 0)
+        packed = [part.packed() for part in parts]
+        self.register_buffer("weights", torch.cat(packed))
+        self.programs = [part.program for part in parts]
+        self.program = [number for part in parts for number in part.program]
+        self.sizes = [len(weights) for weights in packed]
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        if not self.for_cifar:
-            x = F.max_pool2d(x, 3, stride=2, padding=1)  # before the ReLU, which then has a quarter to do: they commute
-        x = self.units(x.relu_().contiguous())
-        x = F.avg_pool2d(x, 4) if self.for_cifar else F.adaptive_avg_pool2d(x, 1)
-        return self.linear(x.flatten(1))
+        check_tensor("x", x)
+        if not runs_native(x):
+            return reference.shuffle_network(x, self.weights, self.program)
+        native = torch.ops.shufflenet_ext.shuffle_network
+        if x.device.type == "cpu":
+            return native(x, self.weights, self.program)
+        stem, units, head = zip(self.weights.split(self.sizes), self.programs, strict=True)
+        return reference.shuffle_network(native(reference.shuffle_network(x, *stem), *units), *head)
 
 
 class InferenceModel(_EvalOnly):
@@ -124,9 +159,7 @@ def _inference_twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.
     # Only what these classes' own code does between the modules is known; a subclass may do something else.
     if type(module) is ShuffleNetCifar or type(module) is ShuffleNetV1:
         stages = [_chain(stage) for stage in (module.layer1, module.layer2, module.layer3)]
-        stem = (module.conv1, module.bn1)
-        plain = tuple(map(type, stem)) == (nn.Conv2d, nn.BatchNorm2d) and not any(map(has_hooks, (module, *stem)))
-        if plain and all(stages):
+        if all(stages) and _plain_ends(module):
             twins[module] = InferenceNetwork(module, [unit for stage in stages for unit in stage])
             return twins[module]
     elif units:
@@ -137,6 +170,17 @@ def _inference_twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.
         if child is not None:
             setattr(module, name, _inference_twin(child, twins))
     return module
+
+
+def _plain_ends(network: ShuffleNetCifar | ShuffleNetV1) -> bool:
+    """Whether the network's stem and head are what the op has, and no more than their weights."""
+    conv, ends = network.conv1, (network.conv1, network.bn1, network.linear)
+    if tuple(map(type, ends)) != (nn.Conv2d, nn.BatchNorm2d, nn.Linear) or any(map(has_hooks, (network, *ends))):
+        return False
+    size, stride, padding = conv.kernel_size, conv.stride, conv.padding
+    square = len(set(size)) == len(set(stride)) == len(set(padding)) == 1 and isinstance(padding[0], int)
+    plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
+    return plain and square and stride[0] in (1, 2) and int(padding[0]) < size[0]
 
 
 def _chain(module: nn.Module) -> list[FusedShuffleBottleneck]:

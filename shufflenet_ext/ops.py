@@ -161,7 +161,8 @@ def _register_fake(name: str) -> None:
 
     def fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shape = run_reference(x, *args, **kwargs).shape
-        channels_last = not x.is_contiguous() and x.stride(1) == 1  # the rule of layout_of in csrc/arguments.h
+        # The rule of layout_of in csrc/arguments.h.
+        channels_last = len(shape) == 4 and not x.is_contiguous() and x.stride(1) == 1
         return x.new_empty(shape).to(memory_format=torch.channels_last) if channels_last else x.new_empty(shape)
 
     torch.library.register_fake(f"shufflenet_ext::{name}", fake)
@@ -176,11 +177,9 @@ def _register_autocast(name: str, *, casts_vectors: bool) -> None:
         dtype = torch.get_autocast_dtype(device)
 
         def cast(value: Any) -> Any:
-            if isinstance(value, list):
-                return [cast(element) for element in value]
             if not isinstance(value, Tensor) or value.dtype == torch.float64:
                 return value
-            return value.to(dtype) if casts_vectors or value.dim() == 4 else value
+            return value.to(dtype) if casts_vectors or value.dim() > 1 else value
 
         with torch.autocast(device, enabled=False):
             return op(cast(x), *map(cast, args), **kwargs)
@@ -196,5 +195,5 @@ if _native.native_error is None:
         _register_autograd(_name)
         # Batch norm keeps its own dtype under autocast, as in PyTorch.
         _register_autocast(_name, casts_vectors=_name != "shuffle_bottleneck_batch_norm")
-    _register_fake("shuffle_bottleneck_chain")  # for inference: it has no backward
-    _register_autocast("shuffle_bottleneck_chain", casts_vectors=True)
+    _register_fake("shuffle_network")  # for inference: it has no backward
+    _register_autocast("shuffle_network", casts_vectors=True)

@@ -4,6 +4,8 @@ The unit is that of ShuffleNet (Zhang et al. 2017, arXiv:1707.01083, section 3.2
 function does not take it, is expected folded into the weights and biases.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,26 +105,70 @@ def shuffle_bottleneck(
     return add_shortcut(y, x, stride=stride, pool_count_include_pad=pool_count_include_pad)
 
 
-def shuffle_bottleneck_chain(x: Tensor, parameters: list[Tensor], options: list[int]) -> Tensor:
-    """Units one behind the other: :func:`shuffle_bottleneck` with 6 of the parameters and 5 of the options for each.
+def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
+    """Units one behind the other, with or without a network's stem and head (Table 1), for inference.
 
-    The options of a unit are conv1_groups, groups, stride, conv2_relu and pool_count_include_pad.
+    Args:
+        x: (N, C, H, W).
+        weights: the steps' weights and biases with batch norm folded in, one behind the other; see
+            :func:`pack_weights`.
+        program: what the steps are: 0, out_channels, kernel_size, stride, padding, max_pool for a stem (first), whose
+            max pool is 3×3 with stride 2; 1, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu,
+            pool_count_include_pad for a unit; 2, classes, pool_window for a head (last), which takes the mean of the
+            upper left pool_window × pool_window pixels (0: of all).
     """
-    if not options or len(options) % 5 != 0 or len(parameters) != len(options) // 5 * 6:
-        got = f"{len(parameters)} and {len(options)} elements"
-        raise ValueError(f"parameters, options: got {got}, expected 6 and 5 for each of the units")
-    for i in range(len(options) // 5):
-        conv1_groups, groups, stride, conv2_relu, include_pad = options[5 * i : 5 * i + 5]
-        x = shuffle_bottleneck(
-            x,
-            *parameters[6 * i : 6 * i + 6],
-            conv1_groups=conv1_groups,
-            groups=groups,
-            stride=stride,
-            conv2_relu=bool(conv2_relu),
-            pool_count_include_pad=bool(include_pad),
-        )
+    steps, packed = iter(program), _Packed(weights)
+    for kind in steps:
+        if kind == 0:
+            out_channels, size, stride, padding, max_pool = (next(steps) for _ in range(5))
+            x = F.conv2d(x, *packed.take(out_channels, x.shape[1], size, size), stride=stride, padding=padding)
+            if max_pool:
+                x = F.max_pool2d(x, 3, stride=2, padding=1)  # before the ReLU, which has a quarter to do: they commute
+            x = F.relu(x)
+        elif kind == 1:
+            mid, out, conv1_groups, groups, stride, conv2_relu, include_pad = (next(steps) for _ in range(7))
+            x = shuffle_bottleneck(
+                x,
+                *packed.take(mid, x.shape[1] // conv1_groups, 1, 1),
+                *packed.take(mid, 1, 3, 3),
+                *packed.take(out, mid // groups, 1, 1),
+                conv1_groups=conv1_groups,
+                groups=groups,
+                stride=stride,
+                conv2_relu=bool(conv2_relu),
+                pool_count_include_pad=bool(include_pad),
+            )
+        else:
+            classes, window = next(steps), next(steps)
+            x = F.avg_pool2d(x, window) if window else F.adaptive_avg_pool2d(x, 1)
+            x = F.linear(x.flatten(1), *packed.take(classes, x.shape[1]))
     return x
+
+
+# Elements to whole multiples of which arrays are padded, as in csrc/program.h.
+_PACKED_ALIGNMENT = 16
+
+
+def pack_weights(tensors: list[Tensor]) -> Tensor:
+    """The tensors' elements in one tensor, each padded with zeros to a multiple of 16: :func:`shuffle_network`'s."""
+    return torch.cat([F.pad(tensor.flatten(), (0, -tensor.numel() % _PACKED_ALIGNMENT)) for tensor in tensors])
+
+
+class _Packed:
+    """Takes weights and biases from their packed form, in turn."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+        self.at = 0
+
+    def take(self, *shape: int) -> tuple[Tensor, Tensor]:
+        return self._array(*shape), self._array(shape[0])
+
+    def _array(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        array = self.weights.narrow(0, self.at, size).view(shape)
+        self.at += size + -size % _PACKED_ALIGNMENT
+        return array
 
 
 def add_shortcut(y: Tensor, x: Tensor, *, stride: int, pool_count_include_pad: bool) -> Tensor:

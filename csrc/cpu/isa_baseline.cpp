@@ -7,11 +7,13 @@
 #include "simd.h"
 //
 #include "unit_kernel.h"
+//
+#include "network_kernel.h"
 
 namespace shufflenet::cpu {
 
 static bool usable() { return true; }
-const Isa baseline_isa = {"baseline", usable, baseline::unit_kernel, baseline::kVectorBytes};
+const Isa baseline_isa = {"baseline", usable, baseline::unit_kernel, baseline::network_kernel, baseline::kVectorBytes};
 
 }  // namespace shufflenet::cpu
 #endif

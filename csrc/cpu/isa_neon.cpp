@@ -16,6 +16,8 @@
 #include "simd.h"
 //
 #include "unit_kernel.h"
+//
+#include "network_kernel.h"
 
 #if !defined(__clang__)
 #pragma GCC pop_options
@@ -24,7 +26,7 @@
 namespace shufflenet::cpu {
 
 static bool usable() { return true; }
-const Isa neon_isa = {"neon", usable, neon::unit_kernel, neon::kVectorBytes};
+const Isa neon_isa = {"neon", usable, neon::unit_kernel, neon::network_kernel, neon::kVectorBytes};
 
 }  // namespace shufflenet::cpu
 #endif

@@ -5,13 +5,12 @@
 #include <string>
 #include <vector>
 
-#include "../unit.h"
+#include "../network.h"
 
 namespace shufflenet::cpu {
 
-// Some rows of the result of one image.
+// Some rows of the result.
 struct Part {
-  int64_t image = 0;
   int64_t row_begin = 0, row_end = 0;
 };
 
@@ -24,8 +23,8 @@ struct Channels {
 // may be split in any way, over any threads. No result depends on the splits, bit for bit.
 struct UnitKernel {
   int64_t (*buffer_bytes)(const Unit&, const Part&);  // of what the phases hand on to each other
-  void (*prepare)(const Unit&, const Part&, void* buffers);
-  // Channels of x.
+  // Channels of x; without effect where x can be read in place.
+  bool (*is_staged)(const Unit&);
   void (*stage)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers);
   // Of a worker, for so many intermediate channels; project needs that of none.
   int64_t (*scratch_bytes)(const Unit&, const Part&, Channels);
@@ -38,12 +37,23 @@ struct UnitKernel {
   void (*to_accumulator)(const void* from, void* to, int64_t n);
 };
 
+// A network's stem and head. Planes and means are of the accumulator type.
+struct NetworkKernel {
+  int64_t (*stem_scratch_bytes)(const Stem&, int64_t row_begin, int64_t row_end);
+  // Rows of the result of an image; result_plane elements lie between its planes.
+  void (*stem)(const Stem&, const Convolution&, const void* image, int64_t row_begin, int64_t row_end, void* result,
+               int64_t result_plane, void* scratch);
+  void (*window_means)(const Head&, const void* x, int64_t x_plane, Channels, void* means);
+  void (*linear)(const Head&, const Convolution&, const void* means, int64_t images, Channels classes, void* result);
+};
+
 inline constexpr int64_t kScratchAlignment = 64;  // of buffers and scratch, in bytes
 
 struct Isa {
   const char* name;
   bool (*usable)();                  // on this processor
   UnitKernel (*unit_kernel)(Dtype);  // Dtype's accumulator is double for float64, float for all others
+  NetworkKernel (*network_kernel)(Dtype);
   int64_t vector_bytes;
 };
 

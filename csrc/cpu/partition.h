@@ -1,4 +1,4 @@
-// How a unit is cut into Parts and shared by the threads: a part is a strip of rows of an image, and either each thread
+// How a unit is cut into Parts and shared by the threads: a part is a strip of rows, and either each thread
 // runs parts of its own (the rows at a cut are computed by both neighbours), or all share each part's phases by
 // channels (nothing is computed twice, but they wait for each other).
 #pragma once
@@ -11,14 +11,11 @@
 namespace shufflenet::cpu {
 
 struct Partition {
-  int64_t strips = 1;  // of an image
+  int64_t strips = 1;
   int64_t workers_per_part = 1;
 
-  int64_t parts(const Unit& unit) const { return unit.batch * strips; }
-
-  Part part(const Unit& unit, int64_t index) const {
-    const int64_t strip = index % strips;
-    return {index / strips, unit.out_height() * strip / strips, unit.out_height() * (strip + 1) / strips};
+  Part part(const Unit& unit, int64_t strip) const {
+    return {unit.out_height() * strip / strips, unit.out_height() * (strip + 1) / strips};
   }
 };
 
@@ -27,8 +24,11 @@ struct Partition {
 inline constexpr int64_t kScratchBudget = 768 * 1024;
 // Strips shorter than the budget asks for are tried up to this many: beyond it the halo costs more than balance gives.
 inline constexpr int64_t kMostExtraStrips = 16;
-// What starting the phases of a shared part costs, in the unit of part_cost: about a microsecond.
-inline constexpr int64_t kSharingCost = 4000;
+// What sharing a part costs, in the unit of part_cost, of which a processor with two AVX-512 FMA units does about 5000
+// in a microsecond: the phases' barriers, half a microsecond, and what threads read that others wrote, 20 GB/s.
+inline constexpr int64_t kSharingCost = 2500;
+inline constexpr int64_t kSharedBytesPerCost = 4;
+inline constexpr int64_t kAccumulatorBytes = 4;  // float32's, which is the type that counts
 
 // Multiply-adds of a part, halo included, in whole vectors.
 inline int64_t part_cost(const Unit& unit, int64_t strips, int64_t lanes) {
@@ -44,7 +44,7 @@ inline int64_t part_cost(const Unit& unit, int64_t strips, int64_t lanes) {
 // The partition that finishes first by that count, the coarser of two equal ones.
 inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes, int64_t threads) {
   const auto fits = [&](int64_t strips) {
-    const Part strip = {0, 0, ceil_div(unit.out_height(), strips)};
+    const Part strip = {0, ceil_div(unit.out_height(), strips)};
     const int64_t scratch = kernel.scratch_bytes(unit, strip, {0, unit.mid_channels});
     return kernel.buffer_bytes(unit, strip) + scratch <= kScratchBudget;
   };
@@ -56,14 +56,18 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
   int64_t best_time = INT64_MAX;
   const int64_t most = std::min(unit.out_height(), fewest + kMostExtraStrips);
   for (int64_t strips = fewest; strips <= most; ++strips) {
-    const int64_t time = ceil_div(unit.batch * strips, threads) * part_cost(unit, strips, lanes);
+    const int64_t time = ceil_div(strips, threads) * part_cost(unit, strips, lanes);
     if (time < best_time) {
       best = {strips, 1};
       best_time = time;
     }
   }
   const int64_t workers = std::min(threads, unit.slice_channels());
-  const int64_t shared_time = unit.batch * fewest * (ceil_div(part_cost(unit, fewest, lanes), workers) + kSharingCost);
+  const int64_t handed_on = unit.in_channels * unit.height * unit.width +
+                            unit.mid_channels * unit.out_height() * unit.out_width();  // elements of x and y2
+  const int64_t foreign_bytes = handed_on * kAccumulatorBytes * (workers - 1) / workers;
+  const int64_t shared_time = ceil_div(fewest * part_cost(unit, fewest, lanes), workers) + fewest * kSharingCost +
+                              foreign_bytes / kSharedBytesPerCost;
   return shared_time < best_time ? Partition{fewest, workers} : best;
 }
 

@@ -3,20 +3,63 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <functional>
 #include <thread>
 #include <vector>
 
 namespace shufflenet::cpu {
 
-// Calls task(phase, i) for i in [0, tasks) of each phase in turn, on torch's threads. Threads claim tasks as they come,
-// and only ever wait for tasks that some running thread has claimed: so it ends even if the pool runs all of it on one
-// thread, as it does inside another parallel region. Waiting threads give up their core after a short spin.
-template <class Task>
-void run_phases(int64_t tasks, int64_t phases, const Task& task) {
+inline constexpr int64_t kTimedInside = -1;  // of a phase whose tasks account for their time themselves
+
+struct Phase {
+  int64_t step;  // whose time it is; see Profile
+  int64_t tasks;
+  std::function<void(int64_t)> run;
+};
+
+// Seconds by step, of the calls that a thread makes while it has one.
+struct Profile {
+  std::vector<double> seconds;
+  void add(int64_t step, double time) {
+    if (step == kTimedInside) return;
+    if (static_cast<size_t>(step) >= seconds.size()) seconds.resize(step + 1);
+    seconds[step] += time;
+  }
+};
+inline thread_local Profile* current_profile = nullptr;
+
+// Adds the time that has gone by since the last lap to a step. Does nothing without a profile.
+class Stopwatch {
+ public:
+  explicit Stopwatch(Profile* profile) : profile_(profile) {
+    if (profile_) last_ = Clock::now();
+  }
+  void lap(int64_t step) {
+    if (!profile_) return;
+    const auto now = Clock::now();
+    profile_->add(step, std::chrono::duration<double>(now - last_).count());
+    last_ = now;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Profile* profile_;
+  Clock::time_point last_;
+};
+
+// Runs all tasks of each phase in turn, on torch's threads. A thread first claims the tasks that are its share, which
+// are the same ones in each phase that has as many (so that it finds its data in its caches), then what others have
+// left. It only ever waits for tasks that some running thread has claimed: so this ends even if the pool runs all of it
+// on one thread, as it does inside another parallel region. Waiting threads give up their core after a short spin.
+inline void run_phases(const std::vector<Phase>& phases) {
+  struct alignas(64) Claim {
+    std::atomic<bool> taken{false};
+  };
   struct alignas(64) Progress {
-    std::atomic<int64_t> claimed{0};
     std::atomic<int64_t> done{0};
   };
   struct Done {  // counts the task even if it throws, so that nobody waits for it forever
@@ -24,19 +67,32 @@ void run_phases(int64_t tasks, int64_t phases, const Task& task) {
     ~Done() { count.fetch_add(1, std::memory_order_release); }
   };
   constexpr int kSpins = 2000;  // some microseconds: longer than balanced tasks differ, shorter than a time slice
-  std::vector<Progress> progress(phases);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t, int64_t) {
-    for (int64_t phase = 0; phase < phases; ++phase) {
-      Progress& p = progress[phase];
-      for (;;) {
-        const int64_t i = p.claimed.fetch_add(1, std::memory_order_relaxed);
-        if (i >= tasks) break;
-        const Done done{p.done};
-        task(phase, i);
+  int64_t tasks = 0, widest = 0;
+  for (const Phase& phase : phases) {
+    tasks += phase.tasks;
+    widest = std::max(widest, phase.tasks);
+  }
+  std::vector<Claim> claims(tasks);
+  std::vector<Progress> progress(phases.size());
+  const int64_t workers = std::min<int64_t>(widest, torch::stable::get_num_threads());
+  Profile* const profile = current_profile;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    Stopwatch stopwatch(worker == 0 ? profile : nullptr);
+    Claim* claim = claims.data();
+    for (size_t p = 0; p < phases.size(); ++p) {
+      const Phase& phase = phases[p];
+      const int64_t first = phase.tasks * worker / workers;
+      for (int64_t j = 0; j < phase.tasks; ++j) {
+        const int64_t i = first + j < phase.tasks ? first + j : first + j - phase.tasks;
+        if (claim[i].taken.load(std::memory_order_relaxed) || claim[i].taken.exchange(true)) continue;
+        const Done done{progress[p].done};
+        phase.run(i);
       }
-      for (int spins = 0; p.done.load(std::memory_order_acquire) < tasks; ++spins) {
+      claim += phase.tasks;
+      for (int spins = 0; progress[p].done.load(std::memory_order_acquire) < phase.tasks; ++spins) {
         if (spins >= kSpins) std::this_thread::yield();
       }
+      stopwatch.lap(phase.step);
     }
   });
 }

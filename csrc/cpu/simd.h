@@ -33,6 +33,9 @@ struct Simd : Intrinsics<A> {
   static constexpr uint32_t first_bits(int64_t n) { return n >= kLanes ? kAllBits : (uint32_t{1} << n) - 1; }
   static Mask first(int64_t n) { return Intrinsics<A>::mask(first_bits(n)); }
 
+  // The larger of two, NaN where either is.
+  static V max_or_nan(V a, V b) { return a == a ? Intrinsics<A>::max(a, b) : a; }
+
   static A sum(V v) {
     A total = 0;
 #pragma GCC unroll 16

@@ -463,7 +463,7 @@ struct Image {
   T* data;
   Layout layout;
   int64_t channels;  // of the tensor
-  int64_t plane;     // pixels of a channel
+  int64_t plane;     // elements from plane to plane
 };
 
 // Copies pixels [begin, begin + pixels) of some channels from an image to planes.
@@ -569,7 +569,6 @@ struct Buffers {
     const InputRows in(unit, part);
     const int64_t out_pixels = (part.row_end - part.row_begin) * unit.out_width();
     Arena arena(memory);
-    masks = arena.take<EdgeMasks<A>>(edge_vectors<A>(unit, part));
     if (unit.has_conv3()) y2 = arena.planes<A>(unit.mid_channels, out_pixels);
     if (is_staged<T>(unit)) {
       x = arena.planes<A>(unit.in_channels, (in.end - in.begin) * unit.width);
@@ -583,7 +582,6 @@ struct Buffers {
     bytes = arena.bytes();
   }
 
-  EdgeMasks<A>* masks;
   Planes<A> y2, x, result;
   int64_t bytes;
 };
@@ -600,21 +598,17 @@ struct PartView : Buffers<T> {
 
   PartView(const Unit& unit, const UnitPointers& pointers, const Part& part, void* memory)
       : Buffers<T>(unit, part, memory), in(unit, part), staged(is_staged<T>(unit)) {
-    const int64_t in_plane = unit.height * unit.width;
-    const int64_t out_plane = unit.out_height() * unit.out_width();
     in_begin = in.begin * unit.width;
     in_pixels = (in.end - in.begin) * unit.width;
     out_begin = part.row_begin * unit.out_width();
     out_pixels = (part.row_end - part.row_begin) * unit.out_width();
-    image_x = {static_cast<const T*>(pointers.x) + part.image * unit.in_channels * in_plane, unit.layout,
-               unit.in_channels, in_plane};
-    image_result = {static_cast<T*>(pointers.result) + part.image * unit.result_channels() * out_plane, unit.layout,
-                    unit.result_channels(), out_plane};
+    image_x = {static_cast<const T*>(pointers.x), unit.layout, unit.in_channels, pointers.x_plane};
+    image_result = {static_cast<T*>(pointers.result), unit.layout, unit.result_channels(), pointers.result_plane};
     planes_x = read_only(this->x);
     if constexpr (std::is_same_v<T, A>) {
       if (!staged) {
-        planes_x = {image_x.data + in_begin, in_plane};
-        this->result = {image_result.data + out_begin, out_plane};
+        planes_x = {image_x.data + in_begin, pointers.x_plane};
+        this->result = {image_result.data + out_begin, pointers.result_plane};
       }
     }
   }
@@ -637,12 +631,6 @@ int64_t buffer_bytes(const Unit& unit, const Part& part) {
 }
 
 template <class T>
-void prepare(const Unit& unit, const Part& part, void* buffers) {
-  using A = accumulator_t<T>;
-  fill_edge_masks<A>(unit, part, Buffers<T>(unit, part, buffers).masks);
-}
-
-template <class T>
 void stage(const Unit& unit, const UnitPointers& pointers, const Part& part, Channels channels, void* buffers) {
   const PartView<T> view(unit, pointers, part, buffers);
   if (view.staged) stage_in<T>(view.image_x, view.in_begin, view.in_pixels, channels, view.x);
@@ -654,6 +642,7 @@ struct Scratch {
   Scratch(const Unit& unit, const Part& part, Channels mid, void* memory) {
     const InputRows in(unit, part);
     Arena arena(memory);
+    masks = arena.take<EdgeMasks<A>>(edge_vectors<A>(unit, part));
     y1 = arena.planes<A>(mid.count(), (in.halo_end - in.halo_begin) * unit.width);
     const int64_t depth = std::max(unit.conv1_depth(), unit.slice_channels());
     pointwise.offsets = arena.take<int64_t>(depth);
@@ -662,6 +651,7 @@ struct Scratch {
     bytes = arena.bytes();
   }
 
+  EdgeMasks<A>* masks;
   Planes<A> y1;
   PointwiseScratch<A> pointwise;
   int64_t bytes;
@@ -689,7 +679,8 @@ void expand(const Unit& unit, const UnitPointers& pointers, const Part& part, Ch
   const bool lone_pixel = has_lone_pixel<A>(unit.height * unit.width, in.end * unit.width);
   conv1<A>(unit, pointers.conv1, channels, view.planes_x, view.in_pixels, y1_image, lone_pixel, scratch.pointwise);
   const Planes<A> y2 = unit.has_conv3() ? view.y2 : view.result;
-  depthwise<A>(unit, part, pointers.conv2, channels, view.masks, read_only(y1), y2);
+  fill_edge_masks<A>(unit, part, scratch.masks);
+  depthwise<A>(unit, part, pointers.conv2, channels, scratch.masks, read_only(y1), y2);
   if (!unit.has_conv3()) view.write_out(channels);
 }
 
@@ -698,9 +689,9 @@ void project(const Unit& unit, const UnitPointers& pointers, const Part& part, C
              void* memory) {
   using A = accumulator_t<T>;
   const PartView<T> view(unit, pointers, part, buffers);
+  const Scratch<A> scratch(unit, part, {}, memory);
   const Channels convolved = {channels.begin, std::min(channels.end, unit.out_channels)};
   if (convolved.count() > 0) {
-    const Scratch<A> scratch(unit, part, {}, memory);
     const bool lone_pixel = has_lone_pixel<A>(unit.out_height() * unit.out_width(), part.row_end * unit.out_width());
     Planes<const A> residual;
     if (unit.adds_residual()) {
@@ -712,7 +703,8 @@ void project(const Unit& unit, const UnitPointers& pointers, const Part& part, C
   const Channels pooled = {
       std::max(channels.begin, unit.out_channels) - unit.out_channels, channels.end - unit.out_channels};
   if (pooled.count() > 0) {
-    pool<A>(unit, part, pooled, view.masks, view.planes_x, view.in.begin, view.result.from(unit.out_channels));
+    fill_edge_masks<A>(unit, part, scratch.masks);
+    pool<A>(unit, part, pooled, scratch.masks, view.planes_x, view.in.begin, view.result.from(unit.out_channels));
   }
   view.write_out(channels);
 }
@@ -727,7 +719,7 @@ void to_accumulator(const void* from, void* to, int64_t n) {
 
 template <class T>
 constexpr UnitKernel kernel_for() {
-  return {buffer_bytes<T>, prepare<T>, stage<T>, scratch_bytes<T>, expand<T>, project<T>, to_accumulator<T>};
+  return {buffer_bytes<T>, is_staged<T>, stage<T>, scratch_bytes<T>, expand<T>, project<T>, to_accumulator<T>};
 }
 
 inline UnitKernel unit_kernel(Dtype dtype) {

@@ -211,7 +211,6 @@ static void in_shares(int64_t n, int64_t multiple, const F& f) {
 
 static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers, const Part& part) {
   const Buffer buffers(kernel.buffer_bytes(unit, part));
-  kernel.prepare(unit, part, buffers.get());
   in_shares(unit.in_channels, 16, [&](Channels share) { kernel.stage(unit, pointers, part, share, buffers.get()); });
   in_shares(unit.mid_channels, unit.groups, [&](Channels share) {
     const Buffer scratch(kernel.scratch_bytes(unit, part, share));
@@ -256,7 +255,8 @@ static std::vector<char> native_result(const Case& c, const Isa& isa) {
   std::vector<char> result(u.batch * u.result_channels() * u.out_height() * u.out_width() * size_of(c.dtype), '\xff');
 
   const Pointers<A> conv1(c.conv1), conv2(c.conv2), conv3(c.conv3);
-  const UnitPointers pointers = {x.data(), conv1, conv2, conv3, result.data()};
+  const UnitPointers pointers = {
+      x.data(), conv1, conv2, conv3, result.data(), unit.height * unit.width, unit.out_height() * unit.out_width()};
   const UnitKernel kernel = isa.unit_kernel(c.dtype);
   const Partition partition = random_partition(u, kernel, isa.vector_bytes / static_cast<int64_t>(sizeof(A)));
   for (int64_t i = 0; i < partition.parts(u); ++i) run_part(kernel, u, pointers, partition.part(u, i));

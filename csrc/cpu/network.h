@@ -1,0 +1,73 @@
+// A network's stem and head as steps of an image; units are in steps.h.
+#pragma once
+
+#include "steps.h"
+
+namespace shufflenet::cpu {
+
+// Cut into strips of rows, whose share of the convolution stays in the L2 cache.
+template <class A>
+class StemStep : public Step {
+ public:
+  StemStep(const Stem& stem, const Convolution& conv, int64_t result_plane, Dtype dtype, int64_t threads)
+      : stem_(stem), conv_(conv), result_plane_(result_plane), kernel_(isa().network_kernel(dtype)) {
+    while (strips_ < stem_.out_height() && strip_bytes() > kScratchBudget / 2) ++strips_;
+    strips_ = std::min(stem_.out_height(), ceil_div(strips_, threads) * threads);
+  }
+
+  int64_t result_bytes() const override { return stem_.out_channels * result_plane_ * static_cast<int64_t>(sizeof(A)); }
+  int64_t shared_bytes() const override { return 0; }
+  bool works_in_place(bool) const override { return false; }
+
+  void run(const void* from, void* to) const override {
+    for (int64_t i = 0; i < strips_; ++i) run_strip(from, to, i);
+  }
+  void share(int64_t step, const void* from, void* to, void*, std::vector<Phase>& phases) const override {
+    phases.push_back({step, strips_, [=](int64_t i) { run_strip(from, to, i); }});
+  }
+
+ private:
+  int64_t begin(int64_t strip) const { return stem_.out_height() * strip / strips_; }
+  int64_t strip_bytes() const { return kernel_.stem_scratch_bytes(stem_, 0, ceil_div(stem_.out_height(), strips_)); }
+
+  void run_strip(const void* from, void* to, int64_t i) const {
+    void* const scratch = thread_scratch.reserve(kernel_.stem_scratch_bytes(stem_, begin(i), begin(i + 1)));
+    kernel_.stem(stem_, conv_, from, begin(i), begin(i + 1), to, result_plane_, scratch);
+  }
+
+  Stem stem_;
+  Convolution conv_;
+  int64_t result_plane_;
+  NetworkKernel kernel_;
+  int64_t strips_ = 1;
+};
+
+// The head's means of an image; its linear layer takes those of all images at once.
+template <class A>
+class MeansStep : public Step {
+ public:
+  MeansStep(const Head& head, int64_t x_plane, Dtype dtype)
+      : head_(head), x_plane_(x_plane), kernel_(isa().network_kernel(dtype)) {}
+
+  int64_t result_bytes() const override { return head_.channels * static_cast<int64_t>(sizeof(A)); }
+  int64_t shared_bytes() const override { return 0; }
+  bool works_in_place(bool) const override { return false; }
+
+  void run(const void* from, void* to) const override {
+    kernel_.window_means(head_, from, x_plane_, {0, head_.channels}, to);
+  }
+  void share(int64_t step, const void* from, void* to, void*, std::vector<Phase>& phases) const override {
+    const int64_t tasks = std::min<int64_t>(head_.channels, torch::stable::get_num_threads());
+    phases.push_back({step, tasks, [=](int64_t i) {
+                        const Channels channels = {head_.channels * i / tasks, head_.channels * (i + 1) / tasks};
+                        kernel_.window_means(head_, from, x_plane_, channels, to);
+                      }});
+  }
+
+ private:
+  Head head_;
+  int64_t x_plane_;
+  NetworkKernel kernel_;
+};
+
+}  // namespace shufflenet::cpu

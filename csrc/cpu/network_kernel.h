@@ -1,0 +1,237 @@
+// A network's stem and head, written once over Simd<A>. Included behind unit_kernel.h, whose tiles the stem uses.
+namespace shufflenet::cpu::SHUFFLENET_ISA {
+
+// ---- Stem -----------------------------------------------------------------------------------------------------------
+
+// The rows that some rows of the stem's result need. Rows and columns of x, with its padding, are sorted by their
+// remainder modulo the stride into stride x stride planes a channel, so that each tap of the window reads consecutive
+// pixels: the convolution is then a pointwise one whose depth are the taps. Its rows run together; the last columns of
+// each, as many as the window reaches over, are of no use.
+struct StemRows {
+  StemRows(const Stem& stem, int64_t row_begin, int64_t row_end)
+      : reach((stem.kernel_size - 1) / stem.stride),
+        begin(stem.max_pool ? std::max<int64_t>(0, 2 * row_begin - 1) : row_begin),
+        end(stem.max_pool ? std::min(stem.conv_height(), 2 * row_end) : row_end),
+        pitch(stem.conv_width() + reach),
+        sorted_rows(end - begin + reach),
+        pixels((end - begin - 1) * pitch + stem.conv_width()) {}
+  int64_t reach;
+  int64_t begin, end;   // of the convolution
+  int64_t pitch;        // pixels from row to row
+  int64_t sorted_rows;  // of each plane of x
+  int64_t pixels;       // of the convolution
+};
+
+template <class T>
+struct StemScratch {
+  using A = accumulator_t<T>;
+  StemScratch(const Stem& stem, const StemRows& rows, void* memory) {
+    Arena arena(memory);
+    sorted = arena.planes<A>(stem.in_channels * stem.stride * stem.stride, rows.sorted_rows * rows.pitch);
+    convolved = arena.planes<A>(stem.out_channels, rows.pixels);
+    row = arena.take<T>(stem.width);
+    work.offsets = arena.take<int64_t>(stem.taps());
+    work.row_tiles = arena.take<RowTile>(stem.out_channels);
+    bytes = arena.bytes();
+  }
+  Planes<A> sorted, convolved;
+  T* row;
+  PointwiseScratch<A> work;
+  int64_t bytes;
+};
+
+// Elements 0, 2, 4, … and 1, 3, 5, … of n to two arrays, cut where they end.
+template <class T>
+void sort_even_odd(const T* from, int64_t n, accumulator_t<T>* even, int64_t even_room, accumulator_t<T>* odd,
+                   int64_t odd_room) {
+  using S = Simd<accumulator_t<T>>;
+  constexpr int64_t kLanes = S::kLanes;
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    const auto first = load_first(from + i, n - i);
+    const auto second = n - i > kLanes ? load_first(from + i + kLanes, n - i - kLanes) : typename S::V{};
+    const int64_t done = i / 2;
+    const int64_t evens = std::min((n - i + 1) / 2, even_room - done), odds = std::min((n - i) / 2, odd_room - done);
+    if (evens > 0) S::store(even + done, S::even(first, second), S::first(evens));
+    if (odds > 0) S::store(odd + done, S::odd(first, second), S::first(odds));
+  }
+}
+
+// A row of x to its `stride` planes; `planes` are those of the row's channel and remainder.
+template <class T>
+void sort_row(const Stem& stem, const StemRows& rows, const T* x, Planes<accumulator_t<T>> planes) {
+  using A = accumulator_t<T>;
+  using S = Simd<A>;
+  for (int64_t remainder = 0; remainder < stem.stride; ++remainder) {
+    std::fill(planes.channel(remainder), planes.channel(remainder) + rows.pitch, A{0});
+  }
+  if (stem.stride == 1) {
+    const int64_t n = std::min(stem.width, rows.pitch - stem.padding);
+    A* const to = planes.channel(0) + stem.padding;
+    for (int64_t i = 0; i < n; i += S::kLanes) S::store(to + i, load_first(x + i, n - i), S::first(n - i));
+  } else {
+    const auto start = [&](int64_t column) { return (stem.padding + column) / 2; };
+    const auto plane = [&](int64_t column) { return planes.channel((stem.padding + column) % 2) + start(column); };
+    sort_even_odd<T>(x, stem.width, plane(0), rows.pitch - start(0), plane(1), rows.pitch - start(1));
+  }
+}
+
+template <class T>
+void sort_image(const Stem& stem, const StemRows& rows, const T* image, const StemScratch<T>& scratch) {
+  using A = accumulator_t<T>;
+  for (int64_t i = 0; i < rows.sorted_rows * stem.stride; ++i) {
+    const int64_t y = rows.begin * stem.stride + i - stem.padding;
+    for (int64_t c = 0; c < stem.in_channels; ++c) {
+      const int64_t first = (c * stem.stride + i % stem.stride) * stem.stride;
+      const Planes<A> planes = {scratch.sorted.channel(first) + i / stem.stride * rows.pitch, scratch.sorted.stride};
+      if (y < 0 || y >= stem.height) {
+        for (int64_t s = 0; s < stem.stride; ++s) std::fill(planes.channel(s), planes.channel(s) + rows.pitch, A{0});
+      } else if (stem.layout == Layout::contiguous) {
+        sort_row<T>(stem, rows, image + (c * stem.height + y) * stem.width, planes);
+      } else {
+        const T* const pixels = image + y * stem.width * stem.in_channels + c;
+        for (int64_t column = 0; column < stem.width; ++column) scratch.row[column] = pixels[column * stem.in_channels];
+        sort_row<T>(stem, rows, scratch.row, planes);
+      }
+    }
+  }
+}
+
+// A row of the max pool, from up to three rows of the convolution; null rows lie outside. All values are at least 0 or
+// NaN, so zeros can stand for the padding.
+template <class A>
+void max_pool_row(const A* const (&from)[3], int64_t width, int64_t out_width, A* to) {
+  using S = Simd<A>;
+  using V = typename S::V;
+  StridedColumns<A> columns;
+  for (int64_t column = 0; column < out_width; column += S::kLanes) {
+    V halves[2] = {};
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int64_t first = 2 * column + half * S::kLanes;
+      const auto mask = S::first(std::max<int64_t>(0, width - first));
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        if (from[i]) halves[half] = S::max_or_nan(halves[half], S::load(from[i] + first, mask));
+      }
+    }
+    columns.next(halves[0], halves[1]);
+    const V largest = S::max_or_nan(S::max_or_nan(columns.left, columns.centre), columns.right);
+    S::store(to + column, largest, S::first(out_width - column));
+  }
+}
+
+template <class T>
+int64_t stem_scratch_bytes(const Stem& stem, int64_t row_begin, int64_t row_end) {
+  return StemScratch<T>(stem, StemRows(stem, row_begin, row_end), nullptr).bytes;
+}
+
+// Rows of the stem's result, as planes of the accumulator type.
+template <class T>
+void run_stem(const Stem& stem, const Convolution& conv, const void* image, int64_t row_begin, int64_t row_end,
+              void* result, int64_t result_plane, void* memory) {
+  using A = accumulator_t<T>;
+  const StemRows rows(stem, row_begin, row_end);
+  const StemScratch<T> scratch(stem, rows, memory);
+  sort_image<T>(stem, rows, static_cast<const T*>(image), scratch);
+
+  int64_t* offset = scratch.work.offsets;
+  for (int64_t c = 0; c < stem.in_channels; ++c) {
+    for (int64_t ky = 0; ky < stem.kernel_size; ++ky) {
+      for (int64_t kx = 0; kx < stem.kernel_size; ++kx) {
+        const int64_t plane = (c * stem.stride + ky % stem.stride) * stem.stride + kx % stem.stride;
+        *offset++ = plane * scratch.sorted.stride + ky / stem.stride * rows.pitch + kx / stem.stride;
+      }
+    }
+  }
+  int64_t count = 0;
+  for (int64_t row = 0; row < stem.out_channels; row += scratch.work.row_tiles[count++].rows) {
+    scratch.work.row_tiles[count] = {row, next_channels(stem.out_channels - row), 0, row};
+  }
+  pointwise<A>({conv, stem.taps(), scratch.work.offsets, scratch.work.row_tiles, count, 1, rows.pixels},
+               read_only(scratch.sorted), {}, scratch.convolved, nullptr);
+
+  const int64_t width = stem.conv_width(), out_width = stem.out_width();
+  for (int64_t c = 0; c < stem.out_channels; ++c) {
+    const auto convolved = [&](int64_t row) -> const A* {
+      return row < rows.begin || row >= rows.end ? nullptr
+                                                 : scratch.convolved.channel(c) + (row - rows.begin) * rows.pitch;
+    };
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      A* const to = static_cast<A*>(result) + c * result_plane + row * out_width;
+      if (stem.max_pool) {
+        max_pool_row<A>({convolved(2 * row - 1), convolved(2 * row), convolved(2 * row + 1)}, width, out_width, to);
+      } else {
+        std::copy_n(convolved(row), out_width, to);
+      }
+    }
+  }
+}
+
+// ---- Head -----------------------------------------------------------------------------------------------------------
+
+// The means of some channels over the window.
+template <class A>
+void window_means(const Head& head, const void* x, int64_t x_plane, Channels channels, void* means) {
+  using S = Simd<A>;
+  // A whole plane is one run of pixels.
+  const bool whole = head.window_height == head.height && head.window_width == head.width;
+  const int64_t rows = whole ? 1 : head.window_height;
+  const int64_t columns = whole ? head.height * head.width : head.window_width;
+  const A pixels = static_cast<A>(head.window_height * head.window_width);
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
+    const A* const plane = static_cast<const A*>(x) + c * x_plane;
+    typename S::V sum = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < columns; column += S::kLanes) {
+        sum += S::load(plane + row * head.width + column, S::first(columns - column));
+      }
+    }
+    static_cast<A*>(means)[c] = S::sum(sum) / pixels;
+  }
+}
+
+// Some classes of the linear layer for all images. Weights are the most that it reads: a row of them is used for every
+// image while it is in the L1 cache.
+template <class T>
+void linear(const Head& head, const Convolution& layer, const void* means, int64_t images, Channels classes,
+            void* result) {
+  using A = accumulator_t<T>;
+  using S = Simd<A>;
+  for (int64_t row = classes.begin; row < classes.end; ++row) {
+    const A* const weight = static_cast<const A*>(layer.weight) + row * head.channels;
+    for (int64_t image = 0; image < images; ++image) {
+      const A* const x = static_cast<const A*>(means) + image * head.channels;
+      constexpr int kSums = 4;  // independent, so that the latency of a multiply-add does not hold up the next
+      typename S::V sums[kSums] = {};
+      int64_t k = 0;
+      for (; k + kSums * S::kLanes <= head.channels; k += kSums * S::kLanes) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kSums; ++i) {
+          sums[i] = S::fma(S::load(weight + k + i * S::kLanes), S::load(x + k + i * S::kLanes), sums[i]);
+        }
+      }
+      for (; k < head.channels; k += S::kLanes) {
+        const auto mask = S::first(head.channels - k);
+        sums[0] = S::fma(S::load(weight + k, mask), S::load(x + k, mask), sums[0]);
+      }
+      const A value = S::sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + static_cast<const A*>(layer.bias)[row];
+      store_first(static_cast<T*>(result) + image * head.classes + row, S::broadcast(value), 1);
+    }
+  }
+}
+
+template <class T>
+constexpr NetworkKernel network_kernel_for() {
+  return {stem_scratch_bytes<T>, run_stem<T>, window_means<accumulator_t<T>>, linear<T>};
+}
+
+inline NetworkKernel network_kernel(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64: return network_kernel_for<double>();
+    case Dtype::bfloat16: return network_kernel_for<BFloat16>();
+    case Dtype::float16: return network_kernel_for<Float16>();
+    default: return network_kernel_for<float>();
+  }
+}
+
+}  // namespace shufflenet::cpu::SHUFFLENET_ISA

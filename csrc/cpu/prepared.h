@@ -1,0 +1,99 @@
+// An op's arguments as the kernels take them: arrays of the accumulator type A.
+#pragma once
+
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "../arguments.h"
+#include "kernels.h"
+
+namespace shufflenet::cpu {
+
+// The convolution's (or a linear layer's) arrays: the arguments' own memory where it has the type A already.
+template <class A>
+class ConvolutionData {
+ public:
+  explicit ConvolutionData(const ConvolutionArguments& conv) {
+    const int64_t channels = conv.weight.size(0);
+    pointers.weight = values(conv.weight);
+    if (conv.norm) {
+      const A* mean = values(conv.norm->running_mean);
+      const A* var = values(conv.norm->running_var);
+      const A* weight = values(conv.norm->weight);
+      const A* bias = values(conv.norm->bias);
+      A* const scale = zeros(channels);
+      A* const shift = zeros(channels);
+      const A eps = static_cast<A>(conv.norm->eps);
+      for (int64_t c = 0; c < channels; ++c) scale[c] = weight[c] / std::sqrt(var[c] + eps);
+      for (int64_t c = 0; c < channels; ++c) shift[c] = bias[c] - mean[c] * scale[c];
+      pointers.scale = scale;
+      pointers.bias = shift;
+    } else {
+      pointers.bias = conv.bias ? values(*conv.bias) : zeros(channels);
+    }
+  }
+
+  // Moving leaves the arrays where they are, and `pointers` true.
+  ConvolutionData(ConvolutionData&&) = default;
+
+  Convolution pointers;
+
+ private:
+  const A* values(const Tensor& tensor) {
+    const Dtype dtype = dtype_of("weight", tensor);
+    const bool same = dtype == (std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
+    if (tensor.is_contiguous() && same) return static_cast<const A*>(tensor.const_data_ptr());
+    const Tensor contiguous = torch::stable::contiguous(tensor);
+    if (same) {
+      kept_.push_back(contiguous);
+      return static_cast<const A*>(contiguous.const_data_ptr());
+    }
+    A* const converted = zeros(contiguous.numel());
+    isa().unit_kernel(dtype).to_accumulator(contiguous.const_data_ptr(), converted, contiguous.numel());
+    return converted;
+  }
+  A* zeros(int64_t n) {
+    arrays_.push_back(std::make_unique<A[]>(n));
+    return arrays_.back().get();
+  }
+
+  std::vector<Tensor> kept_;
+  std::vector<std::unique_ptr<A[]>> arrays_;
+};
+
+// A unit's arrays.
+template <class A>
+struct UnitData {
+  explicit UnitData(const UnitArguments& arguments) : conv1(arguments.conv1), conv2(arguments.conv2) {
+    if (arguments.conv3) conv3.emplace(*arguments.conv3);
+  }
+
+  ConvolutionData<A> conv1, conv2;
+  std::optional<ConvolutionData<A>> conv3;
+};
+
+// The weights of a program: their own memory where they are of type A.
+template <class A>
+class PackedData {
+ public:
+  explicit PackedData(const Tensor& weights) {
+    const Dtype dtype = dtype_of("weights", weights);
+    if (dtype == (std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32)) {
+      data_ = static_cast<const A*>(weights.const_data_ptr());
+    } else {
+      converted_.reset(new A[weights.numel()]);
+      isa().unit_kernel(dtype).to_accumulator(weights.const_data_ptr(), converted_.get(), weights.numel());
+      data_ = converted_.get();
+    }
+  }
+  Convolution operator[](const PackedConvolution& packed) const {
+    return {data_ + packed.weight, nullptr, data_ + packed.bias};
+  }
+
+ private:
+  const A* data_;
+  std::unique_ptr<A[]> converted_;
+};
+
+}  // namespace shufflenet::cpu

@@ -1,0 +1,37 @@
+// What a network has around its units: the sizes of its stem and of its head. Nothing here knows torch.
+#pragma once
+
+#include "unit.h"
+
+namespace shufflenet {
+
+// A square convolution with ReLU and, in the paper's networks, a max pool (3x3, stride 2, padding 1).
+struct Stem {
+  int64_t in_channels = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+  int64_t out_channels = 0;
+  int64_t kernel_size = 1;
+  int64_t stride = 1;
+  int64_t padding = 0;
+  bool max_pool = false;
+  Layout layout = Layout::contiguous;
+
+  int64_t conv_height() const { return (height + 2 * padding - kernel_size) / stride + 1; }
+  int64_t conv_width() const { return (width + 2 * padding - kernel_size) / stride + 1; }
+  int64_t out_height() const { return max_pool ? (conv_height() - 1) / 2 + 1 : conv_height(); }
+  int64_t out_width() const { return max_pool ? (conv_width() - 1) / 2 + 1 : conv_width(); }
+  int64_t taps() const { return in_channels * kernel_size * kernel_size; }
+};
+
+// The mean over a plane's upper left window, and a linear layer.
+struct Head {
+  int64_t channels = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+  int64_t window_height = 0;
+  int64_t window_width = 0;
+  int64_t classes = 0;
+};
+
+}  // namespace shufflenet

@@ -1,0 +1,208 @@
+// A chain of units for inference, with or without a network's stem and head around it, as the op shuffle_network takes
+// it: integers that say what the steps are, and their weights and biases one behind the other in one tensor.
+#pragma once
+
+#include "arguments.h"
+
+namespace shufflenet {
+
+// Offsets into the weights. Each array is padded to a whole multiple of kPackedAlignment elements.
+struct PackedConvolution {
+  int64_t weight = 0, bias = 0;
+};
+inline constexpr int64_t kPackedAlignment = 16;
+
+struct PackedUnit {
+  Unit unit;  // of one image
+  PackedConvolution conv1, conv2, conv3;
+};
+
+struct PackedStem {
+  Stem stem;
+  PackedConvolution conv;
+};
+
+struct PackedHead {
+  Head head;
+  PackedConvolution linear;
+};
+
+// The steps as their integers name them; weights are in the order in which a step names its convolutions, each of them
+// weight then bias, with batch norm folded in.
+//   0, out_channels, kernel_size, stride, padding, max_pool     a stem, first
+//   1, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu, pool_count_include_pad     a unit
+//   2, classes, pool_window     a head, last: the mean of the plane's upper left pool_window x pool_window pixels (0:
+//   of
+//                               all), and a linear layer
+struct Program {
+  std::optional<PackedStem> stem;
+  std::vector<PackedUnit> units;
+  std::optional<PackedHead> head;
+  Layout layout;  // of x
+  Sizes sizes;    // of the units' result
+};
+
+class ProgramReader {
+ public:
+  ProgramReader(const Tensor& x, const Tensor& weights, const std::vector<int64_t>& program)
+      : x_(x), weights_(weights), program_(program), sizes_(check_x(x)) {}
+
+  Program read() {
+    check_like_x("weights", weights_, x_);
+    if (weights_.dim() != 1 || !weights_.is_contiguous()) {
+      fail("weights: got ", shape_of(weights_), ", expected one contiguous dimension");
+    }
+    Program result;
+    result.layout = layout_of(x_);
+    bool ended = program_.empty();
+    if (!ended && program_[0] == 0) result.stem = read_stem(result.layout);
+    while (!ended && at_ < program_.size()) {
+      const int64_t kind = program_[at_];
+      if (kind == 1) {
+        result.units.push_back(read_unit(result.stem ? Layout::contiguous : result.layout));
+      } else if (kind == 2 && !result.units.empty()) {
+        result.sizes = sizes_;
+        result.head = read_head();
+        ended = true;
+      } else {
+        fail("program: got step ", kind, " at element ", at_, ", expected 0 (stem) first, 1 (unit) or 2 (head) last");
+      }
+    }
+    if (result.units.empty() || at_ != program_.size()) {
+      fail("program: got ", program_.size(), " elements, expected one unit at least, and nothing behind a head");
+    }
+    if (used_ != weights_.numel()) {
+      fail("weights: got ", weights_.numel(), " elements, expected ", used_, " for this program and x");
+    }
+    if (!result.head) result.sizes = sizes_;
+    return result;
+  }
+
+ private:
+  // The integers of a step behind its kind.
+  const int64_t* take(size_t count) {
+    if (program_.size() - at_ < count + 1) {
+      fail("program: got ", program_.size() - at_ - 1, " elements for its last step, expected ", count);
+    }
+    const int64_t* const first = &program_[at_ + 1];
+    at_ += count + 1;
+    return first;
+  }
+
+  int64_t positive(const char* name, int64_t value) {
+    // Every channel has a bias among the weights: what is more cannot be right, and might overflow.
+    if (value < 1 || value > weights_.numel()) {
+      fail("program: got ", name, " ", value, ", expected a positive number, at most the ", weights_.numel(),
+           " elements of weights");
+    }
+    return value;
+  }
+
+  int64_t stride(int64_t value) {
+    if (value != 1 && value != 2) fail("program: got stride ", value, ", expected 1 or 2");
+    return value;
+  }
+
+  int64_t array(int64_t elements) {
+    const int64_t offset = used_;
+    used_ += ceil_div(elements, kPackedAlignment) * kPackedAlignment;
+    return offset;
+  }
+
+  PackedConvolution convolution(int64_t rows, int64_t depth) {
+    if (depth > weights_.numel() / rows) {
+      fail("weights: got ", weights_.numel(), " elements, expected ", rows, " x ", depth, " for one convolution alone");
+    }
+    PackedConvolution packed;
+    packed.weight = array(rows * depth);
+    packed.bias = array(rows);
+    return packed;
+  }
+
+  PackedStem read_stem(Layout layout) {
+    const int64_t* const o = take(5);
+    Stem stem;
+    stem.in_channels = sizes_[1];
+    stem.height = sizes_[2];
+    stem.width = sizes_[3];
+    stem.out_channels = positive("out_channels", o[0]);
+    stem.kernel_size = positive("kernel_size", o[1]);
+    stem.stride = stride(o[2]);
+    stem.padding = o[3];
+    stem.max_pool = o[4] != 0;
+    stem.layout = layout;
+    if (stem.padding < 0 || stem.padding >= stem.kernel_size) {
+      fail(
+          "program: got padding ", stem.padding, ", expected at least 0 and less than kernel_size, ", stem.kernel_size);
+    }
+    if (std::min(stem.height, stem.width) + 2 * stem.padding < stem.kernel_size) {
+      const int64_t least = stem.kernel_size - 2 * stem.padding;
+      fail("x: got ", shape_of(x_), ", expected at least ", least, " x ", least, " pixels");
+    }
+    if (stem.kernel_size > weights_.numel() / stem.kernel_size ||
+        stem.in_channels > weights_.numel() / (stem.kernel_size * stem.kernel_size)) {
+      fail("weights: got ", weights_.numel(), " elements, fewer than a row of the stem has");
+    }
+    sizes_ = {sizes_[0], stem.out_channels, stem.out_height(), stem.out_width()};
+    return {stem, convolution(stem.out_channels, stem.taps())};
+  }
+
+  PackedUnit read_unit(Layout layout) {
+    const int64_t* const o = take(7);
+    PackedUnit packed;
+    Unit& unit = packed.unit;
+    unit.batch = 1;
+    unit.in_channels = sizes_[1];
+    unit.height = sizes_[2];
+    unit.width = sizes_[3];
+    unit.mid_channels = positive("mid_channels", o[0]);
+    unit.out_channels = positive("out_channels", o[1]);
+    unit.conv1_groups = o[2];
+    unit.groups = o[3];
+    unit.stride = stride(o[4]);
+    unit.conv2_relu = o[5] != 0;
+    unit.pool_count_include_pad = o[6] != 0;
+    unit.layout = layout;
+    check_divides("program: conv1_groups", unit.conv1_groups, "input channels", unit.in_channels);
+    check_divides("program: conv1_groups", unit.conv1_groups, "mid_channels", unit.mid_channels);
+    check_divides("program: groups", unit.groups, "mid_channels", unit.mid_channels);
+    check_divides("program: groups", unit.groups, "out_channels", unit.out_channels);
+    if (unit.stride == 1 && unit.out_channels != unit.in_channels) {
+      fail("program: got ", unit.out_channels, " out_channels, expected ", unit.in_channels,
+           " (with stride 1, the unit's input is added to its result)");
+    }
+    packed.conv1 = convolution(unit.mid_channels, unit.conv1_depth());
+    packed.conv2 = convolution(unit.mid_channels, 9);
+    packed.conv3 = convolution(unit.out_channels, unit.slice_channels());
+    sizes_ = {sizes_[0], unit.result_channels(), unit.out_height(), unit.out_width()};
+    return packed;
+  }
+
+  PackedHead read_head() {
+    const int64_t* const o = take(2);
+    Head head;
+    head.channels = sizes_[1];
+    head.height = sizes_[2];
+    head.width = sizes_[3];
+    head.classes = positive("classes", o[0]);
+    const int64_t window = o[1];
+    // As avg_pool2d(window), which must leave one pixel.
+    const auto fits = [window](int64_t n) { return window == 0 || (window > 0 && n / window == 1); };
+    if (!fits(head.height) || !fits(head.width)) {
+      fail("x: got ", shape_of(x_), ", which the units bring to ", head.height, " x ", head.width,
+           " pixels; expected one window of ", window, " x ", window);
+    }
+    head.window_height = window ? window : head.height;
+    head.window_width = window ? window : head.width;
+    return {head, convolution(head.classes, head.channels)};
+  }
+
+  const Tensor& x_;
+  const Tensor& weights_;
+  const std::vector<int64_t>& program_;
+  Sizes sizes_;
+  size_t at_ = 0;
+  int64_t used_ = 0;
+};
+
+}  // namespace shufflenet
