@@ -19,6 +19,23 @@ struct Channels {
   int64_t count() const { return end - begin; }
 };
 
+// Planes of the accumulator type: channel c starts plane elements behind channel c - 1.
+struct RowsOfImage {
+  void* data = nullptr;
+  int64_t plane = 0;
+};
+
+// A part that does not compute the rows of y1 around it, but has them from the parts above and below: their rows of x
+// and of y1 are the rows of the result times the stride, and no two parts share a row.
+struct Strip {
+  Part part;
+  RowsOfImage x, result;  // from the part's own first row
+  RowsOfImage x_above;    // the row of x above; null: there is none
+  void* y1 = nullptr;     // of strip_bytes
+  const Strip* above = nullptr;
+  const Strip* below = nullptr;
+};
+
 // The phases of a part, in the order in which they run: each needs all channels of the one before, and its own channels
 // may be split in any way, over any threads. No result depends on the splits, bit for bit.
 struct UnitKernel {
@@ -32,6 +49,13 @@ struct UnitKernel {
   void (*expand)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers, void* scratch);
   // Channels of the result; no such phase in a unit that ends after the depthwise convolution.
   void (*project)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers, void* scratch);
+
+  // The same phases of strips, for contiguous images of the accumulator type: the second needs the first of the strips
+  // above and below.
+  int64_t (*strip_bytes)(const Unit&, const Part&);
+  int64_t (*strip_scratch_bytes)(const Unit&, const Part&);
+  void (*expand_strip)(const Unit&, const UnitPointers&, const Strip&, void* scratch);
+  void (*project_strip)(const Unit&, const UnitPointers&, const Strip&, void* scratch);
 
   // Converts n elements of the dtype to the accumulator type.
   void (*to_accumulator)(const void* from, void* to, int64_t n);

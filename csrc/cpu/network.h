@@ -15,15 +15,16 @@ class StemStep : public Step {
     strips_ = std::min(stem_.out_height(), ceil_div(strips_, threads) * threads);
   }
 
-  int64_t result_bytes() const override { return stem_.out_channels * result_plane_ * static_cast<int64_t>(sizeof(A)); }
+  int64_t result_bytes(bool) const override {
+    return stem_.out_channels * result_plane_ * static_cast<int64_t>(sizeof(A));
+  }
   int64_t shared_bytes() const override { return 0; }
-  bool works_in_place(bool) const override { return false; }
 
   void run(const void* from, void* to) const override {
     for (int64_t i = 0; i < strips_; ++i) run_strip(from, to, i);
   }
-  void share(int64_t step, const void* from, void* to, void*, std::vector<Phase>& phases) const override {
-    phases.push_back({step, strips_, [=](int64_t i) { run_strip(from, to, i); }});
+  void share(const Sharers& s) const override {
+    s.phases.push_back({s.step, strips_, [=, from = s.from, to = s.to](int64_t i) { run_strip(from, to, i); }});
   }
 
  private:
@@ -49,19 +50,18 @@ class MeansStep : public Step {
   MeansStep(const Head& head, int64_t x_plane, Dtype dtype)
       : head_(head), x_plane_(x_plane), kernel_(isa().network_kernel(dtype)) {}
 
-  int64_t result_bytes() const override { return head_.channels * static_cast<int64_t>(sizeof(A)); }
+  int64_t result_bytes(bool) const override { return head_.channels * static_cast<int64_t>(sizeof(A)); }
   int64_t shared_bytes() const override { return 0; }
-  bool works_in_place(bool) const override { return false; }
 
   void run(const void* from, void* to) const override {
     kernel_.window_means(head_, from, x_plane_, {0, head_.channels}, to);
   }
-  void share(int64_t step, const void* from, void* to, void*, std::vector<Phase>& phases) const override {
+  void share(const Sharers& s) const override {
     const int64_t tasks = std::min<int64_t>(head_.channels, torch::stable::get_num_threads());
-    phases.push_back({step, tasks, [=](int64_t i) {
-                        const Channels channels = {head_.channels * i / tasks, head_.channels * (i + 1) / tasks};
-                        kernel_.window_means(head_, from, x_plane_, channels, to);
-                      }});
+    s.phases.push_back({s.step, tasks, [=, from = s.from, to = s.to](int64_t i) {
+                          const Channels channels = {head_.channels * i / tasks, head_.channels * (i + 1) / tasks};
+                          kernel_.window_means(head_, from, x_plane_, channels, to);
+                        }});
   }
 
  private:

@@ -47,13 +47,11 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
   // Between a stem and a head all is contiguous and of the accumulator type; units alone are of x's.
   const Dtype unit_dtype = program.stem ? kAccumulator<A> : dtype;
   const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
-  // Results in between have planes that start with a cache line.
-  const auto padded = [](int64_t pixels) { return ceil_div(pixels, kPackedAlignment) * kPackedAlignment; };
   std::vector<std::unique_ptr<Step>> steps;
   int64_t plane = x.size(2) * x.size(3);
   if (program.stem) {
     const Stem& stem = program.stem->stem;
-    plane = padded(stem.out_height() * stem.out_width());
+    plane = ImageLayout::padded(stem.out_height() * stem.out_width());
     steps.push_back(std::make_unique<StemStep<A>>(stem, data[program.stem->conv], plane, dtype, threads));
   }
   for (size_t i = 0; i < program.units.size(); ++i) {
@@ -65,7 +63,7 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
     pointers.conv2 = data[packed.conv2];
     pointers.conv3 = data[packed.conv3];
     pointers.x_plane = plane;
-    pointers.result_plane = plane = is_result ? pixels : padded(pixels);
+    pointers.result_plane = plane = is_result ? pixels : ImageLayout::padded(pixels);
     steps.push_back(std::make_unique<UnitStep<A>>(packed.unit, pointers, unit_dtype, threads));
   }
   if (!program.head) {

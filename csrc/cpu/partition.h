@@ -1,6 +1,4 @@
-// How a unit is cut into Parts and shared by the threads: a part is a strip of rows, and either each thread
-// runs parts of its own (the rows at a cut are computed by both neighbours), or all share each part's phases by
-// channels (nothing is computed twice, but they wait for each other).
+// How a unit is cut into parts, strips of rows, and how threads share them.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +8,15 @@
 
 namespace shufflenet::cpu {
 
+enum class Sharing {
+  whole_parts,  // each thread runs parts of its own, and rows of y1 at a cut are computed by both neighbours
+  strips,       // the same, but rows of y1 at a cut are had from the neighbour: the threads wait for each other once
+  channels,     // all threads share each phase of a part by channels: they wait for each other in each phase
+};
+
 struct Partition {
   int64_t strips = 1;
-  int64_t workers_per_part = 1;
+  Sharing sharing = Sharing::whole_parts;
 
   Part part(const Unit& unit, int64_t strip) const {
     return {unit.out_height() * strip / strips, unit.out_height() * (strip + 1) / strips};
@@ -24,16 +28,15 @@ struct Partition {
 inline constexpr int64_t kScratchBudget = 768 * 1024;
 // Strips shorter than the budget asks for are tried up to this many: beyond it the halo costs more than balance gives.
 inline constexpr int64_t kMostExtraStrips = 16;
-// What sharing a part costs, in the unit of part_cost, of which a processor with two AVX-512 FMA units does about 5000
-// in a microsecond: the phases' barriers, half a microsecond, and what threads read that others wrote, 20 GB/s.
-inline constexpr int64_t kSharingCost = 2500;
-inline constexpr int64_t kSharedBytesPerCost = 4;
+// Costs are in vectors' multiply-adds, of which a processor with two AVX-512 FMA units does about 5000 in a
+// microsecond. Measured there: a wait of the threads for each other takes a quarter of a microsecond, and what a thread
+// reads that another has just written comes with 6 GB/s, line by line from many planes.
+inline constexpr int64_t kWaitCost = 1250;
+inline constexpr int64_t kForeignBytesPerCost = 1;
 inline constexpr int64_t kAccumulatorBytes = 4;  // float32's, which is the type that counts
 
-// Multiply-adds of a part, halo included, in whole vectors.
-inline int64_t part_cost(const Unit& unit, int64_t strips, int64_t lanes) {
-  const int64_t rows = ceil_div(unit.out_height(), strips);
-  const int64_t in_rows = std::min(unit.height, (rows - 1) * unit.stride + 3);
+// Of a part, its rows of y1 given.
+inline int64_t part_cost(const Unit& unit, int64_t in_rows, int64_t rows, int64_t lanes) {
   const int64_t in_vectors = ceil_div(in_rows * unit.width, lanes);
   const int64_t out_vectors = ceil_div(rows * unit.out_width(), lanes);
   constexpr int64_t kDepthwiseCost = 2 * 9;  // loads bound it, not multiply-adds
@@ -41,34 +44,49 @@ inline int64_t part_cost(const Unit& unit, int64_t strips, int64_t lanes) {
          (in_vectors * unit.conv1_depth() + out_vectors * (kDepthwiseCost + unit.out_channels / unit.groups));
 }
 
-// The partition that finishes first by that count, the coarser of two equal ones.
-inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes, int64_t threads) {
+// The partition that finishes first by that count. `has_strips` says whether the kernel's strips can be used.
+inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes, int64_t threads,
+                                  bool has_strips) {
+  const auto rows_of = [&](int64_t strips) { return ceil_div(unit.out_height(), strips); };
+  const auto with_halo = [&](int64_t rows) { return std::min(unit.height, (rows - 1) * unit.stride + 3); };
   const auto fits = [&](int64_t strips) {
-    const Part strip = {0, ceil_div(unit.out_height(), strips)};
+    const Part strip = {0, rows_of(strips)};
     const int64_t scratch = kernel.scratch_bytes(unit, strip, {0, unit.mid_channels});
     return kernel.buffer_bytes(unit, strip) + scratch <= kScratchBudget;
   };
   int64_t fewest = 1;
   while (fewest < unit.out_height() && !fits(fewest)) ++fewest;
+  if (threads == 1) return {fewest, Sharing::whole_parts};
 
-  Partition best = {fewest, 1};
-  if (threads == 1) return best;
-  int64_t best_time = INT64_MAX;
+  Partition best;
+  int64_t least = INT64_MAX;
+  const auto consider = [&](const Partition& partition, int64_t cost) {
+    if (cost >= least) return;
+    best = partition;
+    least = cost;
+  };
+  const auto foreign = [](int64_t elements) { return elements * kAccumulatorBytes / kForeignBytesPerCost; };
+  const int64_t halo = foreign(unit.width * unit.mid_channels);
+  if (has_strips && threads <= unit.out_height() && fewest <= threads) {
+    const int64_t rows = rows_of(threads);
+    consider({threads, Sharing::strips},
+             part_cost(unit, std::min(unit.height, rows * unit.stride), rows, lanes) + kWaitCost + 2 * halo);
+  }
   const int64_t most = std::min(unit.out_height(), fewest + kMostExtraStrips);
   for (int64_t strips = fewest; strips <= most; ++strips) {
-    const int64_t time = ceil_div(strips, threads) * part_cost(unit, strips, lanes);
-    if (time < best_time) {
-      best = {strips, 1};
-      best_time = time;
-    }
+    const int64_t rows = rows_of(strips);
+    // The halo's rows of x are foreign: four times the channels of y1, at least.
+    consider({strips, Sharing::whole_parts},
+             ceil_div(strips, threads) * part_cost(unit, with_halo(rows), rows, lanes) + 8 * halo);
   }
   const int64_t workers = std::min(threads, unit.slice_channels());
-  const int64_t handed_on = unit.in_channels * unit.height * unit.width +
-                            unit.mid_channels * unit.out_height() * unit.out_width();  // elements of x and y2
-  const int64_t foreign_bytes = handed_on * kAccumulatorBytes * (workers - 1) / workers;
-  const int64_t shared_time = ceil_div(fewest * part_cost(unit, fewest, lanes), workers) + fewest * kSharingCost +
-                              foreign_bytes / kSharedBytesPerCost;
-  return shared_time < best_time ? Partition{fewest, workers} : best;
+  const int64_t handed_on =
+      unit.in_channels * unit.height * unit.width + unit.mid_channels * unit.out_height() * unit.out_width();
+  const int64_t rows = rows_of(fewest);
+  consider({fewest, Sharing::channels},
+           fewest * (ceil_div(part_cost(unit, with_halo(rows), rows, lanes), workers) + 2 * kWaitCost) +
+               foreign(handed_on) * (workers - 1) / workers);
+  return best;
 }
 
 }  // namespace shufflenet::cpu

@@ -8,6 +8,7 @@
 
 #include "partition.h"
 #include "phases.h"
+#include "../program.h"
 #include "prepared.h"
 #include "scratch.h"
 
@@ -17,18 +18,58 @@ namespace shufflenet::cpu {
 // it), the two images between which the steps go back and forth, and what threads it called share.
 inline thread_local Scratch thread_buffers, thread_scratch, thread_images[2], shared_buffers, shared_images[2];
 
+// An image between two steps. Planes of the accumulator type can be cut into strips of rows, each of which then has
+// memory of its own, so that threads write no cache line together.
+struct ImageLayout {
+  int64_t channels = 0, height = 0, width = 0;
+  int64_t plane = 0;  // elements from plane to plane, where it is not cut
+  int64_t strips = 1;
+
+  int64_t row(int64_t strip) const { return height * strip / strips; }
+  int64_t strip_plane(int64_t strip) const { return padded((row(strip + 1) - row(strip)) * width); }
+  int64_t elements() const {
+    if (strips == 1) return channels * plane;
+    int64_t sum = 0;
+    for (int64_t i = 0; i < strips; ++i) sum += channels * strip_plane(i);
+    return sum;
+  }
+  // Planes start with a cache line.
+  static int64_t padded(int64_t pixels) { return ceil_div(pixels, kPackedAlignment) * kPackedAlignment; }
+
+  // A strip of a cut image, or some rows from `first` on of one that is not.
+  template <class A>
+  RowsOfImage rows(const void* data, int64_t strip, int64_t first) const {
+    A* const begin = static_cast<A*>(const_cast<void*>(data));
+    if (strips == 1) return {begin + first * width, plane};
+    int64_t offset = 0;
+    for (int64_t i = 0; i < strip; ++i) offset += channels * strip_plane(i);
+    return {begin + offset, strip_plane(strip)};
+  }
+};
+
 class Step {
  public:
   virtual ~Step() = default;
-  virtual int64_t result_bytes() const = 0;
+  virtual int64_t result_bytes(bool is_cut) const = 0;
   // Of what threads that share the step hand on to each other.
   virtual int64_t shared_bytes() const = 0;
+  // Into how many strips threads that share the step can cut its result, and its input.
+  virtual int64_t strips() const { return 1; }
+  virtual bool reads_strips(int64_t) const { return false; }
   // Whether the result may take the place of what it is computed from: run by one thread, or shared.
-  virtual bool works_in_place(bool shared) const = 0;
+  virtual bool works_in_place(bool) const { return false; }
   // By one thread.
   virtual void run(const void* from, void* to) const = 0;
   // By several threads: appends phases.
-  virtual void share(int64_t step, const void* from, void* to, void* buffers, std::vector<Phase>& phases) const = 0;
+  struct Sharers {
+    int64_t step;
+    const void* from;
+    void* to;
+    bool from_is_cut, to_is_cut;
+    char* buffers;
+    std::vector<Phase>& phases;
+  };
+  virtual void share(const Sharers&) const = 0;
 };
 
 template <class A>
@@ -38,42 +79,58 @@ class UnitStep : public Step {
   UnitStep(const Unit& unit, const UnitPointers& pointers, Dtype dtype, int64_t threads)
       : unit_(unit), pointers_(pointers), kernel_(isa().unit_kernel(dtype)) {
     const int64_t lanes = isa().vector_bytes / static_cast<int64_t>(sizeof(A));
-    alone_ = choose_partition(unit_, kernel_, lanes, 1);
-    shared_ = choose_partition(unit_, kernel_, lanes, threads);
-    const int64_t element_bytes = dtype == Dtype::bfloat16 || dtype == Dtype::float16 ? 2 : sizeof(A);
-    const int64_t pixels =
-        unit.layout == Layout::contiguous ? pointers.result_plane : unit.out_height() * unit.out_width();
-    result_bytes_ = unit.result_channels() * pixels * element_bytes;
+    const bool has_strips = unit.has_conv3() && !kernel_.is_staged(unit);
+    alone_ = choose_partition(unit_, kernel_, lanes, 1, has_strips);
+    shared_ = choose_partition(unit_, kernel_, lanes, threads, has_strips);
+    element_bytes_ = dtype == Dtype::bfloat16 || dtype == Dtype::float16 ? 2 : sizeof(A);
   }
 
-  int64_t result_bytes() const override { return result_bytes_; }
-
-  // Where a part is the whole image, all of x but the residual has been read before the result is written.
-  bool works_in_place(bool shared) const override {
-    return unit_.adds_residual() && (shared ? shared_ : alone_).strips == 1 &&
-           pointers_.x_plane == pointers_.result_plane;
+  int64_t result_bytes(bool is_cut) const override {
+    if (unit_.layout == Layout::contiguous) return result_layout(is_cut).elements() * element_bytes_;
+    return unit_.result_channels() * unit_.out_height() * unit_.out_width() * element_bytes_;
   }
 
   int64_t shared_bytes() const override {
-    int64_t most = 0;
-    for (int64_t i = 0; i < shared_.strips && shared_.workers_per_part > 1; ++i) {
-      most = std::max(most, kernel_.buffer_bytes(unit_, shared_.part(unit_, i)));
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < shared_.strips; ++i) {
+      const Part part = shared_.part(unit_, i);
+      if (shared_.sharing == Sharing::strips) bytes += kernel_.strip_bytes(unit_, part);
+      if (shared_.sharing == Sharing::channels) bytes = std::max(bytes, kernel_.buffer_bytes(unit_, part));
     }
-    return most;
+    return bytes;
+  }
+
+  int64_t strips() const override { return shared_.sharing == Sharing::strips ? shared_.strips : 1; }
+
+  bool reads_strips(int64_t strips) const override {
+    bool same = strips == this->strips();
+    const ImageLayout x = x_layout(same);
+    for (int64_t i = 1; same && i < strips; ++i) same = x.row(i) == shared_.part(unit_, i).row_begin * unit_.stride;
+    return same;
+  }
+
+  // Where a part is the whole image, or has its own rows only, all of x but the residual has been read before the
+  // result is written.
+  bool works_in_place(bool shared) const override {
+    const Partition& partition = shared ? shared_ : alone_;
+    return unit_.adds_residual() && pointers_.x_plane == pointers_.result_plane &&
+           (partition.strips == 1 || partition.sharing == Sharing::strips);
   }
 
   void run(const void* from, void* to) const override {
     for (int64_t i = 0; i < alone_.strips; ++i) run_part(pointers(from, to), alone_.part(unit_, i));
   }
 
-  void share(int64_t step, const void* from, void* to, void* buffers, std::vector<Phase>& phases) const override {
-    const UnitPointers pointers = this->pointers(from, to);
-    if (shared_.workers_per_part == 1) {
-      phases.push_back(
-          {step, shared_.strips, [this, pointers](int64_t i) { run_part(pointers, shared_.part(unit_, i)); }});
-      return;
+  void share(const Sharers& s) const override {
+    const UnitPointers pointers = this->pointers(s.from, s.to);
+    if (shared_.sharing == Sharing::strips) {
+      share_strips(s);
+    } else if (shared_.sharing == Sharing::channels) {
+      for (int64_t i = 0; i < shared_.strips; ++i) share_part(s, pointers, shared_.part(unit_, i));
+    } else {
+      s.phases.push_back(
+          {s.step, shared_.strips, [this, pointers](int64_t i) { run_part(pointers, shared_.part(unit_, i)); }});
     }
-    for (int64_t i = 0; i < shared_.strips; ++i) share_part(step, pointers, shared_.part(unit_, i), buffers, phases);
   }
 
  private:
@@ -82,6 +139,14 @@ class UnitStep : public Step {
     result.x = from;
     result.result = to;
     return result;
+  }
+
+  ImageLayout x_layout(bool is_cut) const {
+    return {unit_.in_channels, unit_.height, unit_.width, pointers_.x_plane, is_cut ? strips() : 1};
+  }
+  ImageLayout result_layout(bool is_cut) const {
+    return {
+        unit_.result_channels(), unit_.out_height(), unit_.out_width(), pointers_.result_plane, is_cut ? strips() : 1};
   }
 
   void run_part(const UnitPointers& pointers, const Part& part) const {
@@ -93,40 +158,68 @@ class UnitStep : public Step {
     if (unit_.has_conv3()) kernel_.project(unit_, pointers, part, {0, unit_.result_channels()}, buffers, scratch);
   }
 
-  // The threads share each phase of the part by channels: nothing is computed twice.
-  void share_part(int64_t step, const UnitPointers& pointers, const Part& part, void* buffers,
-                  std::vector<Phase>& phases) const {
-    const int64_t workers = shared_.workers_per_part;
-    if (kernel_.is_staged(unit_)) {
-      phases.push_back({step, workers, [=](int64_t i) {
-                          kernel_.stage(unit_, pointers, part, share_of(unit_.in_channels, 16, i), buffers);
-                        }});
+  void share_strips(const Sharers& s) const {
+    const ImageLayout x = x_layout(s.from_is_cut), result = result_layout(s.to_is_cut);
+    const auto all = std::make_shared<std::vector<Strip>>(shared_.strips);
+    char* y1 = s.buffers;
+    for (int64_t i = 0; i < shared_.strips; ++i) {
+      Strip& strip = (*all)[i];
+      strip.part = shared_.part(unit_, i);
+      const int64_t first = strip.part.row_begin * unit_.stride;
+      strip.x = x.rows<A>(s.from, i, first);
+      strip.result = result.rows<A>(s.to, i, strip.part.row_begin);
+      strip.y1 = y1;
+      y1 += kernel_.strip_bytes(unit_, strip.part);
+      if (i > 0) {
+        Strip& above = (*all)[i - 1];
+        strip.above = &above;
+        above.below = &strip;
+        const int64_t rows_above = first - above.part.row_begin * unit_.stride;
+        strip.x_above = {static_cast<A*>(above.x.data) + (rows_above - 1) * unit_.width, above.x.plane};
+      }
     }
-    phases.push_back({step, workers, [=](int64_t i) {
-                        // Whole multiples of the groups leave each of conv1's groups an equal share of its rows.
-                        const Channels channels = share_of(unit_.mid_channels, unit_.groups, i);
-                        void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, channels));
-                        kernel_.expand(unit_, pointers, part, channels, buffers, scratch);
-                      }});
-    if (!unit_.has_conv3()) return;
-    phases.push_back({step, workers, [=](int64_t i) {
-                        void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, {}));
-                        const Channels channels = share_of(unit_.result_channels(), 1, i);
-                        kernel_.project(unit_, pointers, part, channels, buffers, scratch);
-                      }});
+    const auto run = [this, all](const auto phase, int64_t i) {
+      const Strip& strip = (*all)[i];
+      phase(unit_, pointers_, strip, thread_scratch.reserve(kernel_.strip_scratch_bytes(unit_, strip.part)));
+    };
+    s.phases.push_back({s.step, shared_.strips, [=](int64_t i) { run(kernel_.expand_strip, i); }});
+    s.phases.push_back({s.step, shared_.strips, [=](int64_t i) { run(kernel_.project_strip, i); }});
   }
 
-  // A worker's share of n channels, in multiples of `multiple`.
-  Channels share_of(int64_t n, int64_t multiple, int64_t worker) const {
-    const int64_t count = ceil_div(n, multiple), workers = shared_.workers_per_part;
-    return {std::min(n, count * worker / workers * multiple), std::min(n, count * (worker + 1) / workers * multiple)};
+  // The threads share each phase of the part by channels: nothing is computed twice.
+  void share_part(const Sharers& s, const UnitPointers& pointers, const Part& part) const {
+    const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), unit_.slice_channels());
+    void* const buffers = s.buffers;
+    // A worker's share of n channels, in multiples of `multiple`.
+    const auto share_of = [workers](int64_t n, int64_t multiple, int64_t worker) {
+      const int64_t count = ceil_div(n, multiple);
+      return Channels{
+          std::min(n, count * worker / workers * multiple), std::min(n, count * (worker + 1) / workers * multiple)};
+    };
+    if (kernel_.is_staged(unit_)) {
+      s.phases.push_back({s.step, workers, [=](int64_t i) {
+                            kernel_.stage(unit_, pointers, part, share_of(unit_.in_channels, 16, i), buffers);
+                          }});
+    }
+    s.phases.push_back({s.step, workers, [=](int64_t i) {
+                          // Whole multiples of the groups leave each of conv1's groups an equal share of its rows.
+                          const Channels channels = share_of(unit_.mid_channels, unit_.groups, i);
+                          void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, channels));
+                          kernel_.expand(unit_, pointers, part, channels, buffers, scratch);
+                        }});
+    if (!unit_.has_conv3()) return;
+    s.phases.push_back({s.step, workers, [=](int64_t i) {
+                          void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, {}));
+                          const Channels channels = share_of(unit_.result_channels(), 1, i);
+                          kernel_.project(unit_, pointers, part, channels, buffers, scratch);
+                        }});
   }
 
   Unit unit_;
   UnitPointers pointers_;
   UnitKernel kernel_;
   Partition alone_, shared_;
-  int64_t result_bytes_;
+  int64_t element_bytes_;
 };
 
 struct Batch {
@@ -138,28 +231,35 @@ struct Batch {
 
 // Phases that run the steps on each image of the batch.
 inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& steps, const Batch& batch) {
-  int64_t largest = 0, shared = 0;
+  int64_t largest = 0, shared_bytes = 0;
   for (size_t i = 0; i < steps.size(); ++i) {
-    if (i + 1 < steps.size()) largest = std::max(largest, steps[i]->result_bytes());
-    shared = std::max(shared, steps[i]->shared_bytes());
+    if (i + 1 < steps.size())
+      largest = std::max({largest, steps[i]->result_bytes(false), steps[i]->result_bytes(true)});
+    shared_bytes = std::max(shared_bytes, steps[i]->shared_bytes());
   }
-  // Calls visit(step, from, to) for the steps of an image, the results in between in `images`.
-  const auto each_step = [&steps, batch, largest](int64_t image, bool shared, Scratch(&images)[2], const auto& visit) {
-    const char* from = batch.x + image * batch.x_bytes;
-    char* at = nullptr;  // `from`, where it is one of the images
-    int next = 0;
-    for (size_t i = 0; i < steps.size(); ++i) {
-      const Step& step = *steps[i];
-      if (i + 1 == steps.size()) {
-        at = batch.result + image * step.result_bytes();
-      } else if (!at || !step.works_in_place(shared)) {
-        at = images[next].reserve(largest);
-        next = 1 - next;
-      }
-      visit(static_cast<int64_t>(i), from, at);
-      from = at;
-    }
+  // Whether what threads that share the steps hand on from step i is cut into strips.
+  const auto is_cut = [&steps](size_t i) {
+    return i + 1 < steps.size() && steps[i]->strips() > 1 && steps[i + 1]->reads_strips(steps[i]->strips());
   };
+  // Calls visit(i, from, to) for the steps of an image, the results in between in `images`.
+  const auto each_step =
+      [&steps, batch, largest, is_cut](int64_t image, bool shared, Scratch(&images)[2], const auto& visit) {
+        const char* from = batch.x + image * batch.x_bytes;
+        char* at = nullptr;  // `from`, where it is one of the images
+        int next = 0;
+        for (size_t i = 0; i < steps.size(); ++i) {
+          const Step& step = *steps[i];
+          const bool same_layout = !shared || (i > 0 && is_cut(i - 1)) == is_cut(i);
+          if (i + 1 == steps.size()) {
+            at = batch.result + image * step.result_bytes(false);
+          } else if (!at || !same_layout || !step.works_in_place(shared)) {
+            at = images[next].reserve(largest);
+            next = 1 - next;
+          }
+          visit(i, from, at);
+          from = at;
+        }
+      };
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t left = batch.images % threads;
   // Shared steps use the threads less well than images of their own, but leave none without work.
@@ -168,16 +268,17 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
   if (alone > 0) {
     phases.push_back({kTimedInside, alone, [each_step, &steps](int64_t image) {
                         Stopwatch stopwatch(current_profile);
-                        each_step(image, false, thread_images, [&](int64_t i, const char* from, char* to) {
+                        each_step(image, false, thread_images, [&](size_t i, const char* from, char* to) {
                           steps[i]->run(from, to);
-                          stopwatch.lap(i);
+                          stopwatch.lap(static_cast<int64_t>(i));
                         });
                       }});
   }
-  void* const buffers = shared_buffers.reserve(shared);
+  char* const buffers = shared_buffers.reserve(shared_bytes);
   for (int64_t image = alone; image < batch.images; ++image) {
-    each_step(image, true, shared_images,
-              [&](int64_t i, const char* from, char* to) { steps[i]->share(i, from, to, buffers, phases); });
+    each_step(image, true, shared_images, [&](size_t i, const char* from, char* to) {
+      steps[i]->share({static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), buffers, phases});
+    });
   }
   return phases;
 }

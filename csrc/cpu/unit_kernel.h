@@ -418,29 +418,31 @@ void depthwise(const Unit& unit, const Part& part, const Convolution& conv, Chan
   }
 }
 
-// relu(avg_pool2d(x, 3, stride=2, padding=1)) of some channels; x starts with input row x_row. The rows are added
-// before the columns, which so are sorted once.
+// relu(avg_pool2d(x, 3, stride=2, padding=1)) of some channels; x starts with input row x_row, and the row above that
+// is in x_above (null: there is none). The rows are added before the columns, which so are sorted once.
 template <class A>
 void pool(const Unit& unit, const Part& part, Channels channels, const EdgeMasks<A>* masks, Planes<const A> x,
-          int64_t x_row, Planes<A> result) {
+          int64_t x_row, Planes<const A> x_above, Planes<A> result) {
   using S = Simd<A>;
   using V = typename S::V;
   const V one = S::broadcast(1);
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
       const A* const middle = x.channel(c) + (2 * row - x_row) * unit.width;
-      const bool has_top = row > 0, has_bottom = 2 * row + 1 < unit.height;
-      const V rows = S::broadcast(static_cast<A>(1 + has_top + has_bottom));
+      const A* const above = x_above.data ? x_above.channel(c) : nullptr;
+      const A* const top = 2 * row > x_row ? middle - unit.width : above;
+      const A* const bottom = 2 * row + 1 < unit.height ? middle + unit.width : nullptr;
+      const V rows = S::broadcast(static_cast<A>(1 + (top != nullptr) + (bottom != nullptr)));
       A* y = result.channel(c) + (row - part.row_begin) * unit.out_width();
       StridedColumns<A> sums, counts;
       for (int64_t v = 0, column = 0; column < unit.out_width(); ++v, column += S::kLanes) {
         V halves[2];
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-          const A* const from = middle + 2 * column + half * S::kLanes;
-          halves[half] = S::load(from, masks[v].right[half]);
-          if (has_top) halves[half] += S::load(from - unit.width, masks[v].right[half]);
-          if (has_bottom) halves[half] += S::load(from + unit.width, masks[v].right[half]);
+          const int64_t from = 2 * column + half * S::kLanes;
+          halves[half] = S::load(middle + from, masks[v].right[half]);
+          if (top) halves[half] += S::load(top + from, masks[v].right[half]);
+          if (bottom) halves[half] += S::load(bottom + from, masks[v].right[half]);
         }
         sums.next(halves[0], halves[1]);
         V share = S::broadcast(A{1} / 9);
@@ -704,9 +706,113 @@ void project(const Unit& unit, const UnitPointers& pointers, const Part& part, C
       std::max(channels.begin, unit.out_channels) - unit.out_channels, channels.end - unit.out_channels};
   if (pooled.count() > 0) {
     fill_edge_masks<A>(unit, part, scratch.masks);
-    pool<A>(unit, part, pooled, scratch.masks, view.planes_x, view.in.begin, view.result.from(unit.out_channels));
+    pool<A>(unit, part, pooled, scratch.masks, view.planes_x, view.in.begin, {}, view.result.from(unit.out_channels));
   }
   view.write_out(channels);
+}
+
+// ---- Strips ---------------------------------------------------------------------------------------------------------
+
+// A strip's rows of y1: the row above its own, its own, and with stride 1 the row below.
+template <class A>
+struct StripRows {
+  StripRows(const Unit& unit, const Part& part, void* memory)
+      : in(unit, part),
+        own_begin(part.row_begin * unit.stride),
+        own_end(std::min(part.row_end * unit.stride, unit.height)),
+        width(unit.width) {
+    Arena arena(memory);
+    y1 = arena.planes<A>(unit.mid_channels, (in.halo_end - in.halo_begin) * width);
+    bytes = arena.bytes();
+  }
+  int64_t own_rows() const { return own_end - own_begin; }
+  // From row 0, the one above the strip's own.
+  Planes<A> from_row(int64_t row) const { return {y1.data + row * width, y1.stride}; }
+
+  InputRows in;
+  int64_t own_begin, own_end, width;
+  Planes<A> y1;
+  int64_t bytes;
+};
+
+template <class A>
+struct StripScratch {
+  StripScratch(const Unit& unit, const Part& part, void* memory) {
+    Arena arena(memory);
+    y2 = arena.planes<A>(unit.mid_channels, (part.row_end - part.row_begin) * unit.out_width());
+    worker = static_cast<char*>(memory) + arena.bytes();
+    bytes = arena.bytes() + Scratch<A>(unit, part, {}, nullptr).bytes;
+  }
+  Planes<A> y2;
+  void* worker;
+  int64_t bytes;
+};
+
+template <class A>
+int64_t strip_bytes(const Unit& unit, const Part& part) {
+  return StripRows<A>(unit, part, nullptr).bytes;
+}
+
+template <class A>
+int64_t strip_scratch_bytes(const Unit& unit, const Part& part) {
+  return StripScratch<A>(unit, part, nullptr).bytes;
+}
+
+template <class A>
+Planes<A> planes(const RowsOfImage& rows) {
+  return {static_cast<A*>(rows.data), rows.plane};
+}
+
+template <class A>
+void expand_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
+  const StripRows<A> rows(unit, strip.part, strip.y1);
+  const Scratch<A> scratch(unit, strip.part, {}, memory);
+  const bool lone_pixel = has_lone_pixel<A>(unit.height * unit.width, rows.own_end * unit.width);
+  conv1<A>(unit, pointers.conv1, {0, unit.mid_channels}, read_only(planes<A>(strip.x)), rows.own_rows() * unit.width,
+           rows.from_row(1), lone_pixel, scratch.pointwise);
+}
+
+// Fills a row of y1 from where another strip has it; with zeros where there is none.
+template <class A>
+void borrow_row(const Unit& unit, Planes<A> to, Planes<A> from) {
+  for (int64_t c = 0; c < unit.mid_channels; ++c) {
+    if (from.data) {
+      std::copy_n(from.channel(c), unit.width, to.channel(c));
+    } else {
+      std::fill_n(to.channel(c), unit.width, A{0});
+    }
+  }
+}
+
+template <class A>
+void project_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
+  const Part& part = strip.part;
+  const StripRows<A> rows(unit, part, strip.y1);
+  Planes<A> above, below;
+  if (strip.above) {
+    const StripRows<A> theirs(unit, strip.above->part, strip.above->y1);
+    above = theirs.from_row(theirs.own_rows());
+  }
+  borrow_row<A>(unit, rows.y1, above);
+  if (rows.in.halo_end > rows.own_end) {
+    if (strip.below) below = StripRows<A>(unit, strip.below->part, strip.below->y1).from_row(1);
+    borrow_row<A>(unit, rows.from_row(rows.own_rows() + 1), below);
+  }
+
+  const StripScratch<A> own(unit, part, memory);
+  const Scratch<A> scratch(unit, part, {}, own.worker);
+  fill_edge_masks<A>(unit, part, scratch.masks);
+  depthwise<A>(unit, part, pointers.conv2, {0, unit.mid_channels}, scratch.masks, read_only(rows.y1), own.y2);
+  const bool lone_pixel = has_lone_pixel<A>(unit.out_height() * unit.out_width(), part.row_end * unit.out_width());
+  const Planes<const A> x = read_only(planes<A>(strip.x));
+  const Planes<A> result = planes<A>(strip.result);
+  conv3<A>(unit, pointers.conv3, {0, unit.out_channels}, read_only(own.y2),
+           (part.row_end - part.row_begin) * unit.out_width(), unit.adds_residual() ? x : Planes<const A>{}, result,
+           lone_pixel, scratch.pointwise);
+  if (unit.concatenates_pool()) {
+    pool<A>(unit, part, {0, unit.in_channels}, scratch.masks, x, rows.own_begin, read_only(planes<A>(strip.x_above)),
+            result.from(unit.out_channels));
+  }
 }
 
 template <class T>
@@ -719,7 +825,9 @@ void to_accumulator(const void* from, void* to, int64_t n) {
 
 template <class T>
 constexpr UnitKernel kernel_for() {
-  return {buffer_bytes<T>, is_staged<T>, stage<T>, scratch_bytes<T>, expand<T>, project<T>, to_accumulator<T>};
+  using A = accumulator_t<T>;
+  return {buffer_bytes<T>, is_staged<T>,           stage<T>,        scratch_bytes<T>, expand<T>,        project<T>,
+          strip_bytes<A>,  strip_scratch_bytes<A>, expand_strip<A>, project_strip<A>, to_accumulator<T>};
 }
 
 inline UnitKernel unit_kernel(Dtype dtype) {
