@@ -25,7 +25,7 @@ struct Partition {
 
 // A part's memory stays below this wherever a strip of one row does: a share of a core's L2 cache, which also holds the
 // weights and the rows of x.
-inline constexpr int64_t kScratchBudget = 768 * 1024;
+inline constexpr int64_t kScratchBudget = 512 * 1024;
 // Strips shorter than the budget asks for are tried up to this many: beyond it the halo costs more than balance gives.
 inline constexpr int64_t kMostExtraStrips = 16;
 // Costs are in vectors' multiply-adds, of which a processor with two AVX-512 FMA units does about 5000 in a
@@ -33,15 +33,25 @@ inline constexpr int64_t kMostExtraStrips = 16;
 // reads that another has just written comes with 6 GB/s, line by line from many planes.
 inline constexpr int64_t kWaitCost = 1250;
 inline constexpr int64_t kForeignBytesPerCost = 1;
+// Of each plane that is cut inside a cache line, which both threads write: as long as a line takes to come and go.
+inline constexpr int64_t kSharedLineCost = 150;
+// Weights come from beyond the L2 cache, in a network of more than one unit, with 30 GB/s.
+inline constexpr int64_t kWeightBytesPerCost = 6;
 inline constexpr int64_t kAccumulatorBytes = 4;  // float32's, which is the type that counts
 
 // Of a part, its rows of y1 given.
 inline int64_t part_cost(const Unit& unit, int64_t in_rows, int64_t rows, int64_t lanes) {
-  const int64_t in_vectors = ceil_div(in_rows * unit.width, lanes);
-  const int64_t out_vectors = ceil_div(rows * unit.out_width(), lanes);
+  // A last pixel alone in its vector is cheap: see has_lone_pixel.
+  const auto vectors = [lanes](int64_t pixels) { return pixels <= lanes ? 1 : ceil_div(pixels - 1, lanes); };
+  const int64_t in_vectors = vectors(in_rows * unit.width), out_vectors = vectors(rows * unit.out_width());
   constexpr int64_t kDepthwiseCost = 2 * 9;  // loads bound it, not multiply-adds
   return unit.mid_channels *
          (in_vectors * unit.conv1_depth() + out_vectors * (kDepthwiseCost + unit.out_channels / unit.groups));
+}
+
+inline int64_t weights_cost(const Unit& unit) {
+  const int64_t weights = unit.mid_channels * (unit.conv1_depth() + unit.out_channels / unit.groups);
+  return weights * kAccumulatorBytes / kWeightBytesPerCost;
 }
 
 // The partition that finishes first by that count. `has_strips` says whether the kernel's strips can be used.
@@ -69,15 +79,19 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
   const int64_t halo = foreign(unit.width * unit.mid_channels);
   if (has_strips && threads <= unit.out_height() && fewest <= threads) {
     const int64_t rows = rows_of(threads);
+    // Where a height does not divide, the neighbouring units' strips are others, and the planes stay whole.
+    const int64_t whole_planes =
+        (unit.height % threads ? unit.in_channels : 0) + (unit.out_height() % threads ? unit.result_channels() : 0);
     consider({threads, Sharing::strips},
-             part_cost(unit, std::min(unit.height, rows * unit.stride), rows, lanes) + kWaitCost + 2 * halo);
+             part_cost(unit, std::min(unit.height, rows * unit.stride), rows, lanes) + weights_cost(unit) + kWaitCost +
+                 2 * halo + whole_planes * kSharedLineCost);
   }
   const int64_t most = std::min(unit.out_height(), fewest + kMostExtraStrips);
   for (int64_t strips = fewest; strips <= most; ++strips) {
     const int64_t rows = rows_of(strips);
     // The halo's rows of x are foreign: four times the channels of y1, at least.
     consider({strips, Sharing::whole_parts},
-             ceil_div(strips, threads) * part_cost(unit, with_halo(rows), rows, lanes) + 8 * halo);
+             ceil_div(strips, threads) * part_cost(unit, with_halo(rows), rows, lanes) + weights_cost(unit) + 8 * halo);
   }
   const int64_t workers = std::min(threads, unit.slice_channels());
   const int64_t handed_on =
@@ -85,7 +99,7 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
   const int64_t rows = rows_of(fewest);
   consider({fewest, Sharing::channels},
            fewest * (ceil_div(part_cost(unit, with_halo(rows), rows, lanes), workers) + 2 * kWaitCost) +
-               foreign(handed_on) * (workers - 1) / workers);
+               weights_cost(unit) / workers + foreign(handed_on) * (workers - 1) / workers);
   return best;
 }
 
