@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import OURS, Contender
 
-_WARM_S = 1e-3
-_MAX_SETTLE_S = 0.1
+_WARM_S = 10e-3  # to the speed of a loop of calls: after a pause, or others' work, the first ones are slower
+_MAX_SETTLE_S = 0.2
+# Longer than a tick of the scheduler, by which some systems count a process's time (4 ms).
+_IDLE_S = 10e-3
 _TOLERANCE = 1e-4  # of float32 outputs, relative to the largest
 
 
@@ -60,15 +62,15 @@ def check(contenders: dict[str, Contender]) -> None:
 
 
 def settle_and_warm(run: Contender) -> None:
-    """Waits until the last contender's threads have stopped spinning, then calls the next one for a millisecond.
+    """Waits until the last contender's threads have stopped spinning, then calls the next one until it is warm.
 
     Thread pools spin for milliseconds after a call (ONNX Runtime's for about 25) and would take processors away.
     """
     deadline = time.perf_counter() + _MAX_SETTLE_S
     while time.perf_counter() < deadline:
         before = time.process_time()
-        time.sleep(1e-3)
-        if time.process_time() - before < 0.3e-3:
+        time.sleep(_IDLE_S)
+        if time.process_time() - before < 0.1 * _IDLE_S:
             break
     deadline = time.perf_counter() + _WARM_S
     while True:
