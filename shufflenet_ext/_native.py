@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
-from functools import cache
+import operator
+from collections.abc import Callable, Iterable
+from functools import cache, lru_cache
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -40,6 +42,10 @@ else:
         cuda_error = f"the CUDA library is not loaded ({error}); reinstall shufflenet_ext against this torch"
 
 
+# A unit for the planner: conv1's weight's shape, conv3's where there is one, conv1_groups, groups and stride, all in one.
+UnitSizes = tuple[int, ...]
+
+
 @cache
 def _device_error(index: int) -> str | None:
     """Why the CUDA kernels do not run on a card, and the remedy; None where they do."""
@@ -59,33 +65,63 @@ def _cuda_error() -> str | None:
     return None if None in errors else errors[0]
 
 
-def uncovered(x: torch.Tensor) -> str | None:
-    """Why no native kernel covers ``x``'s device and dtype; None where one does."""
+@lru_cache(maxsize=1024)  # shapes that change with every call must not pile up
+def _plan_error(shape: tuple[int, ...], dtype: torch.dtype, index: int, units: tuple[UnitSizes, ...]) -> str | None:
+    """Why the CUDA kernel cannot be cut to one of the units, which stand one behind the other; None where it can."""
+    for sizes in units:
+        for channels_last in (False, True):
+            try:
+                plan = cuda_plan(shape, sizes, channels_last, dtype, index=index)
+            except ValueError:
+                return None  # no unit at all: the op says what is wrong with which argument
+            if not plan["ok"]:
+                return f"no CUDA kernel can be planned for this unit ({plan['explanation']})"
+        shape = plan["result_shape"]
+    return None
+
+
+def _cuda_obstacle(
+    shape: tuple[int, ...], dtype: torch.dtype, index: int, units: tuple[UnitSizes, ...]
+) -> str | None:
+    return _device_error(index) or _plan_error(shape, dtype, index, units)
+
+
+# torch.compile asks while it traces and keeps the answer. This is what torch.compiler.assume_constant_result sets, without
+# its import of torch._dynamo, which takes a second.
+_cuda_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def uncovered(x: torch.Tensor, units: Callable[[], Iterable[UnitSizes]]) -> str | None:
+    """Why no native kernel covers ``x``'s device and dtype and the units, one behind the other; None where one does.
+
+    Only CUDA asks for the units: the CPU kernels cover all.
+    """
     if native_error is not None:
         return native_error
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return f"there is no native kernel for {x.dtype}"
     if x.device.type == "cuda":
-        return cuda_error or _device_error(x.device.index)
+        if cuda_error is not None:
+            return cuda_error
+        # A compiled graph may serve any batch and plane. Windows can be as small as a pixel, so that the channels decide.
+        shape = (1, *x.shape[1:2], 1, 1) if torch.compiler.is_compiling() else x.shape
+        # A symbolic number of channels, or groups, becomes a fixed one of the graph.
+        sizes = tuple(tuple(map(operator.index, unit)) for unit in units())
+        return _cuda_obstacle(tuple(map(operator.index, shape)), x.dtype, x.device.index, sizes)
     if x.device.type not in ("cpu", "meta"):
         return f"there is no native kernel for device type {x.device.type!r}"
     return None
 
 
-def cuda_plan(unit: dict[str, int], dtype: str, *, sm: int) -> dict[str, Any]:
-    """How the CUDA kernel would cut a unit on a card of compute capability ``sm`` (90 for sm_90); no card is needed.
+def cuda_plan(
+    shape: tuple[int, ...], sizes: UnitSizes, channels_last: bool, dtype: torch.dtype, *, index: int = 0, sm: int = 0
+) -> dict[str, Any]:
+    """The planner's answer for a unit on input of this shape: on device ``index`` or, if given, on a card of ``sm``.
 
-    Args:
-        unit: ``batch``, ``in_channels``, ``height``, ``width``, ``mid_channels``, ``out_channels`` (0: no conv3),
-            ``conv1_groups``, ``groups``, ``stride``, ``channels_last`` (0 or 1).
-        dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
-
-    Returns a dict whose ``explanation`` says it in words; ``ok`` is False where the unit cannot be planned, and the
-    explanation says why. RuntimeError where the CUDA library is not loaded.
+    ValueError if the sizes are no unit's, or ``sm`` no card's that the planner knows.
     """
-    if _C_cuda is None:
-        raise RuntimeError(f"no CUDA plan: {cuda_error}")
-    plan: dict[str, Any] = _C_cuda.plan(unit, dtype, sm)
+    assert _C_cuda is not None
+    plan: dict[str, Any] = _C_cuda.plan(shape, sizes, channels_last, str(dtype).removeprefix("torch."), index, sm)
     return plan
 
 

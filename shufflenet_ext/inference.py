@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from shufflenet_ext import reference
 from shufflenet_ext._backend import runs_native
 from shufflenet_ext._checks import check_tensor
+from shufflenet_ext._native import UnitSizes
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
-from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable
+from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable, unit_sizes
 
 
 class _EvalOnly(nn.Module):
@@ -49,17 +50,19 @@ class InferenceUnits(_EvalOnly):
     def __init__(self, units: Iterable[FusedShuffleBottleneck]) -> None:
         super().__init__()
         self.options: list[int] = []
+        self.sizes: list[UnitSizes] = []
         for i, unit in enumerate(units):
             for part, (conv, norm) in enumerate(unit.pairs(), 1):
                 weight, bias = _folded(conv, norm)
                 self.register_buffer(f"unit{i}_conv{part}_weight", weight)
                 self.register_buffer(f"unit{i}_conv{part}_bias", bias)
+            self.sizes += unit_sizes(unit)
             self.options += [unit.conv1.groups, unit.groups, unit.stride, unit.conv2_relu, unit.pool_count_include_pad]
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        run = torch.ops.shufflenet_ext if runs_native(x) else reference
+        run = torch.ops.shufflenet_ext if runs_native(x, lambda: self.sizes) else reference
         return run.shuffle_bottleneck_chain(x, list(self._buffers.values()), self.options)
 
 
