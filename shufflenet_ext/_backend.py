@@ -59,7 +59,7 @@ def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]
     """Whether a call of ``units``, one behind the other, on ``x`` runs the native kernel under the backend in use."""
     if _backend == "reference":
         return False
-    cause = _native.uncovered(x, units)
+    cause = _native.uncovered(x.shape, x.dtype, x.device, units)
     if cause is None:
         return True
     fall_back(cause)

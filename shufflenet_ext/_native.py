@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from importlib import metadata
 from types import ModuleType
@@ -42,7 +42,7 @@ else:
         cuda_error = f"the CUDA library is not loaded ({error}); reinstall shufflenet_ext against this torch"
 
 
-# A unit for the planner: conv1's weight's shape, conv3's where there is one, conv1_groups, groups and stride, all in one.
+# A unit for the planner, in one: the shapes of conv1's weight and, if any, of conv3's; conv1_groups, groups, stride.
 UnitSizes = tuple[int, ...]
 
 
@@ -80,49 +80,61 @@ def _plan_error(shape: tuple[int, ...], dtype: torch.dtype, index: int, units: t
     return None
 
 
-def _cuda_obstacle(
-    shape: tuple[int, ...], dtype: torch.dtype, index: int, units: tuple[UnitSizes, ...]
-) -> str | None:
+def _cuda_obstacle(shape: tuple[int, ...], dtype: torch.dtype, index: int, units: tuple[UnitSizes, ...]) -> str | None:
     return _device_error(index) or _plan_error(shape, dtype, index, units)
 
 
-# torch.compile asks while it traces and keeps the answer. This is what torch.compiler.assume_constant_result sets, without
-# its import of torch._dynamo, which takes a second.
+# torch.compile asks while it traces and keeps the answer. This is what torch.compiler.assume_constant_result sets,
+# without its import of torch._dynamo, which takes a second.
 _cuda_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def uncovered(x: torch.Tensor, units: Callable[[], Iterable[UnitSizes]]) -> str | None:
-    """Why no native kernel covers ``x``'s device and dtype and the units, one behind the other; None where one does.
+def uncovered(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, units: Callable[[], Iterable[UnitSizes]]
+) -> str | None:
+    """Why no native kernel covers the input and the units, one behind the other; None where one does.
 
     Only CUDA asks for the units: the CPU kernels cover all.
     """
     if native_error is not None:
         return native_error
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return f"there is no native kernel for {x.dtype}"
-    if x.device.type == "cuda":
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"there is no native kernel for {dtype}"
+    if device.type == "cuda":
         if cuda_error is not None:
             return cuda_error
-        # A compiled graph may serve any batch and plane. Windows can be as small as a pixel, so that the channels decide.
-        shape = (1, *x.shape[1:2], 1, 1) if torch.compiler.is_compiling() else x.shape
+        # A compiled graph may serve any batch and plane. Windows can be as small as a pixel: the channels decide.
+        if torch.compiler.is_compiling():
+            shape = (1, *shape[1:2], 1, 1)
         # A symbolic number of channels, or groups, becomes a fixed one of the graph.
         sizes = tuple(tuple(map(operator.index, unit)) for unit in units())
-        return _cuda_obstacle(tuple(map(operator.index, shape)), x.dtype, x.device.index, sizes)
-    if x.device.type not in ("cpu", "meta"):
-        return f"there is no native kernel for device type {x.device.type!r}"
+        return _cuda_obstacle(tuple(map(operator.index, shape)), dtype, device.index, sizes)
+    if device.type not in ("cpu", "meta"):
+        return f"there is no native kernel for device type {device.type!r}"
     return None
 
 
 def cuda_plan(
-    shape: tuple[int, ...], sizes: UnitSizes, channels_last: bool, dtype: torch.dtype, *, index: int = 0, sm: int = 0
+    shape: Sequence[int],
+    sizes: UnitSizes,
+    channels_last: bool,
+    dtype: torch.dtype,
+    *,
+    index: int = 0,
+    sm: int | None = None,
 ) -> dict[str, Any]:
     """The planner's answer for a unit on input of this shape: on device ``index`` or, if given, on a card of ``sm``.
 
-    ValueError if the sizes are no unit's, or ``sm`` no card's that the planner knows.
+    ValueError if the sizes are no unit's, or the planner knows no card of ``sm``.
     """
     assert _C_cuda is not None
     plan: dict[str, Any] = _C_cuda.plan(shape, sizes, channels_last, str(dtype).removeprefix("torch."), index, sm)
     return plan
+
+
+def cpu_isa() -> str | None:
+    """The instruction set in use."""
+    return _C.cpu_isa() if _C is not None else None
 
 
 def cpu_isas() -> list[str]:
@@ -149,7 +161,7 @@ def build_info() -> dict[str, Any]:
         "version": metadata.version("shufflenet_ext"),
         "torch": _C.torch_version if _C is not None else None,
         "compiler": _C.compiler if _C is not None else None,
-        "cpu_isa": _C.cpu_isa() if _C is not None else None,
+        "cpu_isa": cpu_isa(),
         "cpu_isas": cpu_isas(),
         "cuda_archs": _C_cuda.cuda_archs.replace(";", " ").split() if _C_cuda is not None else [],
         "cuda_error": _cuda_error(),

@@ -84,6 +84,10 @@ class ShuffleBottleneck(nn.Module):
         self.conv3 = nn.Conv2d(mid_channels, out_channels, 1, groups=groups, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
 
+    def pairs(self) -> tuple[tuple[nn.Conv2d, nn.BatchNorm2d], ...]:
+        """Each convolution with the batch norm behind it."""
+        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         if x.dim() != 4 or x.shape[1] != self.conv1.in_channels:
@@ -138,10 +142,6 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
     norm needs the whole batch's statistics between the convolutions, it is the plain unit. The op runs under the
     backend in use (:func:`shufflenet_ext.use_backend`).
     """
-
-    def pairs(self) -> tuple[tuple[nn.Conv2d, nn.BatchNorm2d], ...]:
-        """Each convolution with the batch norm behind it."""
-        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)

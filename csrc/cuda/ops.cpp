@@ -139,18 +139,22 @@ Device named_device(int sm) {
   throw std::invalid_argument("sm: got " + std::to_string(sm) + ", expected one of " + known);
 }
 
-// How a unit is cut on the device of an index or, where `sm` is not 0, on a card of that compute capability.
+// How a unit is cut on the device of this index or, where `sm` is given, on a card of that compute capability.
 // std::invalid_argument where the sizes are no unit's.
 pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& sizes, bool channels_last,
-                    const std::string& dtype, int index, int sm) {
+                    const std::string& dtype, int index, std::optional<int> sm) {
   const Unit unit = unit_of(x, sizes, channels_last);
   const std::map<std::string, Dtype> dtypes = {
       {"float32", Dtype::float32},
       {"float64", Dtype::float64},
       {"bfloat16", Dtype::bfloat16},
       {"float16", Dtype::float16}};
-  const Device device = sm != 0 ? named_device(sm) : device_properties(index);
-  const Plan plan = plan_unit(unit, dtypes.at(dtype), device);
+  const auto known = dtypes.find(dtype);
+  if (known == dtypes.end()) {
+    throw std::invalid_argument("dtype: got " + dtype + ", expected float32, float64, bfloat16 or float16");
+  }
+  const Device device = sm ? named_device(*sm) : device_properties(index);
+  const Plan plan = plan_unit(unit, known->second, device);
   pybind11::dict answer;
   answer["ok"] = plan.ok;
   answer["explanation"] = plan.explanation;
@@ -178,6 +182,6 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA library of shufflenet_ext: importing it registers the ops' CUDA kernels.";
   m.attr("cuda_archs") = SHUFFLENET_EXT_CUDA_ARCHS;
   m.def("plan", &shufflenet::cuda::plan, pybind11::arg("x"), pybind11::arg("sizes"), pybind11::arg("channels_last"),
-        pybind11::arg("dtype"), pybind11::arg("index") = 0, pybind11::arg("sm") = 0);
+        pybind11::arg("dtype"), pybind11::arg("index") = 0, pybind11::arg("sm") = std::nullopt);
   m.def("device_error", &shufflenet::cuda::device_error, pybind11::arg("index"));
 }
