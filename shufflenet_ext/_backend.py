@@ -50,9 +50,16 @@ def fall_back(cause: str) -> None:
     """Accounts for a call that cannot run natively: raises under "native", warns once of each cause under "auto"."""
     if _backend == "native":
         raise RuntimeError(f"backend 'native' was asked for, but {cause}")
+    _warn_once(cause)
+
+
+def _warn_once(cause: str) -> None:
     if cause not in _warned:
         _warned.add(cause)
-        warnings.warn(f"running the PyTorch reference: {cause}", ReferenceFallbackWarning, stacklevel=3)
+        warnings.warn(f"running the PyTorch reference: {cause}", ReferenceFallbackWarning, stacklevel=4)
+
+
+_native.run_while_tracing(_warn_once)  # torch.compile cannot trace a warning
 
 
 def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> bool:

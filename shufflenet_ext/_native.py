@@ -42,6 +42,14 @@ else:
         cuda_error = f"the CUDA library is not loaded ({error}); reinstall shufflenet_ext against this torch"
 
 
+def run_while_tracing(function: Callable[..., Any]) -> None:
+    """Makes torch.compile run the function itself while it traces, and take its result for a constant.
+
+    This is what torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 # A unit for the planner, in one: the shapes of conv1's weight and, if any, of conv3's; conv1_groups, groups, stride.
 UnitSizes = tuple[int, ...]
 
@@ -84,9 +92,8 @@ def _cuda_obstacle(shape: tuple[int, ...], dtype: torch.dtype, index: int, units
     return _device_error(index) or _plan_error(shape, dtype, index, units)
 
 
-# torch.compile asks while it traces and keeps the answer. This is what torch.compiler.assume_constant_result sets,
-# without its import of torch._dynamo, which takes a second.
-_cuda_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# The graph keeps the answer of the time that it was traced.
+run_while_tracing(_cuda_obstacle)
 
 
 def uncovered(
