@@ -62,12 +62,13 @@ def _device_error(index: int) -> str | None:
 
 
 def _cuda_error() -> str | None:
-    """Why no CUDA kernel runs here, or None. Does not initialise CUDA where torch finds no card."""
+    """Why no CUDA kernel runs here, and the remedy, or None."""
     if cuda_error is not None:
         return cuda_error
     if not torch.cuda.is_available():
-        return (
-            "torch.cuda.is_available() is False: no card is visible, or its driver is missing or too old for this torch"
+        return _device_error(0) or (
+            f"torch.cuda.is_available() is False: the driver is too old for a torch for CUDA {torch.version.cuda}; "
+            "update the driver, or install torch for an older CUDA"
         )
     errors = [_device_error(i) for i in range(torch.cuda.device_count())]
     return None if None in errors else errors[0]
