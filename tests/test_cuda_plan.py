@@ -186,6 +186,15 @@ def test_explain_on_the_cpu(isa: str) -> None:
         }
 
 
+def test_explain_asks_the_planner_about_a_device(planner: Planner) -> None:
+    for mid, backend in ((12, "native"), (15, "reference")):
+        unit, _ = module(mid)
+        answer = se.explain(unit, (2, 24, 5, 7), device="cuda:0")
+        assert answer["backend"] == backend
+        assert "too many channels" in answer["explanation"]
+    assert (2, 24, 5, 7) in {shape for shape, _ in planner.asked}
+
+
 def test_explain_says_why_the_reference_runs() -> None:
     unit = se.FusedShuffleBottleneck(24, 24, 1, 3)
     shape = (1, 24, 5, 5)
