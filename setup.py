@@ -7,6 +7,7 @@ Environment:
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -31,6 +32,30 @@ def cuda_sources() -> list[str]:
     return sorted(str(path) for suffix in ("cu", "cpp") for path in Path("csrc/cuda").glob(f"*.{suffix}"))
 
 
+def has_headers(home: str | None) -> bool:
+    return home is not None and Path(home, "include", "cuda_runtime.h").is_file()
+
+
+def toolkit() -> str | None:
+    """The CUDA toolkit's folder: the one torch finds or, where that is none, the one that nvcc names.
+
+    torch takes the folder above the nvcc on PATH, which may be a script that runs another.
+    """
+    home, nvcc = cpp_extension.CUDA_HOME, shutil.which("nvcc")
+    if has_headers(home) or nvcc is None or {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys():
+        return home
+    steps = subprocess.run([nvcc, "--dryrun", "unit.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
+    return str(Path(top[1]).resolve()) if top and has_headers(top[1]) else home
+
+
+def toolkit_version(home: str) -> str:
+    """Such as "13.0"."""
+    answer = subprocess.run([Path(home, "bin", "nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release ([\d.]+)", answer)
+    return version[1] if version else "unknown"
+
+
 def default_cuda_archs() -> str:
     """What to build for where TORCH_CUDA_ARCH_LIST names nothing: those of DEFAULT_CUDA_ARCHS that nvcc knows.
 
@@ -47,7 +72,7 @@ def default_cuda_archs() -> str:
 def cuda_decision() -> tuple[bool, str]:
     """Whether to build the CUDA part, and why: by the toolkit and torch, never by whether a GPU is visible here."""
     forced = os.environ.get("FORCE_CUDA")
-    home = cpp_extension.CUDA_HOME
+    home = cpp_extension.CUDA_HOME = toolkit()  # where torch takes nvcc and the headers from
     if forced == "0":
         return False, "FORCE_CUDA=0"
     if not cuda_sources():
@@ -56,10 +81,15 @@ def cuda_decision() -> tuple[bool, str]:
         reason = f"torch {torch.__version__} is a CPU build"
     elif home is None:
         reason = "no CUDA toolkit found (CUDA_HOME is not set and nvcc is not on PATH)"
-    elif not Path(home, "include", "cuda_runtime.h").is_file():
+    elif not has_headers(home):
         reason = f"{home} holds no include/cuda_runtime.h: set CUDA_HOME to the toolkit's own folder"
+    elif (version := toolkit_version(home)).split(".")[0] != torch.version.cuda.split(".")[0]:
+        reason = (
+            f"the toolkit {home} is of CUDA {version} and torch for CUDA {torch.version.cuda}: set CUDA_HOME to a "
+            "toolkit of torch's major version, or install torch for the toolkit's"
+        )
     else:
-        return True, f"toolkit {home}, torch for CUDA {torch.version.cuda}"
+        return True, f"toolkit {home} of CUDA {version}, torch for CUDA {torch.version.cuda}"
     if forced == "1":
         raise RuntimeError(f"FORCE_CUDA=1, but the CUDA part cannot be built: {reason}")
     return False, reason

@@ -2,6 +2,7 @@
 
 from shufflenet_ext import models, ops, reference
 from shufflenet_ext._backend import ReferenceFallbackWarning, use_backend
+from shufflenet_ext._explain import explain
 from shufflenet_ext._native import build_info
 from shufflenet_ext.fusion import FuseWarning, fuse
 from shufflenet_ext.inference import optimize_for_inference
@@ -14,6 +15,7 @@ __all__ = [
     "ReferenceFallbackWarning",
     "ShuffleBottleneck",
     "build_info",
+    "explain",
     "fuse",
     "models",
     "ops",

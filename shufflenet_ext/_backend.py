@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -33,7 +33,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Selects what runs inside a ``with`` block, in every thread of the process.
 
     ``"auto"`` (the default, or what the environment variable ``SHUFFLENET_EXT_BACKEND`` names) runs the native kernel
-    where it covers the device and dtype, else the reference, and warns once of each cause. ``"native"`` raises
+    where it covers the device, the dtype and the unit, else the reference, and warns once of each cause. Under
+    torch.compile and torch.export the choice is made while tracing, for every batch and plane. ``"native"`` raises
     RuntimeError instead. ``"reference"`` always runs plain PyTorch. ValueError for any other name.
     """
     global _backend
@@ -49,16 +50,23 @@ def fall_back(cause: str) -> None:
     """Accounts for a call that cannot run natively: raises under "native", warns once of each cause under "auto"."""
     if _backend == "native":
         raise RuntimeError(f"backend 'native' was asked for, but {cause}")
+    _warn_once(cause)
+
+
+def _warn_once(cause: str) -> None:
     if cause not in _warned:
         _warned.add(cause)
-        warnings.warn(f"running the PyTorch reference: {cause}", ReferenceFallbackWarning, stacklevel=3)
+        warnings.warn(f"running the PyTorch reference: {cause}", ReferenceFallbackWarning, stacklevel=4)
 
 
-def runs_native(x: torch.Tensor) -> bool:
-    """Whether a call on ``x`` runs the native kernel under the backend in use."""
+_native.run_while_tracing(_warn_once)  # torch.compile cannot trace a warning
+
+
+def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> bool:
+    """Whether a call of ``units``, one behind the other, on ``x`` runs the native kernel under the backend in use."""
     if _backend == "reference":
         return False
-    cause = _native.uncovered(x)
+    cause = _native.uncovered(x.shape, x.dtype, x.device, units)
     if cause is None:
         return True
     fall_back(cause)

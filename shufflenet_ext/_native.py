@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
-from functools import cache
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, lru_cache
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -40,6 +42,18 @@ else:
         cuda_error = f"the CUDA library is not loaded ({error}); reinstall shufflenet_ext against this torch"
 
 
+def run_while_tracing(function: Callable[..., Any]) -> None:
+    """Makes torch.compile run the function itself while it traces, and take its result for a constant.
+
+    This is what torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# A unit for the planner, in one: the shapes of conv1's weight and, if any, of conv3's; conv1_groups, groups, stride.
+UnitSizes = tuple[int, ...]
+
+
 @cache
 def _device_error(index: int) -> str | None:
     """Why the CUDA kernels do not run on a card, and the remedy; None where they do."""
@@ -48,45 +62,87 @@ def _device_error(index: int) -> str | None:
 
 
 def _cuda_error() -> str | None:
-    """Why no CUDA kernel runs here, or None. Does not initialise CUDA where torch finds no card."""
+    """Why no CUDA kernel runs here, and the remedy, or None."""
     if cuda_error is not None:
         return cuda_error
     if not torch.cuda.is_available():
-        return (
-            "torch.cuda.is_available() is False: no card is visible, or its driver is missing or too old for this torch"
+        return _device_error(0) or (
+            f"torch.cuda.is_available() is False: the driver is too old for a torch for CUDA {torch.version.cuda}; "
+            "update the driver, or install torch for an older CUDA"
         )
     errors = [_device_error(i) for i in range(torch.cuda.device_count())]
     return None if None in errors else errors[0]
 
 
-def uncovered(x: torch.Tensor) -> str | None:
-    """Why no native kernel covers ``x``'s device and dtype; None where one does."""
-    if native_error is not None:
-        return native_error
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return f"there is no native kernel for {x.dtype}"
-    if x.device.type == "cuda":
-        return cuda_error or _device_error(x.device.index)
-    if x.device.type not in ("cpu", "meta"):
-        return f"there is no native kernel for device type {x.device.type!r}"
+@lru_cache(maxsize=1024)  # shapes that change with every call must not pile up
+def _plan_error(shape: tuple[int, ...], dtype: torch.dtype, index: int, units: tuple[UnitSizes, ...]) -> str | None:
+    """Why the CUDA kernel cannot be cut to one of the units, which stand one behind the other; None where it can."""
+    for sizes in units:
+        for channels_last in (False, True):
+            try:
+                plan = cuda_plan(shape, sizes, channels_last, dtype, index=index)
+            except ValueError:
+                return None  # no unit at all: the op says what is wrong with which argument
+            if not plan["ok"]:
+                return f"no CUDA kernel can be planned for this unit ({plan['explanation']})"
+        shape = plan["result_shape"]
     return None
 
 
-def cuda_plan(unit: dict[str, int], dtype: str, *, sm: int) -> dict[str, Any]:
-    """How the CUDA kernel would cut a unit on a card of compute capability ``sm`` (90 for sm_90); no card is needed.
+def _cuda_obstacle(shape: tuple[int, ...], dtype: torch.dtype, index: int, units: tuple[UnitSizes, ...]) -> str | None:
+    return _device_error(index) or _plan_error(shape, dtype, index, units)
 
-    Args:
-        unit: ``batch``, ``in_channels``, ``height``, ``width``, ``mid_channels``, ``out_channels`` (0: no conv3),
-            ``conv1_groups``, ``groups``, ``stride``, ``channels_last`` (0 or 1).
-        dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
 
-    Returns a dict whose ``explanation`` says it in words; ``ok`` is False where the unit cannot be planned, and the
-    explanation says why. RuntimeError where the CUDA library is not loaded.
+# The graph keeps the answer of the time that it was traced.
+run_while_tracing(_cuda_obstacle)
+
+
+def uncovered(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, units: Callable[[], Iterable[UnitSizes]]
+) -> str | None:
+    """Why no native kernel covers the input and the units, one behind the other; None where one does.
+
+    Only CUDA asks for the units: the CPU kernels cover all.
     """
-    if _C_cuda is None:
-        raise RuntimeError(f"no CUDA plan: {cuda_error}")
-    plan: dict[str, Any] = _C_cuda.plan(unit, dtype, sm)
+    if native_error is not None:
+        return native_error
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"there is no native kernel for {dtype}"
+    if device.type == "cuda":
+        if cuda_error is not None:
+            return cuda_error
+        # A compiled graph may serve any batch and plane. Windows can be as small as a pixel: the channels decide.
+        if torch.compiler.is_compiling():
+            shape = (1, *shape[1:2], 1, 1)
+        # A symbolic number of channels, or groups, becomes a fixed one of the graph.
+        sizes = tuple(tuple(map(operator.index, unit)) for unit in units())
+        return _cuda_obstacle(tuple(map(operator.index, shape)), dtype, device.index, sizes)
+    if device.type not in ("cpu", "meta"):
+        return f"there is no native kernel for device type {device.type!r}"
+    return None
+
+
+def cuda_plan(
+    shape: Sequence[int],
+    sizes: UnitSizes,
+    channels_last: bool,
+    dtype: torch.dtype,
+    *,
+    index: int = 0,
+    sm: int | None = None,
+) -> dict[str, Any]:
+    """The planner's answer for a unit on input of this shape: on device ``index`` or, if given, on a card of ``sm``.
+
+    ValueError if the sizes are no unit's, or the planner knows no card of ``sm``.
+    """
+    assert _C_cuda is not None
+    plan: dict[str, Any] = _C_cuda.plan(shape, sizes, channels_last, str(dtype).removeprefix("torch."), index, sm)
     return plan
+
+
+def cpu_isa() -> str | None:
+    """The instruction set in use."""
+    return _C.cpu_isa() if _C is not None else None
 
 
 def cpu_isas() -> list[str]:
@@ -113,7 +169,7 @@ def build_info() -> dict[str, Any]:
         "version": metadata.version("shufflenet_ext"),
         "torch": _C.torch_version if _C is not None else None,
         "compiler": _C.compiler if _C is not None else None,
-        "cpu_isa": _C.cpu_isa() if _C is not None else None,
+        "cpu_isa": cpu_isa(),
         "cpu_isas": cpu_isas(),
         "cuda_archs": _C_cuda.cuda_archs.replace(";", " ").split() if _C_cuda is not None else [],
         "cuda_error": _cuda_error(),

@@ -1,7 +1,7 @@
 """optimize_for_inference: an eval-only copy of a model, batch norm folded ahead."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from shufflenet_ext import reference
 from shufflenet_ext._backend import runs_native
 from shufflenet_ext._checks import check_tensor
+from shufflenet_ext._native import UnitSizes
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
-from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable
+from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable, unit_sizes
 
 
 class _EvalOnly(nn.Module):
@@ -48,6 +49,7 @@ class _Steps:
     def __init__(self) -> None:
         self.program: list[int] = []
         self.tensors: list[Tensor] = []
+        self.sizes: list[UnitSizes] = []  # of the units
 
     def add_stem(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, max_pool: bool) -> None:
         padding = conv.padding[0]
@@ -61,6 +63,7 @@ class _Steps:
         self.program += [unit.conv2_relu, unit.pool_count_include_pad]
         for conv, norm in unit.pairs():
             self.tensors += _folded(conv, norm)
+        self.sizes += unit_sizes(unit)
 
     def add_head(self, linear: nn.Linear, *, pool_window: int) -> None:
         self.program += [2, linear.out_features, pool_window]
@@ -83,12 +86,12 @@ class InferenceUnits(_EvalOnly):
             steps.add_unit(unit)
         self.register_buffer("weights", steps.packed())
         self.program = steps.program
+        self.sizes = steps.sizes
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        run = torch.ops.shufflenet_ext if runs_native(x) else reference
-        return run.shuffle_network(x, self.weights, self.program)
+        return _network_op(x, self.sizes)(x, self.weights, self.program)
 
 
 class InferenceNetwork(_EvalOnly):
@@ -111,18 +114,22 @@ class InferenceNetwork(_EvalOnly):
         self.register_buffer("weights", torch.cat(packed))
         self.programs = [part.program for part in parts]
         self.program = [number for part in parts for number in part.program]
-        self.sizes = [len(weights) for weights in packed]
+        self.lengths = [len(weights) for weights in packed]
+        self.sizes = chain.sizes
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        if not runs_native(x):
-            return reference.shuffle_network(x, self.weights, self.program)
-        native = torch.ops.shufflenet_ext.shuffle_network
-        if x.device.type == "cpu":
-            return native(x, self.weights, self.program)
-        stem, units, head = zip(self.weights.split(self.sizes), self.programs, strict=True)
-        return reference.shuffle_network(native(reference.shuffle_network(x, *stem), *units), *head)
+        if x.device.type != "cuda":
+            return _network_op(x, self.sizes)(x, self.weights, self.program)
+        stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
+        x = reference.shuffle_network(x, *stem)
+        return reference.shuffle_network(_network_op(x, self.sizes)(x, *units), *head)
+
+
+def _network_op(x: Tensor, sizes: list[UnitSizes]) -> Callable[[Tensor, Tensor, list[int]], Tensor]:
+    run = torch.ops.shufflenet_ext if runs_native(x, lambda: sizes) else reference
+    return run.shuffle_network
 
 
 class InferenceModel(_EvalOnly):

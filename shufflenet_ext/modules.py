@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from shufflenet_ext import reference
 from shufflenet_ext._backend import fall_back, runs_native
 from shufflenet_ext._checks import check_divides, check_int, check_tensor
+from shufflenet_ext._native import UnitSizes
 
 # Stage 2's first unit, behind the stem of 24 channels, does not group its first convolution (section 3.2).
 STEM_CHANNELS = 24
@@ -83,6 +84,10 @@ class ShuffleBottleneck(nn.Module):
         self.conv3 = nn.Conv2d(mid_channels, out_channels, 1, groups=groups, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
 
+    def pairs(self) -> tuple[tuple[nn.Conv2d, nn.BatchNorm2d], ...]:
+        """Each convolution with the batch norm behind it."""
+        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         if x.dim() != 4 or x.shape[1] != self.conv1.in_channels:
@@ -121,6 +126,14 @@ def unfusable(conv: nn.Module, norm: nn.Module) -> str | None:
     return None
 
 
+def unit_sizes(unit: ShuffleBottleneck) -> list[UnitSizes]:
+    """The unit for the planner; none where something other than a convolution stands in for one (see unfusable)."""
+    conv1, conv3 = unit.conv1, unit.conv3
+    if not isinstance(conv1, nn.Conv2d) or not isinstance(conv3, nn.Conv2d):
+        return []
+    return [(*conv1.weight.shape, *conv3.weight.shape, conv1.groups, unit.groups, unit.stride)]
+
+
 class FusedShuffleBottleneck(ShuffleBottleneck):
     """The drop-in: a :class:`ShuffleBottleneck` that runs as one native kernel in eval mode.
 
@@ -130,15 +143,11 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
     backend in use (:func:`shufflenet_ext.use_backend`).
     """
 
-    def pairs(self) -> tuple[tuple[nn.Conv2d, nn.BatchNorm2d], ...]:
-        """Each convolution with the batch norm behind it."""
-        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
-
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         pairs = self.pairs()
         batch_statistics = any(norm.training or getattr(norm, "running_mean", norm) is None for _, norm in pairs)
-        if batch_statistics or not runs_native(x):
+        if batch_statistics or not runs_native(x, lambda: unit_sizes(self)):
             return super().forward(x)
         tensors: list[Tensor | None] = []
         for conv, norm in pairs:

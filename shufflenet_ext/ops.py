@@ -48,7 +48,8 @@ def pointwise_shuffle_depthwise(
         {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias},
         {"conv1_groups": conv1_groups, "shuffle_groups": shuffle_groups, "stride": stride},
     )
-    run = torch.ops.shufflenet_ext if runs_native(x) else reference
+    native = runs_native(x, lambda: [(*conv1_weight.shape, conv1_groups, shuffle_groups, stride)])
+    run = torch.ops.shufflenet_ext if native else reference
     return run.pointwise_shuffle_depthwise(
         x,
         conv1_weight,
@@ -105,7 +106,8 @@ def shuffle_bottleneck(
         {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias, "conv3_bias": conv3_bias},
         {"conv1_groups": conv1_groups, "groups": groups, "stride": stride},
     )
-    run = torch.ops.shufflenet_ext if runs_native(x) else reference
+    native = runs_native(x, lambda: [(*conv1_weight.shape, *conv3_weight.shape, conv1_groups, groups, stride)])
+    run = torch.ops.shufflenet_ext if native else reference
     return run.shuffle_bottleneck(
         x,
         conv1_weight,

@@ -17,12 +17,20 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version / 10 % 100);
+}
+
 std::string remedy(cudaError_t error) {
   switch (error) {
-    case cudaErrorInsufficientDriver:
-      return ": the driver is older than the CUDA toolkit (" + std::to_string(CUDART_VERSION / 1000) + "." +
-             std::to_string(CUDART_VERSION / 10 % 100) +
-             ") that shufflenet_ext was built with; update the driver, or rebuild with an older toolkit";
+    case cudaErrorInsufficientDriver: {
+      int driver = 0;  // the newest CUDA that it knows
+      if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+        return ": there is no NVIDIA driver here; install one, or make it visible to this container";
+      }
+      return ": the driver is for CUDA " + version_text(driver) + " and shufflenet_ext was built with CUDA " +
+             version_text(CUDART_VERSION) + "; update the driver, or rebuild shufflenet_ext with an older CUDA toolkit";
+    }
     case cudaErrorNoDevice: return ": no CUDA device is visible; check CUDA_VISIBLE_DEVICES and the driver";
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:

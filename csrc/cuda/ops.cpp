@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <map>
 
 #include "../ops.h"
@@ -99,32 +100,60 @@ Tensor run(const Tensor& x, const std::vector<UnitArguments>& units) {
   return result;
 }
 
-pybind11::dict plan(const std::map<std::string, int64_t>& sizes, const std::string& dtype, int sm) {
-  const auto size = [&](const char* name) {
-    const auto found = sizes.find(name);
-    if (found == sizes.end()) throw std::invalid_argument(std::string("unit: expected a key '") + name + "'");
-    return found->second;
-  };
+// The unit that sizes describe: conv1's weight, conv3's (none where the unit ends before it), conv1_groups, groups,
+// stride.
+Unit unit_of(const std::vector<int64_t>& x, const std::vector<int64_t>& sizes, bool channels_last) {
+  const auto positive = [](int64_t n) { return n > 0; };
+  const bool has_conv3 = sizes.size() == 11;
+  if (x.size() != 4 || x[0] < 0 || !std::all_of(x.begin() + 1, x.end(), positive) ||
+      (sizes.size() != 7 && !has_conv3) || !std::all_of(sizes.begin(), sizes.end(), positive)) {
+    throw std::invalid_argument("sizes: these are no unit's");
+  }
+  const int64_t* const options = &sizes[sizes.size() - 3];
   Unit unit;
-  unit.batch = size("batch");
-  unit.in_channels = size("in_channels");
-  unit.height = size("height");
-  unit.width = size("width");
-  unit.mid_channels = size("mid_channels");
-  unit.out_channels = size("out_channels");
-  unit.conv1_groups = size("conv1_groups");
-  unit.groups = size("groups");
-  unit.stride = size("stride");
-  unit.layout = size("channels_last") ? Layout::channels_last : Layout::contiguous;
+  unit.batch = x[0];
+  unit.in_channels = x[1];
+  unit.height = x[2];
+  unit.width = x[3];
+  unit.mid_channels = sizes[0];
+  unit.out_channels = has_conv3 ? sizes[4] : 0;
+  unit.conv1_groups = options[0];
+  unit.groups = options[1];
+  unit.stride = options[2];
+  unit.layout = channels_last ? Layout::channels_last : Layout::contiguous;
+  if (unit.stride > 2 || unit.in_channels % unit.conv1_groups != 0 || unit.mid_channels % unit.conv1_groups != 0 ||
+      unit.mid_channels % unit.groups != 0 || unit.out_channels % unit.groups != 0) {
+    throw std::invalid_argument("sizes: these are no unit's");
+  }
+  return unit;
+}
+
+// A card of this compute capability, which need not be here.
+Device named_device(int sm) {
+  const Device device = device_of(sm);
+  if (device.compute_capability != 0) return device;
+  std::string known;
+  for (int other = 0; other < 1000; ++other) {
+    if (device_of(other).compute_capability != 0) known += (known.empty() ? "" : ", ") + std::to_string(other);
+  }
+  throw std::invalid_argument("sm: got " + std::to_string(sm) + ", expected one of " + known);
+}
+
+// How a unit is cut on the device of this index or, where `sm` is given, on a card of that compute capability.
+// std::invalid_argument where the sizes are no unit's.
+pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& sizes, bool channels_last,
+                    const std::string& dtype, int index, std::optional<int> sm) {
+  const Unit unit = unit_of(x, sizes, channels_last);
   const std::map<std::string, Dtype> dtypes = {
       {"float32", Dtype::float32},
       {"float64", Dtype::float64},
       {"bfloat16", Dtype::bfloat16},
       {"float16", Dtype::float16}};
   const auto known = dtypes.find(dtype);
-  if (known == dtypes.end()) throw std::invalid_argument("dtype: got '" + dtype + "'");
-  const Device device = device_of(sm);
-  if (device.compute_capability == 0) throw std::invalid_argument("sm: got " + std::to_string(sm));
+  if (known == dtypes.end()) {
+    throw std::invalid_argument("dtype: got " + dtype + ", expected float32, float64, bfloat16 or float16");
+  }
+  const Device device = sm ? named_device(*sm) : device_properties(index);
   const Plan plan = plan_unit(unit, known->second, device);
   pybind11::dict answer;
   answer["ok"] = plan.ok;
@@ -139,6 +168,8 @@ pybind11::dict plan(const std::map<std::string, int64_t>& sizes, const std::stri
   answer["blocks_per_multiprocessor"] = plan.blocks_per_multiprocessor;
   answer["multiprocessors"] = device.multiprocessors;
   answer["cycles"] = plan.cycles;
+  answer["result_shape"] =
+      pybind11::make_tuple(unit.batch, unit.result_channels(), unit.out_height(), unit.out_width());
   return answer;
 }
 
@@ -150,6 +181,7 @@ STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CUDA, m) { shufflenet::Ops<shufflenet:
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA library of shufflenet_ext: importing it registers the ops' CUDA kernels.";
   m.attr("cuda_archs") = SHUFFLENET_EXT_CUDA_ARCHS;
-  m.def("plan", &shufflenet::cuda::plan, pybind11::arg("unit"), pybind11::arg("dtype"), pybind11::arg("sm"));
+  m.def("plan", &shufflenet::cuda::plan, pybind11::arg("x"), pybind11::arg("sizes"), pybind11::arg("channels_last"),
+        pybind11::arg("dtype"), pybind11::arg("index") = 0, pybind11::arg("sm") = std::nullopt);
   m.def("device_error", &shufflenet::cuda::device_error, pybind11::arg("index"));
 }
