@@ -12,7 +12,7 @@ TORCH_STAMP := $(STAMPS)/$(subst =,_,$(subst >,_,$(subst <,_,$(TORCH))))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.h tests/native/*.cpp)
 
-.PHONY: demo test bench sanitize lint format clean
+.PHONY: demo test bench bench-cuda sanitize sanitize-cuda lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMPS)/built $(STAMPS)/extra-demo
@@ -23,6 +23,9 @@ test: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
 
 bench: $(STAMPS)/built $(STAMPS)/extra-bench
 	$(BIN)/python -m benchmarks
+
+bench-cuda: $(STAMPS)/built $(STAMPS)/extra-bench
+	$(BIN)/python -m benchmarks.cuda
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the torch-free kernels.
 sanitize:

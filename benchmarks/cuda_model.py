@@ -343,8 +343,10 @@ def paper_units(batch: int) -> dict[str, Unit]:
 # ---- The report -----------------------------------------------------------------------------------------------------
 
 
-def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:#.3g}".rstrip(".")
+def in_us(seconds: float) -> str:
+    """To three digits, or to the nearest."""
+    value = seconds * 1e6
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def _table(columns: list[str], rows: Iterable[list[str]], left: int) -> Iterator[str]:
@@ -366,8 +368,18 @@ def _detail(model: Model, dtype: str, layout: str, sm: int) -> Iterator[str]:
             cells = [label, str(batch), f"{plan['tile_rows']} × {plan['slices']} × {plan['stages']}"]
             cells += [str(plan["windows"]), f"{p.blocks} ({p.occupancy:.0%})", f"{p.waves:.2g}"]
             cells += [f"{p.dram_bytes / 1e6:.3g}", f"{p.l2_bytes / 1e6:.3g}", f"{p.useful_flop / 1e6:.0f}"]
-            cells += [f"{p.executed_flop / p.useful_flop:.2f}×", _us(p.dram), _us(p.l2), _us(p.multiprocessor)]
-            cells += [_us(p.arithmetic), _us(p.shared), f"**{_us(p.time)}** ({p.bound})", f"{p.ratio:.2f}"]
+            cells += [
+                f"{p.executed_flop / p.useful_flop:.2f}×",
+                in_us(p.dram),
+                in_us(p.l2),
+                in_us(p.multiprocessor),
+            ]
+            cells += [
+                in_us(p.arithmetic),
+                in_us(p.shared),
+                f"**{in_us(p.time)}** ({p.bound})",
+                f"{p.ratio:.2f}",
+            ]
             rows.append(cells)
     yield from _table(columns, rows, 1)
 
@@ -377,7 +389,7 @@ def _overview(model: Model, batch: int) -> Iterator[str]:
     rows = []
     for sm, dtype, layout in product(CARDS, ELEMENT_BYTES, LAYOUTS):
         predictions = model.predict(list(units.values()), dtype, layout, sm)
-        cells = [f"{_us(p.time)} ({p.ratio:.2f}, {p.bound})" for p in predictions]
+        cells = [f"{in_us(p.time)} ({p.ratio:.2f}, {p.bound})" for p in predictions]
         rows.append([CARDS[sm].name, dtype, layout, str(model.kernel(dtype, layout, sm).registers), *cells])
     yield from _table(["card", "dtype", "layout", "registers", *units], rows, 3)
 
@@ -395,7 +407,8 @@ def report(model: Model) -> Iterator[str]:
     )
     yield ""
     yield (
-        "Bytes from DRAM are x, the result and the parameters, once each; bytes through L2 count every reading of them, "
+        "Bytes from DRAM are x, the result and the parameters, once each; bytes through L2 count every reading of them,"
+        " "
         "with halos and once for each slice. FLOP are the convolutions' own; executed ones, as a multiple of these, "
         "have halos and the padding to tiles. Registers are ptxas'. Times in µs: of DRAM and L2 at their bandwidths; "
         "*SM*, the estimate by which the planner chose (its cycles at the boost clock); floors of tensor cores (in "
