@@ -31,6 +31,10 @@ bench-cuda: $(STAMPS)/built $(STAMPS)/extra-bench
 sanitize:
 	sh tests/native/run_sanitized.sh
 
+# compute-sanitizer over the CUDA kernels.
+sanitize-cuda: $(STAMPS)/built $(STAMPS)/extra-test
+	sh tests/cuda/run_sanitized.sh $(BIN)/python
+
 lint: $(STAMPS)/extra-lint $(STAMPS)/extra-test $(STAMPS)/extra-demo
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

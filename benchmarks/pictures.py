@@ -64,14 +64,8 @@ def latency(rows: Sequence[Row], title: str, styles: Mapping[str, tuple[str, str
     ``styles`` has the marker and the colour of each contender to be shown; stars are drawn larger.
     """
     labels, batches = _labels(rows), sorted({row.batch for row in rows})
-    figure, panels = plt.subplots(
-        1,
-        len(batches),
-        figsize=(max(11, 4 * len(batches)), 2 + 0.75 * len(labels)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (max(11, 4 * len(batches)), 2 + 0.75 * len(labels))
+    figure, panels = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
     lanes = dict(zip(styles, np.linspace(-0.36, 0.36, len(styles)), strict=True))  # so that no marker hides another
     for panel, batch in zip(panels[0], batches, strict=True):
         for row in (row for row in rows if row.batch == batch):
@@ -80,8 +74,8 @@ def latency(rows: Sequence[Row], title: str, styles: Mapping[str, tuple[str, str
                     x = timing.median * 1e3
                     spread = [[x - timing.q1 * 1e3], [timing.q3 * 1e3 - x]]
                     line = labels.index(row.label) + lanes[name]
-                    size = 9 if marker == "*" else 6
-                    panel.errorbar(x, line, xerr=spread, fmt=marker, color=colour, ms=size, label=name)
+                    marker_size = 9 if marker == "*" else 6
+                    panel.errorbar(x, line, xerr=spread, fmt=marker, color=colour, ms=marker_size, label=name)
         panel.set(xscale="log", title=f"batch {batch}", xlabel="ms a call, logarithmic: left is faster")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

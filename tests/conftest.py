@@ -33,6 +33,12 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, no TF32 for float32, PyTorch's included, unless a test asks for it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(params=_native.cpu_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set with kernels that this processor can run, selected."""

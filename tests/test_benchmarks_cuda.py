@@ -54,7 +54,9 @@ def track(**changes):
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda precision: precision.name)
 def test_a_row(precision):
+    switches = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
     row = track().measure("units", Small(batch=2), precision)
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == switches
     assert row.absent == {}
     assert len(row.timings) == 4 + 6
     assert row.timings[OURS_CHANNELS_LAST_GRAPH].ratio == 1
@@ -63,7 +65,6 @@ def test_a_row(precision):
     elements += 12 * (24 + 1) + 12 * 10 + 36 * 5 + 15 * (20 + 1) + 15 * 10 + 60 * 6
     assert row.traffic == elements * precision.dtype.itemsize
     assert row.predicted is None
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (True, False)
 
 
 def test_contenders_that_differ_are_refused():
