@@ -107,8 +107,7 @@ def test_more_than_2_31_elements(batch, plane, layout):
     if torch.cuda.mem_get_info()[0] < 5 * elements:  # x and the result, 2 bytes each
         pytest.skip("needs more memory on the card")
     _, *weights = replace(unit, batch=1, plane=(1, 1)).tensors(torch.float16)
-    x = torch.empty(batch, unit.in_channels, *plane, dtype=torch.float16).to(memory_format=layout)
-    x.normal_()
+    x = torch.empty(batch, unit.in_channels, *plane, dtype=torch.float16, memory_format=layout).normal_()
     got = unit.native([x, *weights])
     for image in (0, batch - 1):
         # Nine rows at the end give the last eight of the result.
