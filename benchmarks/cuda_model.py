@@ -36,8 +36,8 @@ _TILES = cuda_toolkit.tile_constants()
 
 @dataclass(frozen=True)
 class Card:
-    """What a card's maker states, dense. ``flop`` is FLOP a cycle and multiprocessor: of tensor cores in 16 bits with
-    float32 sums, and of FMA in float32. L2 bytes a cycle are the maker's for the A100 alone, else assumed."""
+    """What a card's maker states, without sparsity. FLOP are those of a multiprocessor's cycle: of tensor cores in 16
+    bits with float32 sums, and of FMA in float32. L2 bytes a cycle are stated for the A100 alone, else assumed."""
 
     name: str
     multiprocessors: int
@@ -45,17 +45,18 @@ class Card:
     clock: float  # Hz, boost
     dram: float  # bytes a second
     l2_per_cycle: int
-    flop: dict[int, int]  # by bytes of an element
+    tensor_flop: int
+    fma_flop: int
     source: str
 
 
 # Tensor-core rates are those of the fastest instructions; on sm_90 and sm_100 mma.sync, which the kernels use, reaches
 # about 60 % and less of them. Clocks follow from the stated rates.
 CARDS = {
-    80: Card("A100 SXM", 108, 2048, 1.41e9, 2.039e12, 5120, {2: 2048, 4: 128}, "A100 data sheet and white paper"),
-    89: Card("L40S", 142, 1536, 2.52e9, 0.864e12, 2048, {2: 1024, 4: 256}, "L40S data sheet; L2 assumed"),
-    90: Card("H100 SXM", 132, 2048, 1.83e9, 3.35e12, 5120, {2: 4096, 4: 256}, "H100 data sheet; L2 assumed as A100's"),
-    100: Card("B200", 148, 2048, 1.85e9, 8.0e12, 5120, {2: 8192, 4: 256}, "HGX B200 data sheet; L2 assumed as A100's"),
+    80: Card("A100 SXM", 108, 2048, 1.41e9, 2.039e12, 5120, 2048, 128, "A100 data sheet and white paper"),
+    89: Card("L40S", 142, 1536, 2.52e9, 0.864e12, 2048, 1024, 256, "L40S data sheet; L2 assumed"),
+    90: Card("H100 SXM", 132, 2048, 1.83e9, 3.35e12, 5120, 4096, 256, "H100 data sheet; L2 assumed as A100's"),
+    100: Card("B200", 148, 2048, 1.85e9, 8.0e12, 5120, 8192, 256, "HGX B200 data sheet; L2 assumed as A100's"),
 }
 
 
@@ -179,8 +180,9 @@ def _product(pixels: int, rows: int, depth: int, element: int, mma: bool, staged
         counts.l2_elements += staged
         counts.wavefronts += _ceil_div(staged * element, 128)
         if mma:
-            steps, active = _ceil_div(part, 16), _ceil_div(pixels, 16)
-            counts.multiply_adds += active * 16 * eights * 8 * steps * 16
+            step = 32 // element  # the depth of an instruction
+            steps, active = _ceil_div(part, step), _ceil_div(pixels, 16)
+            counts.multiply_adds += active * 16 * eights * 8 * steps * step
             # ldmatrix: 4 matrices of pixels for each half of the rows that has any, 2 for each eight rows.
             counts.wavefronts += steps * active * (4 * min(2, eights) + 2 * eights)
         else:
@@ -279,7 +281,9 @@ class Prediction:
 def predict(unit: Unit, dtype: str, sm: int, plan: dict[str, int | str], kernel: Kernel) -> Prediction:
     """The model of one launch on ``CARDS[sm]``."""
     card, element = CARDS[sm], ELEMENT_BYTES[dtype]
-    counts = count(unit, plan, element, mma="tensor cores" in str(plan["explanation"]))
+    mma = "tensor cores" in str(plan["explanation"])
+    counts = count(unit, plan, element, mma)
+    flop = card.tensor_flop * 2 // element if mma else card.fma_flop
     per_block = _round_up(kernel.registers, 8) * _TILES["kThreads"]
     blocks = min(int(plan["blocks"]), 65536 // per_block)
     dram_bytes, l2_bytes = element * unit.elements, element * counts.l2_elements
@@ -298,7 +302,7 @@ def predict(unit: Unit, dtype: str, sm: int, plan: dict[str, int | str], kernel:
         dram=dram_bytes / card.dram,
         l2=l2_bytes / card.l2_per_cycle / card.clock,
         multiprocessor=int(plan["cycles"]) / card.clock,
-        arithmetic=2 * counts.multiply_adds / card.flop[element] / cycles_a_second,
+        arithmetic=2 * counts.multiply_adds / flop / cycles_a_second,
         shared=counts.wavefronts / cycles_a_second,
     )
 
@@ -418,7 +422,12 @@ def report(model: Model) -> Iterator[str]:
     cards = []
     for sm, card in CARDS.items():
         cells = [card.name, f"sm_{sm}", str(card.multiprocessors), f"{card.clock / 1e9:g}", f"{card.dram / 1e12:g}"]
-        cells += [f"{card.l2_per_cycle * card.clock / 1e12:.3g}", str(card.flop[2]), str(card.flop[4]), card.source]
+        cells += [
+            f"{card.l2_per_cycle * card.clock / 1e12:.3g}",
+            str(card.tensor_flop),
+            str(card.fma_flop),
+            card.source,
+        ]
         cards.append(cells)
     columns = ["card", "", "SMs", "GHz", "DRAM TB/s", "L2 TB/s", "FLOP/cycle/SM, 16 bits", "float32", "source"]
     yield from _table(columns, cards, 2)

@@ -60,7 +60,7 @@ class Precision:
 PRECISIONS = (
     Precision("float16", torch.float16, False, 1e-2),
     Precision("bfloat16", torch.bfloat16, False, 5e-2),
-    Precision("tf32", torch.float32, True, 1e-2),
+    Precision("tfloat32", torch.float32, True, 1e-2),
     Precision("float32", torch.float32, False, 1e-4),
 )
 
