@@ -12,7 +12,7 @@ TORCH_STAMP := $(STAMPS)/$(subst =,_,$(subst >,_,$(subst <,_,$(TORCH))))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.h tests/native/*.cpp)
 
-.PHONY: demo test bench bench-cuda sanitize sanitize-cuda lint format clean
+.PHONY: demo test bench bench-cuda sanitize sanitize-cuda test-aarch64 lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMPS)/built $(STAMPS)/extra-demo
@@ -30,6 +30,10 @@ bench-cuda: $(STAMPS)/built $(STAMPS)/extra-bench
 # AddressSanitizer and UndefinedBehaviorSanitizer over the torch-free kernels.
 sanitize:
 	sh tests/native/run_sanitized.sh
+
+# The same for AArch64 under qemu.
+test-aarch64:
+	sh tests/native/run_aarch64.sh
 
 # compute-sanitizer over the CUDA kernels.
 sanitize-cuda: $(STAMPS)/built $(STAMPS)/extra-test

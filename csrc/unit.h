@@ -48,7 +48,7 @@ struct Unit {
 // y = scale * (weight (*) x) + bias, per output channel. The arrays hold the kernel's accumulator type.
 struct Convolution {
   const void* weight = nullptr;
-  const void* scale = nullptr;
+  const void* scale = nullptr;  // null: 1
   const void* bias = nullptr;
 };
 

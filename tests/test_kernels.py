@@ -14,14 +14,14 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 each_stride = pytest.mark.parametrize("stride", [1, 2])
 each_op = pytest.mark.parametrize("op", OPS)
 
-# Vectors hold 2 (float64, baseline) to 16 elements (float32, AVX-512), a tile up to 3 vectors of pixels.
+# Vectors hold 2 (float64, baseline or NEON) to 16 elements (float32, AVX-512), a tile up to 3 vectors of pixels.
 RUNS = sorted({n for lanes in (2, 4, 8, 16) for tile in (lanes, 3 * lanes) for n in (tile - 1, tile, tile + 1)})
 PLANES = [(1, n) for n in RUNS] + [(n, 1) for n in (2, 3, 16, 17)]
 PLANES += [(2, 2), (3, 3), (7, 7), (6, 5), (3, 16), (5, 17), (4, 33), (13, 11), (14, 14), (28, 28)]
 
 
 def test_every_isa_of_this_architecture_is_tested():
-    expected = ["baseline"]
+    expected = ["neon" if platform.machine() in ("aarch64", "arm64") else "baseline"]
     if platform.machine() in ("x86_64", "AMD64"):
         capability = torch.backends.cpu.get_cpu_capability()
         expected += ["avx2"] * (capability in ("AVX2", "AVX512")) + ["avx512"] * (capability == "AVX512")

@@ -9,7 +9,11 @@ namespace shufflenet::cpu {
 
 // The least capable first.
 static const Isa* const compiled_isas[] = {
+#if defined(__aarch64__)
+    &neon_isa,
+#else
     &baseline_isa,
+#endif
 #if defined(__x86_64__)
     &avx2_isa,
     &avx512_isa,

@@ -15,7 +15,11 @@
 
 namespace shufflenet::cpu {
 
+#if defined(__aarch64__)
+extern const Isa neon_isa;  // which every AArch64 processor has: no baseline beside it
+#else
 extern const Isa baseline_isa;
+#endif
 #if defined(__x86_64__)
 extern const Isa avx2_isa;
 extern const Isa avx512_isa;

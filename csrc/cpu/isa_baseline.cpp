@@ -1,3 +1,4 @@
+#if !defined(__aarch64__)
 #include "isa.h"
 
 #define SHUFFLENET_ISA baseline
@@ -13,3 +14,4 @@ static bool usable() { return true; }
 const Isa baseline_isa = {"baseline", usable, baseline::unit_kernel, baseline::kVectorBytes};
 
 }  // namespace shufflenet::cpu
+#endif

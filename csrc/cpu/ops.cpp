@@ -62,7 +62,6 @@ class ConvolutionData {
       pointers.scale = scale;
       pointers.bias = shift;
     } else {
-      pointers.scale = filled(channels, 1);
       pointers.bias = conv.bias ? values(*conv.bias) : filled(channels, 0);
     }
   }

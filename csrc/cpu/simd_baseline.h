@@ -1,12 +1,9 @@
-// The compiler's vector extension at 16 bytes: what every x86-64 (SSE2) and AArch64 (NEON) has.
+// The compiler's vector extension at 16 bytes: what every x86-64 has (SSE2), and any other processor but AArch64, whose
+// baseline is NEON.
 namespace shufflenet::cpu::baseline {
 
 inline constexpr int kVectorBytes = 16;
-#if defined(__aarch64__)
-inline constexpr int kRegisters = 32;
-#else
 inline constexpr int kRegisters = 16;
-#endif
 
 template <class A>
 struct Intrinsics {

@@ -31,11 +31,11 @@ static_assert(kTileChannels * kTileVectors + kTileVectors + 1 <= kRegisters, "a 
 
 template <class A>
 struct PointwiseTile {
-  const A* x;  // depth planes
-  int64_t x_stride;
+  const A* x;
+  const int64_t* offsets;  // from x to the pixels of each of the depth's planes
   int64_t depth;
   const A* weight;  // a row of depth for each channel of the tile
-  const A* scale;
+  const A* scale;   // null: 1
   const A* bias;
   const A* residual;  // null: none
   int64_t residual_stride;
@@ -45,22 +45,30 @@ struct PointwiseTile {
 };
 
 // y = relu(scale * (weight x) + bias + residual) for Channels x Vectors. Each pixel sums over the depth in the same
-// order whatever the tile, so results do not depend on how pixels are cut into tiles.
-template <class A, int Channels, int Vectors>
+// order whatever the tile, so results do not depend on how pixels are cut into tiles. A masked load costs an FMA unit's
+// slot, so only tiles with a tail (HasTail) have one.
+template <class A, int Channels, int Vectors, bool HasTail>
 void pointwise_tile(const PointwiseTile<A>& tile) {
   const PointwiseTile<A> t = tile;  // a copy that no store can alias
   using S = Simd<A>;
   using V = typename S::V;
-  V sum[Channels][Vectors] = {};
-  const A* x = t.x;
+  V sum[Channels][Vectors];
   const A* weights[Channels];  // a pointer a row: address arithmetic in the loop would compete for the FMA units' ports
 #pragma GCC unroll 8
-  for (int c = 0; c < Channels; ++c) weights[c] = t.weight + c * t.depth;
-  for (int64_t k = 0; k < t.depth; ++k, x += t.x_stride) {
+  for (int c = 0; c < Channels; ++c) {
+    weights[c] = t.weight + c * t.depth;
+    const V first = t.scale ? V{} : S::broadcast(t.bias[c]);
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) sum[c][v] = first;
+  }
+  for (int64_t k = 0; k < t.depth; ++k) {
+    const A* const x = t.x + t.offsets[k];
     V pixels[Vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors - 1; ++v) pixels[v] = S::load(x + v * S::kLanes);
-    pixels[Vectors - 1] = S::load(x + (Vectors - 1) * S::kLanes, t.tail);
+    for (int v = 0; v < Vectors; ++v) {
+      const bool masked = HasTail && v == Vectors - 1;
+      pixels[v] = masked ? S::load(x + v * S::kLanes, t.tail) : S::load(x + v * S::kLanes);
+    }
 #pragma GCC unroll 8
     for (int c = 0; c < Channels; ++c) {
       const V weight = S::broadcast(weights[c][k]);
@@ -68,21 +76,28 @@ void pointwise_tile(const PointwiseTile<A>& tile) {
       for (int v = 0; v < Vectors; ++v) sum[c][v] = S::fma(weight, pixels[v], sum[c][v]);
     }
   }
+  if (t.scale) {
+#pragma GCC unroll 8
+    for (int c = 0; c < Channels; ++c) {
+      const V scale = S::broadcast(t.scale[c]);
+      const V bias = S::broadcast(t.bias[c]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sum[c][v] = S::fma(sum[c][v], scale, bias);
+    }
+  }
 #pragma GCC unroll 8
   for (int c = 0; c < Channels; ++c) {
-    const V scale = S::broadcast(t.scale[c]);
-    const V bias = S::broadcast(t.bias[c]);
     const A* residual = t.residual + c * t.residual_stride;
     A* y = t.y + c * t.y_stride;
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
-      const bool last = v == Vectors - 1;
-      V value = S::fma(sum[c][v], scale, bias);
+      const bool masked = HasTail && v == Vectors - 1;
+      V value = sum[c][v];
       if (t.residual) {
-        value += last ? S::load(residual + v * S::kLanes, t.tail) : S::load(residual + v * S::kLanes);
+        value += masked ? S::load(residual + v * S::kLanes, t.tail) : S::load(residual + v * S::kLanes);
       }
       value = S::max(V{}, value);
-      if (last) {
+      if (masked) {
         S::store(y + v * S::kLanes, value, t.tail);
       } else {
         S::store(y + v * S::kLanes, value);
@@ -94,15 +109,15 @@ void pointwise_tile(const PointwiseTile<A>& tile) {
 template <class A>
 using PointwiseFunction = void (*)(const PointwiseTile<A>&);
 
-template <class A, int... I>
+template <class A, bool HasTail, int... I>
 constexpr std::array<PointwiseFunction<A>, sizeof...(I)> pointwise_functions(std::integer_sequence<int, I...>) {
-  return {pointwise_tile<A, I / kTileVectors + 1, I % kTileVectors + 1>...};
+  return {pointwise_tile<A, I / kTileVectors + 1, I % kTileVectors + 1, HasTail>...};
 }
 
-template <class A>
+template <class A, bool HasTail>
 void run_pointwise_tile(int64_t channels, int64_t vectors, const PointwiseTile<A>& tile) {
   static constexpr auto functions =
-      pointwise_functions<A>(std::make_integer_sequence<int, kTileChannels * kTileVectors>{});
+      pointwise_functions<A, HasTail>(std::make_integer_sequence<int, kTileChannels * kTileVectors>{});
   functions[(channels - 1) * kTileVectors + vectors - 1](tile);
 }
 
@@ -117,8 +132,9 @@ struct PixelTiles {
   int64_t begin(int64_t tile) const { return vectors * tile / count; }
   int64_t tile_vectors(int64_t tile) const { return begin(tile + 1) - begin(tile); }
   int64_t pixel(int64_t tile) const { return begin(tile) * Simd<A>::kLanes; }
-  typename Simd<A>::Mask tail(int64_t tile) const {
-    return Simd<A>::first(pixels - (begin(tile + 1) - 1) * Simd<A>::kLanes);
+  // Pixels in the tile's last vector.
+  int64_t tail(int64_t tile) const {
+    return std::min<int64_t>(Simd<A>::kLanes, pixels - (begin(tile + 1) - 1) * Simd<A>::kLanes);
   }
   int64_t pixels, vectors, count;
 };
@@ -134,8 +150,8 @@ bool has_lone_pixel(int64_t plane, int64_t pixel_end) {
 
 // Copies a pixel's column through the planes, followed by zeros to the end of a vector.
 template <class A>
-void gather_column(Planes<const A> x, int64_t pixel, int64_t depth, A* column) {
-  for (int64_t k = 0; k < depth; ++k) column[k] = x.channel(k)[pixel];
+void gather_column(const A* x, const int64_t* offsets, int64_t depth, A* column) {
+  for (int64_t k = 0; k < depth; ++k) column[k] = x[offsets[k]];
   std::fill(column + depth, column + ceil_div(depth, Simd<A>::kLanes) * Simd<A>::kLanes, A{0});
 }
 
@@ -149,50 +165,90 @@ void pointwise_pixel(const PointwiseTile<A>& t, int64_t rows, const A* column) {
     int64_t k = 0;
     for (; k + S::kLanes <= t.depth; k += S::kLanes) sum = S::fma(S::load(weight + k), S::load(column + k), sum);
     if (k < t.depth) sum = S::fma(S::load(weight + k, S::first(t.depth - k)), S::load(column + k), sum);
-    A value = S::sum(sum) * t.scale[row] + t.bias[row];
+    A value = S::sum(sum) * (t.scale ? t.scale[row] : A{1}) + t.bias[row];
     if (t.residual) value += t.residual[row * t.residual_stride];
     t.y[row * t.y_stride] = value < 0 ? A{0} : value;
   }
 }
 
-// Rows of a grouped pointwise convolution that share their inputs: all their tiles, and the lone pixel behind them
-// where there is a column of it. x and y are the first planes.
+// Consecutive rows of a grouped pointwise convolution that share their inputs, and where their results go.
+struct RowTile {
+  int64_t row, rows, group;
+  int64_t y_channel;  // of the first row
+};
+
 template <class A>
-void pointwise_rows(const Convolution& conv, int64_t row, int64_t rows, int64_t depth, const PixelTiles<A>& tiles,
-                    Planes<const A> x, const A* column, Planes<const A> residual, Planes<A> y) {
+struct Pointwise {
+  const Convolution& conv;
+  int64_t depth;           // of a group
+  const int64_t* offsets;  // of a group's planes, from its first
+  const RowTile* row_tiles;
+  int64_t row_tile_count;
+  int64_t y_channel_step;  // between the channels of y that neighbouring rows go to
+  int64_t pixels;
+};
+
+// Pixels of a group's inputs that stay in the L1 cache while all row tiles work on them: half of the cache.
+inline constexpr int64_t kBlockBytes = 24 * 1024;
+
+// `column` holds a lone pixel's column behind the other pixels; null: there is none.
+template <class A>
+void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residual, Planes<A> y, A* column) {
+  const PixelTiles<A> tiles(column ? p.pixels - 1 : p.pixels);
   PointwiseTile<A> t;
-  t.x_stride = x.stride;
-  t.depth = depth;
-  t.weight = static_cast<const A*>(conv.weight) + row * depth;
-  t.scale = static_cast<const A*>(conv.scale) + row;
-  t.bias = static_cast<const A*>(conv.bias) + row;
+  t.offsets = p.offsets;
+  t.depth = p.depth;
   t.residual_stride = residual.stride;
-  t.y_stride = y.stride;
-  for (int64_t tile = 0; tile < tiles.count; ++tile) {
-    const int64_t pixel = tiles.pixel(tile);
-    t.tail = tiles.tail(tile);
-    t.x = x.data + pixel;
-    t.residual = residual.data ? residual.data + pixel : nullptr;
-    t.y = y.data + pixel;
-    run_pointwise_tile(rows, tiles.tile_vectors(tile), t);
+  t.y_stride = p.y_channel_step * y.stride;
+  const auto point_to = [&](const RowTile& rows, int64_t pixel) {
+    t.weight = static_cast<const A*>(p.conv.weight) + rows.row * p.depth;
+    t.scale = p.conv.scale ? static_cast<const A*>(p.conv.scale) + rows.row : nullptr;
+    t.bias = static_cast<const A*>(p.conv.bias) + rows.row;
+    t.x = x.channel(rows.group * p.depth) + pixel;
+    t.residual = residual.data ? residual.channel(rows.row) + pixel : nullptr;
+    t.y = y.channel(rows.y_channel) + pixel;
+  };
+  const int64_t block = std::max<int64_t>(1, kBlockBytes / (p.depth * kTileVectors * kVectorBytes));
+  for (int64_t begin = 0; begin < tiles.count; begin += block) {
+    const int64_t end = std::min(tiles.count, begin + block);
+    for (int64_t i = 0; i < p.row_tile_count; ++i) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t tail = tiles.tail(tile);
+        t.tail = Simd<A>::first(tail);
+        point_to(p.row_tiles[i], tiles.pixel(tile));
+        const auto run = tail == Simd<A>::kLanes ? run_pointwise_tile<A, false> : run_pointwise_tile<A, true>;
+        run(p.row_tiles[i].rows, tiles.tile_vectors(tile), t);
+      }
+    }
   }
-  if (column) {
-    t.residual = residual.data ? residual.data + tiles.pixels : nullptr;
-    t.y = y.data + tiles.pixels;
-    pointwise_pixel(t, rows, column);
+  int64_t gathered = -1;  // the group whose column is there
+  for (int64_t i = 0; column && i < p.row_tile_count; ++i) {
+    point_to(p.row_tiles[i], tiles.pixels);
+    if (p.row_tiles[i].group != gathered) gather_column(t.x, p.offsets, p.depth, column);
+    gathered = p.row_tiles[i].group;
+    pointwise_pixel(t, p.row_tiles[i].rows, column);
   }
 }
 
+// The work lists of a pointwise convolution, in memory of the worker.
+template <class A>
+struct PointwiseScratch {
+  int64_t* offsets;
+  RowTile* row_tiles;
+  A* column;
+};
+
+inline void fill_offsets(int64_t* offsets, int64_t depth, int64_t stride) {
+  for (int64_t k = 0; k < depth; ++k) offsets[k] = k * stride;
+}
+
 // Some channels of y1, in shuffled order. Intermediate channel n * groups + r of that order is row
-// r * slice_channels + n of conv1: each r needs consecutive rows and writes them `groups` channels apart. `column`
-// holds a lone pixel's column; null: there is none.
+// r * slice_channels + n of conv1: each r needs consecutive rows and writes them `groups` channels apart.
 template <class A>
 void conv1(const Unit& unit, const Convolution& conv, Channels channels, Planes<const A> x, int64_t pixels,
-           Planes<A> y1, A* column) {
+           Planes<A> y1, bool lone_pixel, const PointwiseScratch<A>& scratch) {
   const int64_t slice = unit.slice_channels();
-  const int64_t depth = unit.conv1_depth();
-  const PixelTiles<A> tiles(column ? pixels - 1 : pixels);
-  int64_t gathered = -1;  // the group whose column is there
+  int64_t count = 0;
   for (int64_t r = 0; r < unit.groups; ++r) {
     const int64_t row_end = r * slice + ceil_div(channels.end - r, unit.groups);
     int64_t row = r * slice + ceil_div(channels.begin - r, unit.groups);
@@ -200,41 +256,38 @@ void conv1(const Unit& unit, const Convolution& conv, Channels channels, Planes<
       const int64_t group = row / unit.conv1_group_rows();
       const int64_t rows = next_channels(std::min(row_end, (group + 1) * unit.conv1_group_rows()) - row);
       const int64_t channel = (row - r * slice) * unit.groups + r;
-      const Planes<const A> group_x = x.from(group * depth);
-      if (column && group != gathered) gather_column(group_x, tiles.pixels, depth, column);
-      gathered = group;
-      pointwise_rows<A>(conv, row, rows, depth, tiles, group_x, column, {},
-                        {y1.channel(channel - channels.begin), unit.groups * y1.stride});
+      scratch.row_tiles[count++] = {row, rows, group, channel - channels.begin};
       row += rows;
     }
   }
+  fill_offsets(scratch.offsets, unit.conv1_depth(), x.stride);
+  pointwise<A>({conv, unit.conv1_depth(), scratch.offsets, scratch.row_tiles, count, unit.groups, pixels}, x, {}, y1,
+               lone_pixel ? scratch.column : nullptr);
 }
 
 // Some of conv3's output channels.
 template <class A>
 void conv3(const Unit& unit, const Convolution& conv, Channels channels, Planes<const A> y2, int64_t pixels,
-           Planes<const A> residual, Planes<A> result, A* column) {
+           Planes<const A> residual, Planes<A> result, bool lone_pixel, const PointwiseScratch<A>& scratch) {
   const int64_t group_rows = unit.out_channels / unit.groups;
-  const int64_t depth = unit.slice_channels();
-  const PixelTiles<A> tiles(column ? pixels - 1 : pixels);
-  int64_t gathered = -1;
+  int64_t count = 0;
   for (int64_t row = channels.begin; row < channels.end;) {
     const int64_t group = row / group_rows;
     const int64_t rows = next_channels(std::min(channels.end, (group + 1) * group_rows) - row);
-    const Planes<const A> group_y2 = y2.from(group * depth);
-    if (column && group != gathered) gather_column(group_y2, tiles.pixels, depth, column);
-    gathered = group;
-    pointwise_rows<A>(conv, row, rows, depth, tiles, group_y2, column, residual.data ? residual.from(row) : residual,
-                      result.from(row));
+    scratch.row_tiles[count++] = {row, rows, group, row};
     row += rows;
   }
+  fill_offsets(scratch.offsets, unit.slice_channels(), y2.stride);
+  pointwise<A>({conv, unit.slice_channels(), scratch.offsets, scratch.row_tiles, count, 1, pixels}, y2, residual,
+               result, lone_pixel ? scratch.column : nullptr);
 }
 
 // ---- Depthwise 3x3 convolution and average pooling ------------------------------------------------------------------
 
 // Lanes that lie inside the row: beyond its left and right end the taps see zeros. One entry a vector of results. With
-// stride 1 a vector runs on over the ends of rows, and both side taps are masked. With stride 2 it covers a part of one
-// row, reads two vectors from the centre tap's first column on, and takes the left taps from the right taps before.
+// stride 1 a vector runs on over the ends of rows, and both side taps are masked; lanes past the last pixel are masked
+// as well. With stride 2 it covers a part of one row, reads two vectors from the centre tap's first column on, and
+// takes the left taps from the right taps before.
 template <class A>
 struct EdgeMasks {
   typename Simd<A>::Mask left;  // with stride 1 only
@@ -252,10 +305,11 @@ void fill_edge_masks(const Unit& unit, const Part& part, EdgeMasks<A>* masks) {
   using S = Simd<A>;
   const int64_t vectors = edge_vectors<A>(unit, part);
   int64_t column = 0;  // of the lane, with stride 1
+  int64_t pixels_left = (part.row_end - part.row_begin) * unit.width;
   for (int64_t v = 0; v < vectors; ++v) {
     if (unit.stride == 1) {
       uint32_t left = 0, right = 0;
-      for (int lane = 0; lane < S::kLanes; ++lane) {
+      for (int lane = 0; lane < S::kLanes && pixels_left > 0; ++lane, --pixels_left) {
         if (column > 0) left |= uint32_t{1} << lane;
         if (column < unit.width - 1) right |= uint32_t{1} << lane;
         column = column == unit.width - 1 ? 0 : column + 1;
@@ -270,70 +324,75 @@ void fill_edge_masks(const Unit& unit, const Part& part, EdgeMasks<A>* masks) {
   }
 }
 
-// The sums over the taps of a row of results, columns two apart, vector by vector from the left. A null row lies
-// outside the image.
+// A row's even and odd columns from the left, a vector of each at a time: the taps of a 3x3 window at stride 2.
 template <class A>
-class StridedTaps {
+class StridedColumns {
  public:
   using S = Simd<A>;
   using V = typename S::V;
 
-  StridedTaps(const A* top, const A* middle, const A* bottom, const A* weight)
-      : rows_{top, middle, bottom}, weight_(weight) {}
-
-  V next(const EdgeMasks<A>& masks) {
-    V sum = {};
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
-      if (!rows_[i]) continue;
-      const V first = S::load(rows_[i], masks.right[0]);
-      const V second = S::load(rows_[i] + S::kLanes, masks.right[1]);
-      const V right = S::odd(first, second);
-      sum = S::fma(S::shift_in(right_before_[i], right), S::broadcast(weight_[3 * i]), sum);
-      sum = S::fma(S::even(first, second), S::broadcast(weight_[3 * i + 1]), sum);
-      sum = S::fma(right, S::broadcast(weight_[3 * i + 2]), sum);
-      right_before_[i] = right;
-      rows_[i] += 2 * S::kLanes;
-    }
-    return sum;
+  // Of the 2 * kLanes columns that are next, given as two vectors.
+  void next(V first, V second) {
+    const V odd = S::odd(first, second);
+    left = S::shift_in(right, odd);
+    centre = S::even(first, second);
+    right = odd;
   }
 
- private:
-  const A* rows_[3];
-  const A* weight_;
-  V right_before_[3] = {};  // its last lane is the left tap of the next vector's first; zero at the row's left end
+  V left = {}, centre = {}, right = {};  // left of the row's first column is zero
 };
+
+// A vector of results with stride 1. Lanes past the last pixel (HasTail) load zeros: what lies there may be denormal,
+// which would cost a microcode assist.
+template <class A, bool HasTail>
+typename Simd<A>::V depthwise_sum(const A* centre, int64_t width, const EdgeMasks<A>& edges,
+                                  const typename Simd<A>::V (&weight)[9], typename Simd<A>::V bias,
+                                  typename Simd<A>::Mask tail) {
+  using S = Simd<A>;
+  typename S::V sum = bias;
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i, centre += width) {
+    sum = S::fma(S::load(centre - 1, edges.left), weight[3 * i], sum);
+    sum = S::fma(HasTail ? S::load(centre, tail) : S::load(centre), weight[3 * i + 1], sum);
+    sum = S::fma(S::load(centre + 1, edges.right[0]), weight[3 * i + 2], sum);
+  }
+  return sum;
+}
 
 // One plane with stride 1, its rows run together: x starts with the row above the first.
 template <class A>
-void depthwise_stride1(const A* x, int64_t width, int64_t pixels, const EdgeMasks<A>* masks, const A* weight, A scale,
-                       A bias, A lower, A* y) {
+void depthwise_stride1(const A* x, int64_t width, int64_t pixels, const EdgeMasks<A>* masks,
+                       const typename Simd<A>::V (&weight)[9], typename Simd<A>::V bias, typename Simd<A>::V lower,
+                       A* y) {
   using S = Simd<A>;
-  for (int64_t v = 0, pixel = 0; pixel < pixels; ++v, pixel += S::kLanes) {
-    typename S::V sum = {};
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
-      const A* centre = x + i * width + pixel;
-      sum = S::fma(S::load(centre - 1, masks[v].left), S::broadcast(weight[3 * i]), sum);
-      sum = S::fma(S::load(centre), S::broadcast(weight[3 * i + 1]), sum);
-      sum = S::fma(S::load(centre + 1, masks[v].right[0]), S::broadcast(weight[3 * i + 2]), sum);
-    }
-    const auto value = S::max(S::broadcast(lower), S::fma(sum, S::broadcast(scale), S::broadcast(bias)));
-    S::store(y + pixel, value, S::first(pixels - pixel));
+  const auto tail = S::first(pixels % S::kLanes);
+  int64_t v = 0, pixel = 0;
+  for (; pixel + S::kLanes <= pixels; ++v, pixel += S::kLanes) {
+    S::store(y + pixel, S::max(lower, depthwise_sum<A, false>(x + pixel, width, masks[v], weight, bias, tail)));
+  }
+  if (pixel < pixels) {
+    S::store(y + pixel, S::max(lower, depthwise_sum<A, true>(x + pixel, width, masks[v], weight, bias, tail)), tail);
   }
 }
 
 template <class A>
 void depthwise_stride2(const A* x, int64_t width, int64_t out_rows, int64_t out_width, const EdgeMasks<A>* masks,
-                       const A* weight, A scale, A bias, A lower, A* y) {
+                       const typename Simd<A>::V (&weight)[9], typename Simd<A>::V bias, typename Simd<A>::V lower,
+                       A* y) {
   using S = Simd<A>;
-  for (int64_t row = 0; row < out_rows; ++row) {
-    const A* top = x + 2 * row * width;
-    StridedTaps<A> taps(top, top + width, top + 2 * width, weight);
+  for (int64_t row = 0; row < out_rows; ++row, x += 2 * width) {
+    StridedColumns<A> columns[3];
     for (int64_t v = 0, column = 0; column < out_width; ++v, column += S::kLanes) {
-      const auto sum = taps.next(masks[v]);
-      const auto value = S::max(S::broadcast(lower), S::fma(sum, S::broadcast(scale), S::broadcast(bias)));
-      S::store(y + row * out_width + column, value, S::first(out_width - column));
+      typename S::V sum = bias;
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        const A* const from = x + i * width + 2 * column;
+        columns[i].next(S::load(from, masks[v].right[0]), S::load(from + S::kLanes, masks[v].right[1]));
+        sum = S::fma(columns[i].left, weight[3 * i], sum);
+        sum = S::fma(columns[i].centre, weight[3 * i + 1], sum);
+        sum = S::fma(columns[i].right, weight[3 * i + 2], sum);
+      }
+      S::store(y + row * out_width + column, S::max(lower, sum), S::first(out_width - column));
     }
   }
 }
@@ -342,46 +401,55 @@ void depthwise_stride2(const A* x, int64_t width, int64_t out_rows, int64_t out_
 template <class A>
 void depthwise(const Unit& unit, const Part& part, const Convolution& conv, Channels channels,
                const EdgeMasks<A>* masks, Planes<const A> y1, Planes<A> y2) {
+  using S = Simd<A>;
   const int64_t rows = part.row_end - part.row_begin;
-  const A lower = unit.conv2_relu ? A{0} : -std::numeric_limits<A>::infinity();
+  const auto lower = S::broadcast(unit.conv2_relu ? A{0} : -std::numeric_limits<A>::infinity());
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     const A* x = y1.channel(c - channels.begin);
-    const A* weight = static_cast<const A*>(conv.weight) + c * 9;
-    const A scale = static_cast<const A*>(conv.scale)[c];
-    const A bias = static_cast<const A*>(conv.bias)[c];
+    const A scale = conv.scale ? static_cast<const A*>(conv.scale)[c] : A{1};
+    const auto bias = S::broadcast(static_cast<const A*>(conv.bias)[c]);
+    typename S::V weight[9];
+    for (int i = 0; i < 9; ++i) weight[i] = S::broadcast(static_cast<const A*>(conv.weight)[c * 9 + i] * scale);
     if (unit.stride == 1) {
-      depthwise_stride1<A>(x, unit.width, rows * unit.width, masks, weight, scale, bias, lower, y2.channel(c));
+      depthwise_stride1<A>(x, unit.width, rows * unit.width, masks, weight, bias, lower, y2.channel(c));
     } else {
-      depthwise_stride2<A>(x, unit.width, rows, unit.out_width(), masks, weight, scale, bias, lower, y2.channel(c));
+      depthwise_stride2<A>(x, unit.width, rows, unit.out_width(), masks, weight, bias, lower, y2.channel(c));
     }
   }
 }
 
-// relu(avg_pool2d(x, 3, stride=2, padding=1)) of some channels; x starts with input row x_row.
+// relu(avg_pool2d(x, 3, stride=2, padding=1)) of some channels; x starts with input row x_row. The rows are added
+// before the columns, which so are sorted once.
 template <class A>
 void pool(const Unit& unit, const Part& part, Channels channels, const EdgeMasks<A>* masks, Planes<const A> x,
           int64_t x_row, Planes<A> result) {
   using S = Simd<A>;
   using V = typename S::V;
-  static constexpr A ones[9] = {1, 1, 1, 1, 1, 1, 1, 1, 1};
   const V one = S::broadcast(1);
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
       const A* const middle = x.channel(c) + (2 * row - x_row) * unit.width;
       const bool has_top = row > 0, has_bottom = 2 * row + 1 < unit.height;
-      StridedTaps<A> taps(
-          has_top ? middle - unit.width : nullptr, middle, has_bottom ? middle + unit.width : nullptr, ones);
       const V rows = S::broadcast(static_cast<A>(1 + has_top + has_bottom));
       A* y = result.channel(c) + (row - part.row_begin) * unit.out_width();
-      V right_before = {};
+      StridedColumns<A> sums, counts;
       for (int64_t v = 0, column = 0; column < unit.out_width(); ++v, column += S::kLanes) {
+        V halves[2];
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const A* const from = middle + 2 * column + half * S::kLanes;
+          halves[half] = S::load(from, masks[v].right[half]);
+          if (has_top) halves[half] += S::load(from - unit.width, masks[v].right[half]);
+          if (has_bottom) halves[half] += S::load(from + unit.width, masks[v].right[half]);
+        }
+        sums.next(halves[0], halves[1]);
         V share = S::broadcast(A{1} / 9);
         if (!unit.pool_count_include_pad) {
-          const V right = S::odd(S::keep(one, masks[v].right[0]), S::keep(one, masks[v].right[1]));
-          share = one / ((S::shift_in(right_before, right) + one + right) * rows);
-          right_before = right;
+          counts.next(S::keep(one, masks[v].right[0]), S::keep(one, masks[v].right[1]));
+          share = one / ((counts.left + one + counts.right) * rows);
         }
-        S::store(y + column, S::max(V{}, taps.next(masks[v]) * share), S::first(unit.out_width() - column));
+        const V mean = (sums.left + sums.centre + sums.right) * share;
+        S::store(y + column, S::max(V{}, mean), S::first(unit.out_width() - column));
       }
     }
   }
@@ -587,12 +655,15 @@ struct Scratch {
     const InputRows in(unit, part);
     Arena arena(memory);
     y1 = arena.planes<A>(mid.count(), (in.halo_end - in.halo_begin) * unit.width);
-    column = arena.take<A>(std::max(unit.conv1_depth(), unit.slice_channels()) + Simd<A>::kLanes);
+    const int64_t depth = std::max(unit.conv1_depth(), unit.slice_channels());
+    pointwise.offsets = arena.take<int64_t>(depth);
+    pointwise.row_tiles = arena.take<RowTile>(std::max(unit.mid_channels, unit.out_channels));
+    pointwise.column = arena.take<A>(depth + Simd<A>::kLanes);
     bytes = arena.bytes();
   }
 
   Planes<A> y1;
-  A* column;
+  PointwiseScratch<A> pointwise;
   int64_t bytes;
 };
 
@@ -616,8 +687,7 @@ void expand(const Unit& unit, const UnitPointers& pointers, const Part& part, Ch
   }
   const Planes<A> y1_image = {y1.data + (in.begin - in.halo_begin) * unit.width, y1.stride};
   const bool lone_pixel = has_lone_pixel<A>(unit.height * unit.width, in.end * unit.width);
-  conv1<A>(
-      unit, pointers.conv1, channels, view.planes_x, view.in_pixels, y1_image, lone_pixel ? scratch.column : nullptr);
+  conv1<A>(unit, pointers.conv1, channels, view.planes_x, view.in_pixels, y1_image, lone_pixel, scratch.pointwise);
   const Planes<A> y2 = unit.has_conv3() ? view.y2 : view.result;
   depthwise<A>(unit, part, pointers.conv2, channels, view.masks, read_only(y1), y2);
   if (!unit.has_conv3()) view.write_out(channels);
@@ -636,8 +706,8 @@ void project(const Unit& unit, const UnitPointers& pointers, const Part& part, C
     if (unit.adds_residual()) {
       residual = {view.planes_x.data + (part.row_begin - view.in.begin) * unit.width, view.planes_x.stride};
     }
-    conv3<A>(unit, pointers.conv3, convolved, read_only(view.y2), view.out_pixels, residual, view.result,
-             lone_pixel ? scratch.column : nullptr);
+    conv3<A>(unit, pointers.conv3, convolved, read_only(view.y2), view.out_pixels, residual, view.result, lone_pixel,
+             scratch.pointwise);
   }
   const Channels pooled = {
       std::max(channels.begin, unit.out_channels) - unit.out_channels, channels.end - unit.out_channels};

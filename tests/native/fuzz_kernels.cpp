@@ -57,7 +57,9 @@ static double epsilon(Dtype dtype) {
   }
 }
 
-// Appends a value that every dtype represents exactly.
+static double relu(double value) { return value < 0 ? 0 : value; }  // NaN stays
+
+// Appends a value that every dtype represents exactly, or NaN.
 static void put(Dtype dtype, double value, std::vector<char>& bytes) {
   const auto append = [&](const void* p, size_t n) {
     bytes.insert(bytes.end(), static_cast<const char*>(p), static_cast<const char*>(p) + n);
@@ -70,7 +72,8 @@ static void put(Dtype dtype, double value, std::vector<char>& bytes) {
   uint16_t half = static_cast<uint16_t>(bits >> 16);
   if (dtype == Dtype::float16) {
     const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    half = static_cast<uint16_t>(sign | (magnitude ? (magnitude - (112u << 23)) >> 13 : 0));
+    const uint32_t finite = sign | (magnitude ? (magnitude - (112u << 23)) >> 13 : 0);
+    half = static_cast<uint16_t>(std::isnan(value) ? 0x7e00 : finite);
   }
   append(&half, 2);
 }
@@ -135,7 +138,7 @@ static std::vector<double> expected_result(const Case& c, std::vector<double>& m
           size += std::abs(term);
         }
         const int64_t i = m * u.height * u.width + p;
-        y1[i] = std::max(0.0, c.conv1.scale[row] * sum + c.conv1.bias[row]);
+        y1[i] = relu(c.conv1.scale[row] * sum + c.conv1.bias[row]);
         size1[i] = std::abs(c.conv1.scale[row]) * size + std::abs(c.conv1.bias[row]);
       }
       for (int64_t p = 0; p < out_height * out_width; ++p) {
@@ -150,7 +153,7 @@ static std::vector<double> expected_result(const Case& c, std::vector<double>& m
         }
         const int64_t i = m * out_height * out_width + p;
         y2[i] = c.conv2.scale[m] * sum + c.conv2.bias[m];
-        if (u.conv2_relu) y2[i] = std::max(0.0, y2[i]);
+        if (u.conv2_relu) y2[i] = relu(y2[i]);
         size2[i] = std::abs(c.conv2.scale[m]) * size + std::abs(c.conv2.bias[m]);
       }
     }
@@ -171,7 +174,7 @@ static std::vector<double> expected_result(const Case& c, std::vector<double>& m
           value = c.conv3.scale[ch] * value + c.conv3.bias[ch];
           size = std::abs(c.conv3.scale[ch]) * size + std::abs(c.conv3.bias[ch]);
           if (u.adds_residual()) value += x(n, ch, row, column);
-          value = std::max(0.0, value);
+          value = relu(value);
         } else {
           int64_t inside = 0;
           for (int64_t tap = 0; tap < 9; ++tap) {
@@ -180,7 +183,7 @@ static std::vector<double> expected_result(const Case& c, std::vector<double>& m
             value += x(n, ch - u.out_channels, in_row, in_column);
             ++inside;
           }
-          value = std::max(0.0, value / static_cast<double>(u.pool_count_include_pad ? 9 : inside));
+          value = relu(value / static_cast<double>(u.pool_count_include_pad ? 9 : inside));
         }
         const int64_t i = offset(n, ch, row, column, channels, out_height, out_width, u.layout);
         result[i] = value;
@@ -269,7 +272,7 @@ static void check(const Case& c, const Isa& isa) {
   for (int64_t i = 0; i < static_cast<int64_t>(expected.size()); ++i) {
     const double got = get(c.dtype, result.data(), i);
     const double tolerance = epsilon(c.dtype) * std::abs(expected[i]) + 32 * sum_epsilon * magnitude[i];
-    if (std::abs(got - expected[i]) <= tolerance) continue;  // false for NaN
+    if (std::isnan(expected[i]) ? std::isnan(got) : std::abs(got - expected[i]) <= tolerance) continue;
     const Unit& u = c.unit;
     std::fprintf(
         stderr,
@@ -319,6 +322,10 @@ static Case random_case() {
   u.width = uniform(0, 5) ? uniform(1, 36) : 1;
   for (int64_t i = 0; i < u.batch * u.in_channels * u.height * u.width; ++i) {
     c.x.push_back(static_cast<double>(uniform(-64, 64)) / 32);
+  }
+  // Now and then a NaN, which must reach what depends on it and nothing else.
+  if (uniform(0, 3) == 0) {
+    c.x[uniform(0, static_cast<int64_t>(c.x.size()) - 1)] = std::numeric_limits<double>::quiet_NaN();
   }
   c.conv1 = random_weights(u.mid_channels, u.conv1_depth());
   c.conv2 = random_weights(u.mid_channels, 9);

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds the fuzzer of the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs it. Needs no Python and
-# no torch. Arguments: as for fuzz_kernels. CXX chooses the compiler, BUILD_DIR where the program goes.
+# no torch. Arguments: as for fuzz_kernels. CXX chooses the compiler, BUILD_DIR where the program goes,
+# RUN what runs it (an emulator; nothing).
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -20,4 +21,4 @@ done
 for pid in $pids; do wait "$pid"; done
 # shellcheck disable=SC2086  # a list of words
 "${CXX:-c++}" -fsanitize=address,undefined $objects -o "$build/fuzz_kernels"
-"$build/fuzz_kernels" "$@"
+${RUN:-} "$build/fuzz_kernels" "$@"
