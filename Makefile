@@ -12,7 +12,7 @@ TORCH_STAMP := $(STAMPS)/$(subst =,_,$(subst >,_,$(subst <,_,$(TORCH))))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.h tests/native/*.cpp)
 
-.PHONY: demo test bench sanitize test-aarch64 lint format clean
+.PHONY: demo test bench bench-cuda sanitize sanitize-cuda test-aarch64 lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMPS)/built $(STAMPS)/extra-demo
@@ -24,6 +24,9 @@ test: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
 bench: $(STAMPS)/built $(STAMPS)/extra-bench
 	$(BIN)/python -m benchmarks
 
+bench-cuda: $(STAMPS)/built $(STAMPS)/extra-bench
+	$(BIN)/python -m benchmarks.cuda
+
 # AddressSanitizer and UndefinedBehaviorSanitizer over the torch-free kernels.
 sanitize:
 	sh tests/native/run_sanitized.sh
@@ -31,6 +34,10 @@ sanitize:
 # The same for AArch64 under qemu.
 test-aarch64:
 	sh tests/native/run_aarch64.sh
+
+# compute-sanitizer over the CUDA kernels.
+sanitize-cuda: $(STAMPS)/built $(STAMPS)/extra-test
+	sh tests/cuda/run_sanitized.sh $(BIN)/python
 
 lint: $(STAMPS)/extra-lint $(STAMPS)/extra-test $(STAMPS)/extra-demo
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ number of threads; a call runs one inference and returns the output.
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -104,9 +104,9 @@ def eager_channels_last(module: nn.Module, x: Tensor) -> Contender:
     return eager(copied, channels_last(x))
 
 
-def compiled(module: nn.Module, x: Tensor) -> Contender:
+def compiled(module: nn.Module, x: Tensor, mode: str = "default") -> Contender:
     """torch.compile with Inductor's freezing."""
-    run: Callable[[Tensor], Tensor] = torch.compile(module, fullgraph=True, dynamic=False)
+    run: Callable[[Tensor], Tensor] = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
     with inductor_config.patch(freezing=True):  # read when the first call compiles; as an option it has no effect
         run(x)
     return eager(run, x)
@@ -185,14 +185,14 @@ OF_OPS = tuple(_FOLDED | _COMPILED)
 
 
 def build(
-    names: Iterable[str], plain: nn.Module, folded: nn.Module, x: Tensor
+    names: Iterable[str], plain: nn.Module, folded: nn.Module, x: Tensor, builders: Mapping[str, Builder] = ALL
 ) -> tuple[dict[str, Contender], dict[str, str]]:
     """The named peers, and for each one that cannot be had, why."""
     built: dict[str, Contender] = {}
     absent: dict[str, str] = {}
     for name in names:
         try:
-            built[name] = ALL[name](plain, folded, x)
+            built[name] = builders[name](plain, folded, x)
         except ImportError as error:
             absent[name] = f"not installed ({error})"
         except Exception as error:  # a peer that cannot run this shape must not cost the others theirs

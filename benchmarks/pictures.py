@@ -1,6 +1,6 @@
 """The pictures: latency against the peers, and the share of the machine's peak."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,42 +38,44 @@ def draw(rows: list[Row], fma_peak: float, folder: Path) -> list[Path]:
     shared = units + [replace(row, label="whole network") for row in networks if row.label.startswith("1×")]
     drawn = []
     for name, chosen, paint in (
-        ("latency_units", g3_units, lambda: _latency(g3_units, f"Units of ShuffleNet 1×, g = {_UNITS_GROUPS}")),
-        ("latency_networks", networks, lambda: _latency(networks, "Whole networks: 1× at 224², CIFAR at 32²")),
+        ("latency_units", g3_units, lambda: latency(g3_units, f"Units of ShuffleNet 1×, g = {_UNITS_GROUPS}")),
+        ("latency_networks", networks, lambda: latency(networks, "Whole networks: 1× at 224², CIFAR at 32²")),
         ("share_of_peak", shared, lambda: _share(shared, fma_peak)),
     ):
         if chosen:
-            drawn.append(_save(paint, folder / f"{name}.png"))
+            drawn.append(save(paint, folder / f"{name}.png"))
     return drawn
 
 
-def _save(paint: Callable[[], Any], path: Path) -> Path:
+def save(paint: Callable[[], Any], path: Path) -> Path:
     figure = paint()
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
 
 
-def _labels(rows: list[Row]) -> list[str]:
+def _labels(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.label for row in rows))
 
 
-def _latency(rows: list[Row], title: str) -> Any:
-    """A panel a batch size, a line a shape, a marker a contender at its median, a bar between its quartiles."""
+def latency(rows: Sequence[Row], title: str, styles: Mapping[str, tuple[str, str]] = _STYLES) -> Any:
+    """A panel a batch size, a line a shape, a marker a contender at its median, a bar between its quartiles.
+
+    ``styles`` has the marker and the colour of each contender to be shown; stars are drawn larger.
+    """
     labels, batches = _labels(rows), sorted({row.batch for row in rows})
-    figure, panels = plt.subplots(
-        1, len(batches), figsize=(11, 2 + 0.75 * len(labels)), sharey=True, squeeze=False, layout="constrained"
-    )
-    lanes = dict(zip(_STYLES, np.linspace(-0.36, 0.36, len(_STYLES)), strict=True))  # so that no marker hides another
+    size = (max(11, 4 * len(batches)), 2 + 0.75 * len(labels))
+    figure, panels = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    lanes = dict(zip(styles, np.linspace(-0.36, 0.36, len(styles)), strict=True))  # so that no marker hides another
     for panel, batch in zip(panels[0], batches, strict=True):
         for row in (row for row in rows if row.batch == batch):
-            for name, (marker, colour) in _STYLES.items():
+            for name, (marker, colour) in styles.items():
                 if timing := row.timings.get(name):
                     x = timing.median * 1e3
                     spread = [[x - timing.q1 * 1e3], [timing.q3 * 1e3 - x]]
                     line = labels.index(row.label) + lanes[name]
-                    size = 9 if name == OURS else 6
-                    panel.errorbar(x, line, xerr=spread, fmt=marker, color=colour, ms=size, label=name)
+                    marker_size = 9 if marker == "*" else 6
+                    panel.errorbar(x, line, xerr=spread, fmt=marker, color=colour, ms=marker_size, label=name)
         panel.set(xscale="log", title=f"batch {batch}", xlabel="ms a call, logarithmic: left is faster")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -52,10 +52,10 @@ def work(plain: nn.Module, x: Tensor) -> tuple[int, int]:
     return counter.get_total_flops(), sum(tensor.nbytes for tensor in (x, y, *plain.parameters()))
 
 
-def check(contenders: dict[str, Contender]) -> None:
-    """AssertionError, naming the contender, unless all give what ours gives."""
+def check(contenders: dict[str, Contender], tolerance: float = _TOLERANCE) -> None:
+    """AssertionError, naming the contender, unless all give what ours gives, but for ``tolerance`` of the largest."""
     expected = contenders[OURS]().clone()
-    limit = _TOLERANCE * expected.abs().max().item()
+    limit = tolerance * expected.abs().max().item()
     for name, run in contenders.items():
         difference = (run() - expected).abs().max().item()
         assert difference <= limit, f"{name} differs from ours by {difference:.3g}, more than {limit:.3g}"
@@ -87,6 +87,16 @@ def timed(run: Contender) -> float:
     return time.perf_counter() - start
 
 
+def timings_of(samples: dict[str, list[float]], base: str) -> dict[str, Timing]:
+    """What the rounds say of each contender, by its seconds of each; ratios are to the contender named ``base``."""
+    timings = {}
+    for name, times in samples.items():
+        q1, middle, q3 = quantiles(times, method="inclusive")
+        ratio = median(t / base_time for t, base_time in zip(times, samples[base], strict=True))
+        timings[name] = Timing(*(float(f"{value:.4g}") for value in (middle, q1, q3, ratio)))
+    return timings
+
+
 def race(benchmark: Any, contenders: dict[str, Contender], row: Row, seconds: float) -> None:
     """Times all contenders for about ``seconds`` and fills in ``row``; pytest-benchmark records ours."""
     check(contenders)
@@ -109,8 +119,5 @@ def race(benchmark: Any, contenders: dict[str, Contender], row: Row, seconds: fl
 
     benchmark.pedantic(contenders[OURS], setup=others_then_warm, rounds=row.rounds)
     ours = list(benchmark.stats.stats.data)
-    for name, times in ({OURS: ours} | samples).items():
-        q1, middle, q3 = quantiles(times, method="inclusive")
-        ratio = median(t / base for t, base in zip(times, ours, strict=True))
-        row.timings[name] = Timing(*(float(f"{value:.4g}") for value in (middle, q1, q3, ratio)))
+    row.timings = timings_of({OURS: ours} | samples, OURS)
     benchmark.extra_info.update({name: timing.median for name, timing in row.timings.items()})

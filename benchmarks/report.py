@@ -75,13 +75,13 @@ def load(folder: Path) -> Results:
 def write(results: Results, folder: Path) -> list[Path]:
     """Writes everything; returns the paths."""
     written = [folder / _JSON, folder / _MARKDOWN]
-    written[0].write_text(_compact_json(asdict(results)))
+    written[0].write_text(compact_json(asdict(results)))
     drawn = pictures.draw(results.rows, results.fma_peak, folder)
     written[1].write_text("\n".join(_markdown(results, [path.name for path in drawn])) + "\n")
     return written + drawn
 
 
-def _compact_json(results: dict[str, Any]) -> str:
+def compact_json(results: dict[str, Any]) -> str:
     """JSON with a line a row and a line for each other field, so that two runs can be compared by eye."""
     rows = ",\n".join("  " + json.dumps(row) for row in results["rows"])
     fields = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in results.items() if name != "rows"]

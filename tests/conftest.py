@@ -1,12 +1,17 @@
 """Fixtures. Without the native library no test runs: nothing here may pass by falling back to the reference."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from support import Unit
 
 from shufflenet_ext import _backend, _native, use_backend
+
+# For what tests share with benchmarks/. Last, so that an installed shufflenet_ext comes before the checkout's.
+sys.path.append(str(Path(__file__).parents[1]))
 
 if _native.native_error is not None:
     raise pytest.UsageError(f"the tests need the native library, but {_native.native_error}")
@@ -26,6 +31,12 @@ def native_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, no TF32 for float32, PyTorch's included, unless a test asks for it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(params=_native.cpu_isas())

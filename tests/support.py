@@ -47,11 +47,11 @@ class Unit:
         return options
 
     def tensors(self, dtype: torch.dtype = torch.float32, layout: torch.memory_format = LAYOUTS[0]) -> list[Tensor]:
-        """The op's positional arguments, such that every intermediate is of the order of one."""
+        """The op's positional arguments, on torch's default device; every intermediate is of the order of one."""
         generator = torch.Generator().manual_seed(1)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
         def vectors(channels: int) -> list[Any]:
             if self.op == "shuffle_bottleneck_batch_norm":
@@ -66,7 +66,8 @@ class Unit:
         tensors += [normal(self.mid_channels, 1, 3, 3) / 3, *vectors(self.mid_channels)]
         if self.op != "pointwise_shuffle_depthwise":
             tensors += [normal(out_channels, depth3, 1, 1) / depth3**0.5, *vectors(out_channels)]
-        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        device = torch.get_default_device()
+        tensors = [None if tensor is None else tensor.to(dtype).to(device) for tensor in tensors]
         tensors[0] = tensors[0].contiguous(memory_format=layout)
         return tensors
 
@@ -109,6 +110,11 @@ def assert_as_accurate(got: Tensor, plain: Tensor, exact: Tensor) -> None:
 
 def assert_strides_of_layout(tensor: Tensor, layout: torch.memory_format) -> None:
     assert tensor.stride() == torch.empty(tensor.shape, memory_format=layout).stride()
+
+
+def autocast(dtype: torch.dtype | None = None, enabled: bool = True) -> torch.autocast:
+    """torch.autocast on torch's default device."""
+    return torch.autocast(torch.get_default_device().type, dtype, enabled)
 
 
 class Recorder(TorchDispatchMode):

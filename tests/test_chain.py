@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, Unit
+from support import DTYPES, LAYOUTS, Unit, autocast
 
 from shufflenet_ext import reference
 
@@ -58,7 +58,7 @@ def test_opcheck(layout):
 
 
 def test_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(torch.bfloat16):
         got = chain_op(images(1, (8, 8)), *chain())
     parameters, options = chain()
     halves = [tensor.bfloat16() for tensor in parameters]

@@ -1,155 +1,262 @@
-"""The CUDA kernels on a card: `pytest -m cuda`. tests/test_cuda_host.py runs the same source without one."""
+"""The CUDA kernels on a card: `pytest -m cuda`. tests/test_cuda_host.py runs the same source without one.
+
+First all tests of the CPU kernels, with a card as torch's default device; then what only a card has.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
+import test_chain
+import test_dispatcher
+import test_kernels
+import test_properties
 import torch
-from torch import Tensor
+from support import DTYPES, LAYOUTS, OPS, Unit, assert_as_accurate, autocast, randomize
 
 import shufflenet_ext as se
 from shufflenet_ext import _native
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(_native.cuda_error is not None, reason=f"no CUDA kernels: {_native.cuda_error}"),
-]
+if (cuda_error := _native.build_info()["cuda_error"]) is not None:
+    pytest.skip(f"no CUDA kernels: {cuda_error}", allow_module_level=True)
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-# (in_channels, mid_channels, out_channels, conv1_groups, groups, stride, height, width)
+pytestmark = pytest.mark.cuda
+
+for module in (test_kernels, test_dispatcher, test_chain, test_properties):
+    for name, test in list(vars(module).items()):
+        if name.startswith("test_") and name != "test_every_isa_of_this_architecture_is_tested":
+            globals()[f"{module.__name__}_{name.removeprefix('test_')}"] = test
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.fixture
+def isa() -> str:
+    """In the place of the CPU's instruction sets, which are many."""
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def poison(device: None) -> None:
+    """Leaves NaN in shared memory and in freed memory, for whoever reads what it did not write."""
+    unit = Unit(batch=1, in_channels=240, mid_channels=60, plane=(14, 14))
+    x, *weights = unit.tensors(torch.float16)
+    unit.native([torch.full((512, *x.shape[1:]), torch.nan, dtype=x.dtype), *weights])  # every multiprocessor
+    blocks = [torch.full((2**exponent,), torch.nan) for exponent in range(6, 23) for _ in range(2)]
+    del blocks
+
+
+each_op = pytest.mark.parametrize("op", OPS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+
+# The units of the paper's networks with 3 groups, and units whose channels or planes fit no vector and no tile.
 UNITS = [
-    (240, 60, 240, 3, 3, 1, 28, 28),
-    (480, 120, 480, 3, 3, 1, 14, 14),
-    (960, 240, 960, 3, 3, 1, 7, 7),
-    (24, 54, 216, 1, 3, 2, 56, 56),
-    (240, 60, 240, 3, 3, 2, 28, 28),
-    (272, 68, 272, 4, 4, 1, 28, 28),
-    (384, 96, 384, 8, 8, 1, 28, 28),
-    (144, 36, 144, 1, 1, 1, 28, 28),
-    (15, 9, 9, 3, 3, 2, 1, 1),
-    (15, 9, 15, 3, 3, 1, 1, 17),
-    (30, 21, 30, 1, 3, 1, 13, 5),
+    Unit(in_channels=24, mid_channels=60, out_channels=216, conv1_groups=1, stride=2, plane=(56, 56)),
+    Unit(in_channels=240, mid_channels=60, plane=(28, 28)),
+    Unit(in_channels=240, mid_channels=120, stride=2, plane=(28, 28)),
+    Unit(in_channels=480, mid_channels=120, plane=(14, 14)),
+    Unit(in_channels=480, mid_channels=240, stride=2, plane=(14, 14)),
+    Unit(in_channels=960, mid_channels=240, plane=(7, 7)),
+    Unit(groups=4, in_channels=272, mid_channels=68, plane=(28, 28)),
+    Unit(groups=8, in_channels=384, mid_channels=96, plane=(28, 28)),
+    Unit(groups=1, in_channels=144, mid_channels=36, plane=(28, 28)),
+    Unit(in_channels=15, mid_channels=9, out_channels=9, stride=2, plane=(1, 1)),
+    Unit(in_channels=15, mid_channels=9, plane=(1, 17)),
+    Unit(in_channels=30, mid_channels=21, conv1_groups=1, plane=(13, 5)),
 ]
+STAGE_2, STAGE_3 = UNITS[1], UNITS[3]
 
 
-def arguments(unit: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, batch: int = 2) -> list[Tensor]:
-    inputs, mid, out, conv1_groups, groups, _, height, width = unit
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, scale: float = 1) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to("cuda", dtype)
-
-    depth1, depth3 = inputs // conv1_groups, mid // groups
-    return [
-        normal(batch, inputs, height, width).contiguous(memory_format=layout),
-        normal(mid, depth1, 1, 1, scale=depth1**-0.5),
-        normal(mid),
-        normal(mid, 1, 3, 3, scale=1 / 3),
-        normal(mid),
-        normal(out, depth3, 1, 1, scale=depth3**-0.5),
-        normal(out),
-    ]
-
-
-def options(unit: tuple[int, ...]) -> dict[str, int]:
-    return {"conv1_groups": unit[3], "groups": unit[4], "stride": unit[5]}
-
-
-def native(tensors: list[Tensor], unit: tuple[int, ...]) -> Tensor:
-    return torch.ops.shufflenet_ext.shuffle_bottleneck(*tensors, **options(unit))
-
-
-def assert_right(got: Tensor, tensors: list[Tensor], unit: tuple[int, ...]) -> None:
-    """Not further from float64 than twice PyTorch's own error, with a rounding or two to spare."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        exact = se.reference.shuffle_bottleneck(*(tensor.double() for tensor in tensors), **options(unit))
-        plain = se.reference.shuffle_bottleneck(*tensors, **options(unit))
-    error, plain_error = ((result.double() - exact).abs().max() for result in (got, plain))
-    floor = torch.finfo(got.dtype).eps * exact.abs().max() * (1 if got.element_size() == 2 else 8)
-    assert got.shape == exact.shape
-    assert error <= 2 * plain_error + floor
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("unit", UNITS)
-def test_units(unit: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> None:
-    tensors = arguments(unit, dtype, layout)
-    got = native(tensors, unit)
-    assert_right(got, tensors, unit)
+@each_layout
+@each_dtype
+@each_op
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: f"{unit.in_channels}x{unit.plane}s{unit.stride}g{unit.groups}")
+def test_units(unit, op, dtype, layout):
+    unit = replace(unit, op=op)
+    got = unit.check(unit.tensors(dtype, layout))
     assert got.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_pointwise_shuffle_depthwise(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    tensors = arguments(UNITS[0], dtype, layout)[:5]
-    kwargs = {"conv1_groups": 3, "shuffle_groups": 3}
-    got = torch.ops.shufflenet_ext.pointwise_shuffle_depthwise(*tensors, **kwargs)
-    exact = se.reference.pointwise_shuffle_depthwise(*(tensor.double() for tensor in tensors), **kwargs)
-    assert (got.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
+# ---- Sizes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [0, 1, 65536])
-def test_batches(batch: int) -> None:
-    tensors = arguments(UNITS[-1], torch.float16, torch.channels_last, batch)
-    got = native(tensors, UNITS[-1])
+@each_layout
+@pytest.mark.parametrize("batch", [1, 65535, 65536])
+def test_batches(batch, layout):
+    unit = replace(UNITS[-1], batch=batch)
+    x, *weights = unit.tensors(torch.float16, layout)
+    got = unit.native([x, *weights])
     assert got.shape[0] == batch
-    if batch:
-        last = [tensors[0][-1:], *tensors[1:]]
-        assert_right(got[-1:], last, UNITS[-1])
+    last = [x[-1:], *weights]
+    assert_as_accurate(got[-1:], unit.reference(last), unit.exact(last))
 
 
-def test_batch_norm_in_float32_under_16_bit_convolutions() -> None:
-    with se.use_backend("native"), torch.no_grad():
-        unit = se.FusedShuffleBottleneck(240, 240, 1, 3).cuda().eval()
-        x = torch.randn(2, 240, 28, 28, device="cuda")
-        expected = unit(x)
-        with torch.autocast("cuda", dtype=torch.float16):
-            got = unit(x)
-    assert got.dtype == torch.float16
-    assert (got - expected).abs().max() <= 0.01 * expected.abs().max()
+@each_layout
+@pytest.mark.parametrize(("batch", "plane"), [(1368, (256, 256)), (1, (9472, 9472))])
+def test_more_than_2_31_elements(batch, plane, layout):
+    unit = Unit(batch=batch, plane=plane)
+    elements = unit.in_channels * batch * plane[0] * plane[1]
+    assert elements > 2**31
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 5 * elements:  # x and the result, 2 bytes each
+        pytest.skip("needs more memory on the card")
+    _, *weights = replace(unit, batch=1, plane=(1, 1)).tensors(torch.float16)
+    x = torch.empty(batch, unit.in_channels, *plane, dtype=torch.float16, memory_format=layout).normal_()
+    got = unit.native([x, *weights])
+    for image in (0, batch - 1):
+        # Nine rows at the end give the last eight of the result.
+        end = [x[image : image + 1, :, -9:].clone(), *weights]
+        plain, exact = (result[:, :, 1:] for result in (unit.reference(end), unit.exact(end)))
+        assert_as_accurate(got[image : image + 1, :, -8:], plain, exact)
 
 
-def test_a_stream_of_its_own() -> None:
-    tensors = arguments(UNITS[0], torch.float16, torch.channels_last, 64)
+# ---- Streams, graphs, devices ---------------------------------------------------------------------------------------
+
+
+def test_a_stream_of_its_own():
+    unit = replace(STAGE_2, batch=64)
+    x, *weights = unit.tensors(torch.float16, torch.channels_last)
+    later = torch.full_like(x, torch.nan)
+    busy = torch.randn(4096, 4096)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        tensors[0] = tensors[0] * 0.5  # in the same stream, just before
-        got = native(tensors, UNITS[0])
+        for _ in range(20):
+            busy = (busy @ busy).clamp(-1, 1)
+        later.copy_(x)  # what runs in another stream comes before this
+        got = unit.native([later, *weights])
     torch.cuda.current_stream().wait_stream(stream)
-    assert_right(got, tensors, UNITS[0])
+    assert_as_accurate(got, unit.reference([x, *weights]), unit.exact([x, *weights]))
 
 
-def test_cuda_graphs() -> None:
-    tensors = arguments(UNITS[0], torch.float16, torch.channels_last)
-    graph = torch.cuda.CUDAGraph()
-    native(tensors, UNITS[0])
+@each_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_cuda_graphs(op, dtype):
+    unit = replace(STAGE_2, op=op)
+    x, *weights = unit.tensors(dtype, torch.channels_last)
+    unit.native([x, *weights])
     torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = native(tensors, UNITS[0])
-    tensors[0].copy_(tensors[0].flip(0))
-    graph.replay()
-    assert_right(got, tensors, UNITS[0])
-
-
-def test_torch_compile_with_graphs() -> None:
-    with se.use_backend("native"), torch.no_grad():
-        unit = se.FusedShuffleBottleneck(240, 240, 1, 3).cuda().eval()
-        compiled = torch.compile(unit, mode="reduce-overhead", fullgraph=True)
-        x = torch.randn(2, 240, 28, 28, device="cuda")
-        for _ in range(3):
-            torch.testing.assert_close(compiled(x).clone(), unit(x))
+        got = unit.native([x, *weights])
+    for changed in (x.flip(0), x.flip(2), torch.zeros_like(x)):
+        x.copy_(changed)
+        graph.replay()
+        assert torch.equal(got, unit.native([changed, *weights]))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_another_device_than_the_current() -> None:
-    tensors = [tensor.to("cuda:1") for tensor in arguments(UNITS[0], torch.float32, torch.contiguous_format)]
-    got = native(tensors, UNITS[0])
+@each_op
+def test_another_device_than_the_current(op):
+    unit = replace(STAGE_2, op=op)
+    tensors = [tensor.to("cuda:1") for tensor in unit.tensors(torch.float16)]
+    got = unit.check(tensors)
+    assert got.device == torch.device("cuda:1")
     assert torch.cuda.current_device() == 0
-    assert_right(got, tensors, UNITS[0])
+    with pytest.raises(RuntimeError, match="conv1_weight: got a tensor on another device than x's"):
+        unit.native([tensors[0], *(tensor.to("cuda:0") for tensor in tensors[1:])])
 
 
-def test_opcheck() -> None:
-    tensors = arguments(UNITS[-1], torch.float32, torch.channels_last)
-    torch.library.opcheck(torch.ops.shufflenet_ext.shuffle_bottleneck.default, tuple(tensors), options(UNITS[-1]))
+# ---- Compilation and networks ---------------------------------------------------------------------------------------
+
+
+@each_layout
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_compile_with_graphs(mode, layout):
+    module = randomize(se.FusedShuffleBottleneck(240, 240, 1, 3).cpu()).cuda().eval()
+    compiled = torch.compile(module, mode=mode, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(2, 240, 28, 28).contiguous(memory_format=layout)
+            torch.testing.assert_close(compiled(x).clone(), module(x))
+
+
+@each_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("create", "size"), [(se.models.ShuffleNetG3, 32), (se.models.shufflenet_v1, 224)])
+def test_networks(create, size, dtype, layout):
+    network = randomize(create().cpu()).cuda().eval()
+    images = torch.randn(2, 3, size, size).contiguous(memory_format=layout)
+    optimized = se.optimize_for_inference(network).to(dtype)
+    with se.use_backend("reference"), torch.no_grad():
+        exact = network.double()(images.double())
+        plain = network.to(dtype)(images.to(dtype))
+    assert_as_accurate(optimized(images.to(dtype)), plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_of_a_module_keeps_batch_norm_in_float32(dtype):
+    module = randomize(se.FusedShuffleBottleneck(240, 240, 1, 3).cpu()).cuda().eval()
+    x = torch.randn(2, 240, 28, 28)
+    with torch.no_grad():
+        exact = module(x).double()
+        with autocast(dtype):
+            got = module(x)
+            with se.use_backend("reference"):
+                plain = module(x)
+    assert got.dtype == dtype
+    assert_as_accurate(got, plain.to(dtype), exact)
+
+
+# ---- TF32 -----------------------------------------------------------------------------------------------------------
+
+
+@each_layout
+@pytest.mark.parametrize("unit", [STAGE_2, STAGE_3, UNITS[-1]], ids=["stage 2", "stage 3", "odd"])
+def test_tf32_only_where_it_is_allowed(unit, layout, monkeypatch):
+    tensors = unit.tensors(torch.float32, layout)
+    full = unit.check(tensors)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    got, exact = unit.native(tensors), unit.exact(tensors)
+    # TF32 leaves operands the 10 bits of mantissa that float16 has.
+    rounded = [tensor.half().float() for tensor in tensors]
+    error, rounding = ((result - exact).abs().max() for result in (got.double(), unit.exact(rounded)))
+    assert error <= 4 * rounding
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert torch.equal(unit.native(tensors), full)
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 0), reason="the card has no TF32")
+def test_tf32_is_used_where_it_is_allowed(monkeypatch):
+    tensors = STAGE_3.tensors()
+    full = STAGE_3.native(tensors)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert not torch.equal(STAGE_3.native(tensors), full)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_tf32_changes_nothing_for_other_dtypes(dtype, monkeypatch):
+    tensors = STAGE_3.tensors(dtype)
+    expected = STAGE_3.native(tensors)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert torch.equal(STAGE_3.native(tensors), expected)
+
+
+# ---- Errors ---------------------------------------------------------------------------------------------------------
+
+
+@each_op
+def test_tensors_that_lie_elsewhere_or_are_of_another_dtype(op):
+    unit = Unit(op)
+    tensors = unit.tensors()
+    for i in range(1, len(tensors)):
+        for bad, message in (
+            (tensors[i].cpu(), r"\w+: got a tensor on another device than x's"),
+            (tensors[i].int(), r"\w+: got dtype"),
+            (tensors[i][:-1], r"\w+: got .*, expected "),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                unit.native([*tensors[:i], bad, *tensors[i + 1 :]])
+
+
+def test_a_unit_that_no_block_can_hold():
+    unit = Unit(groups=1, in_channels=8, mid_channels=200_000, batch=1, plane=(1, 1))
+    with pytest.raises(RuntimeError, match=r"x: no CUDA kernel can be planned for this unit \(.*200000 intermediate"):
+        unit.native(unit.tensors(torch.float64))
+    assert torch.ones(3).sum() == 3  # nothing was launched, and nothing is left behind

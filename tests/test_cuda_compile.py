@@ -9,19 +9,14 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-KERNEL = Path(__file__).parents[1] / "csrc" / "cuda"
+from benchmarks.cuda_toolkit import Kernel, compile_kernels, nvcc
+
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
 def cuobjdump() -> str | None:
@@ -37,36 +32,6 @@ def cuobjdump() -> str | None:
 
 
 pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc (on PATH, or by CUDA_HOME)")
-
-
-@dataclass
-class Kernel:
-    layout: str
-    registers: int
-    spilled_bytes: int
-    static_shared_bytes: int
-
-
-def compile_kernels(dtype: str, arch: str, folder: Path) -> tuple[Path, list[Kernel]]:
-    """The two kernels (layouts) of a dtype, and ptxas' figures of them."""
-    cubin = folder / f"{dtype}_{arch}.cubin"
-    command = [nvcc(), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", cubin]
-    done = subprocess.run(
-        [*map(str, command), str(KERNEL / f"unit_{dtype}.cu")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    kernels = []
-    for part in done.stderr.split("Compiling entry function")[1:]:
-        shared = re.search(r"(\d+) bytes smem", part)
-        kernels.append(
-            Kernel(
-                layout="channels_last" if "LayoutE1" in part else "contiguous",
-                registers=int(re.search(r"Used (\d+) registers", part)[1]),
-                spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", part))),
-                static_shared_bytes=int(shared[1]) if shared else 0,
-            )
-        )
-    return cubin, kernels
 
 
 @pytest.fixture(scope="session")

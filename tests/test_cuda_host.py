@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.cuda_toolkit import KERNEL, ROOT, build_planner, plans
+
 SOURCES = ROOT / "tests" / "cuda"
-KERNEL = ROOT / "csrc" / "cuda"
 CXX = os.environ.get("CXX", "g++").split()[0]
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"]
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -246,18 +246,7 @@ def paper_units() -> list[Case]:
 
 @pytest.fixture(scope="session")
 def planner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("plan_test.cpp", tmp_path_factory.mktemp("planner") / "plan", "-O1")
-
-
-def plans(planner: Path, cases: list[Case]) -> list[Case]:
-    answers = run(planner, cases).stdout.splitlines()
-    assert len(answers) == len(cases)
-    found: list[Case] = []
-    for answer in answers:
-        numbers, explanation = answer.split(" explanation=")
-        plan: Case = {key: int(value) for key, value in (pair.split("=") for pair in numbers.split())}
-        found.append(plan | {"explanation": explanation})
-    return found
+    return build_planner(tmp_path_factory.mktemp("planner"))
 
 
 @pytest.mark.parametrize("sm", ARCHS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import LAYOUTS, OPS, Recorder, Unit, assert_as_accurate, assert_ran
+from support import LAYOUTS, OPS, Recorder, Unit, assert_as_accurate, assert_ran, autocast
 
 import shufflenet_ext as se
 
@@ -168,7 +168,7 @@ def test_export_with_a_dynamic_batch():
 def test_autocast_casts_as_for_convolutions(op, dtype, layout):
     unit = Unit(op)
     tensors = unit.tensors(layout=layout)
-    with torch.autocast("cpu", dtype=dtype):
+    with autocast(dtype):
         with assert_ran(op):
             got = unit.native(tensors)
         assert got.dtype == torch.nn.functional.conv2d(tensors[0], tensors[1], groups=3).dtype == dtype
@@ -180,7 +180,7 @@ def test_autocast_casts_as_for_convolutions(op, dtype, layout):
 @each_op
 def test_autocast_leaves_float64_alone(op):
     tensors = Unit(op).tensors(torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast(torch.bfloat16):
         got = Unit(op).native(tensors)
         assert torch.nn.functional.conv2d(tensors[0], tensors[1], groups=3).dtype == torch.float64
     assert got.dtype == torch.float64
@@ -190,10 +190,10 @@ def test_autocast_leaves_float64_alone(op):
 def test_autocast_nested():
     unit = Unit()
     tensors = unit.tensors()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with torch.autocast("cpu", enabled=False):
+    with autocast(torch.bfloat16):
+        with autocast(enabled=False):
             assert unit.native(tensors).dtype == torch.float32
-        with torch.autocast("cpu", dtype=torch.float16):
+        with autocast(torch.float16):
             assert unit.native(tensors).dtype == torch.float16
         assert unit.native(tensors).dtype == torch.bfloat16
     assert unit.native(tensors).dtype == torch.float32
@@ -201,7 +201,7 @@ def test_autocast_nested():
 
 def test_autocast_gradients_have_the_dtypes_of_the_parameters():
     tensors = with_gradients(Unit())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast(torch.bfloat16):
         got = Unit().native(tensors)
     got.float().sum().backward()
     plain = with_gradients(Unit())

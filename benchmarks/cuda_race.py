@@ -1,0 +1,273 @@
+"""The rows of ``make bench-cuda``: what is measured, against whom, and how.
+
+What touches the device is :class:`EventClock` and :func:`graphed`; both are handed in, so that the rest runs anywhere.
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import shufflenet_ext as se
+from benchmarks import peers
+from benchmarks.cuda_model import BATCHES, ELEMENT_BYTES, GROUPS, Model, Unit
+from benchmarks.cuda_toolkit import LAYOUTS
+from benchmarks.peers import FOLDED, OURS, OURS_CHANNELS_LAST, Builder, Contender, eager, eager_channels_last
+from benchmarks.race import Row, check, timings_of, work
+from benchmarks.shapes import IMAGE_SIZE, NetworkShape, UnitShape, with_statistics
+
+OURS_GRAPH = "ours graph"
+OURS_CHANNELS_LAST_GRAPH = "ours channels_last graph"
+MAX_AUTOTUNE = "torch.compile max-autotune"
+UNITS, ALL_UNITS, NETWORKS = "units", "network's units", "networks"
+_ROUNDS = 50
+_COPIED_BYTES = 2**29  # beyond every card's L2 cache
+_FLUSHED_BYTES = 2**28
+
+# Seconds of one call.
+Clock = Callable[[Contender], float]
+Wrapper = Callable[[Contender], Contender]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A dtype, whether float32 may be multiplied as TF32, and how far two contenders' results may be apart, relative
+    to the largest: the peers round intermediate results where the fused unit does not."""
+
+    name: str
+    dtype: torch.dtype
+    allow_tf32: bool
+    tolerance: float
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """The switches that PyTorch's own convolutions and products obey, and the units with them."""
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.allow_tf32
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.allow_tf32):
+                yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+
+PRECISIONS = (
+    Precision("float16", torch.float16, False, 1e-2),
+    Precision("bfloat16", torch.bfloat16, False, 5e-2),
+    Precision("tfloat32", torch.float32, True, 1e-2),
+    Precision("float32", torch.float32, False, 1e-4),
+)
+
+
+class Shape(Protocol):
+    @property
+    def groups(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def label(self) -> str: ...
+    def build(self) -> tuple[nn.Module, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class AllUnits:
+    """The units of the paper's network, one behind the other, without stem and head."""
+
+    groups: int
+    batch: int
+    label = "16 units"
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        network = se.models.shufflenet_v1(self.groups)
+        units = nn.Sequential(*network.layer1, *network.layer2, *network.layer3)
+        size = IMAGE_SIZE // 4
+        return with_statistics(units), torch.randn(self.batch, network.conv1.out_channels, size, size)
+
+
+def shapes(batches: tuple[int, ...] = BATCHES) -> Iterator[tuple[str, Shape]]:
+    """Suites and what they measure."""
+    for stage, stride, batch in product((2, 3, 4), (2, 1), batches):
+        yield UNITS, UnitShape(GROUPS, stage, stride, batch)
+    for batch in batches:
+        yield ALL_UNITS, AllUnits(GROUPS, batch)
+    for batch in batches:
+        yield NETWORKS, NetworkShape(GROUPS, False, batch)
+
+
+# ---- The device -----------------------------------------------------------------------------------------------------
+
+
+class EventClock:
+    """Times a call by CUDA events, behind a write that leaves none of its data in the L2 cache.
+
+    The write also takes long enough for a few launches to be queued behind it, so that those are not waited for.
+    """
+
+    def __init__(self) -> None:
+        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, run: Contender) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushed.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def graphed(run: Contender) -> Contender:
+    """The same as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def copy_bandwidth(clock: Clock, device: str, traffic: int = _COPIED_BYTES) -> float:
+    """Bytes a second, read and written, of a copy in the device's memory: the best of the rounds."""
+    source = torch.zeros(traffic // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(clock(lambda: target.copy_(source)) for _ in range(_ROUNDS))
+
+
+# ---- Contenders -----------------------------------------------------------------------------------------------------
+
+
+def max_autotune(module: nn.Module, x: Tensor) -> Contender:
+    """torch.compile at its best, in its own CUDA graphs; channels_last, which spares it conversions."""
+    copied = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return peers.compiled(copied, peers.channels_last(x), mode="max-autotune")
+
+
+def builders(graph: Wrapper) -> dict[str, Builder]:
+    """The peers; those that are not compiled also get the CUDA graph that ours gets."""
+    return {
+        "eager": lambda plain, folded, x: eager(plain, x),
+        "eager channels_last": lambda plain, folded, x: eager_channels_last(plain, x),
+        FOLDED: lambda plain, folded, x: eager(folded, x),
+        "folded channels_last": lambda plain, folded, x: eager_channels_last(folded, x),
+        "folded graph": lambda plain, folded, x: graph(eager(folded, x)),
+        "folded channels_last graph": lambda plain, folded, x: graph(eager_channels_last(folded, x)),
+        MAX_AUTOTUNE: lambda plain, folded, x: max_autotune(folded, x),
+    }
+
+
+def ours(module: nn.Module, x: Tensor, graph: Wrapper) -> dict[str, Contender]:
+    """This package, optimized for inference, in both memory formats; as it is, and as a CUDA graph."""
+    run, run_last = eager(module, x), eager(module, peers.channels_last(x))
+    return {OURS: run, OURS_CHANNELS_LAST: run_last, OURS_GRAPH: graph(run), OURS_CHANNELS_LAST_GRAPH: graph(run_last)}
+
+
+# ---- Rows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CudaRow(Row):
+    """``traffic`` is that of the units alone, each moving its input, result and parameters once; ``predicted`` holds
+    seconds by layout, of the units alone, where there is a model for the card and the precision."""
+
+    precision: str = ""
+    predicted: dict[str, float] | None = None
+
+    @property
+    def floor(self) -> float:
+        """Seconds that memory alone needs."""
+        return self.traffic / self.copy_bandwidth
+
+    def over_floor(self, name: str) -> float:
+        return self.timings[name].median / self.floor
+
+
+def units_of(module: nn.Module, x: Tensor) -> list[Unit]:
+    """The units that a call of ``module`` runs, in order."""
+    found: list[Unit] = []
+    inside = [unit for unit in module.modules() if isinstance(unit, se.ShuffleBottleneck)]
+    hooks = [unit.register_forward_pre_hook(lambda unit, args: found.append(Unit.of(unit, *args))) for unit in inside]
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@dataclass(frozen=True)
+class Track:
+    """Where a race is run, and by what it is timed. Without a model there is no prediction."""
+
+    device: str
+    clock: Clock
+    graph: Wrapper
+    builders: Mapping[str, Builder]
+    bandwidth: float
+    model: Model | None = None
+    sm: int = 0
+    rounds: int = _ROUNDS
+
+    def predict(self, units: list[Unit], precision: Precision) -> dict[str, float] | None:
+        if self.model is None or precision.name not in ELEMENT_BYTES:
+            return None
+        return {
+            layout: sum(p.time for p in self.model.predict(units, precision.name, layout, self.sm))
+            for layout in LAYOUTS
+        }
+
+    def measure(self, suite: str, shape: Shape, precision: Precision) -> CudaRow:
+        """A row: outputs compared, then rounds of one call of each contender. AssertionError where they differ."""
+        torch.manual_seed(0)
+        module, x = shape.build()
+        x = x.to(self.device, precision.dtype)
+        # Batch norm is folded in float32 for all of them, before the weights are rounded.
+        plain, folded, optimized = (
+            made.to(self.device, precision.dtype)
+            for made in (peers.plain_copy(module), peers.folded_copy(module), se.optimize_for_inference(module))
+        )
+        with precision.in_force(), torch.no_grad(), se.use_backend("native"):
+            units = units_of(plain, x)
+            built, absent = peers.build(self.builders, plain, folded, x, self.builders)
+            contenders = ours(optimized, x, self.graph) | built
+            check(contenders, precision.tolerance)
+            samples = self._rounds(contenders)
+            flop = work(folded, x)[0]
+        torch.compiler.reset()  # else each row's module counts towards the limit of recompilations
+        return CudaRow(
+            suite,
+            shape.label,
+            shape.groups,
+            shape.batch,
+            flop,
+            x.element_size() * sum(unit.elements for unit in units),
+            self.bandwidth,
+            rounds=self.rounds,
+            timings=timings_of(samples, OURS_CHANNELS_LAST_GRAPH),
+            absent=absent,
+            precision=precision.name,
+            predicted=self.predict(units, precision),
+        )
+
+    def _rounds(self, contenders: dict[str, Contender]) -> dict[str, list[float]]:
+        """Interleaved; each round starts with another contender, so that none always comes behind the same one."""
+        samples: dict[str, list[float]] = {name: [] for name in contenders}
+        order = deque(contenders)
+        for run in contenders.values():
+            self.clock(run)
+        for _ in range(self.rounds):
+            for name in order:
+                samples[name].append(self.clock(contenders[name]))
+            order.rotate(-1)
+        return samples

@@ -1,0 +1,100 @@
+"""What compilers say of the CUDA kernels where there is no card: ptxas' figures, and the planner's choices.
+
+Only the standard library is imported: tests and the model of the kernels' speed share this.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KERNEL = ROOT / "csrc" / "cuda"
+LAYOUTS = ("contiguous", "channels_last")
+
+# A unit, how it is run and on what, by the names of tests/cuda/case.h.
+Case = Mapping[str, int | str]
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel, as ptxas describes it; registers are a thread's."""
+
+    layout: str
+    registers: int
+    spilled_bytes: int
+    static_shared_bytes: int
+
+
+def compile_kernels(dtype: str, arch: str, folder: Path) -> tuple[Path, list[Kernel]]:
+    """The two kernels (layouts) of a dtype, and ptxas' figures of them. RuntimeError where nvcc fails."""
+    cubin = folder / f"{dtype}_{arch}.cubin"
+    source = KERNEL / f"unit_{dtype}.cu"
+    command = [nvcc(), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", cubin, source]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc failed on {source.name} for sm_{arch}:\n{done.stderr}")
+    kernels = []
+    for part in done.stderr.split("Compiling entry function")[1:]:
+        kernels.append(
+            Kernel(
+                layout=LAYOUTS["LayoutE1" in part],
+                registers=_number(r"Used (\d+) registers", part),
+                spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", part))),
+                static_shared_bytes=_number(r"(\d+) bytes smem", part, 0),
+            )
+        )
+    return cubin, kernels
+
+
+def _number(pattern: str, text: str, otherwise: int | None = None) -> int:
+    found = re.search(pattern, text)
+    if found:
+        return int(found[1])
+    if otherwise is None:
+        raise RuntimeError(f"expected a match of {pattern!r} in: {text}")
+    return otherwise
+
+
+def toolkit_version() -> str:
+    """Of the toolkit that nvcc is part of, such as 13.0."""
+    text = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", text)
+    return found[1] if found else text.strip()
+
+
+def tile_constants() -> dict[str, int]:
+    """The integers that tiling.h defines, by name."""
+    text = (KERNEL / "tiling.h").read_text()
+    return {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
+
+
+def build_planner(folder: Path) -> Path:
+    """The program of tests/cuda/plan_test.cpp, which answers with plan_unit's choices."""
+    program, sources = folder / "planner", ROOT / "tests" / "cuda"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    command = [compiler, "-std=c++17", "-O1", f"-I{KERNEL}", "-o", program, sources / "plan_test.cpp"]
+    subprocess.run([*map(str, command)], check=True)
+    return program
+
+
+def plans(planner: Path, cases: Iterable[Case]) -> list[dict[str, int | str]]:
+    """The planner's choice for each case: plan_test.cpp's keys."""
+    lines = [" ".join(f"{key}={value}" for key, value in case.items()) for case in cases]
+    done = subprocess.run([planner], input="\n".join(lines) + "\n", capture_output=True, text=True, check=True)
+    answers = done.stdout.splitlines()
+    assert len(answers) == len(lines)
+    found: list[dict[str, int | str]] = []
+    for answer in answers:
+        numbers, explanation = answer.split(" explanation=")
+        plan: dict[str, int | str] = {key: int(value) for key, value in (pair.split("=") for pair in numbers.split())}
+        found.append(plan | {"explanation": explanation})
+    return found
