@@ -61,51 +61,58 @@ void sort_even_odd(const T* from, int64_t n, accumulator_t<T>* even, int64_t eve
   }
 }
 
-// A row of x to its `stride` planes, with zeros around it; `planes` are those of the row's channel and remainder.
-template <class T>
-void sort_row(const Stem& stem, const StemRows& rows, const T* x, Planes<accumulator_t<T>> planes) {
-  using A = accumulator_t<T>;
-  using S = Simd<A>;
-  // Where column `column` of x and every stride-th behind it go to, and how many of them there are and have room.
-  struct Run {
-    A* to;
-    int64_t count;
-  };
-  const auto run = [&](int64_t column) {
-    const int64_t start = (stem.padding + column) / stem.stride;
-    A* const plane = planes.channel((stem.padding + column) % stem.stride);
-    const int64_t count = std::min(ceil_div(stem.width - column, stem.stride), rows.pitch - start);
-    std::fill(plane, plane + std::min(start, rows.pitch), A{0});
-    if (start + count < rows.pitch) std::fill(plane + start + count, plane + rows.pitch, A{0});
-    return Run{plane + start, count};
-  };
-  if (stem.stride == 1) {
-    const Run all = run(0);
-    for (int64_t i = 0; i < all.count; i += S::kLanes) {
-      S::store(all.to + i, load_first(x + i, all.count - i), S::first(all.count - i));
-    }
-  } else {
-    const Run even = run(0), odd = run(1);
-    sort_even_odd<T>(x, stem.width, even.to, even.count, odd.to, odd.count);
+// Where the columns of a row of x go that a column and every stride-th behind it are: to which plane of the row's, from
+// where on, and how many of them have room.
+struct SortedColumns {
+  SortedColumns(const Stem& stem, const StemRows& rows, int64_t column)
+      : plane((stem.padding + column) % stem.stride),
+        start(std::min((stem.padding + column) / stem.stride, rows.pitch)),
+        count(std::min(ceil_div(stem.width - column, stem.stride), rows.pitch - start)),
+        after(rows.pitch - start - count) {}
+
+  // With zeros around them.
+  template <class A>
+  A* in(Planes<A> planes) const {
+    A* const row = planes.channel(plane);
+    std::fill_n(row, start, A{0});
+    std::fill_n(row + start + count, after, A{0});
+    return row + start;
   }
-}
+  int64_t plane, start, count, after;
+};
 
 template <class T>
 void sort_image(const Stem& stem, const StemRows& rows, const T* image, const StemScratch<T>& scratch) {
   using A = accumulator_t<T>;
-  for (int64_t i = 0; i < rows.sorted_rows * stem.stride; ++i) {
-    const int64_t y = rows.begin * stem.stride + i - stem.padding;
-    for (int64_t c = 0; c < stem.in_channels; ++c) {
-      const int64_t first = (c * stem.stride + i % stem.stride) * stem.stride;
-      const Planes<A> planes = {scratch.sorted.channel(first) + i / stem.stride * rows.pitch, scratch.sorted.stride};
-      if (y < 0 || y >= stem.height) {
-        for (int64_t s = 0; s < stem.stride; ++s) std::fill(planes.channel(s), planes.channel(s) + rows.pitch, A{0});
-      } else if (stem.layout == Layout::contiguous) {
-        sort_row<T>(stem, rows, image + (c * stem.height + y) * stem.width, planes);
-      } else {
-        const T* const pixels = image + y * stem.width * stem.in_channels + c;
-        for (int64_t column = 0; column < stem.width; ++column) scratch.row[column] = pixels[column * stem.in_channels];
-        sort_row<T>(stem, rows, scratch.row, planes);
+  using S = Simd<A>;
+  const int64_t s = stem.stride;
+  const SortedColumns even(stem, rows, 0), odd(stem, rows, std::min(s - 1, stem.width));
+  for (int64_t i = 0; i < rows.sorted_rows; ++i) {
+    for (int64_t remainder = 0; remainder < s; ++remainder) {
+      const int64_t y = (rows.begin + i) * s + remainder - stem.padding;
+      for (int64_t c = 0; c < stem.in_channels; ++c) {
+        const Planes<A> planes = {
+            scratch.sorted.channel((c * s + remainder) * s) + i * rows.pitch, scratch.sorted.stride};
+        if (y < 0 || y >= stem.height) {
+          for (int64_t plane = 0; plane < s; ++plane) std::fill_n(planes.channel(plane), rows.pitch, A{0});
+          continue;
+        }
+        const T* x = image + (c * stem.height + y) * stem.width;
+        if (stem.layout == Layout::channels_last) {
+          const T* const pixels = image + y * stem.width * stem.in_channels + c;
+          for (int64_t column = 0; column < stem.width; ++column) {
+            scratch.row[column] = pixels[column * stem.in_channels];
+          }
+          x = scratch.row;
+        }
+        if (s == 1) {
+          A* const to = even.in(planes);
+          for (int64_t j = 0; j < even.count; j += S::kLanes) {
+            S::store(to + j, load_first(x + j, even.count - j), S::first(even.count - j));
+          }
+        } else {
+          sort_even_odd<T>(x, stem.width, even.in(planes), even.count, odd.in(planes), odd.count);
+        }
       }
     }
   }
