@@ -18,7 +18,6 @@ class StemStep : public Step {
   int64_t result_bytes(bool) const override {
     return stem_.out_channels * result_plane_ * static_cast<int64_t>(sizeof(A));
   }
-  int64_t shared_bytes() const override { return 0; }
 
   void run(const void* from, void* to) const override {
     for (int64_t i = 0; i < strips_; ++i) run_strip(from, to, i);
@@ -51,7 +50,6 @@ class MeansStep : public Step {
       : head_(head), x_plane_(x_plane), kernel_(isa().network_kernel(dtype)) {}
 
   int64_t result_bytes(bool) const override { return head_.channels * static_cast<int64_t>(sizeof(A)); }
-  int64_t shared_bytes() const override { return 0; }
 
   void run(const void* from, void* to) const override {
     kernel_.window_means(head_, from, x_plane_, {0, head_.channels}, to);

@@ -51,8 +51,8 @@ class Step {
  public:
   virtual ~Step() = default;
   virtual int64_t result_bytes(bool is_cut) const = 0;
-  // Of what threads that share the step hand on to each other.
-  virtual int64_t shared_bytes() const = 0;
+  // Of what threads that share the step hand on to each other, by strip.
+  virtual int64_t shared_bytes() const { return 0; }
   // Into how many strips threads that share the step can cut its result, and its input.
   virtual int64_t strips() const { return 1; }
   virtual bool reads_strips(int64_t) const { return false; }
@@ -67,6 +67,7 @@ class Step {
     void* to;
     bool from_is_cut, to_is_cut;
     char* buffers;
+    int64_t shared_bytes;  // the most of all steps: strip i always has the same memory, which its thread's cache holds
     std::vector<Phase>& phases;
   };
   virtual void share(const Sharers&) const = 0;
@@ -91,13 +92,13 @@ class UnitStep : public Step {
   }
 
   int64_t shared_bytes() const override {
-    int64_t bytes = 0;
+    int64_t most = 0;
     for (int64_t i = 0; i < shared_.strips; ++i) {
       const Part part = shared_.part(unit_, i);
-      if (shared_.sharing == Sharing::strips) bytes += kernel_.strip_bytes(unit_, part);
-      if (shared_.sharing == Sharing::channels) bytes = std::max(bytes, kernel_.buffer_bytes(unit_, part));
+      if (shared_.sharing == Sharing::strips) most = std::max(most, kernel_.strip_bytes(unit_, part));
+      if (shared_.sharing == Sharing::channels) most = std::max(most, kernel_.buffer_bytes(unit_, part));
     }
-    return bytes;
+    return most;
   }
 
   int64_t strips() const override { return shared_.sharing == Sharing::strips ? shared_.strips : 1; }
@@ -161,15 +162,13 @@ class UnitStep : public Step {
   void share_strips(const Sharers& s) const {
     const ImageLayout x = x_layout(s.from_is_cut), result = result_layout(s.to_is_cut);
     const auto all = std::make_shared<std::vector<Strip>>(shared_.strips);
-    char* y1 = s.buffers;
     for (int64_t i = 0; i < shared_.strips; ++i) {
       Strip& strip = (*all)[i];
       strip.part = shared_.part(unit_, i);
       const int64_t first = strip.part.row_begin * unit_.stride;
       strip.x = x.rows<A>(s.from, i, first);
       strip.result = result.rows<A>(s.to, i, strip.part.row_begin);
-      strip.y1 = y1;
-      y1 += kernel_.strip_bytes(unit_, strip.part);
+      strip.y1 = s.buffers + i * s.shared_bytes;
       if (i > 0) {
         Strip& above = (*all)[i - 1];
         strip.above = &above;
@@ -231,11 +230,12 @@ struct Batch {
 
 // Phases that run the steps on each image of the batch.
 inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& steps, const Batch& batch) {
-  int64_t largest = 0, shared_bytes = 0;
+  int64_t largest = 0, shared_bytes = 0, strips = 1;
   for (size_t i = 0; i < steps.size(); ++i) {
     if (i + 1 < steps.size())
       largest = std::max({largest, steps[i]->result_bytes(false), steps[i]->result_bytes(true)});
     shared_bytes = std::max(shared_bytes, steps[i]->shared_bytes());
+    strips = std::max(strips, steps[i]->strips());
   }
   // Whether what threads that share the steps hand on from step i is cut into strips.
   const auto is_cut = [&steps](size_t i) {
@@ -274,10 +274,11 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
                         });
                       }});
   }
-  char* const buffers = shared_buffers.reserve(shared_bytes);
+  char* const buffers = shared_buffers.reserve(strips * shared_bytes);
   for (int64_t image = alone; image < batch.images; ++image) {
     each_step(image, true, shared_images, [&](size_t i, const char* from, char* to) {
-      steps[i]->share({static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), buffers, phases});
+      steps[i]->share(
+          {static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), buffers, shared_bytes, phases});
     });
   }
   return phases;
