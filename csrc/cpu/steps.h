@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "describe.h"
 #include "partition.h"
 #include "phases.h"
 #include "../program.h"
@@ -71,6 +72,7 @@ class Step {
     std::vector<Phase>& phases;
   };
   virtual void share(const Sharers&) const = 0;
+  virtual StepDescription describe() const = 0;
 };
 
 template <class A>
@@ -78,7 +80,7 @@ class UnitStep : public Step {
  public:
   // The pointers' x and result are void.
   UnitStep(const Unit& unit, const UnitPointers& pointers, Dtype dtype, int64_t threads)
-      : unit_(unit), pointers_(pointers), kernel_(isa().unit_kernel(dtype)) {
+      : unit_(unit), pointers_(pointers), kernel_(isa().unit_kernel(dtype)), threads_(threads) {
     const int64_t lanes = isa().vector_bytes / static_cast<int64_t>(sizeof(A));
     const bool has_strips = unit.has_conv3() && !kernel_.is_staged(unit);
     alone_ = choose_partition(unit_, kernel_, lanes, 1, has_strips);
@@ -134,7 +136,43 @@ class UnitStep : public Step {
     }
   }
 
+  StepDescription describe() const override {
+    return {{unit_.in_channels, unit_.height, unit_.width},
+            {unit_.result_channels(), unit_.out_height(), unit_.out_width()},
+            unit_.multiply_adds(),
+            unit_.weights_and_biases(),
+            describe(alone_, 1),
+            describe(shared_, workers())};
+  }
+
  private:
+  // Threads that share a part by channels: a thread has a channel of each slice at least.
+  int64_t workers() const { return std::min(threads_, unit_.slice_channels()); }
+
+  RunDescription describe(const Partition& partition, int64_t workers) const {
+    const bool by_channels = partition.sharing == Sharing::channels, strips = partition.sharing == Sharing::strips;
+    if (!by_channels) workers = 1;
+    RunDescription run;
+    if (partition.strips > 1 || !by_channels)
+      run.cut = cut_into(partition.strips, strips ? "strips" : "strips with halo");
+    if (by_channels) run.cut += (run.cut.empty() ? "" : ", ") + cut_into(workers, "channel shares");
+    const Channels mid = {0, ceil_div(unit_.mid_channels, workers)};
+    for (int64_t i = 0; i < partition.strips; ++i) {
+      const Part part = partition.part(unit_, i);
+      const int64_t bytes = strips ? kernel_.strip_bytes(unit_, part) + kernel_.strip_scratch_bytes(unit_, part)
+                                   : kernel_.buffer_bytes(unit_, part) + kernel_.scratch_bytes(unit_, part, mid);
+      run.bytes = std::max(run.bytes, bytes);
+    }
+    const Part last = partition.part(unit_, partition.strips - 1);  // no other is larger
+    const int64_t x_begin = std::max<int64_t>(0, last.row_begin * unit_.stride - (strips ? 0 : 1));
+    const int64_t plane = unit_.height * unit_.width, out_plane = unit_.out_height() * unit_.out_width();
+    const int64_t rows1 = std::min(ceil_div(unit_.slice_channels(), workers), unit_.conv1_group_rows());
+    const int64_t rows3 = std::min(ceil_div(unit_.result_channels(), workers), unit_.out_channels / unit_.groups);
+    run.tiles = {kernel_.tile(rows1, plane - x_begin * unit_.width, plane),
+                 kernel_.tile(rows3, out_plane - last.row_begin * unit_.out_width(), out_plane)};
+    return run;
+  }
+
   UnitPointers pointers(const void* from, void* to) const {
     UnitPointers result = pointers_;
     result.x = from;
@@ -187,7 +225,7 @@ class UnitStep : public Step {
 
   // The threads share each phase of the part by channels: nothing is computed twice.
   void share_part(const Sharers& s, const UnitPointers& pointers, const Part& part) const {
-    const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), unit_.slice_channels());
+    const int64_t workers = this->workers();
     void* const buffers = s.buffers;
     // A worker's share of n channels, in multiples of `multiple`.
     const auto share_of = [workers](int64_t n, int64_t multiple, int64_t worker) {
@@ -217,6 +255,7 @@ class UnitStep : public Step {
   Unit unit_;
   UnitPointers pointers_;
   UnitKernel kernel_;
+  int64_t threads_;
   Partition alone_, shared_;
   int64_t element_bytes_;
 };
@@ -227,6 +266,13 @@ struct Batch {
   int64_t x_bytes;  // of an image
   char* result;     // of the last step
 };
+
+// How many of the images go through all steps on one thread each. Shared steps use the threads less well, but leave
+// none without work.
+inline int64_t images_alone(int64_t images, int64_t threads) {
+  const int64_t left = images % threads;
+  return 2 * left > threads ? images : images - left;
+}
 
 // Phases that run the steps on each image of the batch.
 inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& steps, const Batch& batch) {
@@ -260,17 +306,13 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
           from = at;
         }
       };
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t left = batch.images % threads;
-  // Shared steps use the threads less well than images of their own, but leave none without work.
-  const int64_t alone = 2 * left > threads ? batch.images : batch.images - left;
+  const int64_t alone = images_alone(batch.images, torch::stable::get_num_threads());
   std::vector<Phase> phases;
   if (alone > 0) {
     phases.push_back({kTimedInside, alone, [each_step, &steps](int64_t image) {
-                        Stopwatch stopwatch(current_profile);
                         each_step(image, false, thread_images, [&](size_t i, const char* from, char* to) {
                           steps[i]->run(from, to);
-                          stopwatch.lap(static_cast<int64_t>(i));
+                          current_stopwatch->lap(static_cast<int64_t>(i));
                         });
                       }});
   }
