@@ -100,6 +100,7 @@ struct UnitArguments {
   std::optional<ConvolutionArguments> conv3;
   int64_t conv1_groups, groups, stride;
   bool conv2_relu, pool_count_include_pad;
+  bool allow_tf32;  // for float32 on CUDA; see library.cpp
 };
 
 inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x, const std::vector<int64_t>& shape) {

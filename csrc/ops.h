@@ -10,7 +10,7 @@ namespace shufflenet {
 // Of each unit of a chain: conv1's, conv2's and conv3's weight and bias; conv1_groups, groups, stride, conv2_relu and
 // pool_count_include_pad.
 inline std::vector<UnitArguments> chain_arguments(const Tensor& x, const std::vector<Tensor>& parameters,
-                                                  const std::vector<int64_t>& options) {
+                                                  const std::vector<int64_t>& options, bool allow_tf32) {
   if (options.empty() || options.size() % 5 != 0 || parameters.size() != options.size() / 5 * 6) {
     fail("parameters, options: got ", parameters.size(), " and ", options.size(),
          " elements, expected 6 and 5 for each of the units");
@@ -28,7 +28,8 @@ inline std::vector<UnitArguments> chain_arguments(const Tensor& x, const std::ve
          o[1],
          o[2],
          o[3] != 0,
-         o[4] != 0});
+         o[4] != 0,
+         allow_tf32});
   }
   return chain;
 }
@@ -38,31 +39,35 @@ template <Tensor (*run)(const Tensor& x, const std::vector<UnitArguments>& units
 struct Ops {
   static Tensor pointwise_shuffle_depthwise(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias,
                                             Tensor conv2_weight, std::optional<Tensor> conv2_bias, int64_t conv1_groups,
-                                            int64_t shuffle_groups, int64_t stride, bool conv2_relu) {
-    return run(x, {{x,
-                    {"conv1", conv1_weight, conv1_bias, {}},
-                    {"conv2", conv2_weight, conv2_bias, {}},
-                    {},
-                    conv1_groups,
-                    shuffle_groups,
-                    stride,
-                    conv2_relu,
-                    true}});
+                                            int64_t shuffle_groups, int64_t stride, bool conv2_relu, bool allow_tf32) {
+    return run(
+        x, {{x,
+             {"conv1", conv1_weight, conv1_bias, {}},
+             {"conv2", conv2_weight, conv2_bias, {}},
+             {},
+             conv1_groups,
+             shuffle_groups,
+             stride,
+             conv2_relu,
+             true,
+             allow_tf32}});
   }
 
   static Tensor shuffle_bottleneck(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
                                    std::optional<Tensor> conv2_bias, Tensor conv3_weight,
                                    std::optional<Tensor> conv3_bias, int64_t conv1_groups, int64_t groups,
-                                   int64_t stride, bool conv2_relu, bool pool_count_include_pad) {
-    return run(x, {{x,
-                    {"conv1", conv1_weight, conv1_bias, {}},
-                    {"conv2", conv2_weight, conv2_bias, {}},
-                    ConvolutionArguments{"conv3", conv3_weight, conv3_bias, {}},
-                    conv1_groups,
-                    groups,
-                    stride,
-                    conv2_relu,
-                    pool_count_include_pad}});
+                                   int64_t stride, bool conv2_relu, bool pool_count_include_pad, bool allow_tf32) {
+    return run(
+        x, {{x,
+             {"conv1", conv1_weight, conv1_bias, {}},
+             {"conv2", conv2_weight, conv2_bias, {}},
+             ConvolutionArguments{"conv3", conv3_weight, conv3_bias, {}},
+             conv1_groups,
+             groups,
+             stride,
+             conv2_relu,
+             pool_count_include_pad,
+             allow_tf32}});
   }
 
   static Tensor shuffle_bottleneck_batch_norm(
@@ -70,7 +75,7 @@ struct Ops {
       Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight,
       Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps,
       double bn3_eps, int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu,
-      bool pool_count_include_pad) {
+      bool pool_count_include_pad, bool allow_tf32) {
     return run(
         x,
         {{x,
@@ -81,11 +86,13 @@ struct Ops {
           groups,
           stride,
           conv2_relu,
-          pool_count_include_pad}});
+          pool_count_include_pad,
+          allow_tf32}});
   }
 
-  static Tensor shuffle_bottleneck_chain(Tensor x, std::vector<Tensor> parameters, std::vector<int64_t> options) {
-    return run(x, chain_arguments(x, parameters, options));
+  static Tensor shuffle_bottleneck_chain(Tensor x, std::vector<Tensor> parameters, std::vector<int64_t> options,
+                                         bool allow_tf32) {
+    return run(x, chain_arguments(x, parameters, options, allow_tf32));
   }
 
   static void implement(torch::stable::detail::StableLibrary& library) {

@@ -78,7 +78,8 @@ def cuda_plan(unit: dict[str, int], dtype: str, *, sm: int) -> dict[str, Any]:
     Args:
         unit: ``batch``, ``in_channels``, ``height``, ``width``, ``mid_channels``, ``out_channels`` (0: no conv3),
             ``conv1_groups``, ``groups``, ``stride``, ``channels_last`` (0 or 1).
-        dtype: ``"float32"``, ``"float64"``, ``"bfloat16"`` or ``"float16"``.
+        dtype: ``"float32"``, ``"float64"``, ``"bfloat16"``, ``"float16"``, or ``"tfloat32"`` for float32 where torch
+            allows TF32.
 
     Returns a dict whose ``explanation`` says it in words; ``ok`` is False where the unit cannot be planned, and the
     explanation says why. RuntimeError where the CUDA library is not loaded.

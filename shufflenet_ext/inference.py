@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shufflenet_ext import reference
-from shufflenet_ext._backend import runs_native
+from shufflenet_ext._backend import implementation
 from shufflenet_ext._checks import check_tensor
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
@@ -59,8 +58,8 @@ class InferenceUnits(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        run = torch.ops.shufflenet_ext if runs_native(x) else reference
-        return run.shuffle_bottleneck_chain(x, list(self._buffers.values()), self.options)
+        run, settings = implementation(x)
+        return run.shuffle_bottleneck_chain(x, list(self._buffers.values()), self.options, **settings)
 
 
 class InferenceNetwork(_EvalOnly):

@@ -79,6 +79,22 @@ def test_units(unit: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_f
     assert got.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs sm_80")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("unit", UNITS)
+def test_tf32(unit: tuple[int, ...], layout: torch.memory_format) -> None:
+    tensors = arguments(unit, torch.float32, layout)
+    exact = se.reference.shuffle_bottleneck(*(tensor.double() for tensor in tensors), **options(unit))
+    with se.use_backend("native"):
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            precise = se.ops.shuffle_bottleneck(*tensors, **options(unit))
+        with torch.backends.cudnn.flags(allow_tf32=True):
+            rounded = se.ops.shuffle_bottleneck(*tensors, **options(unit))
+    assert torch.equal(precise, native(tensors, unit))
+    error = (rounded - exact).abs().max() / exact.abs().max()
+    assert 2**-20 <= error <= 4 * 2**-11  # of operands with 10 bits behind the point
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pointwise_shuffle_depthwise(dtype: torch.dtype, layout: torch.memory_format) -> None:

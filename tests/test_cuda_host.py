@@ -71,11 +71,11 @@ def failures(program: Path, cases: list[Case]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The kernel for 16-bit dtypes with matrix instructions and without (bfloat16 before sm_80), and for the others."""
+    """The kernel for 16-bit dtypes as compiled for sm_80 and newer and for sm_75, and for the others."""
     folder = tmp_path_factory.mktemp("cuda_host")
     wanted = {
         "mma": ["-O1", *SANITIZE, "-DSHUFFLENET_TEST_DTYPE16"],
-        "fma": ["-O1", *SANITIZE, "-DSHUFFLENET_TEST_DTYPE16", "-DSHUFFLENET_TEST_MMA=0"],
+        "sm_75": ["-O1", *SANITIZE, "-DSHUFFLENET_TEST_DTYPE16", "-DSHUFFLENET_TEST_ARCH=75"],
         "wide": ["-O1", *SANITIZE],
     }
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -83,7 +83,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         return dict(zip(wanted, built, strict=True))
 
 
-DTYPES = {"mma": ("float16", "bfloat16"), "fma": ("float16", "bfloat16"), "wide": ("float32", "float64")}
+DTYPES = {
+    "mma": ("float16", "bfloat16"),
+    "sm_75": ("float16", "bfloat16"),
+    "wide": ("float32", "float64", "tfloat32"),
+}
 
 
 def random_cases(program: str, seed: int, count: int) -> list[Case]:
@@ -199,12 +203,14 @@ MUTATIONS = {
         "y2[((row + 1) * w.out_columns + column) * layout.y2_pitch + y2_column] = narrowed",
         "outside",
     ),
+    "operand not rounded to TF32": ("        round_operands<T>(b);\n", "", "not rounded"),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
     right, planted, expected = MUTATIONS[name]
+    dtype = "tfloat32" if "TF32" in name else "float16"
     source = (KERNEL / "unit_kernel.cuh").read_text()
     assert source.count(right) == 1, "the mutation no longer fits the kernel"
     (tmp_path / "unit_kernel.cuh").write_text(
@@ -213,10 +219,10 @@ def test_a_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
     program = build(
         "unit_test.cpp",
         tmp_path / "mutant",
-        *["-O0", "-fsanitize=address", "-DSHUFFLENET_TEST_DTYPE16=1"],
+        *["-O0", "-fsanitize=address", *([] if dtype == "tfloat32" else ["-DSHUFFLENET_TEST_DTYPE16"])],
         kernel=tmp_path,
     )
-    case: Case = {"dtype": "float16", "layout": "nhwc", "in": 24, "mid": 18, "out": 24, "h": 9, "w": 8, "stages": 2}
+    case: Case = {"dtype": dtype, "layout": "nhwc", "in": 24, "mid": 18, "out": 24, "h": 9, "w": 8, "stages": 2}
     done = run(program, [case | {"tile_rows": rows} for rows in (9, 4)])
     answer = done.stdout + done.stderr
     assert any(symptom in answer for symptom in expected.split("|")), answer
@@ -265,7 +271,7 @@ def test_every_unit_of_the_paper_has_a_plan(planner: Path, sm: int) -> None:
     cases = [
         unit | {"sm": sm, "dtype": dtype, "layout": layout, "n": batch}
         for unit, dtype, layout, batch in itertools.product(
-            paper_units(), ("float16", "bfloat16", "float32", "float64"), ("nchw", "nhwc"), (1, 64, 65536)
+            paper_units(), ("float16", "bfloat16", "float32", "float64", "tfloat32"), ("nchw", "nhwc"), (1, 64, 65536)
         )
     ]
     for case, plan in zip(cases, plans(planner, cases), strict=True):
@@ -279,7 +285,7 @@ def test_every_unit_of_the_paper_has_a_plan(planner: Path, sm: int) -> None:
         assert plan["chunk"] == int(case["mid"]) // int(case["g"]) * int(plan["slices"])
         tiles = math.ceil(out_height / int(plan["tile_rows"])) * math.ceil(out_height / int(plan["tile_columns"]))
         assert plan["windows"] == int(case["n"]) * tiles * math.ceil(int(case["g"]) / int(plan["slices"]))
-        uses_mma = case["dtype"] == "float16" or (case["dtype"] == "bfloat16" and sm >= 80)
+        uses_mma = case["dtype"] == "float16" or (case["dtype"] in ("bfloat16", "tfloat32") and sm >= 80)
         assert ("tensor cores" in str(plan["explanation"])) == uses_mma
         if case["layout"] == "nhwc" and case["g"] == 3 and case.get("stride", 1) == 1:
             assert plan["x_vector"] == plan["conv1_vector"] == plan["result_vector"] == 16

@@ -73,7 +73,10 @@ Tensor run_unit(const UnitArguments& arguments) {
   const ConvolutionData conv1(arguments.conv1), conv2(arguments.conv2);
   std::optional<ConvolutionData> conv3;
   if (arguments.conv3) conv3.emplace(*arguments.conv3);
-  const Dtype dtype = dtype_of("x", x);
+  Dtype dtype = dtype_of("x", x);
+  if (dtype == Dtype::float32 && arguments.allow_tf32 && uses_mma(Dtype::tfloat32, device_properties(device))) {
+    dtype = Dtype::tfloat32;
+  }
   const Plan plan = cached_plan(unit, dtype, device);
   if (!plan.ok) fail("x: no CUDA kernel can be planned for this unit (", plan.explanation, ")");
 
@@ -120,7 +123,8 @@ pybind11::dict plan(const std::map<std::string, int64_t>& sizes, const std::stri
       {"float32", Dtype::float32},
       {"float64", Dtype::float64},
       {"bfloat16", Dtype::bfloat16},
-      {"float16", Dtype::float16}};
+      {"float16", Dtype::float16},
+      {"tfloat32", Dtype::tfloat32}};
   const auto known = dtypes.find(dtype);
   if (known == dtypes.end()) throw std::invalid_argument("dtype: got '" + dtype + "'");
   const Device device = device_of(sm);

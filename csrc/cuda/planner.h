@@ -46,10 +46,13 @@ struct Plan {
   std::string explanation;
 };
 
-inline int element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+inline int element_bytes(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 || dtype == Dtype::tfloat32 ? 4 : 2;
+}
 inline int accumulator_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
 inline bool uses_mma(Dtype dtype, const Device& device) {
-  return dtype == Dtype::float16 || (dtype == Dtype::bfloat16 && device.compute_capability >= 80);
+  const bool from_sm_80 = dtype == Dtype::bfloat16 || dtype == Dtype::tfloat32;
+  return dtype == Dtype::float16 || (from_sm_80 && device.compute_capability >= 80);
 }
 
 inline Sizes sizes_of(const Unit& unit) {
@@ -126,7 +129,7 @@ inline Rates rates_of(Dtype dtype, const Device& device) {
       device.compute_capability == 80 || device.compute_capability == 90 || device.compute_capability == 100;
   double multiply_adds = 48;  // float32: 128 lanes, held up by 8 loads for 16 multiply-adds
   if (dtype == Dtype::float64) multiply_adds = fast_double ? 32 : 2;
-  if (uses_mma(dtype, device)) multiply_adds = 512;  // by what the fragments' loads allow
+  if (uses_mma(dtype, device)) multiply_adds = 1024 / element_bytes(dtype);  // by what the fragments' loads allow
   return {multiply_adds, 24, 4, 500, 3000};
 }
 

@@ -35,9 +35,10 @@ template <class T>
 inline constexpr int kTileDepth = kTileDepthBytes / static_cast<int>(sizeof(T));
 template <class T>
 inline constexpr int kTilePitch = kTilePitchBytes / static_cast<int>(sizeof(T));
-// A tile of x from contiguous planes keeps pixels together: depth rows of kTilePixels.
+// A tile of x from contiguous planes keeps pixels together: depth rows of kTilePixels. A fragment's loads are of eight
+// 16-byte rows by ldmatrix in 16 bits, else of four rows by eight pixels: both touch all banks with these pitches.
 template <class T>
-inline constexpr int kPlanePitch = kTilePixels + kBankPadding / static_cast<int>(sizeof(T));
+inline constexpr int kPlanePitch = kTilePixels + (sizeof(T) == 2 ? 1 : 2) * kBankPadding / static_cast<int>(sizeof(T));
 template <class T>
 inline constexpr bool kPlanesFit = kTileDepth<T> * kPlanePitch<T> * static_cast<int>(sizeof(T)) <= kTileBytes;
 static_assert(kPlanesFit<Float16> && kPlanesFit<float> && kPlanesFit<double>,
@@ -239,10 +240,14 @@ struct FmaEngine {
   }
 };
 
-// Tensor cores. A warp multiplies its 16 pixels (a, 16x16) by eight rows of weights at a time (b, 16x8); lanes hold the
-// fragments as the PTX manual draws them for mma.m16n8k16.
+// Tensor cores. A warp multiplies its 16 pixels (a, 16 x kStep) by eight rows of weights at a time (b, kStep x 8);
+// lanes hold the fragments as the PTX manual draws them for mma.m16n8k16, and for mma.m16n8k8 of TF32. A step is 32
+// bytes deep in either.
 template <class T>
 struct MmaEngine {
+  static constexpr int kStep = 32 / static_cast<int>(sizeof(T));
+  static_assert(kDepthStep % kStep == 0 && kTileDepth<T> % kStep == 0, "a tile is whole steps deep");
+
   SHUFFLENET_DEVICE static int warp_pixel() { return thread_index() / 32 % kPixelWarps * 16; }
   SHUFFLENET_DEVICE static int pixel(int i) { return warp_pixel() + thread_index() % 32 / 4 + i / 2 * 8; }
   SHUFFLENET_DEVICE static int row(int j, int i) { return 8 * row_tile(j) + thread_index() % 4 * 2 + i % 2; }
@@ -252,23 +257,37 @@ struct MmaEngine {
                                          int row_tiles, int depth) {
     if (warp_pixel() >= x.pixels || row_tile(0) >= row_tiles) return;
     const int lane = thread_index() % 32;
-    for (int k = 0; k < depth; k += kDepthStep) {
+    for (int k = 0; k < depth; k += kStep) {
       uint32_t a[4];
-      if constexpr (kDepthMajor) {
+      if constexpr (kDepthMajor && sizeof(T) == 4) {
+        SHUFFLENET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          a[i] = bits_of(x.data[(k + lane % 4 + i / 2 * 4) * x.depth_pitch + warp_pixel() + lane / 4 + i % 2 * 8]);
+        }
+      } else if constexpr (kDepthMajor) {
         // Matrices of 8 depths x 8 pixels, transposed on the way; pixels past the last were zeroed.
         const int at_k = k + lane % 8 + lane / 16 * 8;
         const int at_pixel = warp_pixel() + lane / 8 % 2 * 8;
         load_matrices<true, T>(a, x.data + (at_k * x.depth_pitch + at_pixel));
       } else {
         const int at_pixel = least(warp_pixel() + lane % 16, x.pixels - 1);
-        load_matrices<false, T>(a, x.data + (at_pixel * x.pixel_pitch + k + lane / 16 * 8));
+        load_matrices<false, T>(a, x.data + (at_pixel * x.pixel_pitch + k + lane / 16 * (kStep / 2)));
       }
+      round_operands<T>(a);
       SHUFFLENET_UNROLL
       for (int j = 0; j < kRowTiles; ++j) {
         if (row_tile(j) >= row_tiles) break;
         uint32_t b[2];
-        load_matrices<T>(b, weights + ((8 * row_tile(j) + lane % 8) * kTilePitch<T> + k + lane / 8 % 2 * 8));
-        multiply_matrices(sum[j], a, b, T{});
+        load_matrices<T>(b, weights + ((8 * row_tile(j) + lane % 8) * kTilePitch<T> + k + lane / 8 % 2 * (kStep / 2)));
+        round_operands<T>(b);
+        if constexpr (kHasMmaK16) {
+          multiply_matrices(sum[j], a, b, T{});
+        } else {
+          SHUFFLENET_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            multiply_matrices(sum[j], {a[2 * half], a[2 * half + 1]}, b[half], T{});
+          }
+        }
       }
     }
   }
@@ -281,7 +300,6 @@ struct EngineOf {
 template <class T>
 struct EngineOf<T, true> {
   using Type = MmaEngine<T>;
-  static_assert(kTileDepth<T> % kDepthStep == 0, "a tile is whole steps deep");
 };
 
 template <class A>

@@ -272,6 +272,9 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
+struct TFloat32 {
+  float value;
+};
 
 template <class To, class From>
 To bits_as(From from) {
@@ -285,7 +288,9 @@ inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
 inline float widen(Float16 value) { return static_cast<float>(bits_as<_Float16>(value.bits)); }
 inline float widen(BFloat16 value) { return bits_as<float>(uint32_t{value.bits} << 16); }
+inline float widen(TFloat32 value) { return value.value; }
 inline void narrow(float value, float& to) { to = value; }
+inline void narrow(float value, TFloat32& to) { to.value = value; }
 inline void narrow(double value, double& to) { to = value; }
 inline void narrow(float value, Float16& to) { to.bits = bits_as<uint16_t>(static_cast<_Float16>(value)); }
 inline void narrow(float value, BFloat16& to) {
@@ -411,45 +416,105 @@ void load_matrices(uint32_t (&to)[2], Shared<const T> row, int line = __builtin_
   detail::load_matrices<2>(to, row.offset, false, line);
 }
 
-#ifndef SHUFFLENET_TEST_MMA
-#define SHUFFLENET_TEST_MMA 1
+// The architecture that the kernel is compiled for, as __CUDA_ARCH__ / 10 is in device.cuh.
+#ifndef SHUFFLENET_TEST_ARCH
+#define SHUFFLENET_TEST_ARCH 90
 #endif
 template <class T>
-inline constexpr bool kHasMma = SHUFFLENET_TEST_MMA && sizeof(T) == 2;
+inline constexpr bool kHasMma = false;
+template <>
+inline constexpr bool kHasMma<Float16> = true;
+template <>
+inline constexpr bool kHasMma<BFloat16> = SHUFFLENET_TEST_ARCH >= 80;
+template <>
+inline constexpr bool kHasMma<TFloat32> = SHUFFLENET_TEST_ARCH >= 80;
+inline constexpr bool kHasMmaK16 = SHUFFLENET_TEST_ARCH >= 80;
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", with groupID = lane / 4 and
-// threadID_in_group = lane % 4:
-//   a (16 x 16): element i of a lane is row groupID (+ 8 for i = 2, 3, 6, 7), column 2 * threadID_in_group + i % 2 (+ 8
-//   for i >= 4); b (16 x 8): row 2 * threadID_in_group + i % 2 (+ 8 for i >= 2), column groupID; c and d (16 x 8): row
-//   groupID (+ 8 for i >= 2), column 2 * threadID_in_group + i % 2.
-template <class T>
-void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T, int line = __builtin_LINE()) {
+inline uint32_t bits_of(TFloat32 value) { return bits_as<uint32_t>(value.value); }
+
+// cvt.rna.tf32.f32: to nearest, halves away from zero.
+inline uint32_t round_to_tf32(uint32_t bits) {
+  const bool is_finite = (bits >> 23 & 0xff) != 0xff;
+  return is_finite ? (bits + 0x1000) & ~uint32_t{0x1fff} : bits;
+}
+template <class T, int kRegisters>
+void round_operands(uint32_t (&registers)[kRegisters]) {
+  if constexpr (std::is_same_v<T, TFloat32>) {
+    for (uint32_t& bits : registers) bits = round_to_tf32(bits);
+  }
+}
+
+namespace detail {
+
+// d += a b, of 16 x kDepth and kDepth x 8: place(lane, registers of a, of b, a, b) puts a lane's elements where the
+// instruction takes them from.
+template <int kDepth, class Place>
+void multiply_matrices(float* d, const uint32_t* a, const uint32_t* b, int line, const Place& place) {
   struct Lane {
     float* d;
     const uint32_t *a, *b;
   } mine = {d, a, b};
-  Machine::current()->warp_wide(line, &mine, [](void** lanes) {
-    const auto element = [](const uint32_t* registers, int i) {
-      return widen(T{static_cast<uint16_t>(registers[i / 2] >> (i % 2 * 16))});
-    };
-    float a[16][16], b[16][8];
+  Machine::current()->warp_wide(line, &mine, [&](void** lanes) {
+    float a[16][kDepth], b[kDepth][8];
     for (int lane = 0; lane < 32; ++lane) {
       const Lane& from = *static_cast<Lane*>(lanes[lane]);
-      for (int i = 0; i < 8; ++i) {
-        a[lane / 4 + (i / 2 % 2) * 8][lane % 4 * 2 + i % 2 + (i >= 4) * 8] = element(from.a, i);
-      }
-      for (int i = 0; i < 4; ++i) b[lane % 4 * 2 + i % 2 + (i >= 2) * 8][lane / 4] = element(from.b, i);
+      place(lane, from.a, from.b, a, b);
     }
     for (int lane = 0; lane < 32; ++lane) {
       const Lane& to = *static_cast<Lane*>(lanes[lane]);
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + (i >= 2) * 8, column = lane % 4 * 2 + i % 2;
         float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k][column];
         to.d[i] += sum;
       }
     }
   });
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "... for mma.m16n8k8" (.f16), with groupID
+// = lane / 4 and threadID_in_group = lane % 4:
+//   a: element i of a lane is row groupID (+ 8 for i = 2, 3, 6, 7), column 2 * threadID_in_group + i % 2 (+ 8 for i >=
+//   4); b: row 2 * threadID_in_group + i % 2 (+ 8 for i >= 2), column groupID; c and d (16 x 8): row groupID (+ 8 for i
+//   >= 2), column 2 * threadID_in_group + i % 2. k8 has the elements that k16 has in its first eight columns of a.
+template <int kDepth, class T>
+void multiply_16_bit(float* d, const uint32_t* a, const uint32_t* b, int line) {
+  multiply_matrices<kDepth>(
+      d, a, b, line, [](int lane, const uint32_t* from_a, const uint32_t* from_b, auto& a, auto& b) {
+        const auto element = [](const uint32_t* registers, int i) {
+          return widen(T{static_cast<uint16_t>(registers[i / 2] >> (i % 2 * 16))});
+        };
+        for (int i = 0; i < kDepth / 2; ++i) {
+          a[lane / 4 + (i / 2 % 2) * 8][lane % 4 * 2 + i % 2 + (i >= 4) * 8] = element(from_a, i);
+        }
+        for (int i = 0; i < kDepth / 4; ++i) b[lane % 4 * 2 + i % 2 + (i >= 2) * 8][lane / 4] = element(from_b, i);
+      });
+}
+
+}  // namespace detail
+
+template <class T>
+void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T, int line = __builtin_LINE()) {
+  static_assert(sizeof(T) == 2 && kHasMmaK16);
+  detail::multiply_16_bit<16, T>(d, a, b, line);
+}
+inline void multiply_matrices(float (&d)[4], const uint32_t (&a)[2], uint32_t b, Float16, int line = __builtin_LINE()) {
+  detail::multiply_16_bit<8, Float16>(d, a, &b, line);
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k8" (.tf32): a: element i is row groupID (+ 8 for i = 1, 3), column
+// threadID_in_group (+ 4 for i >= 2); b: row threadID_in_group (+ 4 for i = 1), column groupID; c and d as above.
+inline void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TFloat32,
+                              int line = __builtin_LINE()) {
+  const auto place = [](int lane, const uint32_t* from_a, const uint32_t* from_b, auto& a, auto& b) {
+    const auto element = [](uint32_t bits) {
+      if (bits != round_to_tf32(bits)) Machine::fail("an operand that was not rounded to TF32");
+      return bits_as<float>(bits);
+    };
+    for (int i = 0; i < 4; ++i) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = element(from_a[i]);
+    for (int i = 0; i < 2; ++i) b[lane % 4 + i * 4][lane / 4] = element(from_b[i]);
+  };
+  detail::multiply_matrices<8>(d, a, b, line, place);
 }
 
 }  // namespace shufflenet::cuda

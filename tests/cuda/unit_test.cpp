@@ -158,6 +158,8 @@ template <>
 constexpr double kRounding<Float16> = 0x1p-11;
 template <>
 constexpr double kRounding<BFloat16> = 0x1p-8;
+template <>
+constexpr double kRounding<TFloat32> = kHasMma<TFloat32> ? 0x1p-11 : 0x1p-24;  // of the products' operands
 
 template <class T, Layout kLayout, class Norm>
 std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
@@ -240,6 +242,10 @@ std::string run(const std::string& line) {
   return last ? run<Float16, Layout::channels_last, Float16>(c, unit, type, tiling)
               : run<Float16, Layout::contiguous, Float16>(c, unit, type, tiling);
 #else
+  if (type == Dtype::tfloat32) {
+    return last ? run<TFloat32, Layout::channels_last, float>(c, unit, type, tiling)
+                : run<TFloat32, Layout::contiguous, float>(c, unit, type, tiling);
+  }
   if (type == Dtype::float64) {
     return last ? run<double, Layout::channels_last, double>(c, unit, type, tiling)
                 : run<double, Layout::contiguous, double>(c, unit, type, tiling);
