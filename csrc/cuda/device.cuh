@@ -38,6 +38,16 @@ SHUFFLENET_DEVICE void narrow(float value, BFloat16& to) { to.bits = __bfloat16_
 
 SHUFFLENET_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 SHUFFLENET_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// NaN stays NaN, as in PyTorch.
+SHUFFLENET_DEVICE float relu(float value) {
+#if __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(value));
+  return value;
+#else
+  return value < 0 ? 0 : value;
+#endif
+}
+SHUFFLENET_DEVICE double relu(double value) { return value < 0 ? 0 : value; }
 SHUFFLENET_DEVICE float square_root(float value) { return sqrtf(value); }
 SHUFFLENET_DEVICE double square_root(double value) { return sqrt(value); }
 
@@ -45,6 +55,7 @@ SHUFFLENET_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 SHUFFLENET_DEVICE int64_t block_index() { return blockIdx.x; }
 SHUFFLENET_DEVICE int64_t block_count() { return gridDim.x; }
 SHUFFLENET_DEVICE void barrier() { __syncthreads(); }
+SHUFFLENET_DEVICE void warp_barrier() { __syncwarp(); }
 
 // A pointer into shared memory. On the CPU it is a class that checks every access.
 template <class T>
@@ -59,35 +70,33 @@ SHUFFLENET_DEVICE Shared<T> shared_at(Shared<char> memory, int64_t offset) {
   return reinterpret_cast<T*>(memory + offset);
 }
 
+// The same place as elements of another type.
+template <class U, class T>
+SHUFFLENET_DEVICE Shared<U> shared_as(Shared<T> p) {
+  return reinterpret_cast<U*>(p);
+}
+
 SHUFFLENET_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Copies the first `valid` of kBytes and zeroes the rest; visible to the thread after wait_copies, to others after a
-// barrier behind that. Before sm_80 it is a plain copy.
+// Copies kBytes, or zeroes them where not `valid`; visible to the thread after wait_copies, to others after a barrier
+// behind that. Before sm_80 it is a plain copy.
 template <int kBytes, class T>
-SHUFFLENET_DEVICE void copy_async(Shared<T> to, const T* from, int valid) {
+SHUFFLENET_DEVICE void copy_async(Shared<T> to, const T* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
+  const int bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
   } else {
     asm volatile(
-        "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes), "r"(valid)
+        "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes), "r"(bytes)
         : "memory");
   }
 #else
   struct alignas(kBytes) Block {
     T elements[kBytes / sizeof(T)];
   };
-  Block block = {};
-  if (valid == kBytes) {
-    block = *reinterpret_cast<const Block*>(from);
-  } else {
-    SHUFFLENET_UNROLL
-    for (int i = 0; i < kBytes / static_cast<int>(sizeof(T)); ++i) {
-      if (i * static_cast<int>(sizeof(T)) < valid) block.elements[i] = from[i];
-    }
-  }
-  *reinterpret_cast<Block*>(to) = block;
+  *reinterpret_cast<Block*>(to) = valid ? *reinterpret_cast<const Block*>(from) : Block{};
 #endif
 }
 SHUFFLENET_DEVICE void commit_copies() {
@@ -120,15 +129,6 @@ SHUFFLENET_DEVICE void load_matrices(uint32_t (&to)[4], Shared<const T> row) {
                  : "memory");
   }
 }
-// The same for two matrices; lanes 16 to 31 give any valid address.
-template <class T>
-SHUFFLENET_DEVICE void load_matrices(uint32_t (&to)[2], Shared<const T> row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(to[0]), "=r"(to[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // Whether the architecture being compiled for multiplies T on tensor cores.
 template <class T>
 inline constexpr bool kHasMma = false;

@@ -80,9 +80,15 @@ Tensor run_unit(const UnitArguments& arguments) {
   const Plan plan = cached_plan(unit, dtype, device);
   if (!plan.ok) fail("x: no CUDA kernel can be planned for this unit (", plan.explanation, ")");
 
-  KernelArguments kernel = {sizes_of(unit),           plan.tiling,    x.const_data_ptr(),
-                            conv1.pointers,           conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{},
-                            result.mutable_data_ptr()};
+  KernelArguments kernel = {
+      sizes_of(unit),
+      plan.tiling,
+      SharedLayout(sizes_of(unit), plan.tiling, unit.layout, element_bytes(dtype), accumulator_bytes(dtype)),
+      x.const_data_ptr(),
+      conv1.pointers,
+      conv2.pointers,
+      conv3 ? conv3->pointers : ConvolutionPointers{},
+      result.mutable_data_ptr()};
   const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
   choose_vectors(
       unit, dtype, kernel.tiling,
@@ -137,7 +143,7 @@ pybind11::dict plan(const std::map<std::string, int64_t>& sizes, const std::stri
   answer["tile_columns"] = plan.tiling.tile_columns;
   answer["slices"] = plan.tiling.slices;
   answer["chunk"] = plan.tiling.chunk;
-  answer["stages"] = plan.tiling.stages;
+  answer["tile_depth"] = plan.tiling.tile_depth;
   answer["shared_bytes"] = plan.shared_bytes;
   answer["windows"] = plan.windows;
   answer["blocks_per_multiprocessor"] = plan.blocks_per_multiprocessor;

@@ -4,7 +4,9 @@
 //   - a barrier or a warp-wide instruction that not all threads (lanes) reach, or not at the same place;
 //   - a read of a byte of shared memory that was never written, or that an asynchronous copy is still filling;
 //   - an access outside of the block's shared memory, or not aligned to its size;
-//   - two threads that touch a byte of shared memory between the same two barriers, one of them to write it.
+//   - two threads that touch a byte of shared memory between the same two barriers (of the block, or of the warp that
+//   both
+//     belong to), one of them to write it.
 //
 // Global memory is the program's own: AddressSanitizer guards it.
 #pragma once
@@ -89,6 +91,10 @@ class Machine {
     for (int i = first; i < first + 32; ++i) fibers_[i].state = State::ready;
   }
 
+  void warp_barrier(int line) {
+    warp_wide(line, nullptr, [this](void**) { ++warps_[running_ / 32].epoch; });
+  }
+
   void check_access(int64_t offset, int64_t bytes, int64_t alignment) const {
     if (offset < 0 || offset + bytes > static_cast<int64_t>(shared.size())) {
       fail("thread %d: shared memory [%ld, %ld) is outside of the block's %zu bytes", running_, offset, offset + bytes,
@@ -102,30 +108,30 @@ class Machine {
       Shadow& byte = shadow_[i];
       if (byte.filling) fail("thread %d: read of shared byte %ld, which an asynchronous copy is filling", running_, i);
       if (byte.writer < 0) fail("thread %d: read of shared byte %ld, which was never written", running_, i);
-      if (byte.write_epoch == epoch_ && byte.writer != running_) {
+      if (byte.write_epoch == epoch_ && byte.writer != running_ && !ordered(byte.writer / 32, byte.write_warp_epoch)) {
         fail("thread %d: race: read of shared byte %ld, written by thread %d since the last barrier", running_, i,
              byte.writer);
       }
-      if (byte.read_epoch != epoch_) {
-        byte.read_epoch = epoch_;
-        byte.reader = running_;
-      } else if (byte.reader != running_) {
-        byte.reader = kSeveral;
-      }
+      const int warp = running_ / 32;
+      byte.reader = byte.read_epoch != epoch_ || byte.reader == running_ ? running_ : kSeveral;
+      byte.reader_warp = byte.read_epoch != epoch_ || byte.reader_warp == warp ? warp : kSeveral;
+      byte.read_warp_epoch = warps_[warp].epoch;
+      byte.read_epoch = epoch_;
     }
   }
   void note_write(int64_t offset, int64_t bytes) {
     for (int64_t i = offset; i < offset + bytes; ++i) {
       Shadow& byte = shadow_[i];
-      if (byte.write_epoch == epoch_ && byte.writer != running_) {
+      if (byte.write_epoch == epoch_ && byte.writer != running_ && !ordered(byte.writer / 32, byte.write_warp_epoch)) {
         fail("thread %d: race: write of shared byte %ld, written by thread %d since the last barrier", running_, i,
              byte.writer);
       }
-      if (byte.read_epoch == epoch_ && byte.reader != running_) {
+      if (byte.read_epoch == epoch_ && byte.reader != running_ && !ordered(byte.reader_warp, byte.read_warp_epoch)) {
         fail("thread %d: race: write of shared byte %ld, read by another thread since the last barrier", running_, i);
       }
       byte.writer = running_;
       byte.write_epoch = epoch_;
+      byte.write_warp_epoch = warps_[running_ / 32].epoch;
       byte.filling = false;
     }
   }
@@ -176,13 +182,17 @@ class Machine {
   };
   struct Warp {
     int arrived = 0, line = 0;
+    int64_t epoch = 0;  // counts the warp's own barriers
     void* arguments[32];
   };
   struct Shadow {
-    int writer = -1, reader = -1;
-    int64_t write_epoch = -1, read_epoch = -1;
+    int writer = -1, reader = -1, reader_warp = -1;
+    int64_t write_epoch = -1, read_epoch = -1, write_warp_epoch = -1, read_warp_epoch = -1;
     bool filling = false;
   };
+
+  // Whether the running thread's own warp did it, before a barrier of the warp.
+  bool ordered(int warp, int64_t warp_epoch) const { return warp == running_ / 32 && warp_epoch < warps_[warp].epoch; }
 
   void run_block() {
     ++epoch_;
@@ -300,6 +310,8 @@ inline void narrow(float value, BFloat16& to) {
 
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline float relu(float value) { return value < 0 ? 0 : value; }
+inline double relu(double value) { return value < 0 ? 0 : value; }
 inline float square_root(float value) { return std::sqrt(value); }
 inline double square_root(double value) { return std::sqrt(value); }
 
@@ -309,6 +321,7 @@ inline int thread_index() { return Machine::current()->thread(); }
 inline int64_t block_index() { return Machine::current()->block_index; }
 inline int64_t block_count() { return Machine::current()->block_count; }
 inline void barrier(int line = __builtin_LINE()) { Machine::current()->barrier(line); }
+inline void warp_barrier(int line = __builtin_LINE()) { Machine::current()->warp_barrier(line); }
 
 template <class T>
 class Shared {
@@ -350,6 +363,11 @@ class Shared {
   int64_t offset;  // in bytes
 };
 
+template <class U, class T>
+Shared<U> shared_as(Shared<T> p) {
+  return Shared<U>(p.offset);
+}
+
 inline Shared<char> shared_memory() { return Shared<char>(0); }
 template <class T>
 Shared<T> shared_at(Shared<char> memory, int64_t offset) {
@@ -357,13 +375,12 @@ Shared<T> shared_at(Shared<char> memory, int64_t offset) {
 }
 
 template <int kBytes, class T>
-void copy_async(Shared<T> to, const T* from, int valid) {
+void copy_async(Shared<T> to, const T* from, bool valid) {
   static_assert(kBytes == 16 || kBytes == 8 || kBytes == 4);
   Machine& machine = *Machine::current();
   machine.check_access(to.offset, kBytes, kBytes);
   if (valid && reinterpret_cast<uintptr_t>(from) % kBytes) Machine::fail("a global address not aligned to %d", kBytes);
-  if (valid < 0 || valid > kBytes) Machine::fail("a copy of %d of %d bytes", valid, kBytes);
-  machine.start_copy(to.offset, from, valid, kBytes);
+  machine.start_copy(to.offset, from, valid ? kBytes : 0, kBytes);
 }
 inline void commit_copies() { Machine::current()->commit_copies(); }
 template <int kPending>
@@ -375,19 +392,17 @@ void wait_copies() {
 
 namespace detail {
 
-template <int kMatrices>
 struct LoadLane {
   uint32_t* to;
   int64_t row;
 };
 
-template <int kMatrices>
-void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) {
-  LoadLane<kMatrices> mine = {to, row};
+inline void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) {
+  LoadLane mine = {to, row};
   Machine& machine = *Machine::current();
   machine.warp_wide(line, &mine, [&](void** lanes) {
-    const auto lane_of = [&](int i) -> LoadLane<kMatrices>& { return *static_cast<LoadLane<kMatrices>*>(lanes[i]); };
-    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+    const auto lane_of = [&](int i) -> LoadLane& { return *static_cast<LoadLane*>(lanes[i]); };
+    for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t elements[8][8];
       for (int i = 0; i < 8; ++i) {
         const int64_t at = lane_of(8 * matrix + i).row;
@@ -409,13 +424,8 @@ void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) {
 
 template <bool kTransposed, class T>
 void load_matrices(uint32_t (&to)[4], Shared<const T> row, int line = __builtin_LINE()) {
-  detail::load_matrices<4>(to, row.offset, kTransposed, line);
+  detail::load_matrices(to, row.offset, kTransposed, line);
 }
-template <class T>
-void load_matrices(uint32_t (&to)[2], Shared<const T> row, int line = __builtin_LINE()) {
-  detail::load_matrices<2>(to, row.offset, false, line);
-}
-
 // The architecture that the kernel is compiled for, as __CUDA_ARCH__ / 10 is in device.cuh.
 #ifndef SHUFFLENET_TEST_ARCH
 #define SHUFFLENET_TEST_ARCH 90

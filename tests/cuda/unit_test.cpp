@@ -191,9 +191,17 @@ std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
   choose_vectors(unit, dtype, tiling,
                  {address(x.data), address(conv1.pointers.weight), conv3 ? address(conv3->pointers.weight) : 0,
                   address(result.data)});
+  const SharedLayout layout(s, tiling, kLayout, sizeof(T), sizeof(accumulator_t<T>));
   const KernelArguments arguments = {
-      s, tiling, x.data, conv1.pointers, conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{}, result.data};
-  Machine machine(kThreads, SharedLayout(s, tiling, sizeof(T), sizeof(accumulator_t<T>)).bytes, c.number("seed", 0));
+      s,
+      tiling,
+      layout,
+      x.data,
+      conv1.pointers,
+      conv2.pointers,
+      conv3 ? conv3->pointers : ConvolutionPointers{},
+      result.data};
+  Machine machine(kThreads, layout.bytes, c.number("seed", 0));
   machine.launch(std::min(c.number("blocks", 1 << 20), tiling.windows(s)), [&] { Block<T, kLayout>(arguments).run(); });
 
   Tensor4 expected = naive_unit<T>(s, x_double, conv1, conv2, conv3.get());
@@ -232,7 +240,7 @@ std::string run(const std::string& line) {
   tiling.tile_columns = static_cast<int>(c.number("tile_columns", tiling.tile_columns));
   tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
   tiling.chunk = static_cast<int>(c.number("chunk", unit.slice_channels() * tiling.slices));
-  tiling.stages = static_cast<int>(c.number("stages", tiling.stages));
+  tiling.tile_depth = static_cast<int>(c.number("tile_depth", tiling.tile_depth));
   const bool last = unit.layout == Layout::channels_last;
 #ifdef SHUFFLENET_TEST_DTYPE16
   if (type == Dtype::bfloat16) {
