@@ -1,7 +1,7 @@
 """optimize_for_inference: an eval-only copy of a model, batch norm folded ahead."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shufflenet_ext import reference
-from shufflenet_ext._backend import runs_native
+from shufflenet_ext._backend import implementation
 from shufflenet_ext._checks import check_tensor
 from shufflenet_ext._native import UnitSizes
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
@@ -93,7 +93,7 @@ class InferenceUnits(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        return _network_op(x, self.sizes)(x, self.weights, self.program)
+        return _run(x, self.weights, self.program, self.sizes)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -132,19 +132,19 @@ class InferenceNetwork(_EvalOnly):
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         if x.device.type != "cuda":
-            return _network_op(x, self.sizes)(x, self.weights, self.program)
+            return _run(x, self.weights, self.program, self.sizes)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
         x = reference.shuffle_network(x, *stem)
-        return reference.shuffle_network(_network_op(x, self.sizes)(x, *units), *head)
+        return reference.shuffle_network(_run(x, *units, self.sizes), *head)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each step runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
         return explain_steps(self, x, self.step_names)
 
 
-def _network_op(x: Tensor, sizes: list[UnitSizes]) -> Callable[[Tensor, Tensor, list[int]], Tensor]:
-    run = torch.ops.shufflenet_ext if runs_native(x, lambda: sizes) else reference
-    return run.shuffle_network
+def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes]) -> Tensor:
+    run, settings = implementation(x, lambda: sizes)
+    return run.shuffle_network(x, weights, program, **settings)
 
 
 class InferenceModel(_EvalOnly):
