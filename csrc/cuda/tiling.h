@@ -24,9 +24,7 @@ inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kTilePixels = 16;
 inline constexpr int kTileRows = 48;
-// Rows behind the last that a tile may read: mma goes by sixteen, and FMA, all that accumulators of 64 bits have, by
-// eight.
-SHUFFLENET_HOST_DEVICE constexpr int row_padding(int accumulator) { return accumulator == 8 ? 7 : 15; }
+inline constexpr int kRowPadding = 7;  // rows behind the last that are read: tiles are whole eights
 // Bytes of depth that one mma multiplies: m16n8k16 in 16 bits, m16n8k8 in 32. Depths are padded to it with zeros.
 inline constexpr int kStepBytes = 32;
 // Lines (the M of mma.m16n8) and elements (four N) of a tile of conv3. Elements are neighbours in the result's memory:
@@ -118,7 +116,7 @@ struct SharedLayout {
     y1 = narrow(end);
     end += round_up(in_pixels * y1_elements * element, 16);
     weight1 = narrow(end);
-    end += (t.chunk + row_padding(accumulator)) * weight1_elements * element;
+    end += (t.chunk + kRowPadding) * weight1_elements * element;
     const int64_t y2_bytes = y2_rows * y2_elements * element;
     const int64_t part_bytes = weight3_unit * weight3_elements * element;
     weight3 = y1;

@@ -292,10 +292,10 @@ struct MmaEngine {
       }
       round_operands<T>(a);
       SHUFFLENET_UNROLL
-      for (int j = 0; j < kTiles; j += 2) {  // the eight places behind the last are there to be read
+      for (int j = 0; j < kTiles; j += 2) {
         if (j >= tiles) break;
         uint32_t b[4];
-        const int at = 8 * j + lane / 16 * 8 + lane % 8;
+        const int at = least(8 * j + lane / 16 * 8 + lane % 8, 8 * tiles - 1);  // of an odd tile, nothing follows
         load_matrices<false, T>(b, elements + (at * pitch + k + lane / 8 % 2 * kPerBlock<T>));
         round_operands<T>(b);
         SHUFFLENET_UNROLL
@@ -468,7 +468,7 @@ struct Block {
     const T* const weight = static_cast<const T*>(arguments.conv1.weight);
     for (int i = 0; i < run_count; ++i) {
       const Run run = runs[i];
-      const int rows = i + 1 < run_count ? run.rows : run.rows + row_padding(sizeof(A));
+      const int rows = i + 1 < run_count ? run.rows : run.rows + kRowPadding;
       stage_weights<T>(weight1 + run.position * layout.weight1_pitch, layout.weight1_pitch, rows,
                        weight + static_cast<int64_t>(run.row) * s.conv1_depth, run.rows, s.conv1_depth, t.conv1_vector,
                        [](int row) { return row; });
