@@ -42,80 +42,109 @@ struct StemScratch {
 
 // Elements 0, 2, 4, … and 1, 3, 5, … of n to two arrays, cut where they end.
 template <class T>
-void sort_even_odd(const T* from, int64_t n, accumulator_t<T>* even, int64_t even_room, accumulator_t<T>* odd,
-                   int64_t odd_room) {
+void sort_even_odd(const T* from, int64_t n, accumulator_t<T>* even, int64_t evens, accumulator_t<T>* odd,
+                   int64_t odds) {
   using S = Simd<accumulator_t<T>>;
   constexpr int64_t kLanes = S::kLanes;
-  for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    const auto first = load_first(from + i, n - i);
-    const auto second = n - i > kLanes ? load_first(from + i + kLanes, n - i - kLanes) : typename S::V{};
-    const int64_t done = i / 2;
-    const int64_t evens = std::min((n - i + 1) / 2, even_room - done), odds = std::min((n - i) / 2, odd_room - done);
-    if (evens > 0) S::store(even + done, S::even(first, second), S::first(evens));
-    if (odds > 0) S::store(odd + done, S::odd(first, second), S::first(odds));
+  int64_t i = 0;
+  for (; i + kLanes <= std::min({n / 2, evens, odds}); i += kLanes) {
+    const auto first = Stored<T>::load(from + 2 * i), second = Stored<T>::load(from + 2 * i + kLanes);
+    S::store(even + i, S::even(first, second));
+    S::store(odd + i, S::odd(first, second));
+  }
+  for (; 2 * i < n; i += kLanes) {
+    const int64_t left = n - 2 * i;
+    const auto first = load_first(from + 2 * i, left);
+    const auto second = left > kLanes ? load_first(from + 2 * i + kLanes, left - kLanes) : typename S::V{};
+    if (evens > i) S::store(even + i, S::even(first, second), S::first(evens - i));
+    if (odds > i) S::store(odd + i, S::odd(first, second), S::first(odds - i));
   }
 }
 
-// A row of x to its `stride` planes; `planes` are those of the row's channel and remainder.
-template <class T>
-void sort_row(const Stem& stem, const StemRows& rows, const T* x, Planes<accumulator_t<T>> planes) {
-  using A = accumulator_t<T>;
-  using S = Simd<A>;
-  for (int64_t remainder = 0; remainder < stem.stride; ++remainder) {
-    std::fill(planes.channel(remainder), planes.channel(remainder) + rows.pitch, A{0});
+// Where the columns of a row of x go that a column and every stride-th behind it are: to which plane of the row's, from
+// where on, and how many of them have room.
+struct SortedColumns {
+  SortedColumns(const Stem& stem, const StemRows& rows, int64_t column)
+      : plane((stem.padding + column) % stem.stride),
+        start(std::min((stem.padding + column) / stem.stride, rows.pitch)),
+        count(std::min(ceil_div(stem.width - column, stem.stride), rows.pitch - start)),
+        after(rows.pitch - start - count) {}
+
+  // With zeros around them.
+  template <class A>
+  A* in(Planes<A> planes) const {
+    A* const row = planes.channel(plane);
+    std::fill_n(row, start, A{0});
+    std::fill_n(row + start + count, after, A{0});
+    return row + start;
   }
-  if (stem.stride == 1) {
-    const int64_t n = std::min(stem.width, rows.pitch - stem.padding);
-    A* const to = planes.channel(0) + stem.padding;
-    for (int64_t i = 0; i < n; i += S::kLanes) S::store(to + i, load_first(x + i, n - i), S::first(n - i));
-  } else {
-    const auto start = [&](int64_t column) { return (stem.padding + column) / 2; };
-    const auto plane = [&](int64_t column) { return planes.channel((stem.padding + column) % 2) + start(column); };
-    sort_even_odd<T>(x, stem.width, plane(0), rows.pitch - start(0), plane(1), rows.pitch - start(1));
-  }
-}
+  int64_t plane, start, count, after;
+};
 
 template <class T>
 void sort_image(const Stem& stem, const StemRows& rows, const T* image, const StemScratch<T>& scratch) {
   using A = accumulator_t<T>;
-  for (int64_t i = 0; i < rows.sorted_rows * stem.stride; ++i) {
-    const int64_t y = rows.begin * stem.stride + i - stem.padding;
-    for (int64_t c = 0; c < stem.in_channels; ++c) {
-      const int64_t first = (c * stem.stride + i % stem.stride) * stem.stride;
-      const Planes<A> planes = {scratch.sorted.channel(first) + i / stem.stride * rows.pitch, scratch.sorted.stride};
-      if (y < 0 || y >= stem.height) {
-        for (int64_t s = 0; s < stem.stride; ++s) std::fill(planes.channel(s), planes.channel(s) + rows.pitch, A{0});
-      } else if (stem.layout == Layout::contiguous) {
-        sort_row<T>(stem, rows, image + (c * stem.height + y) * stem.width, planes);
-      } else {
-        const T* const pixels = image + y * stem.width * stem.in_channels + c;
-        for (int64_t column = 0; column < stem.width; ++column) scratch.row[column] = pixels[column * stem.in_channels];
-        sort_row<T>(stem, rows, scratch.row, planes);
+  using S = Simd<A>;
+  const int64_t s = stem.stride;
+  const SortedColumns even(stem, rows, 0), odd(stem, rows, std::min(s - 1, stem.width));
+  for (int64_t i = 0; i < rows.sorted_rows; ++i) {
+    for (int64_t remainder = 0; remainder < s; ++remainder) {
+      const int64_t y = (rows.begin + i) * s + remainder - stem.padding;
+      for (int64_t c = 0; c < stem.in_channels; ++c) {
+        const Planes<A> planes = {
+            scratch.sorted.channel((c * s + remainder) * s) + i * rows.pitch, scratch.sorted.stride};
+        if (y < 0 || y >= stem.height) {
+          for (int64_t plane = 0; plane < s; ++plane) std::fill_n(planes.channel(plane), rows.pitch, A{0});
+          continue;
+        }
+        const T* x = image + (c * stem.height + y) * stem.width;
+        if (stem.layout == Layout::channels_last) {
+          const T* const pixels = image + y * stem.width * stem.in_channels + c;
+          for (int64_t column = 0; column < stem.width; ++column) {
+            scratch.row[column] = pixels[column * stem.in_channels];
+          }
+          x = scratch.row;
+        }
+        if (s == 1) {
+          A* const to = even.in(planes);
+          for (int64_t j = 0; j < even.count; j += S::kLanes) {
+            S::store(to + j, load_first(x + j, even.count - j), S::first(even.count - j));
+          }
+        } else {
+          sort_even_odd<T>(x, stem.width, even.in(planes), even.count, odd.in(planes), odd.count);
+        }
       }
     }
   }
 }
 
-// A row of the max pool, from up to three rows of the convolution; null rows lie outside. All values are at least 0 or
-// NaN, so zeros can stand for the padding.
+// The largest of up to three rows from some column on, zero past the width; NaN where one is. Null rows lie outside.
+// All values are at least 0 or NaN, so zeros can stand for the padding, and a sum of them is NaN where one of them is.
+template <class A>
+typename Simd<A>::V largest_of_rows(const A* const (&from)[3], int64_t column, int64_t width) {
+  using S = Simd<A>;
+  typename S::V largest = {}, sum = {};
+  if (column >= width) return largest;
+  const bool whole = column + S::kLanes <= width;
+  const auto tail = S::first(width - column);
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    if (!from[i]) continue;
+    const auto value = whole ? S::load(from[i] + column) : S::load(from[i] + column, tail);
+    largest = S::max(largest, value);
+    sum += value;
+  }
+  return sum == sum ? largest : sum;
+}
+
+// A row of the max pool.
 template <class A>
 void max_pool_row(const A* const (&from)[3], int64_t width, int64_t out_width, A* to) {
   using S = Simd<A>;
-  using V = typename S::V;
   StridedColumns<A> columns;
   for (int64_t column = 0; column < out_width; column += S::kLanes) {
-    V halves[2] = {};
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const int64_t first = 2 * column + half * S::kLanes;
-      const auto mask = S::first(std::max<int64_t>(0, width - first));
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i) {
-        if (from[i]) halves[half] = S::max_or_nan(halves[half], S::load(from[i] + first, mask));
-      }
-    }
-    columns.next(halves[0], halves[1]);
-    const V largest = S::max_or_nan(S::max_or_nan(columns.left, columns.centre), columns.right);
+    columns.next(largest_of_rows(from, 2 * column, width), largest_of_rows(from, 2 * column + S::kLanes, width));
+    const auto largest = S::max_or_nan(S::max_or_nan(columns.left, columns.centre), columns.right);
     S::store(to + column, largest, S::first(out_width - column));
   }
 }

@@ -124,19 +124,25 @@ void run_pointwise_tile(int64_t channels, int64_t vectors, const PointwiseTile<A
 // n channels left: how many the next tile takes, such that all tiles are about equal (20 as 7, 7, 6).
 inline int64_t next_channels(int64_t n) { return ceil_div(n, ceil_div(n, kTileChannels)); }
 
-// A run of pixels cut into tiles of nearly equal numbers of vectors.
+// A run of pixels cut into tiles of nearly equal numbers of vectors. Divides once: a division for each tile would show.
 template <class A>
 struct PixelTiles {
   explicit PixelTiles(int64_t pixels)
-      : pixels(pixels), vectors(ceil_div(pixels, Simd<A>::kLanes)), count(ceil_div(vectors, kTileVectors)) {}
-  int64_t begin(int64_t tile) const { return vectors * tile / count; }
-  int64_t tile_vectors(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+      : pixels(pixels),
+        vectors(ceil_div(pixels, Simd<A>::kLanes)),
+        count(ceil_div(vectors, kTileVectors)),
+        least(vectors / count),
+        larger(vectors - least * count) {}
+  int64_t begin(int64_t tile) const { return tile * least + std::min(tile, larger); }
+  int64_t tile_vectors(int64_t tile) const { return least + (tile < larger ? 1 : 0); }
   int64_t pixel(int64_t tile) const { return begin(tile) * Simd<A>::kLanes; }
   // Pixels in the tile's last vector.
   int64_t tail(int64_t tile) const {
     return std::min<int64_t>(Simd<A>::kLanes, pixels - (begin(tile + 1) - 1) * Simd<A>::kLanes);
   }
   int64_t pixels, vectors, count;
+  int64_t least;   // vectors of a tile
+  int64_t larger;  // tiles, the first ones, have one more
 };
 
 // A plane's last pixel, where it would have a vector for itself: a 7x7 plane, of every vector's length. Such a plane's
@@ -426,16 +432,17 @@ void pool(const Unit& unit, const Part& part, Channels channels, const EdgeMasks
   using S = Simd<A>;
   using V = typename S::V;
   const V one = S::broadcast(1);
+  const int64_t width = unit.width, out_width = unit.out_width();  // a division, not to be made for each row
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
-      const A* const middle = x.channel(c) + (2 * row - x_row) * unit.width;
+      const A* const middle = x.channel(c) + (2 * row - x_row) * width;
       const A* const above = x_above.data ? x_above.channel(c) : nullptr;
-      const A* const top = 2 * row > x_row ? middle - unit.width : above;
-      const A* const bottom = 2 * row + 1 < unit.height ? middle + unit.width : nullptr;
+      const A* const top = 2 * row > x_row ? middle - width : above;
+      const A* const bottom = 2 * row + 1 < unit.height ? middle + width : nullptr;
       const V rows = S::broadcast(static_cast<A>(1 + (top != nullptr) + (bottom != nullptr)));
-      A* y = result.channel(c) + (row - part.row_begin) * unit.out_width();
+      A* y = result.channel(c) + (row - part.row_begin) * out_width;
       StridedColumns<A> sums, counts;
-      for (int64_t v = 0, column = 0; column < unit.out_width(); ++v, column += S::kLanes) {
+      for (int64_t v = 0, column = 0; column < out_width; ++v, column += S::kLanes) {
         V halves[2];
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
@@ -451,7 +458,7 @@ void pool(const Unit& unit, const Part& part, Channels channels, const EdgeMasks
           share = one / ((counts.left + one + counts.right) * rows);
         }
         const V mean = (sums.left + sums.centre + sums.right) * share;
-        S::store(y + column, S::max(V{}, mean), S::first(unit.out_width() - column));
+        S::store(y + column, S::max(V{}, mean), S::first(out_width - column));
       }
     }
   }
