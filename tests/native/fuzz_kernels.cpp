@@ -1,6 +1,6 @@
-// Fuzzes the kernels without torch: units of random shapes, every ISA, dtype and layout, cut at random into parts and
-// shares of channels, on buffers that end exactly where their contents end, against a naive implementation in double.
-// Run by run_sanitized.sh, under which any access outside of them is an error.
+// Fuzzes the kernels without torch: units of random shapes, every ISA, dtype and layout, cut at random into parts,
+// strips and shares of channels, on buffers that end exactly where their contents end, against a naive implementation
+// in double. Run by run_sanitized.sh, under which any access outside of them is an error.
 //
 // Usage: fuzz_kernels [units] [seed]
 #include <cmath>
@@ -106,6 +106,19 @@ struct Case {
   std::vector<double> x;  // (batch, channels, height, width), whatever the layout
   Weights conv1, conv2, conv3;
 };
+
+[[noreturn]] static void fail(const Case& c) {
+  const Unit& u = c.unit;
+  std::fprintf(
+      stderr,
+      "batch %lld, channels %lld %lld %lld, plane %lldx%lld, conv1_groups %lld, groups %lld, stride %lld, "
+      "conv2_relu %d, include_pad %d, layout %d, dtype %d\n",
+      static_cast<long long>(u.batch), static_cast<long long>(u.in_channels), static_cast<long long>(u.mid_channels),
+      static_cast<long long>(u.out_channels), static_cast<long long>(u.height), static_cast<long long>(u.width),
+      static_cast<long long>(u.conv1_groups), static_cast<long long>(u.groups), static_cast<long long>(u.stride),
+      u.conv2_relu, u.pool_count_include_pad, static_cast<int>(u.layout), static_cast<int>(c.dtype));
+  std::exit(1);
+}
 
 static int64_t offset(int64_t n, int64_t c, int64_t row, int64_t column, int64_t channels, int64_t height,
                       int64_t width, Layout layout) {
@@ -224,9 +237,75 @@ static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPoint
 }
 
 // Any number of strips, or what the op itself would choose for some number of threads.
-static Partition random_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes) {
-  if (uniform(0, 1)) return {uniform(1, unit.out_height()), 1};
-  return choose_partition(unit, kernel, lanes, uniform(1, 6));
+static Partition random_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes, bool has_strips) {
+  if (uniform(0, 1)) return {uniform(1, unit.out_height()), Sharing::whole_parts};
+  return choose_partition(unit, kernel, lanes, uniform(1, 6), has_strips);
+}
+
+// A strip's planes, cut from an image into memory of their own.
+template <class A>
+class StripPlanes {
+ public:
+  // The last plane ends with its last pixel.
+  StripPlanes(int64_t channels, int64_t pixels)
+      : channels_(channels),
+        pixels_(pixels),
+        plane_(pixels + uniform(0, 9)),
+        data_((channels - 1) * plane_ + pixels, std::numeric_limits<A>::quiet_NaN()) {}
+  RowsOfImage rows() { return {data_.data(), plane_}; }
+  void copy_from(const A* image, int64_t image_plane) { copy(image, image_plane, data_.data(), plane_); }
+  void copy_to(A* image, int64_t image_plane) const { copy(data_.data(), plane_, image, image_plane); }
+
+ private:
+  void copy(const A* from, int64_t from_plane, A* to, int64_t to_plane) const {
+    for (int64_t c = 0; c < channels_; ++c) std::copy_n(from + c * from_plane, pixels_, to + c * to_plane);
+  }
+  int64_t channels_, pixels_, plane_;
+  std::vector<A> data_;
+};
+
+// The image by strips, in random order, each in memory of its own.
+template <class A>
+static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers,
+                       const Partition& partition) {
+  const int64_t n = partition.strips;
+  std::vector<Strip> strips(n);
+  std::vector<std::unique_ptr<StripPlanes<A>>> x, above, result;
+  std::vector<std::unique_ptr<Buffer>> y1;
+  const A* const image = static_cast<const A*>(pointers.x);
+  std::vector<int64_t> order;
+  for (int64_t i = 0; i < n; ++i) {
+    Strip& strip = strips[i];
+    strip.part = partition.part(unit, i);
+    const int64_t first = strip.part.row_begin * unit.stride;
+    const int64_t last = std::min(strip.part.row_end * unit.stride, unit.height);
+    x.push_back(std::make_unique<StripPlanes<A>>(unit.in_channels, (last - first) * unit.width));
+    x.back()->copy_from(image + first * unit.width, pointers.x_plane);
+    strip.x = x.back()->rows();
+    const int64_t pixels = (strip.part.row_end - strip.part.row_begin) * unit.out_width();
+    result.push_back(std::make_unique<StripPlanes<A>>(unit.result_channels(), pixels));
+    strip.result = result.back()->rows();
+    y1.push_back(std::make_unique<Buffer>(kernel.strip_bytes(unit, strip.part)));
+    strip.y1 = y1.back()->get();
+    order.push_back(i);
+    if (i == 0) continue;
+    strip.above = &strips[i - 1];
+    strips[i - 1].below = &strip;
+    above.push_back(std::make_unique<StripPlanes<A>>(unit.in_channels, unit.width));
+    above.back()->copy_from(image + (first - 1) * unit.width, pointers.x_plane);
+    strip.x_above = above.back()->rows();
+  }
+  for (const auto phase : {kernel.expand_strip, kernel.project_strip}) {
+    std::shuffle(order.begin(), order.end(), generator);
+    for (const int64_t i : order) {
+      const Buffer scratch(kernel.strip_scratch_bytes(unit, strips[i].part));
+      phase(unit, pointers, strips[i], scratch.get());
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    A* const to = static_cast<A*>(pointers.result) + strips[i].part.row_begin * unit.out_width();
+    result[i]->copy_to(to, pointers.result_plane);
+  }
 }
 
 // Weights in the accumulator's type, in memory of their exact size.
@@ -255,11 +334,39 @@ static std::vector<char> native_result(const Case& c, const Isa& isa) {
   std::vector<char> result(u.batch * u.result_channels() * u.out_height() * u.out_width() * size_of(c.dtype), '\xff');
 
   const Pointers<A> conv1(c.conv1), conv2(c.conv2), conv3(c.conv3);
-  const UnitPointers pointers = {
-      x.data(), conv1, conv2, conv3, result.data(), unit.height * unit.width, unit.out_height() * unit.out_width()};
+  UnitPointers pointers;
+  pointers.conv1 = conv1;
+  pointers.conv2 = conv2;
+  pointers.conv3 = conv3;
+  pointers.x_plane = u.height * u.width;
+  pointers.result_plane = u.out_height() * u.out_width();
   const UnitKernel kernel = isa.unit_kernel(c.dtype);
-  const Partition partition = random_partition(u, kernel, isa.vector_bytes / static_cast<int64_t>(sizeof(A)));
-  for (int64_t i = 0; i < partition.parts(u); ++i) run_part(kernel, u, pointers, partition.part(u, i));
+  const bool has_strips = u.has_conv3() && !kernel.is_staged(u);
+  const int64_t lanes = isa.vector_bytes / static_cast<int64_t>(sizeof(A));
+  const int64_t x_bytes = static_cast<int64_t>(x.size()) / u.batch;
+  const int64_t result_bytes = static_cast<int64_t>(result.size()) / u.batch;
+  Unit image = u;
+  image.batch = 1;
+  for (int64_t n = 0; n < u.batch; ++n) {
+    pointers.x = x.data() + n * x_bytes;
+    pointers.result = result.data() + n * result_bytes;
+    const Partition partition = random_partition(image, kernel, lanes, has_strips);
+    for (int64_t i = 0; i < partition.strips; ++i) run_part(kernel, image, pointers, partition.part(image, i));
+    if (!has_strips) continue;
+    std::vector<char> by_strips(result_bytes, '\xff');
+    UnitPointers other = pointers;
+    other.result = by_strips.data();
+    run_strips<A>(kernel, image, other, {uniform(1, u.out_height()), Sharing::strips});
+    // NaNs may differ in their bits.
+    const A *const got = reinterpret_cast<const A*>(by_strips.data()), *const expected =
+                                                                           static_cast<const A*>(pointers.result);
+    for (int64_t i = 0; i < result_bytes / static_cast<int64_t>(sizeof(A)); ++i) {
+      if (got[i] == expected[i] || (std::isnan(got[i]) && std::isnan(expected[i]))) continue;
+      std::fprintf(stderr, "%s: element %lld is %.17g by strips, %.17g by whole parts: ", isa.name,
+                   static_cast<long long>(i), static_cast<double>(got[i]), static_cast<double>(expected[i]));
+      fail(c);
+    }
+  }
   return result;
 }
 
@@ -273,17 +380,9 @@ static void check(const Case& c, const Isa& isa) {
     const double got = get(c.dtype, result.data(), i);
     const double tolerance = epsilon(c.dtype) * std::abs(expected[i]) + 32 * sum_epsilon * magnitude[i];
     if (std::isnan(expected[i]) ? std::isnan(got) : std::abs(got - expected[i]) <= tolerance) continue;
-    const Unit& u = c.unit;
-    std::fprintf(
-        stderr,
-        "%s: element %lld is %.9g, expected %.9g within %.3g: batch %lld, channels %lld %lld %lld, plane "
-        "%lldx%lld, conv1_groups %lld, groups %lld, stride %lld, conv2_relu %d, include_pad %d, layout %d, dtype %d\n",
-        isa.name, static_cast<long long>(i), got, expected[i], tolerance, static_cast<long long>(u.batch),
-        static_cast<long long>(u.in_channels), static_cast<long long>(u.mid_channels),
-        static_cast<long long>(u.out_channels), static_cast<long long>(u.height), static_cast<long long>(u.width),
-        static_cast<long long>(u.conv1_groups), static_cast<long long>(u.groups), static_cast<long long>(u.stride),
-        u.conv2_relu, u.pool_count_include_pad, static_cast<int>(u.layout), static_cast<int>(c.dtype));
-    std::exit(1);
+    std::fprintf(stderr, "%s: element %lld is %.9g, expected %.9g within %.3g: ", isa.name, static_cast<long long>(i),
+                 got, expected[i], tolerance);
+    fail(c);
   }
 }
 
