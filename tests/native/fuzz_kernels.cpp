@@ -1,6 +1,6 @@
-// Fuzzes the kernels without torch: units of random shapes, every ISA, dtype and layout, cut at random into parts,
-// strips and shares of channels, on buffers that end exactly where their contents end, against a naive implementation
-// in double. Run by run_sanitized.sh, under which any access outside of them is an error.
+// Fuzzes the kernels without torch: units, stems and heads of random shapes, every ISA, dtype and layout, cut at random
+// into parts, strips and shares of channels, on buffers that end exactly where their contents end, against a naive
+// implementation in double. Run by run_sanitized.sh, under which any access outside of them is an error.
 //
 // Usage: fuzz_kernels [units] [seed]
 #include <cmath>
@@ -432,13 +432,175 @@ static Case random_case() {
   return c;
 }
 
+// ---- Stem and head ----------------------------------------------------------------------------------------------------
+
+static void check_value(double got, double expected, double tolerance, const char* what, int64_t i, const Isa& isa) {
+  if (std::isnan(expected) ? std::isnan(got) : std::abs(got - expected) <= tolerance) return;
+  std::fprintf(stderr, "%s: %s: element %lld is %.9g, expected %.9g within %.3g\n", isa.name, what,
+               static_cast<long long>(i), got, expected, tolerance);
+  std::exit(1);
+}
+
+// Values that every dtype represents exactly, now and then a NaN among them.
+static std::vector<double> random_values(int64_t n) {
+  std::vector<double> values;
+  for (int64_t i = 0; i < n; ++i) values.push_back(static_cast<double>(uniform(-64, 64)) / 32);
+  if (uniform(0, 3) == 0) values[uniform(0, n - 1)] = std::numeric_limits<double>::quiet_NaN();
+  return values;
+}
+
+template <class A>
+static void check_stem(Dtype dtype, const Isa& isa) {
+  Stem s;
+  s.in_channels = uniform(1, 5);
+  s.out_channels = uniform(1, 20);
+  s.kernel_size = uniform(1, 5);
+  s.stride = uniform(1, 2);
+  s.padding = uniform(0, s.kernel_size - 1);
+  const int64_t least = std::max<int64_t>(1, s.kernel_size - 2 * s.padding);
+  s.height = least + uniform(0, 20);
+  s.width = least + uniform(0, 75);
+  s.max_pool = uniform(0, 1);
+  s.layout = static_cast<Layout>(uniform(0, 1));
+  const std::vector<double> values = random_values(s.in_channels * s.height * s.width);
+  const Weights w = random_weights(s.out_channels, s.taps());
+
+  // In memory of their exact sizes; planes of the result are apart, the last ends with its last pixel.
+  std::vector<double> ordered(values.size());
+  for (int64_t c = 0; c < s.in_channels; ++c) {
+    for (int64_t row = 0; row < s.height; ++row) {
+      for (int64_t column = 0; column < s.width; ++column) {
+        ordered[offset(0, c, row, column, s.in_channels, s.height, s.width, s.layout)] =
+            values[(c * s.height + row) * s.width + column];
+      }
+    }
+  }
+  std::vector<char> x;
+  for (const double value : ordered) put(dtype, value, x);
+  x.shrink_to_fit();
+  const Pointers<A> conv(w);
+  const Convolution pointers = {conv.weight.data(), nullptr, conv.bias.data()};
+  const int64_t pixels = s.out_height() * s.out_width(), plane = pixels + uniform(0, 9);
+  std::vector<A> result((s.out_channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
+  const NetworkKernel kernel = isa.network_kernel(dtype);
+  in_shares(s.out_height(), 1, [&](Channels rows) {
+    const Buffer scratch(kernel.stem_scratch_bytes(s, rows.begin, rows.end));
+    kernel.stem(s, pointers, x.data(), rows.begin, rows.end, result.data(), plane, scratch.get());
+  });
+
+  const double sum_epsilon = epsilon(std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
+  for (int64_t c = 0; c < s.out_channels; ++c) {
+    std::vector<double> convolved, size;
+    for (int64_t row = 0; row < s.conv_height(); ++row) {
+      for (int64_t column = 0; column < s.conv_width(); ++column) {
+        double sum = w.bias[c], terms = std::abs(sum);
+        for (int64_t tap = 0; tap < s.taps(); ++tap) {
+          const int64_t channel = tap / (s.kernel_size * s.kernel_size);
+          const int64_t in_row = row * s.stride - s.padding + tap / s.kernel_size % s.kernel_size;
+          const int64_t in_column = column * s.stride - s.padding + tap % s.kernel_size;
+          if (in_row < 0 || in_row >= s.height || in_column < 0 || in_column >= s.width) continue;
+          const double term =
+              w.weight[c * s.taps() + tap] * values[(channel * s.height + in_row) * s.width + in_column];
+          sum += term;
+          terms += std::isnan(term) ? 0 : std::abs(term);
+        }
+        convolved.push_back(relu(sum));
+        size.push_back(terms);
+      }
+    }
+    for (int64_t p = 0; p < plane && c * plane + p < static_cast<int64_t>(result.size()); ++p) {
+      double expected = std::numeric_limits<double>::quiet_NaN(), terms = 0;  // between planes nothing is written
+      if (p < pixels && !s.max_pool) {
+        expected = convolved[p];
+        terms = size[p];
+      } else if (p < pixels) {
+        expected = 0;
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          const int64_t row = p / s.out_width() * 2 - 1 + tap / 3, column = p % s.out_width() * 2 - 1 + tap % 3;
+          if (row < 0 || row >= s.conv_height() || column < 0 || column >= s.conv_width()) continue;
+          const double value = convolved[row * s.conv_width() + column];
+          if (!(value <= expected) && !std::isnan(expected)) expected = value;
+          terms = std::max(terms, size[row * s.conv_width() + column]);
+        }
+      }
+      const int64_t i = c * plane + p;
+      check_value(static_cast<double>(result[i]), expected, 32 * sum_epsilon * terms, "stem", i, isa);
+    }
+  }
+}
+
+template <class A>
+static void check_head(Dtype dtype, const Isa& isa) {
+  Head h;
+  h.channels = uniform(1, 150);
+  h.height = uniform(1, 9);
+  h.width = uniform(1, 40);
+  h.window_height = uniform(0, 1) ? h.height : uniform(1, h.height);
+  h.window_width = uniform(0, 1) ? h.width : uniform(1, h.width);
+  h.classes = uniform(1, 20);
+  const int64_t images = uniform(1, 3), pixels = h.height * h.width, plane = pixels + uniform(0, 9);
+  const Weights w = random_weights(h.classes, h.channels);
+  const Pointers<A> linear(w);
+  const NetworkKernel kernel = isa.network_kernel(dtype);
+  const double sum_epsilon = epsilon(std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
+
+  std::vector<A> means(images * h.channels);
+  for (int64_t image = 0; image < images; ++image) {
+    std::vector<A> x((h.channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
+    const std::vector<double> values = random_values(h.channels * pixels);
+    for (int64_t i = 0; i < h.channels * pixels; ++i) x[i / pixels * plane + i % pixels] = static_cast<A>(values[i]);
+    in_shares(h.channels, 1, [&](Channels share) {
+      kernel.window_means(h, x.data(), plane, share, means.data() + image * h.channels);
+    });
+    for (int64_t c = 0; c < h.channels; ++c) {
+      double sum = 0;
+      for (int64_t row = 0; row < h.window_height; ++row) {
+        for (int64_t column = 0; column < h.window_width; ++column) {
+          sum += values[c * pixels + row * h.width + column];
+        }
+      }
+      const double expected = sum / static_cast<double>(h.window_height * h.window_width);
+      const int64_t i = image * h.channels + c;
+      check_value(static_cast<double>(means[i]), expected, 32 * sum_epsilon * 2, "means", i, isa);
+    }
+  }
+
+  std::vector<char> result(images * h.classes * size_of(dtype), '\xff');
+  const Convolution pointers = {linear.weight.data(), nullptr, linear.bias.data()};
+  in_shares(
+      h.classes, 1, [&](Channels share) { kernel.linear(h, pointers, means.data(), images, share, result.data()); });
+  for (int64_t i = 0; i < images * h.classes; ++i) {
+    const int64_t row = i % h.classes;
+    double expected = w.bias[row], terms = std::abs(expected);
+    for (int64_t c = 0; c < h.channels; ++c) {
+      const double term = w.weight[row * h.channels + c] * static_cast<double>(means[i / h.classes * h.channels + c]);
+      expected += term;
+      terms += std::isnan(term) ? 0 : std::abs(term);
+    }
+    const double tolerance = epsilon(dtype) * std::abs(expected) + 32 * sum_epsilon * terms;
+    check_value(get(dtype, result.data(), i), expected, tolerance, "linear", i, isa);
+  }
+}
+
+static void check_stem_and_head(const Isa& isa) {
+  const Dtype dtype = static_cast<Dtype>(uniform(0, 3));
+  if (dtype == Dtype::float64) {
+    check_stem<double>(dtype, isa);
+    check_head<double>(dtype, isa);
+  } else {
+    check_stem<float>(dtype, isa);
+    check_head<float>(dtype, isa);
+  }
+}
+
 int main(int argc, char** argv) {
   const long units = argc > 1 ? std::atol(argv[1]) : 2000;
   generator.seed(argc > 2 ? std::atol(argv[2]) : 0);
   for (const std::string& name : usable_isas()) {
     select_isa(name);
     for (long i = 0; i < units; ++i) check(random_case(), isa());
-    std::printf("%s: %ld units\n", name.c_str(), units);
+    for (long i = 0; i < units; ++i) check_stem_and_head(isa());
+    std::printf("%s: %ld units, stems and heads\n", name.c_str(), units);
   }
   return 0;
 }
