@@ -3,19 +3,23 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/describe.h"
 #include "cpu/kernels.h"
 #include "cpu/phases.h"
 
+// Every op ends in allow_tf32, which the Python layer fills from torch's setting: whether float32 tensors on CUDA may
+// be multiplied as TF32. It changes nothing else.
 STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
   m.def(
       "pointwise_shuffle_depthwise(Tensor x, Tensor conv1_weight, Tensor? conv1_bias, Tensor conv2_weight, "
-      "Tensor? conv2_bias, *, int conv1_groups, int shuffle_groups, int stride=1, bool conv2_relu=False) -> Tensor");
+      "Tensor? conv2_bias, *, int conv1_groups, int shuffle_groups, int stride=1, bool conv2_relu=False, "
+      "bool allow_tf32=False) -> Tensor");
   m.def(
       "shuffle_bottleneck(Tensor x, Tensor conv1_weight, Tensor? conv1_bias, Tensor conv2_weight, Tensor? conv2_bias, "
       "Tensor conv3_weight, Tensor? conv3_bias, *, int conv1_groups, int groups, int stride=1, bool conv2_relu=False, "
-      "bool pool_count_include_pad=True) -> Tensor");
+      "bool pool_count_include_pad=True, bool allow_tf32=False) -> Tensor");
   // Units one behind the other, with or without a stem and a head, for inference: see program.h.
-  m.def("shuffle_network(Tensor x, Tensor weights, int[] program) -> Tensor");
+  m.def("shuffle_network(Tensor x, Tensor weights, int[] program, *, bool allow_tf32=False) -> Tensor");
   // The unit with its batch norms in inference mode: nothing is folded ahead of a call, so nothing can be stale.
   m.def(
       "shuffle_bottleneck_batch_norm(Tensor x, "
@@ -23,8 +27,41 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, "
       "Tensor conv3_weight, Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, *, "
       "float bn1_eps, float bn2_eps, float bn3_eps, int conv1_groups, int groups, int stride=1, "
-      "bool conv2_relu=False, bool pool_count_include_pad=True) -> Tensor");
+      "bool conv2_relu=False, bool pool_count_include_pad=True, bool allow_tf32=False) -> Tensor");
 }
+
+namespace {
+
+namespace py = pybind11;
+using namespace shufflenet;
+
+py::dict to_dict(const cpu::RunDescription& run) {
+  py::list tiles;
+  for (const cpu::Tile& tile : run.tiles) tiles.append(py::make_tuple(tile.channels, tile.vectors));
+  return py::dict(py::arg("cut") = run.cut, py::arg("tiles") = py::tuple(tiles), py::arg("buffer_bytes") = run.bytes);
+}
+
+// How shuffle_network would run on x of these sizes with so many elements of weights.
+py::dict describe(const Sizes& x, bool channels_last, const std::string& dtype, int64_t weights,
+                  const std::vector<int64_t>& program, int64_t threads) {
+  const Layout layout = channels_last ? Layout::channels_last : Layout::contiguous;
+  const cpu::Description description =
+      cpu::describe(ProgramReader(x, layout, weights, program).read(), dtype_named(dtype), x[0], threads);
+  py::list steps;
+  for (const cpu::StepDescription& step : description.steps) {
+    steps.append(py::dict(
+        py::arg("input") = py::tuple(py::cast(step.input)), py::arg("output") = py::tuple(py::cast(step.output)),
+        py::arg("multiply_adds") = step.multiply_adds, py::arg("weights_and_biases") = step.weights_and_biases,
+        py::arg("alone") = to_dict(step.alone), py::arg("shared") = to_dict(step.shared)));
+  }
+  return py::dict(py::arg("images") = py::dict(
+                      py::arg("alone") = description.images_alone, py::arg("shared") = description.images_shared),
+                  py::arg("steps") = steps);
+}
+
+double measure_peak(const std::string& dtype) { return cpu::measure_peak(dtype_named(dtype)); }
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native library of shufflenet_ext: importing it registers the ops' schemas and CPU kernels.";
@@ -37,6 +74,9 @@ PYBIND11_MODULE(_C, m) {
   shufflenet::cpu::isa();  // an unusable SHUFFLENET_EXT_CPU_ISA is an error here, not in the first call
   m.def("cpu_isa", [] { return shufflenet::cpu::isa().name; });
   m.def("cpu_isas", &shufflenet::cpu::usable_isas);
+  m.def("describe", &describe, py::arg("x"), py::arg("channels_last"), py::arg("dtype"), py::arg("weights"),
+        py::arg("program"), py::arg("threads"));
+  m.def("measure_peak", &measure_peak, py::arg("dtype"), py::call_guard<py::gil_scoped_release>());
   // Between the two calls, the calling thread's ops add up the seconds that each of their steps takes.
   static thread_local shufflenet::cpu::Profile profile;
   m.def("start_profile", [] {

@@ -1,16 +1,18 @@
 """optimize_for_inference: an eval-only copy of a model, batch norm folded ahead."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shufflenet_ext import reference
-from shufflenet_ext._backend import runs_native
+from shufflenet_ext._backend import implementation
 from shufflenet_ext._checks import check_tensor
 from shufflenet_ext._native import UnitSizes
+from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
 from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable, unit_sizes
@@ -91,7 +93,11 @@ class InferenceUnits(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        return _network_op(x, self.sizes)(x, self.weights, self.program)
+        return _run(x, self.weights, self.program, self.sizes)
+
+    def explain(self, x: Tensor) -> Explanation:
+        """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
+        return explain_steps(self, x, [f"unit {i}" for i in range(1, len(self.sizes) + 1)])
 
 
 class InferenceNetwork(_EvalOnly):
@@ -102,13 +108,18 @@ class InferenceNetwork(_EvalOnly):
 
     weights: Tensor
 
-    def __init__(self, network: ShuffleNetCifar | ShuffleNetV1, units: Iterable[FusedShuffleBottleneck]) -> None:
+    def __init__(
+        self, network: ShuffleNetCifar | ShuffleNetV1, stages: Sequence[Sequence[FusedShuffleBottleneck]]
+    ) -> None:
         super().__init__()
         for_cifar = isinstance(network, ShuffleNetCifar)
         parts = stem, chain, head = _Steps(), _Steps(), _Steps()
         stem.add_stem(network.conv1, network.bn1, max_pool=not for_cifar)
-        for unit in units:
-            chain.add_unit(unit)
+        for stage in stages:
+            for unit in stage:
+                chain.add_unit(unit)
+        units = [f"unit {i}.{j}" for i, stage in enumerate(stages, 1) for j in range(1, len(stage) + 1)]
+        self.step_names = ["stem", *units, "means", "linear"]
         head.add_head(network.linear, pool_window=4 if for_cifar else 0)
         packed = [part.packed() for part in parts]
         self.register_buffer("weights", torch.cat(packed))
@@ -121,15 +132,19 @@ class InferenceNetwork(_EvalOnly):
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         if x.device.type != "cuda":
-            return _network_op(x, self.sizes)(x, self.weights, self.program)
+            return _run(x, self.weights, self.program, self.sizes)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
         x = reference.shuffle_network(x, *stem)
-        return reference.shuffle_network(_network_op(x, self.sizes)(x, *units), *head)
+        return reference.shuffle_network(_run(x, *units, self.sizes), *head)
+
+    def explain(self, x: Tensor) -> Explanation:
+        """How each step runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
+        return explain_steps(self, x, self.step_names)
 
 
-def _network_op(x: Tensor, sizes: list[UnitSizes]) -> Callable[[Tensor, Tensor, list[int]], Tensor]:
-    run = torch.ops.shufflenet_ext if runs_native(x, lambda: sizes) else reference
-    return run.shuffle_network
+def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes]) -> Tensor:
+    run, settings = implementation(x, lambda: sizes)
+    return run.shuffle_network(x, weights, program, **settings)
 
 
 class InferenceModel(_EvalOnly):
@@ -143,6 +158,38 @@ class InferenceModel(_EvalOnly):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return self.model(*args, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanations:
+        """How the parts of the model that are native ops run, step by step, on the CPU. Some calls are run and timed.
+
+        Args:
+            As for a call of the model.
+
+        Returns an explanation for each call of a part, which has its name in the model (``part``; "" for one of this
+        package's networks, which is one op as a whole). They print as tables; their ``steps`` have, for programs: a
+        name, the input's and output's shapes, useful floating-point operations, the bytes of weights, how threads share
+        the work, tiles and buffers, microseconds, and what that is of the most that these threads can do.
+
+        RuntimeError if no such part was called, or one ran the reference. ValueError if one was called on another
+        device, or on an empty batch.
+        """
+        parts = {
+            part: name
+            for name, part in self.model.named_modules()
+            if isinstance(part, (InferenceUnits, InferenceNetwork))
+        }
+        calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        hooks = [part.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True) for part in parts]
+        try:
+            self(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not calls:
+            raise RuntimeError("explain: the call ran no part that optimize_for_inference made one op of")
+        return Explanations(
+            replace(part.explain(*part_args, **part_kwargs), part=parts[part]) for part, part_args, part_kwargs in calls
+        )
 
 
 def optimize_for_inference(model: nn.Module) -> nn.Module:
@@ -167,7 +214,7 @@ def _inference_twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.
     if type(module) is ShuffleNetCifar or type(module) is ShuffleNetV1:
         stages = [_chain(stage) for stage in (module.layer1, module.layer2, module.layer3)]
         if all(stages) and _plain_ends(module):
-            twins[module] = InferenceNetwork(module, [unit for stage in stages for unit in stage])
+            twins[module] = InferenceNetwork(module, stages)
             return twins[module]
     elif units:
         twins[module] = InferenceUnits(units)

@@ -18,13 +18,27 @@ class StemStep : public Step {
   int64_t result_bytes(bool) const override {
     return stem_.out_channels * result_plane_ * static_cast<int64_t>(sizeof(A));
   }
-  int64_t shared_bytes() const override { return 0; }
 
   void run(const void* from, void* to) const override {
     for (int64_t i = 0; i < strips_; ++i) run_strip(from, to, i);
   }
   void share(const Sharers& s) const override {
     s.phases.push_back({s.step, strips_, [=, from = s.from, to = s.to](int64_t i) { run_strip(from, to, i); }});
+  }
+
+  StepDescription describe() const override {
+    RunDescription run;
+    run.cut = cut_into(strips_, stem_.max_pool ? "strips with halo" : "strips");
+    run.tiles = {kernel_.stem_tile(stem_, begin(strips_ - 1), begin(strips_))};
+    for (int64_t i = 0; i < strips_; ++i) {
+      run.bytes = std::max(run.bytes, kernel_.stem_scratch_bytes(stem_, begin(i), begin(i + 1)));
+    }
+    return {{stem_.in_channels, stem_.height, stem_.width},
+            {stem_.out_channels, stem_.out_height(), stem_.out_width()},
+            stem_.multiply_adds(),
+            stem_.weights_and_biases(),
+            run,
+            run};
   }
 
  private:
@@ -47,27 +61,38 @@ class StemStep : public Step {
 template <class A>
 class MeansStep : public Step {
  public:
-  MeansStep(const Head& head, int64_t x_plane, Dtype dtype)
-      : head_(head), x_plane_(x_plane), kernel_(isa().network_kernel(dtype)) {}
+  MeansStep(const Head& head, int64_t x_plane, Dtype dtype, int64_t threads)
+      : head_(head),
+        x_plane_(x_plane),
+        kernel_(isa().network_kernel(dtype)),
+        tasks_(std::min(head.channels, threads)) {}
 
   int64_t result_bytes(bool) const override { return head_.channels * static_cast<int64_t>(sizeof(A)); }
-  int64_t shared_bytes() const override { return 0; }
 
   void run(const void* from, void* to) const override {
     kernel_.window_means(head_, from, x_plane_, {0, head_.channels}, to);
   }
   void share(const Sharers& s) const override {
-    const int64_t tasks = std::min<int64_t>(head_.channels, torch::stable::get_num_threads());
-    s.phases.push_back({s.step, tasks, [=, from = s.from, to = s.to](int64_t i) {
-                          const Channels channels = {head_.channels * i / tasks, head_.channels * (i + 1) / tasks};
+    s.phases.push_back({s.step, tasks_, [=, from = s.from, to = s.to](int64_t i) {
+                          const Channels channels = {head_.channels * i / tasks_, head_.channels * (i + 1) / tasks_};
                           kernel_.window_means(head_, from, x_plane_, channels, to);
                         }});
+  }
+
+  StepDescription describe() const override {
+    StepDescription step;
+    step.input = {head_.channels, head_.height, head_.width};
+    step.output = {head_.channels};
+    step.alone.cut = cut_into(1, "channel shares");
+    step.shared.cut = cut_into(tasks_, "channel shares");
+    return step;
   }
 
  private:
   Head head_;
   int64_t x_plane_;
   NetworkKernel kernel_;
+  int64_t tasks_;
 };
 
 }  // namespace shufflenet::cpu

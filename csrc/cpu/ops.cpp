@@ -1,6 +1,10 @@
 // The ops on the CPU: tensors in, steps on raw pointers out, split over torch's threads.
 #include "../ops.h"
 
+#include <atomic>
+#include <chrono>
+
+#include "describe.h"
 #include "network.h"
 
 namespace shufflenet::cpu {
@@ -41,18 +45,17 @@ static Tensor run(const UnitArguments& arguments) {
   return result;
 }
 
+// The steps that are done to each image; the head's linear layer takes all images at once.
 template <class A>
-static void run_steps(const Program& program, const PackedData<A>& data, const Tensor& x, const Tensor& result) {
-  const Dtype dtype = dtype_of("x", x);
+static std::vector<std::unique_ptr<Step>> steps_of(const Program& program, const PackedData<A>& data, Dtype dtype,
+                                                   int64_t threads) {
   // Between a stem and a head all is contiguous and of the accumulator type; units alone are of x's.
   const Dtype unit_dtype = program.stem ? kAccumulator<A> : dtype;
-  const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
   std::vector<std::unique_ptr<Step>> steps;
-  int64_t plane = x.size(2) * x.size(3);
+  int64_t plane = program.units.front().unit.height * program.units.front().unit.width;
   if (program.stem) {
-    const Stem& stem = program.stem->stem;
-    plane = ImageLayout::padded(stem.out_height() * stem.out_width());
-    steps.push_back(std::make_unique<StemStep<A>>(stem, data[program.stem->conv], plane, dtype, threads));
+    plane = ImageLayout::padded(plane);
+    steps.push_back(std::make_unique<StemStep<A>>(program.stem->stem, data[program.stem->conv], plane, dtype, threads));
   }
   for (size_t i = 0; i < program.units.size(); ++i) {
     const PackedUnit& packed = program.units[i];
@@ -66,6 +69,17 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
     pointers.result_plane = plane = is_result ? pixels : ImageLayout::padded(pixels);
     steps.push_back(std::make_unique<UnitStep<A>>(packed.unit, pointers, unit_dtype, threads));
   }
+  if (program.head) steps.push_back(std::make_unique<MeansStep<A>>(program.head->head, plane, dtype, threads));
+  return steps;
+}
+
+static int64_t linear_tasks(const Head& head, int64_t threads) { return std::min(head.classes, 4 * threads); }
+
+template <class A>
+static void run_steps(const Program& program, const PackedData<A>& data, const Tensor& x, const Tensor& result) {
+  const Dtype dtype = dtype_of("x", x);
+  const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
+  const std::vector<std::unique_ptr<Step>> steps = steps_of(program, data, dtype, threads);
   if (!program.head) {
     run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
     return;
@@ -73,10 +87,9 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
   const Head& head = program.head->head;
   const Convolution linear = data[program.head->linear];
   const NetworkKernel kernel = isa().network_kernel(dtype);
-  steps.push_back(std::make_unique<MeansStep<A>>(head, plane, dtype));
   const std::unique_ptr<A[]> means(new A[images * head.channels]);
   std::vector<Phase> phases = phases_of(steps, batch_of(x, means.get()));
-  const int64_t tasks = std::min(head.classes, 4 * threads);
+  const int64_t tasks = linear_tasks(head, threads);
   phases.push_back({static_cast<int64_t>(steps.size()), tasks, [&](int64_t i) {
                       const Channels classes = {head.classes * i / tasks, head.classes * (i + 1) / tasks};
                       kernel.linear(head, linear, means.get(), images, classes, result.mutable_data_ptr());
@@ -84,10 +97,53 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
   run_phases(phases);
 }
 
-static Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program) {
+static void check_ends(const Program& program) {
   if (program.stem.has_value() != program.head.has_value()) {
     fail("program: got a ", program.stem ? "stem" : "head", " alone, expected a stem and a head or neither");
   }
+}
+
+Description describe(const Program& program, Dtype dtype, int64_t images, int64_t threads) {
+  check_ends(program);
+  Description description;
+  description.images_alone = images_alone(images, threads);
+  description.images_shared = images - description.images_alone;
+  const auto steps = dtype == Dtype::float64 ? steps_of(program, PackedData<double>(), dtype, threads)
+                                             : steps_of(program, PackedData<float>(), dtype, threads);
+  for (const std::unique_ptr<Step>& step : steps) description.steps.push_back(step->describe());
+  if (program.head) {
+    const Head& head = program.head->head;
+    StepDescription linear;
+    linear.input = {head.channels};
+    linear.output = {head.classes};
+    linear.multiply_adds = head.channels * head.classes;
+    linear.weights_and_biases = (head.channels + 1) * head.classes;
+    linear.alone.cut = linear.shared.cut = cut_into(linear_tasks(head, threads), "class shares");
+    description.steps.push_back(linear);
+  }
+  return description;
+}
+
+double measure_peak(Dtype dtype) {
+  using Clock = std::chrono::steady_clock;
+  const NetworkKernel kernel = isa().network_kernel(dtype);
+  constexpr int64_t kRounds = 100'000;  // about half a millisecond: so short that some of the times are undisturbed
+  constexpr int kTimes = 60;
+  double peak = 0;
+  for (int i = 0; i < kTimes; ++i) {
+    std::atomic<int64_t> multiply_adds{0};
+    const auto start = Clock::now();
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) multiply_adds += kernel.multiply_add(kRounds);
+    });
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    peak = std::max(peak, 2 * static_cast<double>(multiply_adds) / seconds);
+  }
+  return peak;
+}
+
+static Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program, bool) {
+  check_ends(program);
   const Tensor x = dense(given_x, program.layout);
   const Tensor result =
       program.head ? empty_like_x<2>(x, {x.size(0), program.head->head.classes}, {program.head->head.classes, 1})

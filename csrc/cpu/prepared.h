@@ -77,6 +77,7 @@ struct UnitData {
 template <class A>
 class PackedData {
  public:
+  PackedData() = default;  // none: of steps that are not run
   explicit PackedData(const Tensor& weights) {
     const Dtype dtype = dtype_of("weights", weights);
     if (dtype == (std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32)) {
@@ -88,11 +89,12 @@ class PackedData {
     }
   }
   Convolution operator[](const PackedConvolution& packed) const {
+    if (!data_) return {};
     return {data_ + packed.weight, nullptr, data_ + packed.bias};
   }
 
  private:
-  const A* data_;
+  const A* data_ = nullptr;
   std::unique_ptr<A[]> converted_;
 };
 
