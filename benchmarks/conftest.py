@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     quick = metafunc.config.getoption("quick")
     groups = shapes.QUICK_GROUPS if quick else shapes.GROUPS
-    threads = shapes.THREADS[-1:]
+    threads: tuple[int, ...] = shapes.THREADS[-1:]
     if "network" in metafunc.fixturenames:
         metafunc.parametrize("network", shapes.network_shapes(groups), ids=str)
         metafunc.parametrize("precision", (torch.float32, torch.bfloat16), ids=shapes.name_of)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import shufflenet_ext._C as _C
 import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.race import settle_and_warm, work
 from benchmarks.shapes import NetworkShape
-from shufflenet_ext import _C
 
 _GROUPS = 3
 _CALLS = 51

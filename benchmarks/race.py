@@ -8,12 +8,12 @@ from functools import lru_cache
 from statistics import median, quantiles
 from typing import Any
 
+import shufflenet_ext._C as _C
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import EAGER, OURS, Contender, eager_in
-from shufflenet_ext import _C
 
 _WARM_S = 10e-3  # to the speed of a loop of calls: after a pause, or others' work, the first ones are slower
 _MAX_SETTLE_S = 0.2
@@ -148,7 +148,7 @@ def race(
     x: Tensor,
     dtype: torch.dtype,
     row: Row,
-    s: float,
+    seconds: float,
 ) -> None:
     """Compares all contenders' outputs, times them for about ``s`` seconds and fills in ``row``.
 
