@@ -11,6 +11,13 @@ from benchmarks.shapes import NETWORKS, NetworkShape
 
 _COMPILED_GROUPS = 3
 _MOST_PIXELS_OF_EAGER = 1_000_000
+_NOT_IN_BFLOAT16 = {
+    peers.EAGER: "only in float32 rows; in bfloat16 folded stands for PyTorch",
+    "eager channels_last": "only in float32 rows; in bfloat16 folded stands for PyTorch",
+    "folded channels_last": "only in float32 rows; in bfloat16 folded stands for PyTorch",
+    peers.ONNX_RUNTIME: "only in float32 rows: it has no convolution in bfloat16 for CPUs",
+    peers.NCNN: "only in float32 rows: in bfloat16 its results were not numbers",
+}
 
 
 def bench_network(network: NetworkShape, precision: torch.dtype, threads: int, compete: Compete) -> None:
@@ -22,7 +29,9 @@ def bench_network(network: NetworkShape, precision: torch.dtype, threads: int, c
     else:
         ours = {peers.OURS: peers.ours(module, x)[peers.OURS]}
     builders = peers.ALL if precision == torch.float32 else peers.IN_BFLOAT16
-    left_out = {name: reason for name, reason in _left_out(network, threads).items() if name in builders}
+    left_out = _left_out(network, threads) | {
+        name: _NOT_IN_BFLOAT16[name] for name in peers.ALL if name not in builders
+    }
     compete(network.suite, network, ours, plain, folded, x, builders, left_out, precision)
 
 

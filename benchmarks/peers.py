@@ -229,15 +229,15 @@ def _ncnn_files(module: nn.Module, shape: torch.Size) -> "TemporaryDirectory[str
     return folder
 
 
-def ncnn(module: nn.Module, x: Tensor, use_bfloat16: bool = False) -> Contender:
-    """ncnn, which takes one image: its threads share it, or if there are more images, each has one of its own."""
+def ncnn(module: nn.Module, x: Tensor) -> Contender:
+    """ncnn in float32, which takes one image: its threads share it, or if there are more images, each has one of its own."""
     import ncnn as runtime
 
     workers = min(len(x), torch.get_num_threads())
     net = runtime.Net()
     net.opt.num_threads = torch.get_num_threads() // workers
     net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
-    net.opt.use_bf16_storage = use_bfloat16
+    net.opt.use_bf16_packed = net.opt.use_bf16_storage = False
     folder = Path(_ncnn_files(module, x[:1].shape).name)
     for load, ending in ((net.load_param, "param"), (net.load_model, "bin")):
         if load(str(folder / f"network.ncnn.{ending}")):
@@ -288,7 +288,6 @@ IN_BFLOAT16: dict[str, Builder] = {
     COMPILED: lambda plain, folded, x: compiled(copy.deepcopy(folded).bfloat16(), x.bfloat16()),
     OPENVINO: lambda plain, folded, x: openvino(folded, x, "bf16"),
     OPENVINO_THROUGHPUT: lambda plain, folded, x: openvino_throughput(folded, x, "bf16"),
-    NCNN: lambda plain, folded, x: ncnn(folded, x, use_bfloat16=True),
 }
 
 

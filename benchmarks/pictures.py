@@ -137,7 +137,8 @@ def _ratios(rows: list[Row]) -> Any:
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.axvline(1, color="black", lw=1)
             _finish(panel, labels)
-    figure.supxlabel("time of the best peer to ours in the same round: right of 1, ours is faster")
+    for panel in panels[-1]:
+        panel.set_xlabel("best peer's time to ours in the same round: right of 1, ours is faster")
     figure.legend(
         [handles[name] for name in sorted(handles)],
         sorted(handles),
