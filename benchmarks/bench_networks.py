@@ -12,9 +12,7 @@ from benchmarks.shapes import NETWORKS, NetworkShape
 _COMPILED_GROUPS = 3
 _MOST_PIXELS_OF_EAGER = 1_000_000
 _NOT_IN_BFLOAT16 = {
-    peers.EAGER: "only in float32 rows; in bfloat16 folded stands for PyTorch",
-    "eager channels_last": "only in float32 rows; in bfloat16 folded stands for PyTorch",
-    "folded channels_last": "only in float32 rows; in bfloat16 folded stands for PyTorch",
+    **dict.fromkeys(peers.OTHERS_OF_PYTORCH, "only in float32 rows; in bfloat16 folded stands for PyTorch"),
     peers.ONNX_RUNTIME: "only in float32 rows: it has no convolution in bfloat16 for CPUs",
     peers.NCNN: "only in float32 rows: in bfloat16 its results were not numbers",
 }
@@ -22,16 +20,14 @@ _NOT_IN_BFLOAT16 = {
 
 def bench_network(network: NetworkShape, precision: torch.dtype, threads: int, compete: Compete) -> None:
     module, plain, folded, x = _built(network)
-    if precision != torch.float32:
-        ours = peers.ours_in(precision, module, x)
-    elif network.suite == NETWORKS:
-        ours = peers.ours(module, x)
+    left_out = _left_out(network, threads)
+    if precision == torch.bfloat16:
+        ours, builders = peers.ours_in(precision, module, x), peers.IN_BFLOAT16
+        left_out |= _NOT_IN_BFLOAT16
     else:
-        ours = {peers.OURS: peers.ours(module, x)[peers.OURS]}
-    builders = peers.ALL if precision == torch.float32 else peers.IN_BFLOAT16
-    left_out = _left_out(network, threads) | {
-        name: _NOT_IN_BFLOAT16[name] for name in peers.ALL if name not in builders
-    }
+        ours, builders = peers.ours(module, x), peers.ALL
+        if network.suite != NETWORKS:
+            ours = {peers.OURS: ours[peers.OURS]}
     compete(network.suite, network, ours, plain, folded, x, builders, left_out, precision)
 
 
@@ -43,10 +39,10 @@ def _built(network: NetworkShape) -> tuple[nn.Module, nn.Module, nn.Module, Tens
 
 def _left_out(network: NetworkShape, threads: int) -> dict[str, str]:
     """The peers that have no part in a network's rows, and why."""
-    reasons = {}
+    reasons: dict[str, str] = {}
     if network.suite != NETWORKS:
-        for name in (peers.EAGER, "eager channels_last", "folded channels_last"):
-            reasons[name] = "of the networks only in rows at width 1 and 224²; elsewhere folded stands for PyTorch"
+        reason = "of the networks only in rows at width 1 and 224²; elsewhere folded stands for PyTorch"
+        reasons |= dict.fromkeys(peers.OTHERS_OF_PYTORCH, reason)
     if network.pixels > _MOST_PIXELS_OF_EAGER:
         reasons[peers.FOLDED] = f"not in rows of more than {_MOST_PIXELS_OF_EAGER} pixels, where it takes seconds"
     if network.suite != NETWORKS or network.groups != _COMPILED_GROUPS:

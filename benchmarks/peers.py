@@ -101,9 +101,8 @@ def ours(module: nn.Module, x: Tensor) -> dict[str, Contender]:
 
 
 def ours_in(dtype: torch.dtype, module: nn.Module, x: Tensor) -> dict[str, Contender]:
-    """This package, optimized for inference in another dtype than the module's."""
-    optimized = se.optimize_for_inference(module, dtype=dtype)  # type: ignore[call-arg]
-    return {OURS: eager(optimized, x.to(dtype))}
+    """This package, optimized for inference in another dtype than the module's; the images keep theirs."""
+    return {OURS: eager(se.optimize_for_inference(module, dtype=dtype), x)}  # type: ignore[call-arg]
 
 
 def eager(module: Callable[[Tensor], Tensor], x: Tensor) -> Contender:
@@ -230,7 +229,7 @@ def _ncnn_files(module: nn.Module, shape: torch.Size) -> "TemporaryDirectory[str
 
 
 def ncnn(module: nn.Module, x: Tensor) -> Contender:
-    """ncnn in float32, which takes one image: its threads share it, or if there are more images, each has one of its own."""
+    """ncnn in float32. It takes one image: the threads share it, or if there are more images, each has its own."""
     import ncnn as runtime
 
     workers = min(len(x), torch.get_num_threads())
@@ -279,6 +278,7 @@ _RUNTIMES: dict[str, Builder] = {
     NCNN: lambda plain, folded, x: ncnn(folded, x),
 }
 ALL = _EAGER | _FOLDED | _COMPILED | _RUNTIMES
+OTHERS_OF_PYTORCH = tuple(name for name in _EAGER | _FOLDED if name != FOLDED)
 CONVERTED = tuple(_COMPILED | _RUNTIMES)  # these take seconds to build
 OF_OPS = _FOLDED | _COMPILED
 OF_UNITS = _EAGER | OF_OPS | {name: _RUNTIMES[name] for name in (ONNX_RUNTIME, OPENVINO)}
