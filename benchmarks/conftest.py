@@ -15,6 +15,8 @@ from benchmarks.race import Row, outside_of_steps, race, work
 QUICK = "g = 3 and two threads only, fewer rounds, only plain PyTorch as peer"
 _SECONDS, _QUICK_SECONDS = 2.0, 0.7  # of timing a row
 
+_MOST_ERROR = 2  # of a network of ours, to that of eager PyTorch in the same dtype
+
 
 class Compete(Protocol):
     """Times ``ours`` against peers, which are built from ``plain`` or ``folded``, on ``x``; reports a row.
@@ -97,8 +99,11 @@ def compete(request: pytest.FixtureRequest, benchmark: Any) -> Compete:
         row.precision, row.threads = shapes.name_of(precision), torch.get_num_threads()
         benchmark.group = suite
         race(benchmark, ours | built, plain, x, precision, row, _QUICK_SECONDS if quick else _SECONDS)
-        if isinstance(shape, shapes.NetworkShape) and shape.batch == 1:
+        is_network = isinstance(shape, shapes.NetworkShape)
+        if is_network and shape.batch == 1:
             row.outside = outside_of_steps(ours[peers.OURS])
         request.node.user_properties.append(("row", row))
+        error, limit = row.errors[peers.OURS], _MOST_ERROR * row.errors[peers.EAGER]
+        assert error <= limit or not is_network, f"error: ours is {error:.3g}, expected at most {limit:.3g}"
 
     return run
