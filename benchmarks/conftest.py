@@ -13,8 +13,7 @@ from benchmarks.peers import Builder, Contender
 from benchmarks.race import Row, outside_of_steps, race, work
 
 QUICK = "g = 3 and two threads only, fewer rounds, only plain PyTorch as peer"
-_SECONDS, _QUICK_SECONDS = 2.0, 0.7  # of timing a row
-
+_SECONDS, _QUICK_SECONDS = 1.5, 0.7  # of timing a row
 _MOST_ERROR = 2  # of a network of ours, to that of eager PyTorch in the same dtype
 
 

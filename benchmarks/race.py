@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import EAGER, OURS, Contender, eager_in
 
+_LONG_S = 0.1  # a call of this length warms itself
 _WARM_S = 10e-3  # to the speed of a loop of calls: after a pause, or others' work, the first ones are slower
 _MAX_SETTLE_S = 0.2
 # Longer than a tick of the scheduler, by which some systems count a process's time (4 ms).
@@ -102,8 +103,8 @@ def outside_of_steps(run: Contender) -> float:
     return median(shares)
 
 
-def settle_and_warm(run: Contender) -> None:
-    """Waits until the last contender's threads have stopped spinning, then calls the next one until it is warm.
+def settle_and_warm(run: Contender, warm_s: float = _WARM_S) -> None:
+    """Waits until the last contender's threads have stopped spinning, then calls the next one for ``warm_s``.
 
     Thread pools spin for milliseconds after a call (ONNX Runtime's for about 25) and would take processors away.
     """
@@ -113,16 +114,14 @@ def settle_and_warm(run: Contender) -> None:
         time.sleep(_IDLE_S)
         if time.process_time() - before < 0.1 * _IDLE_S:
             break
-    deadline = time.perf_counter() + _WARM_S
-    while True:
+    deadline = time.perf_counter() + warm_s
+    while time.perf_counter() < deadline:
         run()
-        if time.perf_counter() > deadline:
-            return
 
 
-def timed(run: Contender) -> float:
+def timed(run: Contender, warm_s: float = _WARM_S) -> float:
     """Seconds of one call, as pytest-benchmark takes ours."""
-    settle_and_warm(run)
+    settle_and_warm(run, warm_s)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -156,8 +155,8 @@ def race(
     with_eager = contenders if EAGER in contenders else contenders | {EAGER: eager_in(dtype, plain, x)}
     row.errors = check(with_eager, exact(plain, x), _TOLERANCES[dtype], "float64")
     start = time.perf_counter()
-    for run in contenders.values():
-        timed(run)
+    fastest = min(timed(run) for run in contenders.values())
+    warm_s = _WARM_S if fastest < _LONG_S else 0
     row.rounds = min(_MOST_ROUNDS, max(_LEAST_ROUNDS, int(seconds / (time.perf_counter() - start))))
     others = {name: run for name, run in contenders.items() if name != OURS}
     samples: dict[str, list[float]] = {name: [] for name in others}
@@ -168,9 +167,9 @@ def race(
 
     def others_then_warm() -> None:
         for name in order:
-            samples[name].append(timed(others[name]))
+            samples[name].append(timed(others[name], warm_s))
         order.rotate(-1)
-        settle_and_warm(contenders[OURS])
+        settle_and_warm(contenders[OURS], warm_s)
 
     benchmark.pedantic(contenders[OURS], setup=others_then_warm, rounds=row.rounds)
     ours = list(benchmark.stats.stats.data)
