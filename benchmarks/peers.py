@@ -169,7 +169,8 @@ def _openvino_model(module: nn.Module, shape: torch.Size) -> Any:
     os.environ.setdefault("CI", "true")  # no telemetry
     import openvino as ov
 
-    return ov.convert_model(module, example_input=torch.zeros(shape), input=list(shape))
+    # It runs the module on the example, several times: one image is enough.
+    return ov.convert_model(module, example_input=torch.zeros(1, *shape[1:]), input=list(shape))
 
 
 def openvino(module: nn.Module, x: Tensor, precision: str) -> Contender:
