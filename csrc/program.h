@@ -27,6 +27,8 @@ struct PackedHead {
   PackedConvolution linear;
 };
 
+// Weights of bfloat16 also go with an x, and a result, of float32.
+//
 // The steps as their integers name them; weights are in the order in which a step names its convolutions, each of them
 // weight then bias, with batch norm folded in.
 //   0, out_channels, kernel_size, stride, padding, max_pool     a stem, first
@@ -48,7 +50,8 @@ class ProgramReader {
       : x_(x), weights_(weights), program_(program), sizes_(check_x(x)) {}
 
   Program read() {
-    check_like_x("weights", weights_, x_);
+    const bool is_float = x_.scalar_type() == ScalarType::Float;
+    check_like_x("weights", weights_, x_, is_float ? std::optional(ScalarType::BFloat16) : std::nullopt);
     if (weights_.dim() != 1 || !weights_.is_contiguous()) {
       fail("weights: got ", shape_of(weights_), ", expected one contiguous dimension");
     }

@@ -15,8 +15,7 @@ static const Isa* const compiled_isas[] = {
     &baseline_isa,
 #endif
 #if defined(__x86_64__)
-    &avx2_isa,
-    &avx512_isa,
+    &avx2_isa, &avx512_isa, &avx512_bf16_isa, &amx_isa,
 #endif
 };
 

@@ -19,6 +19,14 @@
 #include "unit_kernel.h"
 //
 #include "network_kernel.h"
+//
+#include "pairs.h"
+//
+#include "pairs_emulated.h"
+//
+#include "pair_product.h"
+//
+#include "pair_kernel.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -32,7 +40,8 @@ static bool usable() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-const Isa avx512_isa = {"avx512", usable, avx512::unit_kernel, avx512::network_kernel, avx512::kVectorBytes};
+const Isa avx512_isa = {
+    "avx512", usable, avx512::unit_kernel, avx512::network_kernel, avx512::pair_kernel, avx512::kVectorBytes};
 
 }  // namespace shufflenet::cpu
 #endif

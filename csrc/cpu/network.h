@@ -1,6 +1,9 @@
 // A network's stem and head as steps of an image; units are in steps.h.
 #pragma once
 
+#include <functional>
+#include <utility>
+
 #include "steps.h"
 
 namespace shufflenet::cpu {
@@ -9,14 +12,16 @@ namespace shufflenet::cpu {
 template <class A>
 class StemStep : public Step {
  public:
-  StemStep(const Stem& stem, const Convolution& conv, int64_t result_plane, Dtype dtype, int64_t threads)
-      : stem_(stem), conv_(conv), result_plane_(result_plane), kernel_(isa().network_kernel(dtype)) {
+  // With pairs, the result is planes of these.
+  StemStep(const Stem& stem, const Convolution& conv, int64_t result_plane, Dtype dtype, int64_t threads,
+           const PairKernel* pairs = nullptr)
+      : stem_(stem), conv_(conv), result_plane_(result_plane), kernel_(isa().network_kernel(dtype)), pairs_(pairs) {
     while (strips_ < stem_.out_height() && strip_bytes() > kScratchBudget / 2) ++strips_;
     strips_ = std::min(stem_.out_height(), ceil_div(strips_, threads) * threads);
   }
 
   int64_t result_bytes(bool) const override {
-    return stem_.out_channels * result_plane_ * static_cast<int64_t>(sizeof(A));
+    return stem_.out_channels / (pairs_ ? 2 : 1) * result_plane_ * static_cast<int64_t>(sizeof(A));
   }
   int64_t shared_bytes() const override { return 0; }
 
@@ -33,41 +38,51 @@ class StemStep : public Step {
 
   void run_strip(const void* from, void* to, int64_t i) const {
     void* const scratch = thread_scratch.reserve(kernel_.stem_scratch_bytes(stem_, begin(i), begin(i + 1)));
-    kernel_.stem(stem_, conv_, from, begin(i), begin(i + 1), to, result_plane_, scratch);
+    A* const result = static_cast<A*>(to) + begin(i) * stem_.out_width();
+    if (!pairs_) return kernel_.stem(stem_, conv_, from, begin(i), begin(i + 1), result, result_plane_, scratch);
+    const int64_t pixels = (begin(i + 1) - begin(i)) * stem_.out_width(), plane = ImageLayout::padded(pixels);
+    void* const planes = thread_buffers.reserve(stem_.out_channels * plane * static_cast<int64_t>(sizeof(A)));
+    kernel_.stem(stem_, conv_, from, begin(i), begin(i + 1), planes, plane, scratch);
+    pairs_->pack(planes, plane, stem_.out_channels, pixels, result, result_plane_);
   }
 
   Stem stem_;
   Convolution conv_;
   int64_t result_plane_;
   NetworkKernel kernel_;
+  const PairKernel* pairs_;
   int64_t strips_ = 1;
 };
 
-// The head's means of an image; its linear layer takes those of all images at once.
-template <class A>
-class MeansStep : public Step {
+// What is done to each channel of an image apart from the others: shared by channels.
+class ChannelsStep : public Step {
  public:
-  MeansStep(const Head& head, int64_t x_plane, Dtype dtype)
-      : head_(head), x_plane_(x_plane), kernel_(isa().network_kernel(dtype)) {}
+  using Run = std::function<void(const void* from, void* to, Channels)>;
 
-  int64_t result_bytes(bool) const override { return head_.channels * static_cast<int64_t>(sizeof(A)); }
+  // Run takes kImageChannels at a time.
+  ChannelsStep(int64_t channels, int64_t result_bytes, Run run)
+      : channels_(channels), result_bytes_(result_bytes), run_(std::move(run)) {}
+
+  int64_t result_bytes(bool) const override { return result_bytes_; }
   int64_t shared_bytes() const override { return 0; }
 
-  void run(const void* from, void* to) const override {
-    kernel_.window_means(head_, from, x_plane_, {0, head_.channels}, to);
-  }
+  void run(const void* from, void* to) const override { run_share(from, to, 0, 1); }
   void share(const Sharers& s) const override {
-    const int64_t tasks = std::min<int64_t>(head_.channels, torch::stable::get_num_threads());
-    s.phases.push_back({s.step, tasks, [=, from = s.from, to = s.to](int64_t i) {
-                          const Channels channels = {head_.channels * i / tasks, head_.channels * (i + 1) / tasks};
-                          kernel_.window_means(head_, from, x_plane_, channels, to);
-                        }});
+    const int64_t workers = torch::stable::get_num_threads();
+    s.phases.push_back(
+        {s.step, workers, [=, from = s.from, to = s.to](int64_t i) { run_share(from, to, i, workers); }});
   }
 
  private:
-  Head head_;
-  int64_t x_plane_;
-  NetworkKernel kernel_;
+  void run_share(const void* from, void* to, int64_t worker, int64_t workers) const {
+    const int64_t count = ceil_div(channels_, kImageChannels);
+    for (int64_t i = count * worker / workers; i < count * (worker + 1) / workers; ++i) {
+      run_(from, to, {i * kImageChannels, std::min(channels_, (i + 1) * kImageChannels)});
+    }
+  }
+
+  int64_t channels_, result_bytes_;
+  Run run_;
 };
 
 }  // namespace shufflenet::cpu

@@ -24,7 +24,8 @@ static void run_unit(const UnitArguments& arguments, Unit unit, const Tensor& x,
   pointers.x_plane = unit.height * unit.width;
   pointers.result_plane = unit.out_height() * unit.out_width();
   std::vector<std::unique_ptr<Step>> steps;
-  steps.push_back(std::make_unique<UnitStep<A>>(unit, pointers, dtype_of("x", x), torch::stable::get_num_threads()));
+  steps.push_back(std::make_unique<UnitStep<A>>(
+      unit, pointers, isa().unit_kernel(dtype_of("x", x)), torch::stable::get_num_threads()));
   run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
 }
 
@@ -41,11 +42,18 @@ static Tensor run(const UnitArguments& arguments) {
   return result;
 }
 
+// The head's linear layer, of all images at once.
+static Phase linear_phase(const Head& head, size_t step, const std::function<void(Channels)>& run) {
+  const int64_t tasks = std::min<int64_t>(head.classes, 4 * torch::stable::get_num_threads());
+  return {static_cast<int64_t>(step), tasks,
+          [classes = head.classes, tasks, run](int64_t i) { run({classes * i / tasks, classes * (i + 1) / tasks}); }};
+}
+
 template <class A>
 static void run_steps(const Program& program, const PackedData<A>& data, const Tensor& x, const Tensor& result) {
   const Dtype dtype = dtype_of("x", x);
   // Between a stem and a head all is contiguous and of the accumulator type; units alone are of x's.
-  const Dtype unit_dtype = program.stem ? kAccumulator<A> : dtype;
+  const UnitKernel unit_kernel = isa().unit_kernel(program.stem ? kAccumulator<A> : dtype);
   const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
   std::vector<std::unique_ptr<Step>> steps;
   int64_t plane = x.size(2) * x.size(3);
@@ -64,7 +72,7 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
     pointers.conv3 = data[packed.conv3];
     pointers.x_plane = plane;
     pointers.result_plane = plane = is_result ? pixels : ImageLayout::padded(pixels);
-    steps.push_back(std::make_unique<UnitStep<A>>(packed.unit, pointers, unit_dtype, threads));
+    steps.push_back(std::make_unique<UnitStep<A>>(packed.unit, pointers, unit_kernel, threads));
   }
   if (!program.head) {
     run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
@@ -73,14 +81,83 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
   const Head& head = program.head->head;
   const Convolution linear = data[program.head->linear];
   const NetworkKernel kernel = isa().network_kernel(dtype);
-  steps.push_back(std::make_unique<MeansStep<A>>(head, plane, dtype));
+  steps.push_back(std::make_unique<ChannelsStep>(
+      head.channels, head.channels * static_cast<int64_t>(sizeof(A)),
+      [=](const void* from, void* to, Channels c) { kernel.window_means(head, from, plane, c, to); }));
   const std::unique_ptr<A[]> means(new A[images * head.channels]);
   std::vector<Phase> phases = phases_of(steps, batch_of(x, means.get()));
-  const int64_t tasks = std::min(head.classes, 4 * threads);
-  phases.push_back({static_cast<int64_t>(steps.size()), tasks, [&](int64_t i) {
-                      const Channels classes = {head.classes * i / tasks, head.classes * (i + 1) / tasks};
-                      kernel.linear(head, linear, means.get(), images, classes, result.mutable_data_ptr());
-                    }});
+  phases.push_back(linear_phase(head, steps.size(), [&](Channels classes) {
+    kernel.linear(head, linear, means.get(), images, classes, result.mutable_data_ptr());
+  }));
+  run_phases(phases);
+}
+
+static bool runs_pairs(const Program& program, const Tensor& weights) {
+  const auto& units = program.units;
+  return weights.scalar_type() == ScalarType::BFloat16 &&
+         std::all_of(units.begin(), units.end(), [](const PackedUnit& packed) { return has_pairs(packed.unit); });
+}
+
+// As run_steps, on planes of pairs.
+static void run_pairs(const Program& program, const Tensor& weights, const Tensor& x, const Tensor& result) {
+  const Dtype dtype = dtype_of("x", x);
+  const PairKernel kernel = isa().pair_kernel(dtype);
+  const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
+  PairData data(weights);
+  std::vector<std::unique_ptr<Step>> steps;
+  int64_t plane;
+  if (program.stem) {
+    const Stem& stem = program.stem->stem;
+    plane = ImageLayout::padded(stem.out_height() * stem.out_width());
+    const Convolution conv = data.floats(program.stem->conv, stem.out_channels, stem.taps());
+    steps.push_back(std::make_unique<StemStep<float>>(stem, conv, plane, dtype, threads, &kernel));
+  } else {
+    const TensorImage image = {program.layout, x.size(1), x.size(2) * x.size(3)};
+    plane = ImageLayout::padded(image.pixels);
+    steps.push_back(std::make_unique<ChannelsStep>(
+        image.channels, image.channels / 2 * plane * kernel.unit.element_bytes,
+        [=, &kernel](const void* from, void* to, Channels channels) {
+          void* const scratch = thread_scratch.reserve(kernel.image_scratch_bytes(image));
+          kernel.read_image(image, from, channels, to, plane, scratch);
+        }));
+  }
+  for (const PackedUnit& packed : program.units) {
+    Unit unit = packed.unit;
+    unit.layout = Layout::contiguous;
+    UnitPointers pointers;
+    pointers.conv1 = data.pairs(packed.conv1, unit.mid_channels, unit.conv1_depth());
+    pointers.conv2 = data.floats(packed.conv2, unit.mid_channels, 9);
+    pointers.conv3 = data.pairs(packed.conv3, unit.out_channels, unit.slice_channels());
+    pointers.x_plane = plane;
+    pointers.result_plane = plane = ImageLayout::padded(unit.out_height() * unit.out_width());
+    steps.push_back(std::make_unique<UnitStep<float>>(unit, pointers, kernel.unit, threads));
+  }
+  if (!program.head) {
+    const auto [n, channels, height, width] = program.sizes;
+    (void)n;
+    const TensorImage image = {program.layout, channels, height * width};
+    steps.push_back(std::make_unique<ChannelsStep>(
+        channels, channels * image.pixels * static_cast<int64_t>(result.element_size()),
+        [=, &kernel](const void* from, void* to, Channels c) {
+          void* const scratch = thread_scratch.reserve(kernel.image_scratch_bytes(image));
+          kernel.write_image(image, from, plane, c, to, scratch);
+        }));
+    run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
+    return;
+  }
+  const Head& head = program.head->head;
+  const Convolution linear = data.pairs(program.head->linear, head.classes, head.channels);
+  const int64_t means_plane = ImageLayout::padded(images);
+  steps.push_back(std::make_unique<ChannelsStep>(
+      head.channels, kernel.unit.element_bytes, [=, &kernel](const void* from, void* to, Channels channels) {
+        kernel.window_means(head, from, plane, channels, to, means_plane);
+      }));
+  // The images of a plane's padding are computed with, and not used.
+  const std::unique_ptr<float[]> means(new float[head.channels / 2 * means_plane]());
+  std::vector<Phase> phases = phases_of(steps, batch_of(x, means.get()));
+  phases.push_back(linear_phase(head, steps.size(), [&](Channels classes) {
+    kernel.linear(head, linear, means.get(), means_plane, images, classes, result.mutable_data_ptr());
+  }));
   run_phases(phases);
 }
 
@@ -93,7 +170,9 @@ static Tensor run_program(const Tensor& given_x, const Tensor& weights, const Pr
       program.head ? empty_like_x<2>(x, {x.size(0), program.head->head.classes}, {program.head->head.classes, 1})
                    : empty_like_x(x, program.sizes, program.layout);
   if (x.size(0) == 0) return result;
-  if (dtype_of("x", x) == Dtype::float64) {
+  if (runs_pairs(program, weights)) {
+    run_pairs(program, weights, x, result);
+  } else if (dtype_of("x", x) == Dtype::float64) {
     run_steps<double>(program, PackedData<double>(weights), x, result);
   } else {
     run_steps<float>(program, PackedData<float>(weights), x, result);

@@ -1,6 +1,7 @@
 // An op's arguments as the kernels take them: arrays of the accumulator type A.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
@@ -94,6 +95,40 @@ class PackedData {
  private:
   const A* data_;
   std::unique_ptr<A[]> converted_;
+};
+
+// The weights of a program in bfloat16, as PairKernel takes them.
+class PairData {
+ public:
+  explicit PairData(const Tensor& weights) : data_(static_cast<const uint16_t*>(weights.const_data_ptr())) {}
+
+  Convolution floats(const PackedConvolution& packed, int64_t rows, int64_t depth) {
+    return {widened(packed.weight, rows * depth), nullptr, widened(packed.bias, rows)};
+  }
+  Convolution pairs(const PackedConvolution& packed, int64_t rows, int64_t depth) {
+    const uint16_t* weight = data_ + packed.weight;
+    if (depth % 2 != 0) {  // a zero at the end of each row
+      uint16_t* const even = array<uint16_t>(rows * (depth + 1));
+      for (int64_t row = 0; row < rows; ++row) std::copy_n(weight + row * depth, depth, even + row * (depth + 1));
+      weight = even;
+    }
+    return {weight, nullptr, widened(packed.bias, rows)};
+  }
+
+ private:
+  const float* widened(int64_t offset, int64_t n) {
+    float* const floats = array<float>(n);
+    isa().unit_kernel(Dtype::bfloat16).to_accumulator(data_ + offset, floats, n);
+    return floats;
+  }
+  template <class U>
+  U* array(int64_t n) {
+    arrays_.push_back(std::make_unique<char[]>(n * sizeof(U)));  // zeros
+    return reinterpret_cast<U*>(arrays_.back().get());
+  }
+
+  const uint16_t* data_;
+  std::vector<std::unique_ptr<char[]>> arrays_;
 };
 
 }  // namespace shufflenet::cpu
