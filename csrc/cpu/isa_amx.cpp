@@ -29,8 +29,6 @@
 //
 #include "pairs.h"
 //
-#include "pairs_avx512_bf16.h"
-//
 #include "pair_product_amx.h"
 //
 #include "pair_kernel.h"

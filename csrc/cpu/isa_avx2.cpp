@@ -18,14 +18,6 @@
 #include "unit_kernel.h"
 //
 #include "network_kernel.h"
-//
-#include "pairs.h"
-//
-#include "pairs_emulated.h"
-//
-#include "pair_product.h"
-//
-#include "pair_kernel.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -36,7 +28,7 @@
 namespace shufflenet::cpu {
 
 static bool usable() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-const Isa avx2_isa = {"avx2", usable, avx2::unit_kernel, avx2::network_kernel, avx2::pair_kernel, avx2::kVectorBytes};
+const Isa avx2_isa = {"avx2", usable, avx2::unit_kernel, avx2::network_kernel, nullptr, avx2::kVectorBytes};
 
 }  // namespace shufflenet::cpu
 #endif

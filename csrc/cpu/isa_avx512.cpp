@@ -19,14 +19,6 @@
 #include "unit_kernel.h"
 //
 #include "network_kernel.h"
-//
-#include "pairs.h"
-//
-#include "pairs_emulated.h"
-//
-#include "pair_product.h"
-//
-#include "pair_kernel.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -41,7 +33,7 @@ static bool usable() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 const Isa avx512_isa = {
-    "avx512", usable, avx512::unit_kernel, avx512::network_kernel, avx512::pair_kernel, avx512::kVectorBytes};
+    "avx512", usable, avx512::unit_kernel, avx512::network_kernel, nullptr, avx512::kVectorBytes};
 
 }  // namespace shufflenet::cpu
 #endif

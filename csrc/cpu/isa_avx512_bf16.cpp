@@ -21,8 +21,6 @@
 //
 #include "pairs.h"
 //
-#include "pairs_avx512_bf16.h"
-//
 #include "pair_product.h"
 //
 #include "pair_kernel.h"

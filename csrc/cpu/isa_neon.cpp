@@ -18,14 +18,6 @@
 #include "unit_kernel.h"
 //
 #include "network_kernel.h"
-//
-#include "pairs.h"
-//
-#include "pairs_emulated.h"
-//
-#include "pair_product.h"
-//
-#include "pair_kernel.h"
 
 #if !defined(__clang__)
 #pragma GCC pop_options
@@ -34,7 +26,7 @@
 namespace shufflenet::cpu {
 
 static bool usable() { return true; }
-const Isa neon_isa = {"neon", usable, neon::unit_kernel, neon::network_kernel, neon::pair_kernel, neon::kVectorBytes};
+const Isa neon_isa = {"neon", usable, neon::unit_kernel, neon::network_kernel, nullptr, neon::kVectorBytes};
 
 }  // namespace shufflenet::cpu
 #endif

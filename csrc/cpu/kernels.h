@@ -113,7 +113,8 @@ struct Isa {
   bool (*usable)();                  // on this processor
   UnitKernel (*unit_kernel)(Dtype);  // Dtype's accumulator is double for float64, float for all others
   NetworkKernel (*network_kernel)(Dtype);
-  PairKernel (*pair_kernel)(Dtype);  // Dtype is that of a program's x and result: bfloat16 or float32
+  // Dtype is that of a program's x and result: bfloat16 or float32. Null without dot products of bfloat16.
+  PairKernel (*pair_kernel)(Dtype);
   int64_t vector_bytes;
 };
 

@@ -92,9 +92,10 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
   run_phases(phases);
 }
 
+// Otherwise a program in bfloat16 is computed in float, from weights that each call widens.
 static bool runs_pairs(const Program& program, const Tensor& weights) {
   const auto& units = program.units;
-  return weights.scalar_type() == ScalarType::BFloat16 &&
+  return isa().pair_kernel && weights.scalar_type() == ScalarType::BFloat16 &&
          std::all_of(units.begin(), units.end(), [](const PackedUnit& packed) { return has_pairs(packed.unit); });
 }
 

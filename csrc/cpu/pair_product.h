@@ -1,4 +1,4 @@
-// Products of pairs by vectors: the tiles of unit_kernel.h's pointwise convolution.
+// Products of pairs by AVX512-BF16, in the tiles of unit_kernel.h's pointwise convolution.
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 inline constexpr int64_t kProductRows = kTileChannels, kProductVectors = kTileVectors;
@@ -14,17 +14,14 @@ void product_tile(const PairProduct& product) {
   for (int row = 0; row < Rows; ++row) weights[row] = p.weight + row * 2 * p.pairs;
   for (int64_t k = 0; k < p.pairs; ++k) {
     const Pair* const x = p.x + k * p.x_plane;
-#pragma GCC unroll 2
-    for (int part = 0; part < Pairs::kParts; ++part) {
-      S::V pixels[Vectors];
+    __m512bh pixels[Vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) pixels[v] = Pairs::part(Pairs::load(x + v * S::kLanes), part);
+    for (int v = 0; v < Vectors; ++v) pixels[v] = reinterpret_cast<__m512bh>(Pairs::load(x + v * S::kLanes));
 #pragma GCC unroll 8
-      for (int row = 0; row < Rows; ++row) {
-        const S::V weight = Pairs::part(Pairs::broadcast(weights[row] + 2 * k), part);
+    for (int row = 0; row < Rows; ++row) {
+      const auto weight = reinterpret_cast<__m512bh>(Pairs::broadcast(weights[row] + 2 * k));
 #pragma GCC unroll 8
-        for (int v = 0; v < Vectors; ++v) sum[row][v] = Pairs::multiply_add(weight, pixels[v], sum[row][v]);
-      }
+      for (int v = 0; v < Vectors; ++v) sum[row][v] = _mm512_dpbf16_ps(sum[row][v], weight, pixels[v]);
     }
   }
 #pragma GCC unroll 8

@@ -8,6 +8,7 @@
 
 #include "../arguments.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace shufflenet::cpu {
 
@@ -74,7 +75,9 @@ struct UnitData {
   std::optional<ConvolutionData<A>> conv3;
 };
 
-// The weights of a program: their own memory where they are of type A.
+inline thread_local Scratch converted_weights;
+
+// The weights of a program: their own memory where they are of type A, else this thread's.
 template <class A>
 class PackedData {
  public:
@@ -83,9 +86,9 @@ class PackedData {
     if (dtype == (std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32)) {
       data_ = static_cast<const A*>(weights.const_data_ptr());
     } else {
-      converted_.reset(new A[weights.numel()]);
-      isa().unit_kernel(dtype).to_accumulator(weights.const_data_ptr(), converted_.get(), weights.numel());
-      data_ = converted_.get();
+      void* const converted = converted_weights.reserve(weights.numel() * static_cast<int64_t>(sizeof(A)));
+      isa().unit_kernel(dtype).to_accumulator(weights.const_data_ptr(), converted, weights.numel());
+      data_ = static_cast<const A*>(converted);
     }
   }
   Convolution operator[](const PackedConvolution& packed) const {
@@ -94,7 +97,6 @@ class PackedData {
 
  private:
   const A* data_;
-  std::unique_ptr<A[]> converted_;
 };
 
 // The weights of a program in bfloat16, as PairKernel takes them.
