@@ -27,21 +27,30 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
+template <class Sizes>
+std::string shape_of(const Sizes& sizes) {
   std::ostringstream shape;
   shape << "shape [";
-  for (int64_t i = 0; i < tensor.dim(); ++i) shape << (i ? ", " : "") << tensor.size(i);
+  const char* separator = "";
+  for (const int64_t size : sizes) {
+    shape << separator << size;
+    separator = ", ";
+  }
   shape << "]";
   return shape.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes(tensor.dim());
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes[i] = tensor.size(i);
+  return shape_of(sizes);
 }
 
 inline void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) {
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
   for (int64_t i = 0; same && i < tensor.dim(); ++i) same = tensor.size(i) == expected[i];
   if (same) return;
-  std::ostringstream shape;
-  for (size_t i = 0; i < expected.size(); ++i) shape << (i ? ", " : "") << expected[i];
-  fail(name, ": got ", shape_of(tensor), ", expected shape [", shape.str(), "]");
+  fail(name, ": got ", shape_of(tensor), ", expected ", shape_of(expected));
 }
 
 inline std::string dtype_name(ScalarType type) {
@@ -63,6 +72,15 @@ inline Dtype dtype_of(const char* name, const Tensor& tensor) {
     default:
       fail(name, ": got dtype ", dtype_name(tensor.scalar_type()), ", expected float32, float64, bfloat16 or float16");
   }
+}
+
+// The dtype of this name.
+inline Dtype dtype_named(const std::string& name) {
+  if (name == "float32") return Dtype::float32;
+  if (name == "float64") return Dtype::float64;
+  if (name == "bfloat16") return Dtype::bfloat16;
+  if (name == "float16") return Dtype::float16;
+  throw std::invalid_argument("dtype: got " + name + ", expected float32, float64, bfloat16 or float16");
 }
 
 // Of x's dtype, or of the other one.

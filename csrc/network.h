@@ -22,6 +22,9 @@ struct Stem {
   int64_t out_height() const { return max_pool ? (conv_height() - 1) / 2 + 1 : conv_height(); }
   int64_t out_width() const { return max_pool ? (conv_width() - 1) / 2 + 1 : conv_width(); }
   int64_t taps() const { return in_channels * kernel_size * kernel_size; }
+
+  int64_t multiply_adds() const { return out_channels * conv_height() * conv_width() * taps(); }
+  int64_t weights_and_biases() const { return out_channels * (taps() + 1); }
 };
 
 // The mean over a plane's upper left window, and a linear layer.

@@ -59,7 +59,7 @@ struct Ops {
   }
 
   static Tensor shuffle_network(Tensor x, Tensor weights, std::vector<int64_t> program) {
-    return run_program(x, weights, ProgramReader(x, weights, program).read());
+    return run_program(x, weights, read_program(x, weights, program));
   }
 
   static void implement(torch::stable::detail::StableLibrary& library) {

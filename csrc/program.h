@@ -46,17 +46,13 @@ struct Program {
 
 class ProgramReader {
  public:
-  ProgramReader(const Tensor& x, const Tensor& weights, const std::vector<int64_t>& program)
-      : x_(x), weights_(weights), program_(program), sizes_(check_x(x)) {}
+  // For x of these sizes, and so many elements of weights.
+  ProgramReader(const Sizes& x, Layout layout, int64_t weights, const std::vector<int64_t>& program)
+      : x_(x), layout_(layout), weights_(weights), program_(program), sizes_(x) {}
 
   Program read() {
-    const bool is_float = x_.scalar_type() == ScalarType::Float;
-    check_like_x("weights", weights_, x_, is_float ? std::optional(ScalarType::BFloat16) : std::nullopt);
-    if (weights_.dim() != 1 || !weights_.is_contiguous()) {
-      fail("weights: got ", shape_of(weights_), ", expected one contiguous dimension");
-    }
     Program result;
-    result.layout = layout_of(x_);
+    result.layout = layout_;
     bool ended = program_.empty();
     if (!ended && program_[0] == 0) result.stem = read_stem(result.layout);
     while (!ended && at_ < program_.size()) {
@@ -74,8 +70,8 @@ class ProgramReader {
     if (result.units.empty() || at_ != program_.size()) {
       fail("program: got ", program_.size(), " elements, expected one unit at least, and nothing behind a head");
     }
-    if (used_ != weights_.numel()) {
-      fail("weights: got ", weights_.numel(), " elements, expected ", used_, " for this program and x");
+    if (used_ != weights_) {
+      fail("weights: got ", weights_, " elements, expected ", used_, " for this program and x");
     }
     if (!result.head) result.sizes = sizes_;
     return result;
@@ -94,8 +90,8 @@ class ProgramReader {
 
   int64_t positive(const char* name, int64_t value) {
     // Every channel has a bias among the weights: what is more cannot be right, and might overflow.
-    if (value < 1 || value > weights_.numel()) {
-      fail("program: got ", name, " ", value, ", expected a positive number, at most the ", weights_.numel(),
+    if (value < 1 || value > weights_) {
+      fail("program: got ", name, " ", value, ", expected a positive number, at most the ", weights_,
            " elements of weights");
     }
     return value;
@@ -113,8 +109,8 @@ class ProgramReader {
   }
 
   PackedConvolution convolution(int64_t rows, int64_t depth) {
-    if (depth > weights_.numel() / rows) {
-      fail("weights: got ", weights_.numel(), " elements, expected ", rows, " x ", depth, " for one convolution alone");
+    if (depth > weights_ / rows) {
+      fail("weights: got ", weights_, " elements, expected ", rows, " x ", depth, " for one convolution alone");
     }
     PackedConvolution packed;
     packed.weight = array(rows * depth);
@@ -142,9 +138,9 @@ class ProgramReader {
       const int64_t least = stem.kernel_size - 2 * stem.padding;
       fail("x: got ", shape_of(x_), ", expected at least ", least, " x ", least, " pixels");
     }
-    if (stem.kernel_size > weights_.numel() / stem.kernel_size ||
-        stem.in_channels > weights_.numel() / (stem.kernel_size * stem.kernel_size)) {
-      fail("weights: got ", weights_.numel(), " elements, fewer than a row of the stem has");
+    if (stem.kernel_size > weights_ / stem.kernel_size ||
+        stem.in_channels > weights_ / (stem.kernel_size * stem.kernel_size)) {
+      fail("weights: got ", weights_, " elements, fewer than a row of the stem has");
     }
     sizes_ = {sizes_[0], stem.out_channels, stem.out_height(), stem.out_width()};
     return {stem, convolution(stem.out_channels, stem.taps())};
@@ -200,12 +196,23 @@ class ProgramReader {
     return {head, convolution(head.classes, head.channels)};
   }
 
-  const Tensor& x_;
-  const Tensor& weights_;
+  Sizes x_;
+  Layout layout_;
+  int64_t weights_;
   const std::vector<int64_t>& program_;
   Sizes sizes_;
   size_t at_ = 0;
   int64_t used_ = 0;
 };
+
+inline Program read_program(const Tensor& x, const Tensor& weights, const std::vector<int64_t>& program) {
+  const Sizes sizes = check_x(x);
+  const bool is_float = x.scalar_type() == ScalarType::Float;
+  check_like_x("weights", weights, x, is_float ? std::optional(ScalarType::BFloat16) : std::nullopt);
+  if (weights.dim() != 1 || !weights.is_contiguous()) {
+    fail("weights: got ", shape_of(weights), ", expected one contiguous dimension");
+  }
+  return ProgramReader(sizes, layout_of(x), weights.numel(), program).read();
+}
 
 }  // namespace shufflenet

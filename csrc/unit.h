@@ -43,6 +43,15 @@ struct Unit {
   int64_t slice_channels() const { return mid_channels / groups; }
   int64_t conv1_depth() const { return in_channels / conv1_groups; }
   int64_t conv1_group_rows() const { return mid_channels / conv1_groups; }
+
+  // Of one image.
+  int64_t multiply_adds() const {
+    return mid_channels * (height * width * conv1_depth() + out_height() * out_width() * 9) +
+           out_channels * out_height() * out_width() * slice_channels();
+  }
+  int64_t weights_and_biases() const {
+    return mid_channels * (conv1_depth() + 1 + 9 + 1) + out_channels * (slice_channels() + 1);
+  }
 };
 
 // y = scale * (weight (*) x) + bias, per output channel. The arrays hold the kernel's accumulator type.

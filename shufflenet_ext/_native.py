@@ -140,6 +140,39 @@ def cuda_plan(
     return plan
 
 
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether kernels take x for channels_last, and write their results so: the rule of layout_of in arguments.h."""
+    return x.dim() == 4 and not x.is_contiguous() and x.stride(1) == 1
+
+
+def describe(x: torch.Tensor, weights: torch.Tensor, program: Sequence[int], threads: int) -> dict[str, Any]:
+    """How the CPU's shuffle_network would run with so many threads; see csrc/library.cpp. Nothing is run."""
+    assert _C is not None
+    dtype, weights_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (x, weights))
+    description: dict[str, Any] = _C.describe(
+        x.shape, is_channels_last(x), dtype, weights.numel(), weights_dtype, program, threads
+    )
+    return description
+
+
+def profile(call: Callable[[], object]) -> list[float]:
+    """Seconds that each step of the CPU's ops in the call takes, for the thread that works on it longest."""
+    assert _C is not None
+    _C.start_profile()
+    try:
+        call()
+    finally:
+        seconds: list[float] = _C.finish_profile()
+    return seconds
+
+
+def measure_peak(dtype: torch.dtype) -> float:
+    """Floating-point operations a second that torch's threads do at most in the ISA in use, on tensors of ``dtype``."""
+    assert _C is not None
+    peak: float = _C.measure_peak(str(dtype).removeprefix("torch."))
+    return peak
+
+
 def cpu_isa() -> str | None:
     """The instruction set in use."""
     return _C.cpu_isa() if _C is not None else None

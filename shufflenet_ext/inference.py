@@ -1,7 +1,8 @@
 """optimize_for_inference: an eval-only copy of a model, batch norm folded ahead."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from shufflenet_ext import reference
 from shufflenet_ext._backend import runs_native
 from shufflenet_ext._checks import check_tensor
 from shufflenet_ext._native import UnitSizes
+from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
 from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable, unit_sizes
@@ -96,7 +98,12 @@ class InferenceUnits(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        return _network_op(x, self.sizes)(x, self.weights, self.program)
+        run = _network_op(x, self.sizes)
+        return run(_for_cuda(x, self.weights), self.weights, self.program).to(x.dtype)
+
+    def explain(self, x: Tensor) -> Explanation:
+        """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
+        return explain_steps(self, x, [f"unit {i}" for i in range(1, len(self.sizes) + 1)])
 
 
 class InferenceNetwork(_EvalOnly):
@@ -110,15 +117,18 @@ class InferenceNetwork(_EvalOnly):
     def __init__(
         self,
         network: ShuffleNetCifar | ShuffleNetV1,
-        units: Iterable[FusedShuffleBottleneck],
+        stages: Sequence[Sequence[FusedShuffleBottleneck]],
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         for_cifar = isinstance(network, ShuffleNetCifar)
         parts = stem, chain, head = [_Steps(dtype) for _ in range(3)]
         stem.add_stem(network.conv1, network.bn1, max_pool=not for_cifar)
-        for unit in units:
-            chain.add_unit(unit)
+        for stage in stages:
+            for unit in stage:
+                chain.add_unit(unit)
+        units = [f"unit {i}.{j}" for i, stage in enumerate(stages, 1) for j in range(1, len(stage) + 1)]
+        self.step_names = ["stem", *units, "means", "linear"]
         head.add_head(network.linear, pool_window=4 if for_cifar else 0)
         packed = [part.packed() for part in parts]
         self.register_buffer("weights", torch.cat(packed))
@@ -133,8 +143,19 @@ class InferenceNetwork(_EvalOnly):
         if x.device.type != "cuda":
             return _network_op(x, self.sizes)(x, self.weights, self.program)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
-        x = reference.shuffle_network(x, *stem)
-        return reference.shuffle_network(_network_op(x, self.sizes)(x, *units), *head)
+        dtype = x.dtype
+        x = reference.shuffle_network(_for_cuda(x, self.weights), *stem)
+        return reference.shuffle_network(_network_op(x, self.sizes)(x, *units), *head).to(dtype)
+
+    def explain(self, x: Tensor) -> Explanation:
+        """How each step runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
+        return explain_steps(self, x, self.step_names)
+
+
+def _for_cuda(x: Tensor, weights: Tensor) -> Tensor:
+    """x as an op takes it: on CUDA, of the weights' dtype."""
+    mixed = x.dtype == torch.float32 and weights.dtype == torch.bfloat16
+    return x.bfloat16() if mixed and x.device.type == "cuda" else x
 
 
 def _network_op(x: Tensor, sizes: list[UnitSizes]) -> Callable[[Tensor, Tensor, list[int]], Tensor]:
@@ -153,6 +174,38 @@ class InferenceModel(_EvalOnly):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return self.model(*args, **kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanations:
+        """How the parts of the model that are native ops run, step by step, on the CPU. Some calls are run and timed.
+
+        Args:
+            As for a call of the model.
+
+        Returns an explanation for each call of a part, which has its name in the model (``part``; "" for one of this
+        package's networks, which is one op as a whole). They print as tables; their ``steps`` have, for programs: a
+        name, the input's and output's shapes, useful floating-point operations, the bytes of weights, how threads share
+        the work, tiles and buffers, microseconds, and what that is of the most that these threads can do.
+
+        RuntimeError if no such part was called, or one ran the reference. ValueError if one was called on another
+        device, or on an empty batch.
+        """
+        parts = {
+            part: name
+            for name, part in self.model.named_modules()
+            if isinstance(part, (InferenceUnits, InferenceNetwork))
+        }
+        calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        hooks = [part.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True) for part in parts]
+        try:
+            self(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not calls:
+            raise RuntimeError("explain: the call ran no part that optimize_for_inference made one op of")
+        return Explanations(
+            replace(part.explain(*part_args, **part_kwargs), part=parts[part]) for part, part_args, part_kwargs in calls
+        )
 
 
 def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -187,7 +240,7 @@ def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn
     if type(module) is ShuffleNetCifar or type(module) is ShuffleNetV1:
         stages = [_chain(stage) for stage in (module.layer1, module.layer2, module.layer3)]
         if all(stages) and _plain_ends(module):
-            twins[module] = InferenceNetwork(module, [unit for stage in stages for unit in stage], dtype)
+            twins[module] = InferenceNetwork(module, stages, dtype)
             return twins[module]
     elif units:
         twins[module] = InferenceUnits(units, dtype)

@@ -163,8 +163,7 @@ def _register_fake(name: str) -> None:
 
     def fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shape = run_reference(x, *args, **kwargs).shape
-        # The rule of layout_of in csrc/arguments.h.
-        channels_last = len(shape) == 4 and not x.is_contiguous() and x.stride(1) == 1
+        channels_last = len(shape) == 4 and _native.is_channels_last(x)
         return x.new_empty(shape).to(memory_format=torch.channels_last) if channels_last else x.new_empty(shape)
 
     torch.library.register_fake(f"shufflenet_ext::{name}", fake)

@@ -36,6 +36,11 @@ struct Strip {
   const Strip* below = nullptr;
 };
 
+// What a pointwise convolution computes at once: so many channels of so many vectors of pixels.
+struct Tile {
+  int64_t channels = 0, vectors = 0;
+};
+
 // The phases of a part, in the order in which they run: each needs all channels of the one before, and its own channels
 // may be split in any way, over any threads. No result depends on the splits, bit for bit.
 struct UnitKernel {
@@ -64,6 +69,9 @@ struct UnitKernel {
   void (*expand_strip)(const Unit&, const UnitPointers&, const Strip&, void* scratch);
   void (*project_strip)(const Unit&, const UnitPointers&, const Strip&, void* scratch);
 
+  // The largest tile for so many channels that share their inputs, and for the plane's last pixels.
+  Tile (*tile)(int64_t channels, int64_t pixels, int64_t plane);
+
   // Converts n elements of the dtype to the accumulator type.
   void (*to_accumulator)(const void* from, void* to, int64_t n);
 };
@@ -74,9 +82,17 @@ struct NetworkKernel {
   // Rows of the result of an image, the first of which goes to `result`; result_plane elements lie between its planes.
   void (*stem)(const Stem&, const Convolution&, const void* image, int64_t row_begin, int64_t row_end, void* result,
                int64_t result_plane, void* scratch);
+  Tile (*stem_tile)(const Stem&, int64_t row_begin, int64_t row_end);
   void (*window_means)(const Head&, const void* x, int64_t x_plane, Channels, void* means);
   void (*linear)(const Head&, const Convolution&, const void* means, int64_t images, Channels classes, void* result);
+
+  // Does so many rounds of multiply-adds in registers, the fastest that the ISA can, and returns how many they were.
+  int64_t (*multiply_add)(int64_t rounds);
 };
+
+// Makes planes of pairs of planes of float, an even number of them.
+using PackFunction = void (*)(const void* from, int64_t plane, int64_t channels, int64_t pixels, void* pairs,
+                              int64_t pairs_plane);
 
 // How an image lies in a tensor.
 struct TensorImage {
@@ -89,8 +105,7 @@ struct TensorImage {
 // depthwise convolution's float), biases float. Needs what has_pairs asks of each unit.
 struct PairKernel {
   UnitKernel unit;
-  // From planes of float, an even number of them.
-  void (*pack)(const void* from, int64_t plane, int64_t channels, int64_t pixels, void* pairs, int64_t pairs_plane);
+  PackFunction pack;
   // Up to kImageChannels of a tensor's image, the first an even one, to pairs and back.
   int64_t (*image_scratch_bytes)(const TensorImage&);
   void (*read_image)(const TensorImage&, const void* from, Channels, void* pairs, int64_t plane, void* scratch);

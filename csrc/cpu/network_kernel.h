@@ -154,6 +154,11 @@ int64_t stem_scratch_bytes(const Stem& stem, int64_t row_begin, int64_t row_end)
   return StemScratch<T>(stem, StemRows(stem, row_begin, row_end), nullptr).bytes;
 }
 
+template <class A>
+Tile stem_tile(const Stem& stem, int64_t row_begin, int64_t row_end) {
+  return largest_tile(stem.out_channels, PixelTiles<A>(StemRows(stem, row_begin, row_end).pixels));
+}
+
 // Rows of the stem's result, as planes of the accumulator type.
 template <class T>
 void run_stem(const Stem& stem, const Convolution& conv, const void* image, int64_t row_begin, int64_t row_end,
@@ -249,9 +254,35 @@ void linear(const Head& head, const Convolution& layer, const void* means, int64
   }
 }
 
+// ---- The most that can be had ---------------------------------------------------------------------------------------
+
+// As many independent chains as a tile of a pointwise convolution has, but no loads.
+template <class A>
+int64_t multiply_add(int64_t rounds) {
+  using S = Simd<A>;
+  constexpr int kChains = kTileChannels * kTileVectors;
+  typename S::V sums[kChains];
+#pragma GCC unroll 24
+  for (int i = 0; i < kChains; ++i) sums[i] = S::broadcast(static_cast<A>(i));
+  // Sums stay between 0 and kChains: no denormals, no infinity.
+  const typename S::V scale = S::broadcast(A(0.5)), shift = S::broadcast(1);
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) sums[i] = S::fma(sums[i], scale, shift);
+  }
+  // Whatever the compiler knows of the sums, it must have them here.
+#pragma GCC unroll 24
+  for (int i = 0; i < kChains; ++i) {
+    volatile A sink = S::sum(sums[i]);
+    (void)sink;
+  }
+  return rounds * kChains * S::kLanes;
+}
+
 template <class T>
 constexpr NetworkKernel network_kernel_for() {
-  return {stem_scratch_bytes<T>, run_stem<T>, window_means<accumulator_t<T>>, linear<T>};
+  using A = accumulator_t<T>;
+  return {stem_scratch_bytes<T>, run_stem<T>, stem_tile<A>, window_means<A>, linear<T>, multiply_add<A>};
 }
 
 inline NetworkKernel network_kernel(Dtype dtype) {

@@ -1,6 +1,10 @@
 // The ops on the CPU: tensors in, steps on raw pointers out, split over torch's threads.
 #include "../ops.h"
 
+#include <atomic>
+#include <chrono>
+
+#include "describe.h"
 #include "network.h"
 
 namespace shufflenet::cpu {
@@ -42,25 +46,17 @@ static Tensor run(const UnitArguments& arguments) {
   return result;
 }
 
-// The head's linear layer, of all images at once.
-static Phase linear_phase(const Head& head, size_t step, const std::function<void(Channels)>& run) {
-  const int64_t tasks = std::min<int64_t>(head.classes, 4 * torch::stable::get_num_threads());
-  return {static_cast<int64_t>(step), tasks,
-          [classes = head.classes, tasks, run](int64_t i) { run({classes * i / tasks, classes * (i + 1) / tasks}); }};
-}
-
+// The steps that are done to each image; the head's linear layer takes all images at once.
 template <class A>
-static void run_steps(const Program& program, const PackedData<A>& data, const Tensor& x, const Tensor& result) {
-  const Dtype dtype = dtype_of("x", x);
+static std::vector<std::unique_ptr<Step>> steps_of(const Program& program, const PackedData<A>& data, Dtype dtype,
+                                                   int64_t threads) {
   // Between a stem and a head all is contiguous and of the accumulator type; units alone are of x's.
   const UnitKernel unit_kernel = isa().unit_kernel(program.stem ? kAccumulator<A> : dtype);
-  const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
   std::vector<std::unique_ptr<Step>> steps;
-  int64_t plane = x.size(2) * x.size(3);
+  int64_t plane = program.units.front().unit.height * program.units.front().unit.width;
   if (program.stem) {
-    const Stem& stem = program.stem->stem;
-    plane = ImageLayout::padded(stem.out_height() * stem.out_width());
-    steps.push_back(std::make_unique<StemStep<A>>(stem, data[program.stem->conv], plane, dtype, threads));
+    plane = ImageLayout::padded(plane);
+    steps.push_back(std::make_unique<StemStep<A>>(program.stem->stem, data[program.stem->conv], plane, dtype, threads));
   }
   for (size_t i = 0; i < program.units.size(); ++i) {
     const PackedUnit& packed = program.units[i];
@@ -74,6 +70,29 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
     pointers.result_plane = plane = is_result ? pixels : ImageLayout::padded(pixels);
     steps.push_back(std::make_unique<UnitStep<A>>(packed.unit, pointers, unit_kernel, threads));
   }
+  if (program.head) {
+    const Head& head = program.head->head;
+    const auto means = isa().network_kernel(dtype).window_means;
+    steps.push_back(std::make_unique<ChannelsStep>(
+        means_description(head), head.channels * static_cast<int64_t>(sizeof(A)), threads,
+        [=](const void* from, void* to, Channels channels) { means(head, from, plane, channels, to); }));
+  }
+  return steps;
+}
+
+static int64_t linear_tasks(const Head& head, int64_t threads) { return std::min(head.classes, 4 * threads); }
+
+static Phase linear_phase(const Head& head, int64_t threads, size_t step, const std::function<void(Channels)>& run) {
+  const int64_t tasks = linear_tasks(head, threads);
+  return {static_cast<int64_t>(step), tasks,
+          [classes = head.classes, tasks, run](int64_t i) { run({classes * i / tasks, classes * (i + 1) / tasks}); }};
+}
+
+template <class A>
+static void run_steps(const Program& program, const PackedData<A>& data, const Tensor& x, const Tensor& result) {
+  const Dtype dtype = dtype_of("x", x);
+  const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
+  const std::vector<std::unique_ptr<Step>> steps = steps_of(program, data, dtype, threads);
   if (!program.head) {
     run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
     return;
@@ -81,45 +100,41 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
   const Head& head = program.head->head;
   const Convolution linear = data[program.head->linear];
   const NetworkKernel kernel = isa().network_kernel(dtype);
-  steps.push_back(std::make_unique<ChannelsStep>(
-      head.channels, head.channels * static_cast<int64_t>(sizeof(A)),
-      [=](const void* from, void* to, Channels c) { kernel.window_means(head, from, plane, c, to); }));
   const std::unique_ptr<A[]> means(new A[images * head.channels]);
   std::vector<Phase> phases = phases_of(steps, batch_of(x, means.get()));
-  phases.push_back(linear_phase(head, steps.size(), [&](Channels classes) {
+  phases.push_back(linear_phase(head, threads, steps.size(), [&](Channels classes) {
     kernel.linear(head, linear, means.get(), images, classes, result.mutable_data_ptr());
   }));
   run_phases(phases);
 }
 
 // Otherwise a program in bfloat16 is computed in float, from weights that each call widens.
-static bool runs_pairs(const Program& program, const Tensor& weights) {
+static bool runs_pairs(const Program& program, Dtype weights) {
   const auto& units = program.units;
-  return isa().pair_kernel && weights.scalar_type() == ScalarType::BFloat16 &&
+  return isa().pair_kernel && weights == Dtype::bfloat16 &&
          std::all_of(units.begin(), units.end(), [](const PackedUnit& packed) { return has_pairs(packed.unit); });
 }
 
-// As run_steps, on planes of pairs.
-static void run_pairs(const Program& program, const Tensor& weights, const Tensor& x, const Tensor& result) {
-  const Dtype dtype = dtype_of("x", x);
+// As steps_of, on planes of pairs. An image's means are one element of each plane of so many.
+static std::vector<std::unique_ptr<Step>> pair_steps_of(const Program& program, PairData& data, Dtype dtype,
+                                                        int64_t means_plane, int64_t threads) {
   const PairKernel kernel = isa().pair_kernel(dtype);
-  const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
-  PairData data(weights);
+  const UnitKernel& unit_kernel = kernel.unit;
   std::vector<std::unique_ptr<Step>> steps;
-  int64_t plane;
+  const Unit& first = program.units.front().unit;
+  int64_t plane = ImageLayout::padded(first.height * first.width);
   if (program.stem) {
     const Stem& stem = program.stem->stem;
-    plane = ImageLayout::padded(stem.out_height() * stem.out_width());
     const Convolution conv = data.floats(program.stem->conv, stem.out_channels, stem.taps());
-    steps.push_back(std::make_unique<StemStep<float>>(stem, conv, plane, dtype, threads, &kernel));
+    steps.push_back(std::make_unique<StemStep<float>>(stem, conv, plane, dtype, threads, kernel.pack));
   } else {
-    const TensorImage image = {program.layout, x.size(1), x.size(2) * x.size(3)};
-    plane = ImageLayout::padded(image.pixels);
+    const TensorImage image = {program.layout, first.in_channels, first.height * first.width};
     steps.push_back(std::make_unique<ChannelsStep>(
-        image.channels, image.channels / 2 * plane * kernel.unit.element_bytes,
-        [=, &kernel](const void* from, void* to, Channels channels) {
-          void* const scratch = thread_scratch.reserve(kernel.image_scratch_bytes(image));
-          kernel.read_image(image, from, channels, to, plane, scratch);
+        conversion_description(first.in_channels, first.height, first.width),
+        first.in_channels / 2 * plane * unit_kernel.element_bytes, threads,
+        [=](const void* from, void* to, Channels channels) {
+          kernel.read_image(
+              image, from, channels, to, plane, thread_scratch.reserve(kernel.image_scratch_bytes(image)));
         }));
   }
   for (const PackedUnit& packed : program.units) {
@@ -131,47 +146,106 @@ static void run_pairs(const Program& program, const Tensor& weights, const Tenso
     pointers.conv3 = data.pairs(packed.conv3, unit.out_channels, unit.slice_channels());
     pointers.x_plane = plane;
     pointers.result_plane = plane = ImageLayout::padded(unit.out_height() * unit.out_width());
-    steps.push_back(std::make_unique<UnitStep<float>>(unit, pointers, kernel.unit, threads));
+    steps.push_back(std::make_unique<UnitStep<float>>(unit, pointers, unit_kernel, threads));
   }
-  if (!program.head) {
+  if (program.head) {
+    const Head& head = program.head->head;
+    steps.push_back(std::make_unique<ChannelsStep>(
+        means_description(head), unit_kernel.element_bytes, threads,
+        [=](const void* from, void* to, Channels channels) {
+          kernel.window_means(head, from, plane, channels, to, means_plane);
+        }));
+  } else {
     const auto [n, channels, height, width] = program.sizes;
     (void)n;
     const TensorImage image = {program.layout, channels, height * width};
+    const int64_t element_bytes = isa().unit_kernel(dtype).element_bytes;
     steps.push_back(std::make_unique<ChannelsStep>(
-        channels, channels * image.pixels * static_cast<int64_t>(result.element_size()),
-        [=, &kernel](const void* from, void* to, Channels c) {
-          void* const scratch = thread_scratch.reserve(kernel.image_scratch_bytes(image));
-          kernel.write_image(image, from, plane, c, to, scratch);
+        conversion_description(channels, height, width), channels * image.pixels * element_bytes, threads,
+        [=](const void* from, void* to, Channels c) {
+          kernel.write_image(image, from, plane, c, to, thread_scratch.reserve(kernel.image_scratch_bytes(image)));
         }));
+  }
+  return steps;
+}
+
+static void run_pairs(const Program& program, const Tensor& weights, const Tensor& x, const Tensor& result) {
+  const Dtype dtype = dtype_of("x", x);
+  const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
+  const int64_t means_plane = ImageLayout::padded(images);
+  PairData data(weights);
+  const std::vector<std::unique_ptr<Step>> steps = pair_steps_of(program, data, dtype, means_plane, threads);
+  if (!program.head) {
     run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
     return;
   }
   const Head& head = program.head->head;
   const Convolution linear = data.pairs(program.head->linear, head.classes, head.channels);
-  const int64_t means_plane = ImageLayout::padded(images);
-  steps.push_back(std::make_unique<ChannelsStep>(
-      head.channels, kernel.unit.element_bytes, [=, &kernel](const void* from, void* to, Channels channels) {
-        kernel.window_means(head, from, plane, channels, to, means_plane);
-      }));
-  // The images of a plane's padding are computed with, and not used.
+  const PairKernel kernel = isa().pair_kernel(dtype);
+  // Zeros: the images of a plane's padding are computed with, and not used.
   const std::unique_ptr<float[]> means(new float[head.channels / 2 * means_plane]());
   std::vector<Phase> phases = phases_of(steps, batch_of(x, means.get()));
-  phases.push_back(linear_phase(head, steps.size(), [&](Channels classes) {
+  phases.push_back(linear_phase(head, threads, steps.size(), [&](Channels classes) {
     kernel.linear(head, linear, means.get(), means_plane, images, classes, result.mutable_data_ptr());
   }));
   run_phases(phases);
 }
 
-static Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program) {
+static void check_ends(const Program& program) {
   if (program.stem.has_value() != program.head.has_value()) {
     fail("program: got a ", program.stem ? "stem" : "head", " alone, expected a stem and a head or neither");
   }
+}
+
+Description describe(const Program& program, Dtype dtype, Dtype weights_dtype, int64_t images, int64_t threads) {
+  check_ends(program);
+  Description description;
+  description.images_alone = images_alone(images, threads);
+  description.images_shared = images - description.images_alone;
+  PairData pairs;
+  const auto steps = runs_pairs(program, weights_dtype) ? pair_steps_of(program, pairs, dtype, 0, threads)
+                     : dtype == Dtype::float64          ? steps_of(program, PackedData<double>(), dtype, threads)
+                                                        : steps_of(program, PackedData<float>(), dtype, threads);
+  for (const std::unique_ptr<Step>& step : steps) description.steps.push_back(step->describe());
+  if (program.head) {
+    const Head& head = program.head->head;
+    StepDescription linear;
+    linear.input = {head.channels};
+    linear.output = {head.classes};
+    linear.multiply_adds = head.channels * head.classes;
+    linear.weights_and_biases = (head.channels + 1) * head.classes;
+    linear.alone.cut = linear.shared.cut = cut_into(linear_tasks(head, threads), "class shares");
+    description.steps.push_back(linear);
+  }
+  return description;
+}
+
+double measure_peak(Dtype dtype) {
+  using Clock = std::chrono::steady_clock;
+  const NetworkKernel kernel = isa().network_kernel(dtype);
+  constexpr int64_t kRounds = 100'000;  // about half a millisecond: so short that some of the times are undisturbed
+  constexpr int kTimes = 60;
+  double peak = 0;
+  for (int i = 0; i < kTimes; ++i) {
+    std::atomic<int64_t> multiply_adds{0};
+    const auto start = Clock::now();
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) multiply_adds += kernel.multiply_add(kRounds);
+    });
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    peak = std::max(peak, 2 * static_cast<double>(multiply_adds) / seconds);
+  }
+  return peak;
+}
+
+static Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program) {
+  check_ends(program);
   const Tensor x = dense(given_x, program.layout);
   const Tensor result =
       program.head ? empty_like_x<2>(x, {x.size(0), program.head->head.classes}, {program.head->head.classes, 1})
                    : empty_like_x(x, program.sizes, program.layout);
   if (x.size(0) == 0) return result;
-  if (runs_pairs(program, weights)) {
+  if (runs_pairs(program, dtype_of("weights", weights))) {
     run_pairs(program, weights, x, result);
   } else if (dtype_of("x", x) == Dtype::float64) {
     run_steps<double>(program, PackedData<double>(weights), x, result);

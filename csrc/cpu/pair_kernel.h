@@ -404,6 +404,12 @@ void pair_linear(const Head& head, const Convolution& layer, const void* means, 
   multiply({layer, head.channels / 2, &range, 1, images}, {static_cast<const Pair*>(means), means_plane}, finish);
 }
 
+// The largest product for so many channels that share their inputs; the last pixels are no others' concern.
+inline Tile product_tile_of(int64_t channels, int64_t pixels, int64_t) {
+  const int64_t vectors = ceil_div(pixels, Simd<float>::kLanes);
+  return {ceil_div(channels, ceil_div(channels, kProductRows)), ceil_div(vectors, ceil_div(vectors, kProductVectors))};
+}
+
 template <class T>
 constexpr PairKernel pair_kernel_for() {
   const UnitKernel unit = {
@@ -421,6 +427,7 @@ constexpr PairKernel pair_kernel_for() {
       pair_strip_scratch_bytes,
       expand_pair_strip,
       project_pair_strip,
+      product_tile_of,
       to_accumulator<BFloat16>};
   return {unit, pack_planes, image_scratch_bytes, read_image<T>, write_image<T>, pair_means, pair_linear<T>};
 }

@@ -1,5 +1,5 @@
-// Pairs: the bfloat16 values of two neighbouring channels at a pixel, the first in the lower half of 32 bits, as the dot
-// products of AVX512-BF16 and AMX take them.
+// Pairs: the bfloat16 values of two neighbouring channels at a pixel, the first in the lower half of 32 bits, as the
+// dot products of AVX512-BF16 and AMX take them.
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 struct Pair {
@@ -23,8 +23,9 @@ struct Pairs {
   static V second(V pairs) { return reinterpret_cast<V>(reinterpret_cast<Word>(pairs) & 0xffff0000); }
   static V pack(V first, V second) {
     const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));  // all of `first`, then
-    alignas(64) static constexpr uint16_t kInterleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static constexpr uint16_t kInterleaved[32] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return reinterpret_cast<V>(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), halves));
   }
 };

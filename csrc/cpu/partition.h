@@ -54,6 +54,11 @@ inline int64_t weights_cost(const Unit& unit) {
   return weights * kAccumulatorBytes / kWeightBytesPerCost;
 }
 
+// Of a strip's y1, which is not in the scratch memory that all steps use, and so in no cache.
+inline int64_t y1_cost(const Unit& unit, int64_t rows) {
+  return unit.mid_channels * rows * unit.width * kAccumulatorBytes / kWeightBytesPerCost;
+}
+
 // The partition that finishes first by that count. `has_strips` says whether the kernel's strips can be used.
 inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes, int64_t threads,
                                   bool has_strips) {
@@ -84,14 +89,15 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
         (unit.height % threads ? unit.in_channels : 0) + (unit.out_height() % threads ? unit.result_channels() : 0);
     consider({threads, Sharing::strips},
              part_cost(unit, std::min(unit.height, rows * unit.stride), rows, lanes) + weights_cost(unit) + kWaitCost +
-                 2 * halo + whole_planes * kSharedLineCost);
+                 2 * halo + whole_planes * kSharedLineCost + y1_cost(unit, rows * unit.stride));
   }
   const int64_t most = std::min(unit.out_height(), fewest + kMostExtraStrips);
   for (int64_t strips = fewest; strips <= most; ++strips) {
     const int64_t rows = rows_of(strips);
-    // The halo's rows of x are foreign: four times the channels of y1, at least.
+    // The halo's rows of x are foreign: four times the channels of y1, at least. No plane is cut into its strips.
     consider({strips, Sharing::whole_parts},
-             ceil_div(strips, threads) * part_cost(unit, with_halo(rows), rows, lanes) + weights_cost(unit) + 8 * halo);
+             ceil_div(strips, threads) * part_cost(unit, with_halo(rows), rows, lanes) + weights_cost(unit) + 8 * halo +
+                 (strips > 1 ? unit.result_channels() * kSharedLineCost : 0));
   }
   const int64_t workers = std::min(threads, unit.slice_channels());
   const int64_t handed_on =

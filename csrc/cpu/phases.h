@@ -8,6 +8,8 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <mutex>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -21,7 +23,7 @@ struct Phase {
   std::function<void(int64_t)> run;
 };
 
-// Seconds by step, of the calls that a thread makes while it has one.
+// Seconds by step.
 struct Profile {
   std::vector<double> seconds;
   void add(int64_t step, double time) {
@@ -29,7 +31,9 @@ struct Profile {
     if (static_cast<size_t>(step) >= seconds.size()) seconds.resize(step + 1);
     seconds[step] += time;
   }
+  double total() const { return std::accumulate(seconds.begin(), seconds.end(), 0.0); }
 };
+// Of the calls that a thread makes while it has one: what the thread measured that worked on a call longest.
 inline thread_local Profile* current_profile = nullptr;
 
 // Adds the time that has gone by since the last lap to a step. Does nothing without a profile.
@@ -50,6 +54,8 @@ class Stopwatch {
   Profile* profile_;
   Clock::time_point last_;
 };
+// Of the thread, while it runs phases.
+inline thread_local Stopwatch* current_stopwatch = nullptr;
 
 // Runs all tasks of each phase in turn, on torch's threads. A thread first claims the tasks that are its share, which
 // are the same ones in each phase that has as many (so that it finds its data in its caches), then what others have
@@ -76,8 +82,12 @@ inline void run_phases(const std::vector<Phase>& phases) {
   std::vector<Progress> progress(phases.size());
   const int64_t workers = std::min<int64_t>(widest, torch::stable::get_num_threads());
   Profile* const profile = current_profile;
+  Profile longest;
+  std::mutex longest_mutex;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
-    Stopwatch stopwatch(worker == 0 ? profile : nullptr);
+    Profile own;
+    Stopwatch stopwatch(profile ? &own : nullptr);
+    current_stopwatch = &stopwatch;
     Claim* claim = claims.data();
     for (size_t p = 0; p < phases.size(); ++p) {
       const Phase& phase = phases[p];
@@ -94,7 +104,14 @@ inline void run_phases(const std::vector<Phase>& phases) {
       }
       stopwatch.lap(phase.step);
     }
+    if (profile) {
+      const std::lock_guard<std::mutex> lock(longest_mutex);
+      if (own.total() > longest.total()) longest = std::move(own);
+    }
   });
+  for (size_t step = 0; step < longest.seconds.size(); ++step) {
+    profile->add(static_cast<int64_t>(step), longest.seconds[step]);
+  }
 }
 
 }  // namespace shufflenet::cpu

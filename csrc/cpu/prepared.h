@@ -81,6 +81,7 @@ inline thread_local Scratch converted_weights;
 template <class A>
 class PackedData {
  public:
+  PackedData() = default;  // none: of steps that are not run
   explicit PackedData(const Tensor& weights) {
     const Dtype dtype = dtype_of("weights", weights);
     if (dtype == (std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32)) {
@@ -92,22 +93,26 @@ class PackedData {
     }
   }
   Convolution operator[](const PackedConvolution& packed) const {
+    if (!data_) return {};
     return {data_ + packed.weight, nullptr, data_ + packed.bias};
   }
 
  private:
-  const A* data_;
+  const A* data_ = nullptr;
 };
 
 // The weights of a program in bfloat16, as PairKernel takes them.
 class PairData {
  public:
+  PairData() = default;  // none: of steps that are not run
   explicit PairData(const Tensor& weights) : data_(static_cast<const uint16_t*>(weights.const_data_ptr())) {}
 
   Convolution floats(const PackedConvolution& packed, int64_t rows, int64_t depth) {
+    if (!data_) return {};
     return {widened(packed.weight, rows * depth), nullptr, widened(packed.bias, rows)};
   }
   Convolution pairs(const PackedConvolution& packed, int64_t rows, int64_t depth) {
+    if (!data_) return {};
     const uint16_t* weight = data_ + packed.weight;
     if (depth % 2 != 0) {  // a zero at the end of each row
       uint16_t* const even = array<uint16_t>(rows * (depth + 1));
@@ -129,7 +134,7 @@ class PairData {
     return reinterpret_cast<U*>(arrays_.back().get());
   }
 
-  const uint16_t* data_;
+  const uint16_t* data_ = nullptr;
   std::vector<std::unique_ptr<char[]>> arrays_;
 };
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "describe.h"
 #include "partition.h"
 #include "phases.h"
 #include "../program.h"
@@ -51,8 +52,8 @@ class Step {
  public:
   virtual ~Step() = default;
   virtual int64_t result_bytes(bool is_cut) const = 0;
-  // Of what threads that share the step hand on to each other.
-  virtual int64_t shared_bytes() const = 0;
+  // Of what threads that share the step hand on to each other, by strip.
+  virtual int64_t shared_bytes() const { return 0; }
   // Into how many strips threads that share the step can cut its result, and its input.
   virtual int64_t strips() const { return 1; }
   virtual bool reads_strips(int64_t) const { return false; }
@@ -67,9 +68,11 @@ class Step {
     void* to;
     bool from_is_cut, to_is_cut;
     char* buffers;
+    int64_t shared_bytes;  // the most of all steps: strip i always has the same memory, which its thread's cache holds
     std::vector<Phase>& phases;
   };
   virtual void share(const Sharers&) const = 0;
+  virtual StepDescription describe() const = 0;
 };
 
 template <class A>
@@ -77,7 +80,7 @@ class UnitStep : public Step {
  public:
   // The pointers' x and result are void.
   UnitStep(const Unit& unit, const UnitPointers& pointers, const UnitKernel& kernel, int64_t threads)
-      : unit_(unit), pointers_(pointers), kernel_(kernel) {
+      : unit_(unit), pointers_(pointers), kernel_(kernel), threads_(threads) {
     const int64_t lanes = isa().vector_bytes / static_cast<int64_t>(sizeof(A));
     const bool has_strips = unit.has_conv3() && !kernel_.is_staged(unit);
     alone_ = choose_partition(unit_, kernel_, lanes, 1, has_strips);
@@ -90,13 +93,13 @@ class UnitStep : public Step {
   }
 
   int64_t shared_bytes() const override {
-    int64_t bytes = 0;
+    int64_t most = 0;
     for (int64_t i = 0; i < shared_.strips; ++i) {
       const Part part = shared_.part(unit_, i);
-      if (shared_.sharing == Sharing::strips) bytes += kernel_.strip_bytes(unit_, part);
-      if (shared_.sharing == Sharing::channels) bytes = std::max(bytes, kernel_.buffer_bytes(unit_, part));
+      if (shared_.sharing == Sharing::strips) most = std::max(most, kernel_.strip_bytes(unit_, part));
+      if (shared_.sharing == Sharing::channels) most = std::max(most, kernel_.buffer_bytes(unit_, part));
     }
-    return bytes;
+    return most;
   }
 
   int64_t strips() const override { return shared_.sharing == Sharing::strips ? shared_.strips : 1; }
@@ -132,7 +135,43 @@ class UnitStep : public Step {
     }
   }
 
+  StepDescription describe() const override {
+    return {{unit_.in_channels, unit_.height, unit_.width},
+            {unit_.result_channels(), unit_.out_height(), unit_.out_width()},
+            unit_.multiply_adds(),
+            unit_.weights_and_biases(),
+            describe(alone_, 1),
+            describe(shared_, workers())};
+  }
+
  private:
+  // Threads that share a part by channels: a thread has a channel of each slice at least.
+  int64_t workers() const { return std::min(threads_, unit_.slice_channels()); }
+
+  RunDescription describe(const Partition& partition, int64_t workers) const {
+    const bool by_channels = partition.sharing == Sharing::channels, strips = partition.sharing == Sharing::strips;
+    if (!by_channels) workers = 1;
+    RunDescription run;
+    if (partition.strips > 1 || !by_channels)
+      run.cut = cut_into(partition.strips, strips ? "strips" : "strips with halo");
+    if (by_channels) run.cut += (run.cut.empty() ? "" : ", ") + cut_into(workers, "channel shares");
+    const Channels mid = {0, ceil_div(unit_.mid_channels, workers)};
+    for (int64_t i = 0; i < partition.strips; ++i) {
+      const Part part = partition.part(unit_, i);
+      const int64_t bytes = strips ? kernel_.strip_bytes(unit_, part) + kernel_.strip_scratch_bytes(unit_, part)
+                                   : kernel_.buffer_bytes(unit_, part) + kernel_.scratch_bytes(unit_, part, mid);
+      run.bytes = std::max(run.bytes, bytes);
+    }
+    const Part last = partition.part(unit_, partition.strips - 1);  // no other is larger
+    const int64_t x_begin = std::max<int64_t>(0, last.row_begin * unit_.stride - (strips ? 0 : 1));
+    const int64_t plane = unit_.height * unit_.width, out_plane = unit_.out_height() * unit_.out_width();
+    const int64_t rows1 = std::min(ceil_div(unit_.slice_channels(), workers), unit_.conv1_group_rows());
+    const int64_t rows3 = std::min(ceil_div(unit_.result_channels(), workers), unit_.out_channels / unit_.groups);
+    run.tiles = {kernel_.tile(rows1, plane - x_begin * unit_.width, plane),
+                 kernel_.tile(rows3, out_plane - last.row_begin * unit_.out_width(), out_plane)};
+    return run;
+  }
+
   UnitPointers pointers(const void* from, void* to) const {
     UnitPointers result = pointers_;
     result.x = from;
@@ -162,15 +201,13 @@ class UnitStep : public Step {
   void share_strips(const Sharers& s) const {
     const ImageLayout x = x_layout(s.from_is_cut), result = result_layout(s.to_is_cut);
     const auto all = std::make_shared<std::vector<Strip>>(shared_.strips);
-    char* y1 = s.buffers;
     for (int64_t i = 0; i < shared_.strips; ++i) {
       Strip& strip = (*all)[i];
       strip.part = shared_.part(unit_, i);
       const int64_t first = strip.part.row_begin * unit_.stride;
       strip.x = x.rows<A>(s.from, i, first);
       strip.result = result.rows<A>(s.to, i, strip.part.row_begin);
-      strip.y1 = y1;
-      y1 += kernel_.strip_bytes(unit_, strip.part);
+      strip.y1 = s.buffers + i * s.shared_bytes;
       if (i > 0) {
         Strip& above = (*all)[i - 1];
         strip.above = &above;
@@ -189,7 +226,7 @@ class UnitStep : public Step {
 
   // The threads share each phase of the part by channels: nothing is computed twice.
   void share_part(const Sharers& s, const UnitPointers& pointers, const Part& part) const {
-    const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), unit_.slice_channels());
+    const int64_t workers = this->workers();
     void* const buffers = s.buffers;
     // A worker's share of n channels, in multiples of `multiple`.
     const auto share_of = [workers](int64_t n, int64_t multiple, int64_t worker) {
@@ -219,6 +256,7 @@ class UnitStep : public Step {
   Unit unit_;
   UnitPointers pointers_;
   UnitKernel kernel_;
+  int64_t threads_;
   Partition alone_, shared_;
 };
 
@@ -229,13 +267,21 @@ struct Batch {
   char* result;     // of the last step
 };
 
+// How many of the images go through all steps on one thread each. Shared steps use the threads less well, but leave
+// none without work.
+inline int64_t images_alone(int64_t images, int64_t threads) {
+  const int64_t left = images % threads;
+  return 2 * left > threads ? images : images - left;
+}
+
 // Phases that run the steps on each image of the batch.
 inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& steps, const Batch& batch) {
-  int64_t largest = 0, shared_bytes = 0;
+  int64_t largest = 0, shared_bytes = 0, strips = 1;
   for (size_t i = 0; i < steps.size(); ++i) {
     if (i + 1 < steps.size())
       largest = std::max({largest, steps[i]->result_bytes(false), steps[i]->result_bytes(true)});
     shared_bytes = std::max(shared_bytes, steps[i]->shared_bytes());
+    strips = std::max(strips, steps[i]->strips());
   }
   // Whether what threads that share the steps hand on from step i is cut into strips.
   const auto is_cut = [&steps](size_t i) {
@@ -260,24 +306,21 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
           from = at;
         }
       };
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t left = batch.images % threads;
-  // Shared steps use the threads less well than images of their own, but leave none without work.
-  const int64_t alone = 2 * left > threads ? batch.images : batch.images - left;
+  const int64_t alone = images_alone(batch.images, torch::stable::get_num_threads());
   std::vector<Phase> phases;
   if (alone > 0) {
     phases.push_back({kTimedInside, alone, [each_step, &steps](int64_t image) {
-                        Stopwatch stopwatch(current_profile);
                         each_step(image, false, thread_images, [&](size_t i, const char* from, char* to) {
                           steps[i]->run(from, to);
-                          stopwatch.lap(static_cast<int64_t>(i));
+                          current_stopwatch->lap(static_cast<int64_t>(i));
                         });
                       }});
   }
-  char* const buffers = shared_buffers.reserve(shared_bytes);
+  char* const buffers = shared_buffers.reserve(strips * shared_bytes);
   for (int64_t image = alone; image < batch.images; ++image) {
     each_step(image, true, shared_images, [&](size_t i, const char* from, char* to) {
-      steps[i]->share({static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), buffers, phases});
+      steps[i]->share(
+          {static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), buffers, shared_bytes, phases});
     });
   }
   return phases;

@@ -161,6 +161,16 @@ void gather_column(const A* x, const int64_t* offsets, int64_t depth, A* column)
   std::fill(column + depth, column + ceil_div(depth, Simd<A>::kLanes) * Simd<A>::kLanes, A{0});
 }
 
+template <class A>
+Tile largest_tile(int64_t channels, const PixelTiles<A>& tiles) {
+  return {next_channels(channels), tiles.count ? ceil_div(tiles.vectors, tiles.count) : 0};
+}
+
+template <class A>
+Tile tile(int64_t channels, int64_t pixels, int64_t plane) {
+  return largest_tile(channels, PixelTiles<A>(has_lone_pixel<A>(plane, plane) ? pixels - 1 : pixels));
+}
+
 // What pointwise_tile computes, for one pixel: y = relu(scale * (weight column) + bias + residual).
 template <class A>
 void pointwise_pixel(const PointwiseTile<A>& t, int64_t rows, const A* column) {
@@ -851,14 +861,14 @@ inline int64_t expand_multiple(const Unit& unit) { return unit.groups; }
 template <class T>
 constexpr UnitKernel kernel_for() {
   using A = accumulator_t<T>;
-  return {sizeof(T),        1,
-          expand_multiple,  1,
-          buffer_bytes<T>,  is_staged<T>,
-          stage<T>,         scratch_bytes<T>,
-          expand<T>,        project<T>,
-          strip_bytes<A>,   strip_scratch_bytes<A>,
-          expand_strip<A>,  project_strip<A>,
-          to_accumulator<T>};
+  return {sizeof(T),       1,
+          expand_multiple, 1,
+          buffer_bytes<T>, is_staged<T>,
+          stage<T>,        scratch_bytes<T>,
+          expand<T>,       project<T>,
+          strip_bytes<A>,  strip_scratch_bytes<A>,
+          expand_strip<A>, project_strip<A>,
+          tile<A>,         to_accumulator<T>};
 }
 
 inline UnitKernel unit_kernel(Dtype dtype) {

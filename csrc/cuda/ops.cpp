@@ -144,17 +144,8 @@ Device named_device(int sm) {
 pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& sizes, bool channels_last,
                     const std::string& dtype, int index, std::optional<int> sm) {
   const Unit unit = unit_of(x, sizes, channels_last);
-  const std::map<std::string, Dtype> dtypes = {
-      {"float32", Dtype::float32},
-      {"float64", Dtype::float64},
-      {"bfloat16", Dtype::bfloat16},
-      {"float16", Dtype::float16}};
-  const auto known = dtypes.find(dtype);
-  if (known == dtypes.end()) {
-    throw std::invalid_argument("dtype: got " + dtype + ", expected float32, float64, bfloat16 or float16");
-  }
   const Device device = sm ? named_device(*sm) : device_properties(index);
-  const Plan plan = plan_unit(unit, known->second, device);
+  const Plan plan = plan_unit(unit, dtype_named(dtype), device);
   pybind11::dict answer;
   answer["ok"] = plan.ok;
   answer["explanation"] = plan.explanation;
