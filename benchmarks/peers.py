@@ -102,7 +102,7 @@ def ours(module: nn.Module, x: Tensor) -> dict[str, Contender]:
 
 def ours_in(dtype: torch.dtype, module: nn.Module, x: Tensor) -> dict[str, Contender]:
     """This package, optimized for inference in another dtype than the module's; the images keep theirs."""
-    return {OURS: eager(se.optimize_for_inference(module, dtype=dtype), x)}  # type: ignore[call-arg]
+    return {OURS: eager(se.optimize_for_inference(module, dtype=dtype), x)}
 
 
 def eager(module: Callable[[Tensor], Tensor], x: Tensor) -> Contender:

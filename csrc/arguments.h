@@ -84,9 +84,12 @@ inline Dtype dtype_named(const std::string& name) {
   throw std::invalid_argument("dtype: got " + name + ", expected float32, float64, bfloat16, float16 or tfloat32");
 }
 
-inline void check_like_x(const char* name, const Tensor& tensor, const Tensor& x, bool or_float32 = false) {
-  if (tensor.scalar_type() != x.scalar_type() && !(or_float32 && tensor.scalar_type() == ScalarType::Float)) {
-    fail(name, ": got dtype ", dtype_name(tensor.scalar_type()), ", expected x's, ", dtype_name(x.scalar_type()));
+// Of x's dtype, or of the other one.
+inline void check_like_x(const char* name, const Tensor& tensor, const Tensor& x,
+                         std::optional<ScalarType> other = {}) {
+  if (tensor.scalar_type() != x.scalar_type() && tensor.scalar_type() != other) {
+    fail(name, ": got dtype ", dtype_name(tensor.scalar_type()), ", expected x's, ", dtype_name(x.scalar_type()),
+         other ? " (or " + dtype_name(*other) + ")" : "");
   }
   if (tensor.is_cpu() != x.is_cpu() || tensor.get_device_index() != x.get_device_index()) {
     fail(name, ": got a tensor on another device than x's, expected the same");
@@ -140,7 +143,7 @@ inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x,
          {"_var", &conv.norm->running_var}}};
     for (const auto& [suffix, tensor] : tensors) {
       check_shape((norm + suffix).c_str(), *tensor, channels);
-      check_like_x((norm + suffix).c_str(), *tensor, x, /*or_float32=*/true);
+      check_like_x((norm + suffix).c_str(), *tensor, x, ScalarType::Float);
     }
   }
 }

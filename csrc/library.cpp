@@ -43,16 +43,17 @@ py::dict to_dict(const cpu::RunDescription& run) {
 
 // How shuffle_network would run on x of these sizes with so many elements of weights.
 py::dict describe(const Sizes& x, bool channels_last, const std::string& dtype, int64_t weights,
-                  const std::vector<int64_t>& program, int64_t threads) {
+                  const std::string& weights_dtype, const std::vector<int64_t>& program, int64_t threads) {
   const Layout layout = channels_last ? Layout::channels_last : Layout::contiguous;
-  const cpu::Description description =
-      cpu::describe(ProgramReader(x, layout, weights, program).read(), dtype_named(dtype), x[0], threads);
+  const cpu::Description description = cpu::describe(
+      ProgramReader(x, layout, weights, program).read(), dtype_named(dtype), dtype_named(weights_dtype), x[0], threads);
   py::list steps;
   for (const cpu::StepDescription& step : description.steps) {
     steps.append(py::dict(
-        py::arg("input") = py::tuple(py::cast(step.input)), py::arg("output") = py::tuple(py::cast(step.output)),
-        py::arg("multiply_adds") = step.multiply_adds, py::arg("weights_and_biases") = step.weights_and_biases,
-        py::arg("alone") = to_dict(step.alone), py::arg("shared") = to_dict(step.shared)));
+        py::arg("name") = step.name, py::arg("input") = py::tuple(py::cast(step.input)),
+        py::arg("output") = py::tuple(py::cast(step.output)), py::arg("multiply_adds") = step.multiply_adds,
+        py::arg("weights_and_biases") = step.weights_and_biases, py::arg("alone") = to_dict(step.alone),
+        py::arg("shared") = to_dict(step.shared)));
   }
   return py::dict(py::arg("images") = py::dict(
                       py::arg("alone") = description.images_alone, py::arg("shared") = description.images_shared),
@@ -75,7 +76,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return shufflenet::cpu::isa().name; });
   m.def("cpu_isas", &shufflenet::cpu::usable_isas);
   m.def("describe", &describe, py::arg("x"), py::arg("channels_last"), py::arg("dtype"), py::arg("weights"),
-        py::arg("program"), py::arg("threads"));
+        py::arg("weights_dtype"), py::arg("program"), py::arg("threads"));
   m.def("measure_peak", &measure_peak, py::arg("dtype"), py::call_guard<py::gil_scoped_release>());
   // Between the two calls, the calling thread's ops add up the seconds that each of their steps takes.
   static thread_local shufflenet::cpu::Profile profile;

@@ -27,6 +27,8 @@ struct PackedHead {
   PackedConvolution linear;
 };
 
+// Weights of bfloat16 also go with an x, and a result, of float32.
+//
 // The steps as their integers name them; weights are in the order in which a step names its convolutions, each of them
 // weight then bias, with batch norm folded in.
 //   0, out_channels, kernel_size, stride, padding, max_pool     a stem, first
@@ -204,7 +206,8 @@ class ProgramReader {
 
 inline Program read_program(const Tensor& x, const Tensor& weights, const std::vector<int64_t>& program) {
   const Sizes sizes = check_x(x);
-  check_like_x("weights", weights, x);
+  const bool is_float = x.scalar_type() == ScalarType::Float;
+  check_like_x("weights", weights, x, is_float ? std::optional(ScalarType::BFloat16) : std::nullopt);
   if (weights.dim() != 1 || !weights.is_contiguous()) {
     fail("weights: got ", shape_of(weights), ", expected one contiguous dimension");
   }

@@ -148,8 +148,10 @@ def is_channels_last(x: torch.Tensor) -> bool:
 def describe(x: torch.Tensor, weights: torch.Tensor, program: Sequence[int], threads: int) -> dict[str, Any]:
     """How the CPU's shuffle_network would run with so many threads; see csrc/library.cpp. Nothing is run."""
     assert _C is not None
-    dtype = str(x.dtype).removeprefix("torch.")
-    description: dict[str, Any] = _C.describe(x.shape, is_channels_last(x), dtype, weights.numel(), program, threads)
+    dtype, weights_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (x, weights))
+    description: dict[str, Any] = _C.describe(
+        x.shape, is_channels_last(x), dtype, weights.numel(), weights_dtype, program, threads
+    )
     return description
 
 

@@ -173,7 +173,7 @@ def explain_steps(call: Callable[[Tensor], Tensor], x: Tensor, names: Sequence[s
             (x.shape[0], *step["input"]),
             (x.shape[0], *step["output"]),
             flop,
-            step["weights_and_biases"] * x.element_size(),
+            step["weights_and_biases"] * weights.element_size(),
             tuple(Run(count, how == "shared", **step[how]) for how, count in images.items() if count),
             1e6 * seconds,
             flop / seconds / 1e9,
@@ -181,6 +181,8 @@ def explain_steps(call: Callable[[Tensor], Tensor], x: Tensor, names: Sequence[s
         )
 
     times_by_step = zip(*step_times, strict=True)
+    own_names = iter(names)
+    all_names = [step["name"] or next(own_names) for step in description["steps"]]
     return Explanation(
         "",
         tuple(x.shape),
@@ -190,5 +192,5 @@ def explain_steps(call: Callable[[Tensor], Tensor], x: Tensor, names: Sequence[s
         threads,
         peak,
         1e6 * statistics.median(call_times),
-        tuple(explained(*step) for step in zip(names, description["steps"], times_by_step, strict=True)),
+        tuple(explained(*step) for step in zip(all_names, description["steps"], times_by_step, strict=True)),
     )

@@ -25,8 +25,11 @@ class _EvalOnly(nn.Module):
         return super().train(False)
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that equals conv followed by norm in eval mode, computed in float64."""
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that equals conv followed by norm in eval mode.
+
+    Computed in float64, then rounded once, to ``dtype`` or, if None, to that of conv.
+    """
     weight, bias = torch.nn.utils.fuse_conv_bn_weights(
         conv.weight.double(),
         None if conv.bias is None else conv.bias.double(),
@@ -36,7 +39,8 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         None if norm.weight is None else norm.weight.double(),
         None if norm.bias is None else norm.bias.double(),
     )
-    return weight.detach().to(conv.weight.dtype), bias.detach().to(conv.weight.dtype)
+    dtype = dtype or conv.weight.dtype
+    return weight.detach().to(dtype), bias.detach().to(dtype)
 
 
 def _required(statistics: Tensor | None) -> Tensor:
@@ -48,7 +52,8 @@ def _required(statistics: Tensor | None) -> Tensor:
 class _Steps:
     """Steps of a program and their weights, as they are put together; see :func:`reference.shuffle_network`."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype  # of the weights; None: each convolution's
         self.program: list[int] = []
         self.tensors: list[Tensor] = []
         self.sizes: list[UnitSizes] = []  # of the units
@@ -57,20 +62,20 @@ class _Steps:
         padding = conv.padding[0]
         assert isinstance(padding, int)
         self.program += [0, conv.out_channels, conv.kernel_size[0], conv.stride[0], padding, max_pool]
-        self.tensors += _folded(conv, norm)
+        self.tensors += _folded(conv, norm, self.dtype)
 
     def add_unit(self, unit: FusedShuffleBottleneck) -> None:
         (conv1, _), (conv2, _), (conv3, _) = unit.pairs()
         self.program += [1, conv2.out_channels, conv3.out_channels, conv1.groups, unit.groups, unit.stride]
         self.program += [unit.conv2_relu, unit.pool_count_include_pad]
         for conv, norm in unit.pairs():
-            self.tensors += _folded(conv, norm)
+            self.tensors += _folded(conv, norm, self.dtype)
         self.sizes += unit_sizes(unit)
 
     def add_head(self, linear: nn.Linear, *, pool_window: int) -> None:
         self.program += [2, linear.out_features, pool_window]
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-        self.tensors += [linear.weight.detach(), bias.detach()]
+        self.tensors += [tensor.detach().to(self.dtype or tensor.dtype) for tensor in (linear.weight, bias)]
 
     def packed(self) -> Tensor:
         return reference.pack_weights(self.tensors)
@@ -81,9 +86,9 @@ class InferenceUnits(_EvalOnly):
 
     weights: Tensor
 
-    def __init__(self, units: Iterable[FusedShuffleBottleneck]) -> None:
+    def __init__(self, units: Iterable[FusedShuffleBottleneck], dtype: torch.dtype | None) -> None:
         super().__init__()
-        steps = _Steps()
+        steps = _Steps(dtype)
         for unit in units:
             steps.add_unit(unit)
         self.register_buffer("weights", steps.packed())
@@ -93,7 +98,7 @@ class InferenceUnits(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        return _run(x, self.weights, self.program, self.sizes)
+        return _run(_for_cuda(x, self.weights), self.weights, self.program, self.sizes).to(x.dtype)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -109,11 +114,14 @@ class InferenceNetwork(_EvalOnly):
     weights: Tensor
 
     def __init__(
-        self, network: ShuffleNetCifar | ShuffleNetV1, stages: Sequence[Sequence[FusedShuffleBottleneck]]
+        self,
+        network: ShuffleNetCifar | ShuffleNetV1,
+        stages: Sequence[Sequence[FusedShuffleBottleneck]],
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         for_cifar = isinstance(network, ShuffleNetCifar)
-        parts = stem, chain, head = _Steps(), _Steps(), _Steps()
+        parts = stem, chain, head = [_Steps(dtype) for _ in range(3)]
         stem.add_stem(network.conv1, network.bn1, max_pool=not for_cifar)
         for stage in stages:
             for unit in stage:
@@ -134,12 +142,19 @@ class InferenceNetwork(_EvalOnly):
         if x.device.type != "cuda":
             return _run(x, self.weights, self.program, self.sizes)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
-        x = reference.shuffle_network(x, *stem)
-        return reference.shuffle_network(_run(x, *units, self.sizes), *head)
+        dtype = x.dtype
+        x = reference.shuffle_network(_for_cuda(x, self.weights), *stem)
+        return reference.shuffle_network(_run(x, *units, self.sizes), *head).to(dtype)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each step runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
         return explain_steps(self, x, self.step_names)
+
+
+def _for_cuda(x: Tensor, weights: Tensor) -> Tensor:
+    """x as an op takes it: on CUDA, of the weights' dtype."""
+    mixed = x.dtype == torch.float32 and weights.dtype == torch.bfloat16
+    return x.bfloat16() if mixed and x.device.type == "cuda" else x
 
 
 def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes]) -> Tensor:
@@ -192,20 +207,30 @@ class InferenceModel(_EvalOnly):
         )
 
 
-def optimize_for_inference(model: nn.Module) -> nn.Module:
+def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """An eval-only copy of ``model`` whose units have their batch norm folded into their weights.
 
     Every unit that :func:`shufflenet_ext.fuse` swaps becomes one op on folded weights; this package's networks become
     a chain of a folded stem, those ops and the linear layer. ``model`` itself is left as it is. The copy computes no
-    gradients; its ``train()`` raises RuntimeError. TypeError if ``model`` is not a module.
+    gradients; its ``train()`` raises RuntimeError.
+
+    With ``dtype=torch.bfloat16`` these ops have weights of bfloat16, rounded once, and compute in it: products are
+    summed in float32, what is handed from layer to layer is rounded. They take images of float32 or bfloat16, and
+    return the same. All else in the model stays in its own dtype.
+
+    TypeError if ``model`` is not a module, or ``dtype`` no torch.dtype; ValueError if it is another than bfloat16.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(dtype, torch.dtype | None):
+        raise TypeError(f"dtype: got {type(dtype).__name__}, expected torch.bfloat16 or None")
+    if dtype not in (torch.bfloat16, None):
+        raise ValueError(f"dtype: got {dtype}, expected torch.bfloat16 or None")
     copied = fuse(copy.deepcopy(model).eval())
-    return InferenceModel(_inference_twin(copied, {}))
+    return InferenceModel(_inference_twin(copied, dtype, {}))
 
 
-def _inference_twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn.Module, nn.Module]) -> nn.Module:
     """What takes the module's place; ``twins`` has those made so far, as a module used twice stays one."""
     if module in twins:
         return twins[module]
@@ -214,15 +239,15 @@ def _inference_twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.
     if type(module) is ShuffleNetCifar or type(module) is ShuffleNetV1:
         stages = [_chain(stage) for stage in (module.layer1, module.layer2, module.layer3)]
         if all(stages) and _plain_ends(module):
-            twins[module] = InferenceNetwork(module, stages)
+            twins[module] = InferenceNetwork(module, stages, dtype)
             return twins[module]
     elif units:
-        twins[module] = InferenceUnits(units)
+        twins[module] = InferenceUnits(units, dtype)
         return twins[module]
     twins[module] = module
     for name, child in list(module._modules.items()):
         if child is not None:
-            setattr(module, name, _inference_twin(child, twins))
+            setattr(module, name, _inference_twin(child, dtype, twins))
     return module
 
 

@@ -119,7 +119,7 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
     Args:
         x: (N, C, H, W).
         weights: the steps' weights and biases with batch norm folded in, one behind the other; see
-            :func:`pack_weights`.
+            :func:`pack_weights`. Of x's dtype; or of bfloat16, for an x of float32 and a result of float32.
         program: what the steps are: 0, out_channels, kernel_size, stride, padding, max_pool for a stem (first), whose
             max pool is 3×3 with stride 2; 1, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu,
             pool_count_include_pad for a unit; 2, classes, pool_window for a head (last), which takes the mean of the
@@ -131,6 +131,9 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
     check_tensor("x", x)
     check_tensor("weights", weights)
     check_image(x)
+    dtype = x.dtype
+    if (dtype, weights.dtype) == (torch.float32, torch.bfloat16):
+        x = x.bfloat16()
     if weights.dtype != x.dtype or weights.device != x.device:
         got, expected = (f"dtype {tensor.dtype} on {tensor.device}" for tensor in (weights, x))
         raise ValueError(f"weights: got {got}, expected as x's, {expected}")
@@ -164,7 +167,7 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
             x = F.avg_pool2d(x, window) if window else F.adaptive_avg_pool2d(x, 1)
             x = F.linear(x.flatten(1), *packed.take(classes, channels))
     packed.check_all_taken()
-    return x
+    return x.to(dtype)
 
 
 # Elements to whole multiples of which arrays are padded, as in csrc/program.h.

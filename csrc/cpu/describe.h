@@ -20,6 +20,7 @@ struct StepDescription {
   int64_t multiply_adds = 0;           // of an image
   int64_t weights_and_biases = 0;
   RunDescription alone, shared;  // run by one thread; shared by all
+  std::string name = {};         // of what is not a step of the program
 };
 
 struct Description {
@@ -29,7 +30,8 @@ struct Description {
 
 inline std::string cut_into(int64_t n, const char* parts) { return n == 1 ? "whole" : std::to_string(n) + " " + parts; }
 
-Description describe(const Program& program, Dtype dtype, int64_t images, int64_t threads);
+// Of an x of the dtype.
+Description describe(const Program& program, Dtype dtype, Dtype weights_dtype, int64_t images, int64_t threads);
 
 // Floating-point operations a second that torch's threads do at most, measured for some 30 milliseconds.
 double measure_peak(Dtype dtype);

@@ -23,6 +23,8 @@ extern const Isa baseline_isa;
 #if defined(__x86_64__)
 extern const Isa avx2_isa;
 extern const Isa avx512_isa;
+extern const Isa avx512_bf16_isa;
+extern const Isa amx_isa;
 #endif
 
 }  // namespace shufflenet::cpu

@@ -28,7 +28,7 @@
 namespace shufflenet::cpu {
 
 static bool usable() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-const Isa avx2_isa = {"avx2", usable, avx2::unit_kernel, avx2::network_kernel, avx2::kVectorBytes};
+const Isa avx2_isa = {"avx2", usable, avx2::unit_kernel, avx2::network_kernel, nullptr, avx2::kVectorBytes};
 
 }  // namespace shufflenet::cpu
 #endif

@@ -32,7 +32,7 @@ static bool usable() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-const Isa avx512_isa = {"avx512", usable, avx512::unit_kernel, avx512::network_kernel, avx512::kVectorBytes};
+const Isa avx512_isa = {"avx512", usable, avx512::unit_kernel, avx512::network_kernel, nullptr, avx512::kVectorBytes};
 
 }  // namespace shufflenet::cpu
 #endif

@@ -13,7 +13,8 @@
 namespace shufflenet::cpu {
 
 static bool usable() { return true; }
-const Isa baseline_isa = {"baseline", usable, baseline::unit_kernel, baseline::network_kernel, baseline::kVectorBytes};
+const Isa baseline_isa = {
+    "baseline", usable, baseline::unit_kernel, baseline::network_kernel, nullptr, baseline::kVectorBytes};
 
 }  // namespace shufflenet::cpu
 #endif

@@ -26,7 +26,7 @@
 namespace shufflenet::cpu {
 
 static bool usable() { return true; }
-const Isa neon_isa = {"neon", usable, neon::unit_kernel, neon::network_kernel, neon::kVectorBytes};
+const Isa neon_isa = {"neon", usable, neon::unit_kernel, neon::network_kernel, nullptr, neon::kVectorBytes};
 
 }  // namespace shufflenet::cpu
 #endif

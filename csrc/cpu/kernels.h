@@ -44,6 +44,13 @@ struct Tile {
 // The phases of a part, in the order in which they run: each needs all channels of the one before, and its own channels
 // may be split in any way, over any threads. No result depends on the splits, bit for bit.
 struct UnitKernel {
+  int64_t element_bytes;         // of x and the result
+  int64_t channels_per_element;  // 2: planes of pairs; see PairKernel
+
+  // What phases may be split by: each share but the last is a multiple of this.
+  int64_t (*expand_multiple)(const Unit&);
+  int64_t project_multiple;
+
   int64_t (*buffer_bytes)(const Unit&, const Part&);  // of what the phases hand on to each other
   // Channels of x; without effect where x can be read in place.
   bool (*is_staged)(const Unit&);
@@ -72,7 +79,7 @@ struct UnitKernel {
 // A network's stem and head. Planes and means are of the accumulator type.
 struct NetworkKernel {
   int64_t (*stem_scratch_bytes)(const Stem&, int64_t row_begin, int64_t row_end);
-  // Rows of the result of an image; result_plane elements lie between its planes.
+  // Rows of the result of an image, the first of which goes to `result`; result_plane elements lie between its planes.
   void (*stem)(const Stem&, const Convolution&, const void* image, int64_t row_begin, int64_t row_end, void* result,
                int64_t result_plane, void* scratch);
   Tile (*stem_tile)(const Stem&, int64_t row_begin, int64_t row_end);
@@ -83,6 +90,37 @@ struct NetworkKernel {
   int64_t (*multiply_add)(int64_t rounds);
 };
 
+// Makes planes of pairs of planes of float, an even number of them.
+using PackFunction = void (*)(const void* from, int64_t plane, int64_t channels, int64_t pixels, void* pairs,
+                              int64_t pairs_plane);
+
+// How an image lies in a tensor.
+struct TensorImage {
+  Layout layout;
+  int64_t channels, pixels;
+};
+
+// A program's steps in bfloat16. The images between them are planes of pairs, as dot products of bfloat16 take them:
+// element i of plane c holds channels 2 c and 2 c + 1 at pixel i. Weights are bfloat16, in rows of an even depth (the
+// depthwise convolution's float), biases float. Needs what has_pairs asks of each unit.
+struct PairKernel {
+  UnitKernel unit;
+  PackFunction pack;
+  // Up to kImageChannels of a tensor's image, the first an even one, to pairs and back.
+  int64_t (*image_scratch_bytes)(const TensorImage&);
+  void (*read_image)(const TensorImage&, const void* from, Channels, void* pairs, int64_t plane, void* scratch);
+  void (*write_image)(const TensorImage&, const void* pairs, int64_t plane, Channels, void* to, void* scratch);
+  // An image's means are a pair in each plane.
+  void (*window_means)(const Head&, const void* x, int64_t x_plane, Channels, void* means, int64_t means_plane);
+  void (*linear)(const Head&, const Convolution&, const void* means, int64_t means_plane, int64_t images,
+                 Channels classes, void* result);
+};
+inline constexpr int64_t kImageChannels = 16;
+inline constexpr int64_t kPairsSlackBytes = 64;  // behind an image's planes of pairs: whole vectors are read
+
+// Whether pairs neither straddle the groups that conv1 reads nor what the result is put together from.
+inline bool has_pairs(const Unit& unit) { return unit.conv1_depth() % 2 == 0 && unit.out_channels % 2 == 0; }
+
 inline constexpr int64_t kScratchAlignment = 64;  // of buffers and scratch, in bytes
 
 struct Isa {
@@ -90,6 +128,8 @@ struct Isa {
   bool (*usable)();                  // on this processor
   UnitKernel (*unit_kernel)(Dtype);  // Dtype's accumulator is double for float64, float for all others
   NetworkKernel (*network_kernel)(Dtype);
+  // Dtype is that of a program's x and result: bfloat16 or float32. Null without dot products of bfloat16.
+  PairKernel (*pair_kernel)(Dtype);
   int64_t vector_bytes;
 };
 

@@ -1,6 +1,9 @@
 // A network's stem and head as steps of an image; units are in steps.h.
 #pragma once
 
+#include <functional>
+#include <utility>
+
 #include "steps.h"
 
 namespace shufflenet::cpu {
@@ -9,14 +12,16 @@ namespace shufflenet::cpu {
 template <class A>
 class StemStep : public Step {
  public:
-  StemStep(const Stem& stem, const Convolution& conv, int64_t result_plane, Dtype dtype, int64_t threads)
-      : stem_(stem), conv_(conv), result_plane_(result_plane), kernel_(isa().network_kernel(dtype)) {
+  // With `pack`, the result is planes of pairs.
+  StemStep(const Stem& stem, const Convolution& conv, int64_t result_plane, Dtype dtype, int64_t threads,
+           PackFunction pack = nullptr)
+      : stem_(stem), conv_(conv), result_plane_(result_plane), kernel_(isa().network_kernel(dtype)), pack_(pack) {
     while (strips_ < stem_.out_height() && strip_bytes() > kScratchBudget / 2) ++strips_;
     strips_ = std::min(stem_.out_height(), ceil_div(strips_, threads) * threads);
   }
 
   int64_t result_bytes(bool) const override {
-    return stem_.out_channels * result_plane_ * static_cast<int64_t>(sizeof(A));
+    return stem_.out_channels / (pack_ ? 2 : 1) * result_plane_ * static_cast<int64_t>(sizeof(A));
   }
 
   void run(const void* from, void* to) const override {
@@ -47,52 +52,77 @@ class StemStep : public Step {
 
   void run_strip(const void* from, void* to, int64_t i) const {
     void* const scratch = thread_scratch.reserve(kernel_.stem_scratch_bytes(stem_, begin(i), begin(i + 1)));
-    kernel_.stem(stem_, conv_, from, begin(i), begin(i + 1), to, result_plane_, scratch);
+    A* const result = static_cast<A*>(to) + begin(i) * stem_.out_width();
+    if (!pack_) return kernel_.stem(stem_, conv_, from, begin(i), begin(i + 1), result, result_plane_, scratch);
+    const int64_t pixels = (begin(i + 1) - begin(i)) * stem_.out_width(), plane = ImageLayout::padded(pixels);
+    void* const planes = thread_buffers.reserve(stem_.out_channels * plane * static_cast<int64_t>(sizeof(A)));
+    kernel_.stem(stem_, conv_, from, begin(i), begin(i + 1), planes, plane, scratch);
+    pack_(planes, plane, stem_.out_channels, pixels, result, result_plane_);
   }
 
   Stem stem_;
   Convolution conv_;
   int64_t result_plane_;
   NetworkKernel kernel_;
+  PackFunction pack_;
   int64_t strips_ = 1;
 };
 
-// The head's means of an image; its linear layer takes those of all images at once.
-template <class A>
-class MeansStep : public Step {
+// What is done to the channels of an image apart from each other, and so shared by channels.
+class ChannelsStep : public Step {
  public:
-  MeansStep(const Head& head, int64_t x_plane, Dtype dtype, int64_t threads)
-      : head_(head),
-        x_plane_(x_plane),
-        kernel_(isa().network_kernel(dtype)),
-        tasks_(std::min(head.channels, threads)) {}
+  using Run = std::function<void(const void* from, void* to, Channels)>;
 
-  int64_t result_bytes(bool) const override { return head_.channels * static_cast<int64_t>(sizeof(A)); }
+  // Run takes kImageChannels at a time.
+  ChannelsStep(StepDescription description, int64_t result_bytes, int64_t threads, Run run)
+      : description_(std::move(description)),
+        result_bytes_(result_bytes),
+        tasks_(std::min(ceil_div(channels(), kImageChannels), threads)),
+        run_(std::move(run)) {}
 
-  void run(const void* from, void* to) const override {
-    kernel_.window_means(head_, from, x_plane_, {0, head_.channels}, to);
-  }
+  int64_t result_bytes(bool) const override { return result_bytes_; }
+
+  void run(const void* from, void* to) const override { run_share(from, to, 0, 1); }
   void share(const Sharers& s) const override {
-    s.phases.push_back({s.step, tasks_, [=, from = s.from, to = s.to](int64_t i) {
-                          const Channels channels = {head_.channels * i / tasks_, head_.channels * (i + 1) / tasks_};
-                          kernel_.window_means(head_, from, x_plane_, channels, to);
-                        }});
+    s.phases.push_back({s.step, tasks_, [=, from = s.from, to = s.to](int64_t i) { run_share(from, to, i, tasks_); }});
   }
 
   StepDescription describe() const override {
-    StepDescription step;
-    step.input = {head_.channels, head_.height, head_.width};
-    step.output = {head_.channels};
+    StepDescription step = description_;
     step.alone.cut = cut_into(1, "channel shares");
     step.shared.cut = cut_into(tasks_, "channel shares");
     return step;
   }
 
  private:
-  Head head_;
-  int64_t x_plane_;
-  NetworkKernel kernel_;
-  int64_t tasks_;
+  int64_t channels() const { return description_.input[0]; }
+
+  void run_share(const void* from, void* to, int64_t task, int64_t tasks) const {
+    const int64_t count = ceil_div(channels(), kImageChannels);
+    for (int64_t i = count * task / tasks; i < count * (task + 1) / tasks; ++i) {
+      run_(from, to, {i * kImageChannels, std::min(channels(), (i + 1) * kImageChannels)});
+    }
+  }
+
+  StepDescription description_;  // but how it is shared
+  int64_t result_bytes_, tasks_;
+  Run run_;
 };
+
+// The head's means of an image; its linear layer takes those of all images at once.
+inline StepDescription means_description(const Head& head) {
+  StepDescription step;
+  step.input = {head.channels, head.height, head.width};
+  step.output = {head.channels};
+  return step;
+}
+
+// From a tensor's image to planes of pairs, or back.
+inline StepDescription conversion_description(int64_t channels, int64_t height, int64_t width) {
+  StepDescription step;
+  step.name = "conversion";
+  step.input = step.output = {channels, height, width};
+  return step;
+}
 
 }  // namespace shufflenet::cpu

@@ -191,7 +191,7 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
                                                  : scratch.convolved.channel(c) + (row - rows.begin) * rows.pitch;
     };
     for (int64_t row = row_begin; row < row_end; ++row) {
-      A* const to = static_cast<A*>(result) + c * result_plane + row * out_width;
+      A* const to = static_cast<A*>(result) + c * result_plane + (row - row_begin) * out_width;
       if (stem.max_pool) {
         max_pool_row<A>({convolved(2 * row - 1), convolved(2 * row), convolved(2 * row + 1)}, width, out_width, to);
       } else {

@@ -28,7 +28,8 @@ static void run_unit(const UnitArguments& arguments, Unit unit, const Tensor& x,
   pointers.x_plane = unit.height * unit.width;
   pointers.result_plane = unit.out_height() * unit.out_width();
   std::vector<std::unique_ptr<Step>> steps;
-  steps.push_back(std::make_unique<UnitStep<A>>(unit, pointers, dtype_of("x", x), torch::stable::get_num_threads()));
+  steps.push_back(std::make_unique<UnitStep<A>>(
+      unit, pointers, isa().unit_kernel(dtype_of("x", x)), torch::stable::get_num_threads()));
   run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
 }
 
@@ -50,7 +51,7 @@ template <class A>
 static std::vector<std::unique_ptr<Step>> steps_of(const Program& program, const PackedData<A>& data, Dtype dtype,
                                                    int64_t threads) {
   // Between a stem and a head all is contiguous and of the accumulator type; units alone are of x's.
-  const Dtype unit_dtype = program.stem ? kAccumulator<A> : dtype;
+  const UnitKernel unit_kernel = isa().unit_kernel(program.stem ? kAccumulator<A> : dtype);
   std::vector<std::unique_ptr<Step>> steps;
   int64_t plane = program.units.front().unit.height * program.units.front().unit.width;
   if (program.stem) {
@@ -67,13 +68,25 @@ static std::vector<std::unique_ptr<Step>> steps_of(const Program& program, const
     pointers.conv3 = data[packed.conv3];
     pointers.x_plane = plane;
     pointers.result_plane = plane = is_result ? pixels : ImageLayout::padded(pixels);
-    steps.push_back(std::make_unique<UnitStep<A>>(packed.unit, pointers, unit_dtype, threads));
+    steps.push_back(std::make_unique<UnitStep<A>>(packed.unit, pointers, unit_kernel, threads));
   }
-  if (program.head) steps.push_back(std::make_unique<MeansStep<A>>(program.head->head, plane, dtype, threads));
+  if (program.head) {
+    const Head& head = program.head->head;
+    const auto means = isa().network_kernel(dtype).window_means;
+    steps.push_back(std::make_unique<ChannelsStep>(
+        means_description(head), head.channels * static_cast<int64_t>(sizeof(A)), threads,
+        [=](const void* from, void* to, Channels channels) { means(head, from, plane, channels, to); }));
+  }
   return steps;
 }
 
 static int64_t linear_tasks(const Head& head, int64_t threads) { return std::min(head.classes, 4 * threads); }
+
+static Phase linear_phase(const Head& head, int64_t threads, size_t step, const std::function<void(Channels)>& run) {
+  const int64_t tasks = linear_tasks(head, threads);
+  return {static_cast<int64_t>(step), tasks,
+          [classes = head.classes, tasks, run](int64_t i) { run({classes * i / tasks, classes * (i + 1) / tasks}); }};
+}
 
 template <class A>
 static void run_steps(const Program& program, const PackedData<A>& data, const Tensor& x, const Tensor& result) {
@@ -89,11 +102,92 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
   const NetworkKernel kernel = isa().network_kernel(dtype);
   const std::unique_ptr<A[]> means(new A[images * head.channels]);
   std::vector<Phase> phases = phases_of(steps, batch_of(x, means.get()));
-  const int64_t tasks = linear_tasks(head, threads);
-  phases.push_back({static_cast<int64_t>(steps.size()), tasks, [&](int64_t i) {
-                      const Channels classes = {head.classes * i / tasks, head.classes * (i + 1) / tasks};
-                      kernel.linear(head, linear, means.get(), images, classes, result.mutable_data_ptr());
-                    }});
+  phases.push_back(linear_phase(head, threads, steps.size(), [&](Channels classes) {
+    kernel.linear(head, linear, means.get(), images, classes, result.mutable_data_ptr());
+  }));
+  run_phases(phases);
+}
+
+// Otherwise a program in bfloat16 is computed in float, from weights that each call widens.
+static bool runs_pairs(const Program& program, Dtype weights) {
+  const auto& units = program.units;
+  return isa().pair_kernel && weights == Dtype::bfloat16 &&
+         std::all_of(units.begin(), units.end(), [](const PackedUnit& packed) { return has_pairs(packed.unit); });
+}
+
+// As steps_of, on planes of pairs. An image's means are one element of each plane of so many.
+static std::vector<std::unique_ptr<Step>> pair_steps_of(const Program& program, PairData& data, Dtype dtype,
+                                                        int64_t means_plane, int64_t threads) {
+  const PairKernel kernel = isa().pair_kernel(dtype);
+  const UnitKernel& unit_kernel = kernel.unit;
+  std::vector<std::unique_ptr<Step>> steps;
+  const Unit& first = program.units.front().unit;
+  int64_t plane = ImageLayout::padded(first.height * first.width);
+  if (program.stem) {
+    const Stem& stem = program.stem->stem;
+    const Convolution conv = data.floats(program.stem->conv, stem.out_channels, stem.taps());
+    steps.push_back(std::make_unique<StemStep<float>>(stem, conv, plane, dtype, threads, kernel.pack));
+  } else {
+    const TensorImage image = {program.layout, first.in_channels, first.height * first.width};
+    steps.push_back(std::make_unique<ChannelsStep>(
+        conversion_description(first.in_channels, first.height, first.width),
+        first.in_channels / 2 * plane * unit_kernel.element_bytes, threads,
+        [=](const void* from, void* to, Channels channels) {
+          kernel.read_image(
+              image, from, channels, to, plane, thread_scratch.reserve(kernel.image_scratch_bytes(image)));
+        }));
+  }
+  for (const PackedUnit& packed : program.units) {
+    Unit unit = packed.unit;
+    unit.layout = Layout::contiguous;
+    UnitPointers pointers;
+    pointers.conv1 = data.pairs(packed.conv1, unit.mid_channels, unit.conv1_depth());
+    pointers.conv2 = data.floats(packed.conv2, unit.mid_channels, 9);
+    pointers.conv3 = data.pairs(packed.conv3, unit.out_channels, unit.slice_channels());
+    pointers.x_plane = plane;
+    pointers.result_plane = plane = ImageLayout::padded(unit.out_height() * unit.out_width());
+    steps.push_back(std::make_unique<UnitStep<float>>(unit, pointers, unit_kernel, threads));
+  }
+  if (program.head) {
+    const Head& head = program.head->head;
+    steps.push_back(std::make_unique<ChannelsStep>(
+        means_description(head), unit_kernel.element_bytes, threads,
+        [=](const void* from, void* to, Channels channels) {
+          kernel.window_means(head, from, plane, channels, to, means_plane);
+        }));
+  } else {
+    const auto [n, channels, height, width] = program.sizes;
+    (void)n;
+    const TensorImage image = {program.layout, channels, height * width};
+    const int64_t element_bytes = isa().unit_kernel(dtype).element_bytes;
+    steps.push_back(std::make_unique<ChannelsStep>(
+        conversion_description(channels, height, width), channels * image.pixels * element_bytes, threads,
+        [=](const void* from, void* to, Channels c) {
+          kernel.write_image(image, from, plane, c, to, thread_scratch.reserve(kernel.image_scratch_bytes(image)));
+        }));
+  }
+  return steps;
+}
+
+static void run_pairs(const Program& program, const Tensor& weights, const Tensor& x, const Tensor& result) {
+  const Dtype dtype = dtype_of("x", x);
+  const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
+  const int64_t means_plane = ImageLayout::padded(images);
+  PairData data(weights);
+  const std::vector<std::unique_ptr<Step>> steps = pair_steps_of(program, data, dtype, means_plane, threads);
+  if (!program.head) {
+    run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
+    return;
+  }
+  const Head& head = program.head->head;
+  const Convolution linear = data.pairs(program.head->linear, head.classes, head.channels);
+  const PairKernel kernel = isa().pair_kernel(dtype);
+  // Zeros: the images of a plane's padding are computed with, and not used.
+  const std::unique_ptr<float[]> means(new float[head.channels / 2 * means_plane]());
+  std::vector<Phase> phases = phases_of(steps, batch_of(x, means.get()));
+  phases.push_back(linear_phase(head, threads, steps.size(), [&](Channels classes) {
+    kernel.linear(head, linear, means.get(), means_plane, images, classes, result.mutable_data_ptr());
+  }));
   run_phases(phases);
 }
 
@@ -103,13 +197,15 @@ static void check_ends(const Program& program) {
   }
 }
 
-Description describe(const Program& program, Dtype dtype, int64_t images, int64_t threads) {
+Description describe(const Program& program, Dtype dtype, Dtype weights_dtype, int64_t images, int64_t threads) {
   check_ends(program);
   Description description;
   description.images_alone = images_alone(images, threads);
   description.images_shared = images - description.images_alone;
-  const auto steps = dtype == Dtype::float64 ? steps_of(program, PackedData<double>(), dtype, threads)
-                                             : steps_of(program, PackedData<float>(), dtype, threads);
+  PairData pairs;
+  const auto steps = runs_pairs(program, weights_dtype) ? pair_steps_of(program, pairs, dtype, 0, threads)
+                     : dtype == Dtype::float64          ? steps_of(program, PackedData<double>(), dtype, threads)
+                                                        : steps_of(program, PackedData<float>(), dtype, threads);
   for (const std::unique_ptr<Step>& step : steps) description.steps.push_back(step->describe());
   if (program.head) {
     const Head& head = program.head->head;
@@ -149,7 +245,9 @@ static Tensor run_program(const Tensor& given_x, const Tensor& weights, const Pr
       program.head ? empty_like_x<2>(x, {x.size(0), program.head->head.classes}, {program.head->head.classes, 1})
                    : empty_like_x(x, program.sizes, program.layout);
   if (x.size(0) == 0) return result;
-  if (dtype_of("x", x) == Dtype::float64) {
+  if (runs_pairs(program, dtype_of("weights", weights))) {
+    run_pairs(program, weights, x, result);
+  } else if (dtype_of("x", x) == Dtype::float64) {
     run_steps<double>(program, PackedData<double>(weights), x, result);
   } else {
     run_steps<float>(program, PackedData<float>(weights), x, result);

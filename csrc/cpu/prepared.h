@@ -1,12 +1,14 @@
 // An op's arguments as the kernels take them: arrays of the accumulator type A.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
 
 #include "../arguments.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace shufflenet::cpu {
 
@@ -73,7 +75,9 @@ struct UnitData {
   std::optional<ConvolutionData<A>> conv3;
 };
 
-// The weights of a program: their own memory where they are of type A.
+inline thread_local Scratch converted_weights;
+
+// The weights of a program: their own memory where they are of type A, else this thread's.
 template <class A>
 class PackedData {
  public:
@@ -83,9 +87,9 @@ class PackedData {
     if (dtype == (std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32)) {
       data_ = static_cast<const A*>(weights.const_data_ptr());
     } else {
-      converted_.reset(new A[weights.numel()]);
-      isa().unit_kernel(dtype).to_accumulator(weights.const_data_ptr(), converted_.get(), weights.numel());
-      data_ = converted_.get();
+      void* const converted = converted_weights.reserve(weights.numel() * static_cast<int64_t>(sizeof(A)));
+      isa().unit_kernel(dtype).to_accumulator(weights.const_data_ptr(), converted, weights.numel());
+      data_ = static_cast<const A*>(converted);
     }
   }
   Convolution operator[](const PackedConvolution& packed) const {
@@ -95,7 +99,43 @@ class PackedData {
 
  private:
   const A* data_ = nullptr;
-  std::unique_ptr<A[]> converted_;
+};
+
+// The weights of a program in bfloat16, as PairKernel takes them.
+class PairData {
+ public:
+  PairData() = default;  // none: of steps that are not run
+  explicit PairData(const Tensor& weights) : data_(static_cast<const uint16_t*>(weights.const_data_ptr())) {}
+
+  Convolution floats(const PackedConvolution& packed, int64_t rows, int64_t depth) {
+    if (!data_) return {};
+    return {widened(packed.weight, rows * depth), nullptr, widened(packed.bias, rows)};
+  }
+  Convolution pairs(const PackedConvolution& packed, int64_t rows, int64_t depth) {
+    if (!data_) return {};
+    const uint16_t* weight = data_ + packed.weight;
+    if (depth % 2 != 0) {  // a zero at the end of each row
+      uint16_t* const even = array<uint16_t>(rows * (depth + 1));
+      for (int64_t row = 0; row < rows; ++row) std::copy_n(weight + row * depth, depth, even + row * (depth + 1));
+      weight = even;
+    }
+    return {weight, nullptr, widened(packed.bias, rows)};
+  }
+
+ private:
+  const float* widened(int64_t offset, int64_t n) {
+    float* const floats = array<float>(n);
+    isa().unit_kernel(Dtype::bfloat16).to_accumulator(data_ + offset, floats, n);
+    return floats;
+  }
+  template <class U>
+  U* array(int64_t n) {
+    arrays_.push_back(std::make_unique<char[]>(n * sizeof(U)));  // zeros
+    return reinterpret_cast<U*>(arrays_.back().get());
+  }
+
+  const uint16_t* data_ = nullptr;
+  std::vector<std::unique_ptr<char[]>> arrays_;
 };
 
 }  // namespace shufflenet::cpu

@@ -1,6 +1,6 @@
 // AVX-512 (F, BW, DQ, VL): 32 registers, masked loads and stores that never touch a masked-out lane.
-// Included inside a region compiled for this ISA; see isa_avx512.cpp.
-namespace shufflenet::cpu::avx512 {
+// Included inside a region compiled for it or for an ISA that has it too; see isa_avx512.cpp.
+namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 inline constexpr int kVectorBytes = 64;
 inline constexpr int kRegisters = 32;
@@ -33,4 +33,4 @@ struct Intrinsics<double> {
   static V keep(V v, Mask m) { return _mm512_maskz_mov_pd(m, v); }
 };
 
-}  // namespace shufflenet::cpu::avx512
+}  // namespace shufflenet::cpu::SHUFFLENET_ISA

@@ -19,8 +19,8 @@ namespace shufflenet::cpu {
 // it), the two images between which the steps go back and forth, and what threads it called share.
 inline thread_local Scratch thread_buffers, thread_scratch, thread_images[2], shared_buffers, shared_images[2];
 
-// An image between two steps. Planes of the accumulator type can be cut into strips of rows, each of which then has
-// memory of its own, so that threads write no cache line together.
+// An image between two steps. Planes of elements as large as the accumulator type can be cut into strips of rows, each
+// of which then has memory of its own, so that threads write no cache line together.
 struct ImageLayout {
   int64_t channels = 0, height = 0, width = 0;
   int64_t plane = 0;  // elements from plane to plane, where it is not cut
@@ -79,18 +79,17 @@ template <class A>
 class UnitStep : public Step {
  public:
   // The pointers' x and result are void.
-  UnitStep(const Unit& unit, const UnitPointers& pointers, Dtype dtype, int64_t threads)
-      : unit_(unit), pointers_(pointers), kernel_(isa().unit_kernel(dtype)), threads_(threads) {
+  UnitStep(const Unit& unit, const UnitPointers& pointers, const UnitKernel& kernel, int64_t threads)
+      : unit_(unit), pointers_(pointers), kernel_(kernel), threads_(threads) {
     const int64_t lanes = isa().vector_bytes / static_cast<int64_t>(sizeof(A));
     const bool has_strips = unit.has_conv3() && !kernel_.is_staged(unit);
     alone_ = choose_partition(unit_, kernel_, lanes, 1, has_strips);
     shared_ = choose_partition(unit_, kernel_, lanes, threads, has_strips);
-    element_bytes_ = dtype == Dtype::bfloat16 || dtype == Dtype::float16 ? 2 : sizeof(A);
   }
 
   int64_t result_bytes(bool is_cut) const override {
-    if (unit_.layout == Layout::contiguous) return result_layout(is_cut).elements() * element_bytes_;
-    return unit_.result_channels() * unit_.out_height() * unit_.out_width() * element_bytes_;
+    if (unit_.layout == Layout::contiguous) return result_layout(is_cut).elements() * kernel_.element_bytes;
+    return unit_.result_channels() * unit_.out_height() * unit_.out_width() * kernel_.element_bytes;
   }
 
   int64_t shared_bytes() const override {
@@ -185,11 +184,13 @@ class UnitStep : public Step {
   }
 
   ImageLayout x_layout(bool is_cut) const {
-    return {unit_.in_channels, unit_.height, unit_.width, pointers_.x_plane, is_cut ? strips() : 1};
+    return layout(unit_.in_channels, unit_.height, unit_.width, pointers_.x_plane, is_cut);
   }
   ImageLayout result_layout(bool is_cut) const {
-    return {
-        unit_.result_channels(), unit_.out_height(), unit_.out_width(), pointers_.result_plane, is_cut ? strips() : 1};
+    return layout(unit_.result_channels(), unit_.out_height(), unit_.out_width(), pointers_.result_plane, is_cut);
+  }
+  ImageLayout layout(int64_t channels, int64_t height, int64_t width, int64_t plane, bool is_cut) const {
+    return {channels / kernel_.channels_per_element, height, width, plane, is_cut ? strips() : 1};
   }
 
   void run_part(const UnitPointers& pointers, const Part& part) const {
@@ -270,15 +271,15 @@ class UnitStep : public Step {
                           }});
     }
     s.phases.push_back({s.step, workers, [=](int64_t i) {
-                          // Whole multiples of the groups leave each of conv1's groups an equal share of its rows.
-                          const Channels channels = share_of(unit_.mid_channels, unit_.groups, i);
+                          const int64_t multiple = kernel_.expand_multiple(unit_);
+                          const Channels channels = share_of(unit_.mid_channels, multiple, i);
                           void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, channels));
                           kernel_.expand(unit_, pointers, part, channels, buffers, scratch);
                         }});
     if (!unit_.has_conv3()) return;
     s.phases.push_back({s.step, workers, [=](int64_t i) {
                           void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, {}));
-                          const Channels channels = share_of(unit_.result_channels(), 1, i);
+                          const Channels channels = share_of(unit_.result_channels(), kernel_.project_multiple, i);
                           kernel_.project(unit_, pointers, part, channels, buffers, scratch);
                         }});
   }
@@ -288,7 +289,6 @@ class UnitStep : public Step {
   UnitKernel kernel_;
   int64_t threads_;
   Partition alone_, shared_;
-  int64_t element_bytes_;
 };
 
 struct Batch {
@@ -330,7 +330,7 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
           if (i + 1 == steps.size()) {
             at = batch.result + image * step.result_bytes(false);
           } else if (!at || !same_layout || !step.works_in_place(shared)) {
-            at = images[next].reserve(largest);
+            at = images[next].reserve(largest + kPairsSlackBytes);
             next = 1 - next;
           }
           visit(i, from, at);

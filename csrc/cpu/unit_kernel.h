@@ -413,7 +413,8 @@ void depthwise_stride2(const A* x, int64_t width, int64_t out_rows, int64_t out_
   }
 }
 
-// The part's rows of some intermediate channels. y1 has the halo row above the first, of zeros at the image's edge.
+// The part's rows of some intermediate channels, the first of which is channel 0 of y1 and y2. y1 has the halo row
+// above the first, of zeros at the image's edge.
 template <class A>
 void depthwise(const Unit& unit, const Part& part, const Convolution& conv, Channels channels,
                const EdgeMasks<A>* masks, Planes<const A> y1, Planes<A> y2) {
@@ -427,9 +428,11 @@ void depthwise(const Unit& unit, const Part& part, const Convolution& conv, Chan
     typename S::V weight[9];
     for (int i = 0; i < 9; ++i) weight[i] = S::broadcast(static_cast<const A*>(conv.weight)[c * 9 + i] * scale);
     if (unit.stride == 1) {
-      depthwise_stride1<A>(x, unit.width, rows * unit.width, masks, weight, bias, lower, y2.channel(c));
+      depthwise_stride1<A>(
+          x, unit.width, rows * unit.width, masks, weight, bias, lower, y2.channel(c - channels.begin));
     } else {
-      depthwise_stride2<A>(x, unit.width, rows, unit.out_width(), masks, weight, bias, lower, y2.channel(c));
+      depthwise_stride2<A>(
+          x, unit.width, rows, unit.out_width(), masks, weight, bias, lower, y2.channel(c - channels.begin));
     }
   }
 }
@@ -569,7 +572,8 @@ class Arena {
   // Each plane ends with a vector of slack: whole vectors are loaded and stored past its last pixel.
   template <class A>
   Planes<A> planes(int64_t channels, int64_t pixels) {
-    const int64_t stride = (ceil_div(pixels, Simd<A>::kLanes) + 1) * Simd<A>::kLanes;
+    constexpr int64_t kLanes = kVectorBytes / sizeof(A);
+    const int64_t stride = (ceil_div(pixels, kLanes) + 1) * kLanes;
     return {take<A>(channels * stride), stride};
   }
   int64_t bytes() const { return bytes_; }
@@ -681,6 +685,16 @@ int64_t scratch_bytes(const Unit& unit, const Part& part, Channels mid) {
   return Scratch<accumulator_t<T>>(unit, part, mid, nullptr).bytes;
 }
 
+// Zeros to the rows of y1 that lie outside of the image.
+template <class A>
+void clear_outside(const Unit& unit, const InputRows& in, int64_t channels, Planes<A> y1) {
+  for (int64_t c = 0; c < channels; ++c) {
+    A* const plane = y1.channel(c);
+    std::fill(plane, plane + (in.begin - in.halo_begin) * unit.width, A{0});
+    std::fill(plane + (in.end - in.halo_begin) * unit.width, plane + (in.halo_end - in.halo_begin) * unit.width, A{0});
+  }
+}
+
 template <class T>
 void expand(const Unit& unit, const UnitPointers& pointers, const Part& part, Channels channels, void* buffers,
             void* memory) {
@@ -689,17 +703,13 @@ void expand(const Unit& unit, const UnitPointers& pointers, const Part& part, Ch
   const InputRows& in = view.in;
   const Scratch<A> scratch(unit, part, channels, memory);
   const Planes<A> y1 = scratch.y1;
-  for (int64_t c = 0; c < channels.count(); ++c) {
-    A* const plane = y1.channel(c);
-    std::fill(plane, plane + (in.begin - in.halo_begin) * unit.width, A{0});
-    std::fill(plane + (in.end - in.halo_begin) * unit.width, plane + (in.halo_end - in.halo_begin) * unit.width, A{0});
-  }
+  clear_outside(unit, in, channels.count(), y1);
   const Planes<A> y1_image = {y1.data + (in.begin - in.halo_begin) * unit.width, y1.stride};
   const bool lone_pixel = has_lone_pixel<A>(unit.height * unit.width, in.end * unit.width);
   conv1<A>(unit, pointers.conv1, channels, view.planes_x, view.in_pixels, y1_image, lone_pixel, scratch.pointwise);
   const Planes<A> y2 = unit.has_conv3() ? view.y2 : view.result;
   fill_edge_masks<A>(unit, part, scratch.masks);
-  depthwise<A>(unit, part, pointers.conv2, channels, scratch.masks, read_only(y1), y2);
+  depthwise<A>(unit, part, pointers.conv2, channels, scratch.masks, read_only(y1), y2.from(channels.begin));
   if (!unit.has_conv3()) view.write_out(channels);
 }
 
@@ -801,10 +811,9 @@ void borrow_row(const Unit& unit, Planes<A> to, Planes<A> from) {
   }
 }
 
+// The rows around a strip's own.
 template <class A>
-void project_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
-  const Part& part = strip.part;
-  const StripRows<A> rows(unit, part, strip.y1);
+void borrow_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
   Planes<A> above, below;
   if (strip.above) {
     const StripRows<A> theirs(unit, strip.above->part, strip.above->y1);
@@ -815,7 +824,13 @@ void project_strip(const Unit& unit, const UnitPointers& pointers, const Strip& 
     if (strip.below) below = StripRows<A>(unit, strip.below->part, strip.below->y1).from_row(1);
     borrow_row<A>(unit, rows.from_row(rows.own_rows() + 1), below);
   }
+}
 
+template <class A>
+void project_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
+  const Part& part = strip.part;
+  const StripRows<A> rows(unit, part, strip.y1);
+  borrow_rows(unit, strip, rows);
   const StripScratch<A> own(unit, part, memory);
   const Scratch<A> scratch(unit, part, {}, own.worker);
   fill_edge_masks<A>(unit, part, scratch.masks);
@@ -840,11 +855,20 @@ void to_accumulator(const void* from, void* to, int64_t n) {
   }
 }
 
+// Whole multiples of the groups leave each of conv1's groups an equal share of its rows.
+inline int64_t expand_multiple(const Unit& unit) { return unit.groups; }
+
 template <class T>
 constexpr UnitKernel kernel_for() {
   using A = accumulator_t<T>;
-  return {buffer_bytes<T>, is_staged<T>,           stage<T>,        scratch_bytes<T>, expand<T>, project<T>,
-          strip_bytes<A>,  strip_scratch_bytes<A>, expand_strip<A>, project_strip<A>, tile<A>,   to_accumulator<T>};
+  return {sizeof(T),       1,
+          expand_multiple, 1,
+          buffer_bytes<T>, is_staged<T>,
+          stage<T>,        scratch_bytes<T>,
+          expand<T>,       project<T>,
+          strip_bytes<A>,  strip_scratch_bytes<A>,
+          expand_strip<A>, project_strip<A>,
+          tile<A>,         to_accumulator<T>};
 }
 
 inline UnitKernel unit_kernel(Dtype dtype) {
