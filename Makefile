@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/$(subst =,_,$(subst >,_,$(subst <,_,$(TORCH))))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
-CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.h tests/native/*.cpp)
+CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp tests/native/stand_in/torch/csrc/stable/*.h)
 
 .PHONY: demo test bench bench-cuda sanitize sanitize-cuda test-aarch64 lint format clean
 .DEFAULT_GOAL := demo
@@ -27,9 +27,10 @@ bench: $(STAMPS)/built $(STAMPS)/extra-bench
 bench-cuda: $(STAMPS)/built $(STAMPS)/extra-bench
 	$(BIN)/python -m benchmarks.cuda
 
-# AddressSanitizer and UndefinedBehaviorSanitizer over the torch-free kernels.
+# AddressSanitizer and UndefinedBehaviorSanitizer over the torch-free kernels, ThreadSanitizer over the threads' phases.
 sanitize:
 	sh tests/native/run_sanitized.sh
+	sh tests/native/run_races.sh
 
 # The same for AArch64 under qemu.
 test-aarch64:

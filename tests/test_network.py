@@ -75,7 +75,7 @@ def test_strips_equal_its_units_one_by_one(isa, threads, plane, dtype):
 
 @each_layout
 @each_dtype
-@pytest.mark.parametrize("plane", [(1, 1), (2, 31), (9, 14)], ids=str)
+@pytest.mark.parametrize("plane", [(1, 1), (2, 31), (9, 14), (17, 1)], ids=str)
 def test_more_threads_than_rows(isa, plane, dtype, layout):
     torch.set_num_threads(16)
     for batch in (1, 17):
