@@ -17,7 +17,9 @@ namespace shufflenet::cpu {
 
 // A thread's memory: about kScratchBudget for the buffers and scratch of a part (more where one row of a unit needs
 // it), the two images between which the steps go back and forth, and what threads it called share.
-inline thread_local Scratch thread_buffers, thread_scratch, thread_images[2], shared_buffers, shared_images[2];
+inline thread_local Scratch thread_buffers, thread_scratch, shared_buffers;
+inline thread_local Scratch thread_images[2] = {Scratch(Scratch::Pages::huge), Scratch(Scratch::Pages::huge)};
+inline thread_local Scratch shared_images[2] = {Scratch(Scratch::Pages::huge), Scratch(Scratch::Pages::huge)};
 
 // An image between two steps. Planes of elements as large as the accumulator type can be cut into strips of rows, each
 // of which then has memory of its own, so that threads write no cache line together.
