@@ -12,17 +12,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import peaks, report
-from benchmarks.peers import CONVERTED, FOLDED, OURS
-from benchmarks.race import Row
+from benchmarks.conftest import QUICK
+from benchmarks.memory import Growth
+from benchmarks.peers import CONVERTED, OURS
+from benchmarks.profile import Profile
+from benchmarks.race import Row, best_peer
+from benchmarks.shapes import THREADS
 
 _RESULTS = Path(__file__).parent / "results"
 
 
 class Display:
-    """A pytest plugin in the terminal reporter's place: shows progress, and gathers the rows and what failed."""
+    """A pytest plugin in the terminal reporter's place: shows progress, and gathers results and what failed."""
 
     def __init__(self, console: Console) -> None:
         self.rows: list[Row] = []
+        self.memory: list[Growth] = []
+        self.profiles: list[Profile] = []
         self.failed: list[str] = []
         self._console = console
         self._progress = Progress(
@@ -47,10 +53,14 @@ class Display:
         if report.failed:
             self._fail(report)
         if report.when == "call":
-            rows = [value for _, value in report.user_properties if isinstance(value, Row)]
-            self.rows += rows
-            for row in rows:
-                self._console.print(_line(row), highlight=False, soft_wrap=True)
+            for _, value in report.user_properties:
+                if isinstance(value, Row):
+                    self.rows.append(value)
+                    self._console.print(_line(value), highlight=False, soft_wrap=True)
+                elif isinstance(value, Growth):
+                    self.memory.append(value)
+                elif isinstance(value, Profile):
+                    self.profiles.append(value)
             self._progress.advance(self._task)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -66,19 +76,17 @@ class Display:
 
 
 def _line(row: Row) -> str:
-    best = report.best_peer(row)
+    best = best_peer(row)
     return (
-        f"{row.suite:32} g={row.groups} {row.label:18} batch {row.batch:<3} "
-        f"{row.timings[OURS].median * 1e3:8.3f} ms  {row.timings[FOLDED].ratio:6.2f}× {FOLDED}"
-        f"  {row.timings[best].ratio:6.2f}× {best}"
+        f"{row.suite:32} g={row.groups} {row.label:22} batch {row.batch:<3} threads {row.threads} {row.precision:8} "
+        f"{row.timings[OURS].median * 1e3:8.3f} ms  {row.timings[best].ratio:6.2f}× {best}"
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the suites; returns an exit code: 0, or 1 if a row failed, which is never a matter of time taken."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="g = 3 only, fewer rounds, only plain PyTorch as peers")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every contender (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help=QUICK)
     parser.add_argument("-k", metavar="EXPRESSION", default="", help="only the benchmarks that match, as for pytest -k")
     parser.add_argument("--output", type=Path, default=_RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--redraw", action="store_true", help="only write the report again, from the results there")
@@ -90,34 +98,35 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     options.output.mkdir(parents=True, exist_ok=True)
     console = Console(file=os.fdopen(os.dup(sys.stdout.fileno()), "w"))  # pytest captures the other one
-    torch.set_num_threads(options.threads)
     machine = report.machine()
     console.print("\n".join(machine.values()), highlight=False, soft_wrap=True)
-    peak = peaks.fma_peak()
+    before = [peaks.fma_peak(threads) for threads in THREADS]
     display = Display(console)
     pytest_arguments = [
         str(Path(__file__).parent),
         *("-p", "no:terminal", "-p", "no:cacheprovider", "-k", options.k),
         *("-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-o", "addopts="),
         *("--benchmark-disable-gc", f"--benchmark-json={options.output / 'pytest-benchmark.json'}"),
-        f"--threads={options.threads}",
         *(["--quick"] if options.quick else []),
     ]
     code = pytest.main(pytest_arguments, plugins=[display])
-    peak = max(peak, peaks.fma_peak())  # of before and after, should one of them have been disturbed
+    after = [peaks.fma_peak(threads) for threads in THREADS]
+    torch.set_num_threads(THREADS[-1])
     seconds = time.perf_counter() - start
-    if not display.rows:
+    if not (display.rows or display.memory or display.profiles):
         console.print("nothing was measured")
         return 1
     results = report.Results(
         machine=machine,
-        threads=options.threads,
         seconds=seconds,
-        fma_peak=peak,
+        # Of before and after, should one of them have been disturbed.
+        fma_peaks={threads: max(measured) for threads, *measured in zip(THREADS, before, after, strict=True)},
         copy_bandwidth=peaks.copy_bandwidth(2**29),
         left_out=list(CONVERTED) if options.quick else [],
         failed=display.failed,
         rows=display.rows,
+        memory=display.memory,
+        profiles=display.profiles,
     )
     for path in report.write(results, options.output):
         console.print(f"wrote {path}")

@@ -1,6 +1,6 @@
 """The suites' options and fixtures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import pytest
@@ -8,15 +8,20 @@ import torch
 from torch import Tensor, nn
 
 import shufflenet_ext as se
-from benchmarks import peaks, peers, shapes
-from benchmarks.peers import Contender
-from benchmarks.race import Row, race, work
+from benchmarks import memory, peaks, peers, shapes
+from benchmarks.peers import Builder, Contender
+from benchmarks.race import Row, outside_of_steps, race, work
 
-_SECONDS, _QUICK_SECONDS = 2.0, 0.7  # of timing a row
+QUICK = "g = 3 and two threads only, fewer rounds, only plain PyTorch as peer"
+_SECONDS, _QUICK_SECONDS = 1.5, 0.7  # of timing a row
+_MOST_ERROR = 2  # of a network of ours, to that of eager PyTorch in the same dtype
 
 
 class Compete(Protocol):
-    """Times ``ours`` against the named peers, which run ``plain`` or ``folded``, on ``x``; reports a row."""
+    """Times ``ours`` against peers, which are built from ``plain`` or ``folded``, on ``x``; reports a row.
+
+    ``left_out`` has those of ``builders`` that are not to take part, and why.
+    """
 
     def __call__(
         self,
@@ -26,29 +31,41 @@ class Compete(Protocol):
         plain: nn.Module,
         folded: nn.Module,
         x: Tensor,
-        names: tuple[str, ...] = tuple(peers.ALL),
+        builders: Mapping[str, Builder],
+        left_out: Mapping[str, str] = {},
+        precision: torch.dtype = torch.float32,
     ) -> None: ...
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="g = 3 only, fewer rounds, only plain PyTorch as peers")
-    parser.addoption("--threads", type=int, default=2, help="threads of every contender (default: 2)")
+    parser.addoption("--quick", action="store_true", help=QUICK)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    groups = shapes.QUICK_GROUPS if metafunc.config.getoption("quick") else shapes.GROUPS
+    quick = metafunc.config.getoption("quick")
+    groups = shapes.QUICK_GROUPS if quick else shapes.GROUPS
+    threads: tuple[int, ...] = shapes.THREADS[-1:]
     if "network" in metafunc.fixturenames:
         metafunc.parametrize("network", shapes.network_shapes(groups), ids=str)
+        metafunc.parametrize("precision", (torch.float32, torch.bfloat16), ids=shapes.name_of)
+        threads = threads if quick else shapes.THREADS
     if "unit" in metafunc.fixturenames:
         metafunc.parametrize("unit", shapes.unit_shapes(groups), ids=str)
     if "op_unit" in metafunc.fixturenames:
         metafunc.parametrize("op_unit", shapes.unit_shapes(shapes.QUICK_GROUPS), ids=str)
+    if "profiled_batch" in metafunc.fixturenames:
+        metafunc.parametrize("profiled_batch", shapes.BATCHES, ids="batch{}".format)
+        threads = shapes.THREADS
+    if "resident" in metafunc.fixturenames:
+        left_out = peers.CONVERTED if quick else ()
+        metafunc.parametrize("resident", [name for name in memory.CONTENDERS if name not in left_out])
+    metafunc.parametrize("threads", threads, ids="threads{}".format)
 
 
 @pytest.fixture(autouse=True)
-def _conditions(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Inference on the threads asked for; a call of ours that is not native raises instead of falling back."""
-    torch.set_num_threads(request.config.getoption("threads"))
+def _conditions(threads: int) -> Iterator[None]:
+    """Inference on the row's threads; a call of ours that is not native raises instead of falling back."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     with torch.no_grad(), se.use_backend("native"):
         yield
@@ -66,16 +83,26 @@ def compete(request: pytest.FixtureRequest, benchmark: Any) -> Compete:
         plain: nn.Module,
         folded: nn.Module,
         x: Tensor,
-        names: tuple[str, ...] = tuple(peers.ALL),
+        builders: Mapping[str, Builder],
+        left_out: Mapping[str, str] = {},
+        precision: torch.dtype = torch.float32,
     ) -> None:
-        if quick:
-            names = tuple(name for name in names if name not in peers.CONVERTED)
-        built, absent = peers.build(names, plain, folded, x)
+        passed_over = {*left_out, *(peers.CONVERTED if quick else ())}
+        chosen = {name: builder for name, builder in builders.items() if name not in passed_over}
+        built, absent = peers.build(chosen, plain, folded, x)
+        if not built:
+            pytest.skip("no peer takes part")
         flop, traffic = work(folded, x)
-        bandwidth = peaks.copy_bandwidth(traffic)
-        row = Row(suite, shape.label, shape.groups, shape.batch, flop, traffic, bandwidth, absent=absent)
+        row = Row(suite, shape.label, shape.groups, shape.batch, flop, traffic, peaks.copy_bandwidth(traffic))
+        row.absent = {**left_out, **absent}
+        row.precision, row.threads = shapes.name_of(precision), torch.get_num_threads()
         benchmark.group = suite
-        race(benchmark, ours | built, row, _QUICK_SECONDS if quick else _SECONDS)
+        race(benchmark, ours | built, plain, x, precision, row, _QUICK_SECONDS if quick else _SECONDS)
+        is_network = isinstance(shape, shapes.NetworkShape)
+        if is_network and shape.batch == 1:
+            row.outside = outside_of_steps(ours[peers.OURS])
         request.node.user_properties.append(("row", row))
+        error, limit = row.errors[peers.OURS], _MOST_ERROR * row.errors[peers.EAGER]
+        assert error <= limit or not is_network, f"error: ours is {error:.3g}, expected at most {limit:.3g}"
 
     return run

@@ -97,7 +97,7 @@ def shapes(batches: tuple[int, ...] = BATCHES) -> Iterator[tuple[str, Shape]]:
     for batch in batches:
         yield ALL_UNITS, AllUnits(GROUPS, batch)
     for batch in batches:
-        yield NETWORKS, NetworkShape(GROUPS, False, batch)
+        yield NETWORKS, NetworkShape(GROUPS, batch)
 
 
 # ---- The device -----------------------------------------------------------------------------------------------------
@@ -183,7 +183,6 @@ class CudaRow(Row):
     """``traffic`` is that of the units alone, each moving its input, result and parameters once; ``predicted`` holds
     seconds by layout, of the units alone, where there is a model for the card and the precision."""
 
-    precision: str = ""
     predicted: dict[str, float] | None = None
 
     @property
@@ -239,9 +238,9 @@ class Track:
         )
         with precision.in_force(), torch.no_grad(), se.use_backend("native"):
             units = units_of(plain, x)
-            built, absent = peers.build(self.builders, plain, folded, x, self.builders)
+            built, absent = peers.build(self.builders, plain, folded, x)
             contenders = ours(optimized, x, self.graph) | built
-            check(contenders, precision.tolerance)
+            check(contenders, contenders[OURS]().clone(), precision.tolerance, OURS)
             samples = self._rounds(contenders)
             flop = work(folded, x)[0]
         torch.compiler.reset()  # else each row's module counts towards the limit of recompilations

@@ -10,8 +10,8 @@ from benchmarks.cuda_model import in_us
 from benchmarks.cuda_race import ALL_UNITS, MAX_AUTOTUNE, OURS_CHANNELS_LAST_GRAPH, OURS_GRAPH, UNITS, CudaRow
 from benchmarks.cuda_toolkit import LAYOUTS
 from benchmarks.peers import FOLDED, OURS, OURS_CHANNELS_LAST
-from benchmarks.race import Timing
-from benchmarks.report import best_peer, compact_json
+from benchmarks.race import Timing, best_peer
+from benchmarks.report import compact_json
 
 FLOOR, PREDICTED = "DRAM floor", "predicted"
 MOST_OVER_FLOOR, LEAST_OVER_COMPILED = 1.35, 3.0  # the targets, on an H100, float16, channels_last, batch 64
@@ -62,7 +62,7 @@ def _draw(rows: list[CudaRow], folder: Path) -> Path:
 
     def with_bounds(row: CudaRow) -> CudaRow:
         bounds = {FLOOR: row.floor} | ({PREDICTED: row.predicted[LAYOUTS[1]]} if row.predicted else {})
-        return replace(row, timings=row.timings | {name: Timing(s, s, s, 1) for name, s in bounds.items()})
+        return replace(row, timings=row.timings | {name: Timing(s, s, s, 1, 1, 1) for name, s in bounds.items()})
 
     title = f"ShuffleNet 1×, g = {rows[0].groups}, on CUDA, {precision}"
     return pictures.save(

@@ -37,8 +37,8 @@ _STEPS = 1_000_000  # a few milliseconds: short enough for some of the runs to b
 _FMA_REPEATS, _COPY_REPEATS = 200, 12
 
 
-def fma_peak() -> float:
-    """FLOP/s in float32 on torch's current number of threads: a native loop of FMA on registers, best of many runs."""
+def fma_peak(threads: int) -> float:
+    """FLOP/s in float32 on so many threads: a native loop of FMA on registers, best of many runs."""
     with tempfile.TemporaryDirectory() as folder:
         library_path = Path(folder, "peak.so")
         command = [os.environ.get("CXX", "c++"), "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
@@ -47,7 +47,6 @@ def fma_peak() -> float:
     library.multiply_add.argtypes = [ctypes.c_long, ctypes.c_float]
     library.multiply_add.restype = ctypes.c_float
     library.flop_per_step.restype = ctypes.c_long
-    threads = torch.get_num_threads()
     best = float("inf")
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(_FMA_REPEATS):
@@ -63,11 +62,11 @@ def copy_bandwidth(traffic: int) -> float:
 
     A copy that fits a cache measures that cache, as a unit whose tensors fit it would: so it depends on the size.
     """
-    return _copy_bandwidth(max(1, traffic.bit_length() - 1))
+    return _copy_bandwidth(max(1, traffic.bit_length() - 1), torch.get_num_threads())
 
 
 @cache
-def _copy_bandwidth(log2_traffic: int) -> float:
+def _copy_bandwidth(log2_traffic: int, threads: int) -> float:  # torch's threads, as the cache has to tell them apart
     source = torch.zeros(2**log2_traffic // 8 or 1)
     target = torch.empty_like(source)
     calls = max(1, 2**27 // 2**log2_traffic)

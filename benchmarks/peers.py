@@ -6,7 +6,11 @@ number of threads; a call runs one inference and returns the output.
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,7 +26,13 @@ Contender = Callable[[], Tensor]
 OURS = "ours"
 OURS_CHANNELS_LAST = "ours channels_last"
 DROP_IN = "ours drop-in"
+EAGER = "eager"
 FOLDED = "folded"
+COMPILED = "torch.compile"
+ONNX_RUNTIME = "ONNX Runtime"
+OPENVINO = "OpenVINO"
+OPENVINO_THROUGHPUT = "OpenVINO throughput"
+NCNN = "ncnn"
 
 
 class FoldedDepthwise(nn.Module):
@@ -90,9 +100,19 @@ def ours(module: nn.Module, x: Tensor) -> dict[str, Contender]:
     }
 
 
+def ours_in(dtype: torch.dtype, module: nn.Module, x: Tensor) -> dict[str, Contender]:
+    """This package, optimized for inference in another dtype than the module's; the images keep theirs."""
+    return {OURS: eager(se.optimize_for_inference(module, dtype=dtype), x)}  # type: ignore[call-arg]
+
+
 def eager(module: Callable[[Tensor], Tensor], x: Tensor) -> Contender:
     """PyTorch as it is."""
     return lambda: module(x)
+
+
+def eager_in(dtype: torch.dtype, module: nn.Module, x: Tensor) -> Contender:
+    """PyTorch as it is, in a dtype."""
+    return eager(copy.deepcopy(module).to(dtype), x.to(dtype))
 
 
 def eager_channels_last(module: nn.Module, x: Tensor) -> Contender:
@@ -112,17 +132,25 @@ def compiled(module: nn.Module, x: Tensor, mode: str = "default") -> Contender:
     return eager(run, x)
 
 
+# Conversions do not depend on threads and settings: they are kept for the rows that differ in nothing else.
+
+
+@lru_cache(maxsize=1)
+def _onnx_model(module: nn.Module, shape: torch.Size) -> bytes:
+    program = torch.onnx.export(module, (torch.zeros(shape),), dynamo=True, verbose=False)
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
 def onnx_runtime(module: nn.Module, x: Tensor) -> Contender:
-    """ONNX Runtime in float32, input and output bound ahead."""
+    """ONNX Runtime in float32 with all its graph optimizations, input and output bound ahead."""
     import onnxruntime
 
-    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
-    assert program is not None
     options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    model = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(_onnx_model(module, x.shape), options, providers=["CPUExecutionProvider"])
     (source,), (target,) = session.get_inputs(), session.get_outputs()
     out = torch.empty(target.shape)
     binding = session.io_binding()
@@ -136,25 +164,94 @@ def onnx_runtime(module: nn.Module, x: Tensor) -> Contender:
     return run
 
 
-def openvino(module: nn.Module, x: Tensor) -> Contender:
-    """OpenVINO in float32, tuned for latency, input and output shared with torch."""
+@lru_cache(maxsize=2)  # the whole batch, and a stream's share
+def _openvino_model(module: nn.Module, shape: torch.Size) -> Any:
     os.environ.setdefault("CI", "true")  # no telemetry
     import openvino as ov
 
-    model = ov.convert_model(module, example_input=x, input=list(x.shape))
-    settings: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-    source = ov.Tensor(x.numpy(), shared_memory=True)
-    out = torch.empty(list(model.output().shape))
-    request.set_output_tensor(ov.Tensor(out.numpy(), shared_memory=True))
+    # It runs the module on the example, several times: one image is enough.
+    return ov.convert_model(module, example_input=torch.zeros(1, *shape[1:]), input=list(shape))
+
+
+def openvino(module: nn.Module, x: Tensor, precision: str) -> Contender:
+    """OpenVINO, tuned for latency, input and output shared with torch; both are float32 in any precision."""
+    (request,), out = _openvino_requests(module, x, precision, "LATENCY", 1)
 
     def run() -> Tensor:
-        request.infer(source, share_inputs=True, share_outputs=True)  # by default both are copied
+        request.infer(share_inputs=True, share_outputs=True)  # by default both are copied
         return out
+
+    return run
+
+
+def openvino_throughput(module: nn.Module, x: Tensor, precision: str) -> Contender:
+    """OpenVINO, tuned for throughput: a stream a thread, and the batch shared evenly among them."""
+    requests, out = _openvino_requests(module, x, precision, "THROUGHPUT", torch.get_num_threads())
+
+    def run() -> Tensor:
+        for request in requests:
+            request.start_async(share_inputs=True)
+        for request in requests:
+            request.wait()
+        return out
+
+    return run
+
+
+def _openvino_requests(module: nn.Module, x: Tensor, precision: str, hint: str, count: int) -> tuple[list[Any], Tensor]:
+    """Requests that each infer an equal share of the batch, and the tensor that all of them write to."""
+    sources = x.split(len(x) // count)
+    model = _openvino_model(module, sources[0].shape)
+    import openvino as ov
+
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": hint,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled_model = ov.Core().compile_model(model, "CPU", settings)
+    out = torch.empty(len(x), *list(model.output().shape)[1:])
+    requests = []
+    for source, target in zip(sources, out.split(len(x) // count), strict=True):
+        request = compiled_model.create_infer_request()
+        request.set_input_tensor(ov.Tensor(source.numpy(), shared_memory=True))
+        request.set_output_tensor(ov.Tensor(target.numpy(), shared_memory=True))
+        requests.append(request)
+    return requests, out
+
+
+@lru_cache(maxsize=1)
+def _ncnn_files(module: nn.Module, shape: torch.Size) -> "TemporaryDirectory[str]":
+    import pnnx
+
+    folder = TemporaryDirectory()
+    pnnx.export(module, str(Path(folder.name, "network.pt")), (torch.zeros(shape),), fp16=False)
+    return folder
+
+
+def ncnn(module: nn.Module, x: Tensor) -> Contender:
+    """ncnn in float32. It takes one image: the threads share it, or if there are more images, each has its own."""
+    import ncnn as runtime
+
+    workers = min(len(x), torch.get_num_threads())
+    net = runtime.Net()
+    net.opt.num_threads = torch.get_num_threads() // workers
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    net.opt.use_bf16_packed = net.opt.use_bf16_storage = False
+    folder = Path(_ncnn_files(module, x[:1].shape).name)
+    for load, ending in ((net.load_param, "param"), (net.load_model, "bin")):
+        if load(str(folder / f"network.ncnn.{ending}")):
+            raise RuntimeError(f"ncnn cannot load what pnnx made of the module (network.ncnn.{ending})")
+    images = [runtime.Mat(image.numpy()).clone() for image in x]
+    each: Any = map if workers == 1 else ThreadPoolExecutor(workers).map
+
+    def infer(image: Any) -> Tensor:
+        extractor = net.create_extractor()
+        extractor.input("in0", image)
+        return torch.from_numpy(extractor.extract("out0")[1].numpy())
+
+    def run() -> Tensor:
+        return torch.stack(list(each(infer, images)))
 
     return run
 
@@ -167,32 +264,43 @@ def channels_last(x: Tensor) -> Tensor:
 # get the folded module: they would fold it themselves.
 Builder = Callable[[nn.Module, nn.Module, Tensor], Contender]
 _EAGER: dict[str, Builder] = {
-    "eager": lambda plain, folded, x: eager(plain, x),
+    EAGER: lambda plain, folded, x: eager(plain, x),
     "eager channels_last": lambda plain, folded, x: eager_channels_last(plain, x),
 }
 _FOLDED: dict[str, Builder] = {
     FOLDED: lambda plain, folded, x: eager(folded, x),
     "folded channels_last": lambda plain, folded, x: eager_channels_last(folded, x),
 }
-_COMPILED: dict[str, Builder] = {"torch.compile": lambda plain, folded, x: compiled(folded, x)}
+_COMPILED: dict[str, Builder] = {COMPILED: lambda plain, folded, x: compiled(folded, x)}
 _RUNTIMES: dict[str, Builder] = {
-    "ONNX Runtime": lambda plain, folded, x: onnx_runtime(folded, x),
-    "OpenVINO": lambda plain, folded, x: openvino(folded, x),
+    ONNX_RUNTIME: lambda plain, folded, x: onnx_runtime(folded, x),
+    OPENVINO: lambda plain, folded, x: openvino(folded, x, "f32"),
+    OPENVINO_THROUGHPUT: lambda plain, folded, x: openvino_throughput(folded, x, "f32"),
+    NCNN: lambda plain, folded, x: ncnn(folded, x),
 }
 ALL = _EAGER | _FOLDED | _COMPILED | _RUNTIMES
+OTHERS_OF_PYTORCH = tuple(name for name in _EAGER | _FOLDED if name != FOLDED)
 CONVERTED = tuple(_COMPILED | _RUNTIMES)  # these take seconds to build
-OF_OPS = tuple(_FOLDED | _COMPILED)
+OF_OPS = _FOLDED | _COMPILED
+OF_UNITS = _EAGER | OF_OPS | {name: _RUNTIMES[name] for name in (ONNX_RUNTIME, OPENVINO)}
+# Those that compute in bfloat16: PyTorch's modules are converted to it, the runtimes do it on their own.
+IN_BFLOAT16: dict[str, Builder] = {
+    FOLDED: lambda plain, folded, x: eager_in(torch.bfloat16, folded, x),
+    COMPILED: lambda plain, folded, x: compiled(copy.deepcopy(folded).bfloat16(), x.bfloat16()),
+    OPENVINO: lambda plain, folded, x: openvino(folded, x, "bf16"),
+    OPENVINO_THROUGHPUT: lambda plain, folded, x: openvino_throughput(folded, x, "bf16"),
+}
 
 
 def build(
-    names: Iterable[str], plain: nn.Module, folded: nn.Module, x: Tensor, builders: Mapping[str, Builder] = ALL
+    builders: Mapping[str, Builder], plain: nn.Module, folded: nn.Module, x: Tensor
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The named peers, and for each one that cannot be had, why."""
+    """The peers, and for each one that cannot be had, why."""
     built: dict[str, Contender] = {}
     absent: dict[str, str] = {}
-    for name in names:
+    for name, builder in builders.items():
         try:
-            built[name] = builders[name](plain, folded, x)
+            built[name] = builder(plain, folded, x)
         except ImportError as error:
             absent[name] = f"not installed ({error})"
         except Exception as error:  # a peer that cannot run this shape must not cost the others theirs

@@ -1,7 +1,6 @@
-"""The pictures: latency against the peers, and the share of the machine's peak."""
+"""The pictures: latency against the peers, ratios to the best one, and the share of the machine's peak."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,41 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from benchmarks import peers
 from benchmarks.peers import OURS
-from benchmarks.race import Row
-from benchmarks.shapes import BATCHES
+from benchmarks.race import Row, best_peer
+from benchmarks.shapes import BATCHES, CIFAR, NETWORKS, SIZES, THREADS
 
 # Colours of Okabe and Ito, apart for every kind of colour vision, and a marker each.
 _STYLES = {
     OURS: ("*", "#D55E00"),
-    "eager": ("o", "#999999"),
+    peers.EAGER: ("o", "#999999"),
     "eager channels_last": ("D", "#999999"),
-    "folded": ("o", "#56B4E9"),
+    peers.FOLDED: ("o", "#56B4E9"),
     "folded channels_last": ("D", "#56B4E9"),
-    "torch.compile": ("s", "#009E73"),
-    "ONNX Runtime": ("^", "#E69F00"),
-    "OpenVINO": ("v", "#CC79A7"),
+    peers.COMPILED: ("s", "#009E73"),
+    peers.ONNX_RUNTIME: ("^", "#E69F00"),
+    peers.OPENVINO: ("v", "#CC79A7"),
+    peers.OPENVINO_THROUGHPUT: ("P", "#CC79A7"),
+    peers.NCNN: ("X", "#0072B2"),
 }
 _UNITS_GROUPS = 3
 
 
-def draw(rows: list[Row], fma_peak: float, folder: Path) -> list[Path]:
+def draw(rows: list[Row], share_of_peak: Callable[[Row, str], float], folder: Path) -> list[Path]:
     """Writes the pictures for which there are rows; returns their paths."""
-    units = [row for row in rows if row.suite == "units"]
-    networks = [row for row in rows if row.suite == "networks"]
+    threads = THREADS[-1]
+    in_float32 = [row for row in rows if row.precision == "float32" and row.threads == threads]
+    units = [row for row in in_float32 if row.suite == "units"]
     g3_units = [row for row in units if row.groups == _UNITS_GROUPS]
-    shared = units + [replace(row, label="whole network") for row in networks if row.label.startswith("1×")]
+    networks = [row for row in rows if row.suite in (NETWORKS, SIZES, CIFAR)]
+    paper = [row for row in in_float32 if row.suite == NETWORKS]
     drawn = []
     for name, chosen, paint in (
-        ("latency_units", g3_units, lambda: latency(g3_units, f"Units of ShuffleNet 1×, g = {_UNITS_GROUPS}")),
-        ("latency_networks", networks, lambda: latency(networks, "Whole networks: 1× at 224², CIFAR at 32²")),
-        ("share_of_peak", shared, lambda: _share(shared, fma_peak)),
+        ("ratio_networks", networks, lambda: _ratios(networks)),
+        ("latency_units", g3_units, lambda: latency(g3_units, f"Units of 1× g={_UNITS_GROUPS}, {threads} threads")),
+        ("latency_networks", paper, lambda: latency(paper, f"Whole networks, float32, {threads} threads")),
+        ("share_of_peak", units + paper, lambda: _share(units + paper, share_of_peak)),
     ):
         if chosen:
             drawn.append(save(paint, folder / f"{name}.png"))
@@ -102,18 +107,64 @@ def _legend(figure: Any, panel: Any, place: str, columns: int) -> None:
     figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False)
 
 
-def _share(rows: list[Row], fma_peak: float) -> Any:
+def _ratios(rows: list[Row]) -> Any:
+    """A panel a precision and batch size, a line a network, a marker a number of threads, a bar between quartiles.
+
+    The colour is the best peer's, hollow markers are of one thread.
+    """
+    labels, batches = _labels(rows), sorted({row.batch for row in rows})
+    precisions = list(dict.fromkeys(row.precision for row in rows))
+    size = (5 * len(batches) + 2, len(precisions) * (1 + 0.3 * len(labels)) + 1)
+    figure, panels = plt.subplots(
+        len(precisions), len(batches), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    lanes = dict(zip(THREADS, np.linspace(-0.2, 0.2, len(THREADS)), strict=True))
+    handles = {}
+    for row in rows:
+        panel = panels[precisions.index(row.precision)][batches.index(row.batch)]
+        best = best_peer(row)
+        timing, (marker, colour) = row.timings[best], _STYLES[best]
+        spread = [[timing.ratio - timing.ratio_q1], [timing.ratio_q3 - timing.ratio]]
+        line, fill = labels.index(row.label) + lanes[row.threads], colour if row.threads > 1 else "white"
+        handles[f"{best}, threads {row.threads}"] = panel.errorbar(
+            timing.ratio, line, xerr=spread, fmt=marker, color=colour, mfc=fill, ms=6
+        )
+    for precision, line_of_panels in zip(precisions, panels, strict=True):
+        for batch, panel in zip(batches, line_of_panels, strict=True):
+            panel.set(xscale="log", title=f"{precision}, batch {batch}")
+            panel.xaxis.set_major_locator(LogLocator(subs=(0.5, 0.7, 1, 1.5, 2, 3, 5)))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.axvline(1, color="black", lw=1)
+            _finish(panel, labels)
+    for panel in panels[-1]:
+        panel.set_xlabel("best peer's time to ours in the same round: right of 1, ours is faster")
+    figure.legend(
+        [handles[name] for name in sorted(handles)],
+        sorted(handles),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+    )
+    figure.suptitle("Whole networks against the best peer of each row: median and quartiles of the rounds' ratios")
+    return figure
+
+
+def _share(rows: list[Row], share_of_peak: Callable[[Row, str], float]) -> Any:
     """A panel a group count, a line a unit, a marker a batch size; hollow ones are the best peer's."""
-    labels, groups = _labels(rows), sorted({row.groups for row in rows})
+
+    def line_of(row: Row) -> str:
+        return "whole network" if row.suite == NETWORKS else row.label
+
+    labels, groups = list(dict.fromkeys(map(line_of, rows))), sorted({row.groups for row in rows})
     size = (max(8, 2 + 2.1 * len(groups)), 1.8 + 0.4 * len(labels))
     figure, panels = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, layout="constrained")
     styles = dict(zip(BATCHES, (("o", "#D55E00", -0.14), ("s", "#0072B2", 0.14)), strict=True))
     for panel, g in zip(panels[0], groups, strict=True):
         for row in (row for row in rows if row.groups == g):
             marker, colour, shift = styles[row.batch]
-            line = labels.index(row.label) + shift
-            peer = min(timing.median for name, timing in row.timings.items() if not name.startswith(OURS))
-            shares = [row.flop / seconds / fma_peak for seconds in (peer, row.timings[OURS].median)]
+            line = labels.index(line_of(row)) + shift
+            shares = [share_of_peak(row, name) for name in (best_peer(row), OURS)]
             panel.plot(shares, [line, line], color=colour, lw=1, zorder=1)
             for share, fill, who in zip(shares, ("white", colour), ("best peer", OURS), strict=True):
                 panel.plot(share, line, marker, color=colour, mfc=fill, ms=6.5, label=f"{who}, batch {row.batch}")

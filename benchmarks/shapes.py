@@ -12,8 +12,10 @@ import shufflenet_ext as se
 GROUPS = (1, 2, 3, 4, 8)
 QUICK_GROUPS = (3,)
 BATCHES = (1, 16)
+THREADS = (1, 2)
 IMAGE_SIZE = 224
 CIFAR_SIZE = 32
+NETWORKS, SIZES, CIFAR = "networks", "image sizes and widths", "CIFAR"  # suites of whole networks
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -43,26 +45,35 @@ class UnitShape:
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """A whole network: the paper's at width 1, or the original code's for CIFAR."""
+    """A whole network: the paper's, or the original code's for CIFAR."""
 
     groups: int
-    cifar: bool
     batch: int
+    width: float = 1
+    size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
+    suite: str = NETWORKS
 
     @property
     def label(self) -> str:
-        return f"CIFAR g={self.groups}" if self.cifar else f"1× g={self.groups}"
+        height, width = self.size
+        name = "CIFAR" if self.suite == CIFAR else f"{self.width:g}×"
+        return f"{name} g={self.groups}, {f'{height}²' if height == width else f'{height}×{width}'}"
 
     def __str__(self) -> str:
-        return f"g{self.groups}-{'cifar' if self.cifar else 'imagenet'}-batch{self.batch}"
+        name = "cifar" if self.suite == CIFAR else f"{self.width:g}x"
+        return f"g{self.groups}-{name}-{'x'.join(map(str, self.size))}-batch{self.batch}"
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.size[0] * self.size[1]
 
     def build(self) -> tuple[nn.Module, Tensor]:
         """The network in eval mode, and an input."""
-        size = CIFAR_SIZE if self.cifar else IMAGE_SIZE
-        x = torch.randn(self.batch, 3, size, size)
-        if self.cifar:
-            return with_statistics({2: se.models.ShuffleNetG2, 3: se.models.ShuffleNetG3}[self.groups]()), x
-        return with_statistics(se.models.shufflenet_v1(self.groups)), x
+        if self.suite == CIFAR:
+            network: nn.Module = {2: se.models.ShuffleNetG2, 3: se.models.ShuffleNetG3}[self.groups]()
+        else:
+            network = se.models.shufflenet_v1(self.groups, self.width)
+        return with_statistics(network), torch.randn(self.batch, 3, *self.size)
 
 
 def with_statistics(module: Module) -> Module:
@@ -78,10 +89,19 @@ def with_statistics(module: Module) -> Module:
     return module.eval()
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def unit_shapes(groups: tuple[int, ...]) -> list[UnitShape]:
     return [UnitShape(*values) for values in product(groups, (2, 3, 4), (2, 1), BATCHES)]
 
 
 def network_shapes(groups: tuple[int, ...]) -> list[NetworkShape]:
-    paper = [NetworkShape(g, False, batch) for g, batch in product(groups, BATCHES)]
-    return paper + [NetworkShape(g, True, batch) for g, batch in product((2, 3), BATCHES) if g in groups]
+    paper = [NetworkShape(g, batch) for g, batch in product(groups, BATCHES)]
+    sizes = ((128, 128), (160, 160), (480, 640), (720, 1280))
+    others = [NetworkShape(3, batch, size=size, suite=SIZES) for size, batch in product(sizes, BATCHES)]
+    others += [NetworkShape(3, batch, width, suite=SIZES) for width, batch in product((0.25, 0.5, 2), BATCHES)]
+    size = (CIFAR_SIZE, CIFAR_SIZE)
+    others += [NetworkShape(g, batch, size=size, suite=CIFAR) for g, batch in product((2, 3), BATCHES)]
+    return paper + [shape for shape in others if shape.groups in groups]

@@ -80,7 +80,8 @@ inline Dtype dtype_named(const std::string& name) {
   if (name == "float64") return Dtype::float64;
   if (name == "bfloat16") return Dtype::bfloat16;
   if (name == "float16") return Dtype::float16;
-  throw std::invalid_argument("dtype: got " + name + ", expected float32, float64, bfloat16 or float16");
+  if (name == "tfloat32") return Dtype::tfloat32;
+  throw std::invalid_argument("dtype: got " + name + ", expected float32, float64, bfloat16, float16 or tfloat32");
 }
 
 // Of x's dtype, or of the other one.
@@ -121,6 +122,7 @@ struct UnitArguments {
   std::optional<ConvolutionArguments> conv3;
   int64_t conv1_groups, groups, stride;
   bool conv2_relu, pool_count_include_pad;
+  bool allow_tf32;  // for float32 on CUDA; see library.cpp
 };
 
 inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x, const std::vector<int64_t>& shape) {

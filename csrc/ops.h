@@ -9,11 +9,11 @@ namespace shufflenet {
 
 // A device's run takes a unit's arguments, its run_program what shuffle_network takes.
 template <Tensor (*run)(const UnitArguments&),
-          Tensor (*run_program)(const Tensor& x, const Tensor& weights, const Program&)>
+          Tensor (*run_program)(const Tensor& x, const Tensor& weights, const Program&, bool allow_tf32)>
 struct Ops {
   static Tensor pointwise_shuffle_depthwise(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias,
                                             Tensor conv2_weight, std::optional<Tensor> conv2_bias, int64_t conv1_groups,
-                                            int64_t shuffle_groups, int64_t stride, bool conv2_relu) {
+                                            int64_t shuffle_groups, int64_t stride, bool conv2_relu, bool allow_tf32) {
     return run({x,
                 {"conv1", conv1_weight, conv1_bias, {}},
                 {"conv2", conv2_weight, conv2_bias, {}},
@@ -22,13 +22,14 @@ struct Ops {
                 shuffle_groups,
                 stride,
                 conv2_relu,
-                true});
+                true,
+                allow_tf32});
   }
 
   static Tensor shuffle_bottleneck(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
                                    std::optional<Tensor> conv2_bias, Tensor conv3_weight,
                                    std::optional<Tensor> conv3_bias, int64_t conv1_groups, int64_t groups,
-                                   int64_t stride, bool conv2_relu, bool pool_count_include_pad) {
+                                   int64_t stride, bool conv2_relu, bool pool_count_include_pad, bool allow_tf32) {
     return run({x,
                 {"conv1", conv1_weight, conv1_bias, {}},
                 {"conv2", conv2_weight, conv2_bias, {}},
@@ -37,7 +38,8 @@ struct Ops {
                 groups,
                 stride,
                 conv2_relu,
-                pool_count_include_pad});
+                pool_count_include_pad,
+                allow_tf32});
   }
 
   static Tensor shuffle_bottleneck_batch_norm(
@@ -45,7 +47,7 @@ struct Ops {
       Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight,
       Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps,
       double bn3_eps, int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu,
-      bool pool_count_include_pad) {
+      bool pool_count_include_pad, bool allow_tf32) {
     return run(
         {x,
          {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
@@ -55,11 +57,12 @@ struct Ops {
          groups,
          stride,
          conv2_relu,
-         pool_count_include_pad});
+         pool_count_include_pad,
+         allow_tf32});
   }
 
-  static Tensor shuffle_network(Tensor x, Tensor weights, std::vector<int64_t> program) {
-    return run_program(x, weights, read_program(x, weights, program));
+  static Tensor shuffle_network(Tensor x, Tensor weights, std::vector<int64_t> program, bool allow_tf32) {
+    return run_program(x, weights, read_program(x, weights, program), allow_tf32);
   }
 
   static void implement(torch::stable::detail::StableLibrary& library) {

@@ -34,8 +34,7 @@ struct PackedHead {
 //   0, out_channels, kernel_size, stride, padding, max_pool     a stem, first
 //   1, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu, pool_count_include_pad     a unit
 //   2, classes, pool_window     a head, last: the mean of the plane's upper left pool_window x pool_window pixels (0:
-//   of
-//                               all), and a linear layer
+//                               of all), and a linear layer
 struct Program {
   std::optional<PackedStem> stem;
   std::vector<PackedUnit> units;
@@ -140,7 +139,7 @@ class ProgramReader {
     }
     if (stem.kernel_size > weights_ / stem.kernel_size ||
         stem.in_channels > weights_ / (stem.kernel_size * stem.kernel_size)) {
-      fail("weights: got ", weights_, " elements, fewer than a row of the stem has");
+      fail("weights: got ", weights_, " elements, expected more: a row of the stem alone has more");
     }
     sizes_ = {sizes_[0], stem.out_channels, stem.out_height(), stem.out_width()};
     return {stem, convolution(stem.out_channels, stem.taps())};

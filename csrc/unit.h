@@ -7,7 +7,9 @@ namespace shufflenet {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-enum class Dtype { float32, float64, bfloat16, float16 };
+// tfloat32 is float32 whose pointwise products may be rounded to TF32: a kernel of its own on CUDA, none on the CPU.
+enum class Dtype { float32, float64, bfloat16, float16, tfloat32 };
+inline constexpr int kDtypes = 5;
 enum class Layout { contiguous, channels_last };
 
 // Sizes as checked by arguments.h; kernels trust them.

@@ -4,11 +4,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from types import ModuleType
+from typing import Any, Literal, get_args
 
 import torch
 
-from shufflenet_ext import _native
+from shufflenet_ext import _native, reference
 
 Backend = Literal["auto", "native", "reference"]
 
@@ -71,3 +72,30 @@ def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]
         return True
     fall_back(cause)
     return False
+
+
+class _Settings(ModuleType):
+    """Torch's settings as attributes of a module: of one, torch.compile reads an attribute and guards it.
+
+    It traces neither a call of the getter nor ``torch.backends.cudnn.conv``. It does trace the older
+    ``torch.backends.cudnn.allow_tf32``, but reading that raises where convolutions and recurrent layers are set apart.
+    """
+
+    @property
+    def convolutions_use_tf32(self) -> bool:
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]  # not in torch's stubs
+
+
+_settings = _Settings("settings")
+
+
+def allows_tf32(x: torch.Tensor) -> bool:
+    """Whether torch lets a convolution of ``x`` round its operands to TF32."""
+    return x.device.type == "cuda" and x.dtype == torch.float32 and _settings.convolutions_use_tf32
+
+
+def implementation(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> tuple[Any, dict[str, bool]]:
+    """What runs a call of ``units`` on ``x`` under the backend in use, and the keyword arguments that only it takes."""
+    if runs_native(x, units):
+        return torch.ops.shufflenet_ext, {"allow_tf32": allows_tf32(x)}
+    return reference, {}

@@ -1,5 +1,7 @@
 """The checks of the ops' arguments for the reference and the fake kernels; csrc/arguments.h holds the kernels' own."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,16 @@ def check_divides(name: str, divisor: int, what: str, value: int) -> None:
     """ValueError unless ``divisor`` is positive and divides ``value``, described by ``what``."""
     if divisor < 1 or value % divisor != 0:
         raise ValueError(f"{name}: got {divisor}, expected a positive divisor of {what}, {value}")
+
+
+def check_image(x: Tensor) -> None:
+    """ValueError unless ``x`` is a batch of images."""
+    if x.dim() != 4 or any(size < 1 for size in x.shape[1:]):
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, expected (batch, channels, height, width), not empty but for batch"
+        )
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
 
 
 def _check_convolution(name: str, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
@@ -55,12 +67,7 @@ def check_unit(
         check_tensor(name, value)
     for name, number in (("conv1_groups", conv1_groups), (groups_name, shuffle_groups), ("stride", stride)):
         check_int(name, number)
-    if x.dim() != 4 or any(size < 1 for size in x.shape[1:]):
-        raise ValueError(
-            f"x: got shape {list(x.shape)}, expected (batch, channels, height, width), not empty but for batch"
-        )
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x: got dtype {x.dtype}, expected a floating-point dtype")
+    check_image(x)
     if stride not in (1, 2):
         raise ValueError(f"stride: got {stride}, expected 1 or 2")
     if conv1_weight.dim() != 4 or conv1_weight.shape[0] < 1:
@@ -85,3 +92,63 @@ def check_unit(
         raise ValueError(
             f"conv3_weight: got {out_channels} rows, expected x's {in_channels} channels (with stride 1, x is added)"
         )
+
+
+# How many integers follow the kind of a step: a stem, a unit, a head.
+_STEP_LENGTHS = {0: 5, 1: 7, 2: 2}
+
+
+def split_program(program: list[int]) -> Iterator[tuple[int, list[int]]]:
+    """The kinds and the integers of a program's steps. ValueError unless it is made of whole steps in their order."""
+    at, kind = 0, None
+    while at < len(program):
+        before, kind = kind, program[at]
+        if kind not in _STEP_LENGTHS or (kind == 0 and at > 0) or before == 2:
+            expected = "0 (stem) first, 1 (unit) or 2 (head) last"
+            raise ValueError(f"program: got step {kind} at element {at}, expected {expected}")
+        step = program[at + 1 : at + 1 + _STEP_LENGTHS[kind]]
+        if len(step) < _STEP_LENGTHS[kind]:
+            raise ValueError(f"program: got {len(step)} elements for its last step, expected {_STEP_LENGTHS[kind]}")
+        yield kind, step
+        at += 1 + len(step)
+    if kind is None:
+        raise ValueError("program: got no elements, expected one step at least")
+
+
+def check_step(kind: int, step: list[int], channels: int, height: int, width: int) -> None:
+    """ValueError unless a program's step fits images of these sizes."""
+    if kind == 0:
+        out_channels, size, stride, padding, _ = step
+        _check_positive(out_channels=out_channels, kernel_size=size)
+        if stride not in (1, 2):
+            raise ValueError(f"program: got stride {stride}, expected 1 or 2")
+        if not 0 <= padding < size:
+            raise ValueError(f"program: got padding {padding}, expected at least 0 and less than kernel_size, {size}")
+        if min(height, width) + 2 * padding < size:
+            least = size - 2 * padding
+            raise ValueError(f"x: got {height} x {width} pixels, expected at least {least} x {least}")
+    elif kind == 1:
+        mid_channels, out_channels, conv1_groups, groups, stride = step[:5]
+        _check_positive(mid_channels=mid_channels, out_channels=out_channels)
+        if stride not in (1, 2):
+            raise ValueError(f"program: got stride {stride}, expected 1 or 2")
+        check_divides("program: conv1_groups", conv1_groups, "the unit's input channels", channels)
+        check_divides("program: conv1_groups", conv1_groups, "mid_channels", mid_channels)
+        check_divides("program: groups", groups, "mid_channels", mid_channels)
+        check_divides("program: groups", groups, "out_channels", out_channels)
+        if stride == 1 and out_channels != channels:
+            expected = f"{channels} (with stride 1, the unit's input is added to its result)"
+            raise ValueError(f"program: got {out_channels} out_channels, expected {expected}")
+    else:
+        classes, window = step
+        _check_positive(classes=classes)
+        if window != 0 and not (window > 0 and height // window == width // window == 1):
+            raise ValueError(
+                f"x: got {height} x {width} pixels ahead of the head, expected one window of {window} x {window}"
+            )
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"program: got {name} {number}, expected a positive number")

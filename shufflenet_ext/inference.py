@@ -1,7 +1,7 @@
 """optimize_for_inference: an eval-only copy of a model, batch norm folded ahead."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shufflenet_ext import reference
-from shufflenet_ext._backend import runs_native
+from shufflenet_ext._backend import implementation
 from shufflenet_ext._checks import check_tensor
 from shufflenet_ext._native import UnitSizes
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
@@ -98,8 +98,7 @@ class InferenceUnits(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        run = _network_op(x, self.sizes)
-        return run(_for_cuda(x, self.weights), self.weights, self.program).to(x.dtype)
+        return _run(x, self.weights, self.program, self.sizes)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -141,11 +140,11 @@ class InferenceNetwork(_EvalOnly):
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         if x.device.type != "cuda":
-            return _network_op(x, self.sizes)(x, self.weights, self.program)
+            return _run(x, self.weights, self.program, self.sizes)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
         dtype = x.dtype
         x = reference.shuffle_network(_for_cuda(x, self.weights), *stem)
-        return reference.shuffle_network(_network_op(x, self.sizes)(x, *units), *head).to(dtype)
+        return reference.shuffle_network(_run(x, *units, self.sizes), *head).to(dtype)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each step runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -158,9 +157,9 @@ def _for_cuda(x: Tensor, weights: Tensor) -> Tensor:
     return x.bfloat16() if mixed and x.device.type == "cuda" else x
 
 
-def _network_op(x: Tensor, sizes: list[UnitSizes]) -> Callable[[Tensor, Tensor, list[int]], Tensor]:
-    run = torch.ops.shufflenet_ext if runs_native(x, lambda: sizes) else reference
-    return run.shuffle_network
+def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes]) -> Tensor:
+    run, settings = implementation(x, lambda: sizes)
+    return run.shuffle_network(_for_cuda(x, weights), weights, program, **settings).to(x.dtype)
 
 
 class InferenceModel(_EvalOnly):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shufflenet_ext import reference
-from shufflenet_ext._backend import fall_back, runs_native
+from shufflenet_ext._backend import allows_tf32, fall_back, runs_native
 from shufflenet_ext._checks import check_divides, check_int, check_tensor
 from shufflenet_ext._native import UnitSizes
 
@@ -167,4 +167,5 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
             stride=self.stride,
             conv2_relu=self.conv2_relu,
             pool_count_include_pad=self.pool_count_include_pad,
+            allow_tf32=allows_tf32(x),
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shufflenet_ext import _native, reference
-from shufflenet_ext._backend import runs_native
+from shufflenet_ext._backend import implementation
 from shufflenet_ext._checks import check_int, check_tensor
 
 
@@ -48,8 +48,7 @@ def pointwise_shuffle_depthwise(
         {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias},
         {"conv1_groups": conv1_groups, "shuffle_groups": shuffle_groups, "stride": stride},
     )
-    native = runs_native(x, lambda: [(*conv1_weight.shape, conv1_groups, shuffle_groups, stride)])
-    run = torch.ops.shufflenet_ext if native else reference
+    run, settings = implementation(x, lambda: [(*conv1_weight.shape, conv1_groups, shuffle_groups, stride)])
     return run.pointwise_shuffle_depthwise(
         x,
         conv1_weight,
@@ -60,6 +59,7 @@ def pointwise_shuffle_depthwise(
         shuffle_groups=shuffle_groups,
         stride=stride,
         conv2_relu=conv2_relu,
+        **settings,
     )
 
 
@@ -106,8 +106,9 @@ def shuffle_bottleneck(
         {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias, "conv3_bias": conv3_bias},
         {"conv1_groups": conv1_groups, "groups": groups, "stride": stride},
     )
-    native = runs_native(x, lambda: [(*conv1_weight.shape, *conv3_weight.shape, conv1_groups, groups, stride)])
-    run = torch.ops.shufflenet_ext if native else reference
+    run, settings = implementation(
+        x, lambda: [(*conv1_weight.shape, *conv3_weight.shape, conv1_groups, groups, stride)]
+    )
     return run.shuffle_bottleneck(
         x,
         conv1_weight,
@@ -121,6 +122,7 @@ def shuffle_bottleneck(
         stride=stride,
         conv2_relu=conv2_relu,
         pool_count_include_pad=pool_count_include_pad,
+        **settings,
     )
 
 
@@ -140,7 +142,8 @@ def _register_autograd(name: str) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.options = keyword_only_inputs
+        # The reference's convolutions look torch's setting up themselves.
+        ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "allow_tf32"}
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Nothing but the inputs was kept: the intermediates are computed once more, by the reference.
@@ -161,7 +164,7 @@ def _register_autograd(name: str) -> None:
 def _register_fake(name: str) -> None:
     run_reference: Callable[..., Tensor] = getattr(reference, name)
 
-    def fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def fake(x: Tensor, *args: Any, allow_tf32: bool = False, **kwargs: Any) -> Tensor:
         shape = run_reference(x, *args, **kwargs).shape
         channels_last = len(shape) == 4 and _native.is_channels_last(x)
         return x.new_empty(shape).to(memory_format=torch.channels_last) if channels_last else x.new_empty(shape)

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shufflenet_ext._checks import check_divides, check_int, check_tensor, check_unit
+from shufflenet_ext._checks import (
+    check_divides,
+    check_image,
+    check_int,
+    check_step,
+    check_tensor,
+    check_unit,
+    split_program,
+)
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
@@ -115,23 +123,37 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
         program: what the steps are: 0, out_channels, kernel_size, stride, padding, max_pool for a stem (first), whose
             max pool is 3×3 with stride 2; 1, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu,
             pool_count_include_pad for a unit; 2, classes, pool_window for a head (last), which takes the mean of the
-            upper left pool_window × pool_window pixels (0: of all).
+            upper left pool_window × pool_window pixels (0: of all). The op takes a stem and a head or neither, around
+            one unit at least.
+
+    ValueError for arguments that are not as above.
     """
-    steps, packed, dtype = iter(program), _Packed(weights), x.dtype
+    check_tensor("x", x)
+    check_tensor("weights", weights)
+    check_image(x)
+    dtype = x.dtype
     if (dtype, weights.dtype) == (torch.float32, torch.bfloat16):
         x = x.bfloat16()
-    for kind in steps:
+    if weights.dtype != x.dtype or weights.device != x.device:
+        got, expected = (f"dtype {tensor.dtype} on {tensor.device}" for tensor in (weights, x))
+        raise ValueError(f"weights: got {got}, expected as x's, {expected}")
+    if weights.dim() != 1 or not weights.is_contiguous():
+        raise ValueError(f"weights: got shape {list(weights.shape)}, expected one contiguous dimension")
+    packed = _Packed(weights)
+    for kind, step in split_program(program):
+        channels, height, width = x.shape[1:]
+        check_step(kind, step, channels, height, width)
         if kind == 0:
-            out_channels, size, stride, padding, max_pool = (next(steps) for _ in range(5))
-            x = F.conv2d(x, *packed.take(out_channels, x.shape[1], size, size), stride=stride, padding=padding)
+            out_channels, size, stride, padding, max_pool = step
+            x = F.conv2d(x, *packed.take(out_channels, channels, size, size), stride=stride, padding=padding)
             if max_pool:
                 x = F.max_pool2d(x, 3, stride=2, padding=1)  # before the ReLU, which has a quarter to do: they commute
             x = F.relu(x)
         elif kind == 1:
-            mid, out, conv1_groups, groups, stride, conv2_relu, include_pad = (next(steps) for _ in range(7))
+            mid, out, conv1_groups, groups, stride, conv2_relu, include_pad = step
             x = shuffle_bottleneck(
                 x,
-                *packed.take(mid, x.shape[1] // conv1_groups, 1, 1),
+                *packed.take(mid, channels // conv1_groups, 1, 1),
                 *packed.take(mid, 1, 3, 3),
                 *packed.take(out, mid // groups, 1, 1),
                 conv1_groups=conv1_groups,
@@ -141,9 +163,10 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
                 pool_count_include_pad=bool(include_pad),
             )
         else:
-            classes, window = next(steps), next(steps)
+            classes, window = step
             x = F.avg_pool2d(x, window) if window else F.adaptive_avg_pool2d(x, 1)
-            x = F.linear(x.flatten(1), *packed.take(classes, x.shape[1]))
+            x = F.linear(x.flatten(1), *packed.take(classes, channels))
+    packed.check_all_taken()
     return x.to(dtype)
 
 
@@ -166,8 +189,14 @@ class _Packed:
     def take(self, *shape: int) -> tuple[Tensor, Tensor]:
         return self._array(*shape), self._array(shape[0])
 
+    def check_all_taken(self) -> None:
+        if self.at != self.weights.numel():
+            raise ValueError(f"weights: got {self.weights.numel()} elements, expected {self.at} for this program and x")
+
     def _array(self, *shape: int) -> Tensor:
         size = math.prod(shape)
+        if self.at + size > self.weights.numel():
+            raise ValueError(f"weights: got {self.weights.numel()} elements, expected {self.at + size} at least")
         array = self.weights.narrow(0, self.at, size).view(shape)
         self.at += size + -size % _PACKED_ALIGNMENT
         return array

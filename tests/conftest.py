@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support import Unit
+from support import Network, Unit, network_op
 
 from shufflenet_ext import _backend, _native, use_backend
 
@@ -64,5 +65,10 @@ def poison(one_thread: None) -> None:
     unit = Unit(groups=1, batch=1, in_channels=16, mid_channels=32, out_channels=16, plane=(24, 24))
     x, *weights = unit.tensors(torch.bfloat16)  # the dtypes that are staged use most scratch memory
     unit.native([torch.full_like(x, torch.nan), *weights])
+    network = Network((replace(unit, groups=2), unit, unit), batch=1, plane=unit.plane)
+    x, packed, program = network.arguments(torch.float64)
+    for threads in (2, 1):  # what a thread shares with others, and what it has for itself
+        torch.set_num_threads(threads)
+        network_op(torch.full_like(x, torch.nan), packed, program)
     blocks = [torch.full((2**exponent,), torch.nan) for exponent in range(4, 13) for _ in range(4)]
     del blocks

@@ -1,8 +1,9 @@
 """What the tests share: units with random arguments, the measure of accuracy, and a record of what ran."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from shufflenet_ext import reference
 OPS = ("pointwise_shuffle_depthwise", "shuffle_bottleneck", "shuffle_bottleneck_batch_norm")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
+network_op = torch.ops.shufflenet_ext.shuffle_network
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,71 @@ class Unit:
         got = self.native(tensors)
         assert got.dtype == tensors[0].dtype
         assert_as_accurate(got, self.reference(tensors), self.exact(tensors))
+        return got
+
+
+@dataclass(frozen=True)
+class Network:
+    """A call of shuffle_network: units one behind the other, with a stem and a head or neither."""
+
+    units: tuple[Unit, ...]
+    stem: tuple[int, ...] | None = None  # out_channels, kernel_size, stride, padding, max_pool
+    head: tuple[int, ...] | None = None  # classes, pool_window
+    batch: int = 2
+    in_channels: int | None = None  # the first unit's
+    plane: tuple[int, int] = (14, 14)
+
+    @property
+    def program(self) -> list[int]:
+        program = [] if self.stem is None else [0, *self.stem]
+        for unit in self.units:
+            o = unit.options
+            program += [1, unit.mid_channels, unit.out_channels or unit.in_channels, o["conv1_groups"], o["groups"]]
+            program += [o["stride"], int(o["conv2_relu"]), int(o["pool_count_include_pad"])]
+        return program if self.head is None else [*program, 2, *self.head]
+
+    def parameters(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Weights and biases in the program's order; every intermediate is of the order of one."""
+        generator = torch.Generator().manual_seed(2)
+
+        def layer(rows: int, *depth: int) -> list[Tensor]:
+            weight = torch.randn((rows, *depth), generator=generator, dtype=torch.float64, device="cpu")
+            bias = torch.randn(rows, generator=generator, dtype=torch.float64, device="cpu")
+            return [(weight / math.prod(depth) ** 0.5).to(dtype), bias.to(dtype)]
+
+        parameters: list[Tensor] = []
+        if self.stem is not None:
+            out_channels, size = self.stem[:2]
+            parameters += layer(out_channels, self.in_channels or self.units[0].in_channels, size, size)
+        for unit in self.units:
+            parameters += unit.tensors(dtype)[1:]
+        if self.head is not None:
+            last = self.units[-1]
+            channels = (last.out_channels or last.in_channels) + (last.in_channels if last.stride == 2 else 0)
+            parameters += layer(self.head[0], channels)
+        return [parameter.to(torch.get_default_device()) for parameter in parameters]
+
+    def arguments(
+        self, dtype: torch.dtype = torch.float32, layout: torch.memory_format = LAYOUTS[0]
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """The op's arguments, on torch's default device."""
+        x = replace(
+            self.units[0],
+            batch=self.batch,
+            in_channels=self.in_channels or self.units[0].in_channels,
+            out_channels=None,
+            conv1_groups=1,
+            groups=1,
+            plane=self.plane,
+        ).tensors(dtype, layout)[0]
+        return x, reference.pack_weights(self.parameters(dtype)), self.program
+
+    def check(self, x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
+        """The native result, which must be as accurate as PyTorch's own."""
+        got = network_op(x, weights, program)
+        assert got.dtype == x.dtype
+        exact = reference.shuffle_network(x.double(), weights.double(), program)
+        assert_as_accurate(got, reference.shuffle_network(x, weights, program), exact)
         return got
 
 

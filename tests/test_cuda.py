@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import test_chain
 import test_dispatcher
 import test_kernels
+import test_network
 import test_properties
 import torch
-from support import DTYPES, LAYOUTS, OPS, Unit, assert_as_accurate, autocast, randomize
+from support import DTYPES, LAYOUTS, OPS, Network, Unit, assert_as_accurate, autocast, network_op, randomize
 
 import shufflenet_ext as se
 from shufflenet_ext import _native
@@ -22,7 +22,7 @@ if (cuda_error := _native.build_info()["cuda_error"]) is not None:
 
 pytestmark = pytest.mark.cuda
 
-for module in (test_kernels, test_dispatcher, test_chain, test_properties):
+for module in (test_kernels, test_dispatcher, test_network, test_properties):
     for name, test in list(vars(module).items()):
         if name.startswith("test_") and name != "test_every_isa_of_this_architecture_is_tested":
             globals()[f"{module.__name__}_{name.removeprefix('test_')}"] = test
@@ -188,6 +188,12 @@ def test_networks(create, size, dtype, layout):
         exact = network.double()(images.double())
         plain = network.to(dtype)(images.to(dtype))
     assert_as_accurate(optimized(images.to(dtype)), plain, exact)
+
+
+def test_a_stem_and_a_head_are_for_the_cpu():
+    network = Network((Unit(groups=1),), (24, 3, 1, 1, 0), (10, 0), in_channels=3)
+    with pytest.raises(RuntimeError, match="stem"):
+        network_op(*network.arguments())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.cuda_toolkit import Kernel, compile_kernels, nvcc
 
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPES = ("float32", "float64", "bfloat16", "float16", "tfloat32")
 
 
 def cuobjdump() -> str | None:
@@ -70,10 +70,11 @@ def test_the_assembly_has_the_instructions_it_should(
         else:
             assert re.search(r"LDG\.E\S*\.128", kernel), "copies of x and of weights"
         assert re.search(r"STG\.E\S*\.128", kernel), "the result"
-        uses_mma = dtype == "float16" or (dtype == "bfloat16" and int(arch) >= 80)
+        uses_mma = dtype == "float16" or (dtype in ("bfloat16", "tfloat32") and int(arch) >= 80)
         assert bool(re.search(r"HMMA\.\d+", kernel)) == uses_mma
         if uses_mma:
-            expected = "HMMA.1688.F32" if arch == "75" else "HMMA.16816.F32"
-            assert expected in kernel
+            for_16_bits = r"HMMA\.1688\.F32(?!\.TF32)" if arch == "75" else r"HMMA\.16816\.F32"
+            assert re.search(r"HMMA\.1688\.F32\.TF32" if dtype == "tfloat32" else for_16_bits, kernel)
             assert "LDSM.16.M88.4" in kernel
-            assert "LDSM.16.MT88.4" in kernel or "channels_last" in kernel or "LayoutE1" in kernel
+            # Planes: the fragments of 16-bit x are transposed on their way from shared memory.
+            assert "LDSM.16.MT88.4" in kernel or dtype == "tfloat32" or "LayoutE1" in kernel

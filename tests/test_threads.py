@@ -1,5 +1,8 @@
 """Threads and processes: results bit for bit the same, calls at the same time, use after a fork."""
 
+import ctypes
+import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -62,6 +65,60 @@ def test_one_module_used_from_eight_threads():
         results = list(pool.map(lambda x: unit(x).detach(), images * 4))
     for got, wanted in zip(results, expected * 4, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.fixture
+def network():
+    """A network for inference, and images, as many as it has results."""
+    return se.optimize_for_inference(randomize(se.models.shufflenet_v1(3, 0.5))), torch.randn(8, 3, 96, 64)
+
+
+def test_one_optimized_network_called_from_eight_threads(network):
+    net, images = network
+    torch.set_num_threads(2)
+    batches = [images[:1], images[1:4], images[4:6], images]  # shared by the threads, one image each, or both
+    expected = [net(x) for x in batches]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(net, batches * 16))
+    for got, wanted in zip(results, expected * 16, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_more_threads_than_cores(network):
+    net, images = network
+    expected = net(images[:1])
+    torch.set_num_threads(4 * (os.cpu_count() or 1))
+    for _ in range(10):
+        assert torch.equal(net(images[:1]), expected)
+
+
+def test_calls_from_the_inter_op_pool(network):
+    net, images = network
+
+    @torch.jit.script
+    def fork(images: list[torch.Tensor], weights: torch.Tensor, program: list[int]):
+        futures = [torch.jit.fork(torch.ops.shufflenet_ext.shuffle_network, x, weights, program) for x in images]
+        return [torch.jit.wait(future) for future in futures]
+
+    torch.set_num_threads(2)
+    for got, x in zip(fork(list(images.split(1)), net.model.weights, net.model.program), images.split(1), strict=True):
+        assert torch.equal(got, net(x))
+
+
+def test_calls_inside_another_parallel_region(network):
+    # OpenMP's own entry point starts the region in which each thread calls the op, whose own then has one thread.
+    net, images = network
+    torch.set_num_threads(2)
+    expected = net(images[:1])
+    with open("/proc/self/maps") as maps:
+        libraries = {line.split()[-1] for line in maps if re.search(r"/lib[gi]omp[^/]*$", line)}
+    if len(libraries) != 1 or "gomp" not in (library := libraries.pop()):
+        pytest.skip("torch uses another OpenMP library than GCC's")
+    results = []
+    region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: results.append(net(images[:1])))
+    ctypes.CDLL(library).GOMP_parallel(region, None, 3, 0)
+    assert len(results) == 3
+    assert all(torch.equal(got, expected) for got in results)
 
 
 def test_autograd_from_a_thread_of_its_own():

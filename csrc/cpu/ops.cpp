@@ -238,7 +238,7 @@ double measure_peak(Dtype dtype) {
   return peak;
 }
 
-static Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program) {
+static Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program, bool) {
   check_ends(program);
   const Tensor x = dense(given_x, program.layout);
   const Tensor result =

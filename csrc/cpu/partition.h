@@ -71,7 +71,7 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
   };
   int64_t fewest = 1;
   while (fewest < unit.out_height() && !fits(fewest)) ++fewest;
-  if (threads == 1) return {fewest, Sharing::whole_parts};
+  if (threads == 1) return {fewest, has_strips && fewest > 1 ? Sharing::strips : Sharing::whole_parts};
 
   Partition best;
   int64_t least = INT64_MAX;
@@ -82,7 +82,7 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
   };
   const auto foreign = [](int64_t elements) { return elements * kAccumulatorBytes / kForeignBytesPerCost; };
   const int64_t halo = foreign(unit.width * unit.mid_channels);
-  if (has_strips && threads <= unit.out_height() && fewest <= threads) {
+  if (has_strips && threads <= unit.out_height()) {
     const int64_t rows = rows_of(threads);
     // Where a height does not divide, the neighbouring units' strips are others, and the planes stay whole.
     const int64_t whole_planes =

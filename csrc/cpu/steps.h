@@ -120,7 +120,11 @@ class UnitStep : public Step {
   }
 
   void run(const void* from, void* to) const override {
-    for (int64_t i = 0; i < alone_.strips; ++i) run_part(pointers(from, to), alone_.part(unit_, i));
+    if (alone_.sharing == Sharing::strips) {
+      run_strips(from, to);
+    } else {
+      for (int64_t i = 0; i < alone_.strips; ++i) run_part(pointers(from, to), alone_.part(unit_, i));
+    }
   }
 
   void share(const Sharers& s) const override {
@@ -198,30 +202,57 @@ class UnitStep : public Step {
     if (unit_.has_conv3()) kernel_.project(unit_, pointers, part, {0, unit_.result_channels()}, buffers, scratch);
   }
 
-  void share_strips(const Sharers& s) const {
-    const ImageLayout x = x_layout(s.from_is_cut), result = result_layout(s.to_is_cut);
-    const auto all = std::make_shared<std::vector<Strip>>(shared_.strips);
-    for (int64_t i = 0; i < shared_.strips; ++i) {
-      Strip& strip = (*all)[i];
-      strip.part = shared_.part(unit_, i);
+  // The strips of a partition, the i-th with the i-th memory for y1, of as many as there are in turn.
+  std::vector<Strip> strips_of(const Partition& partition, const ImageLayout& x, const void* from,
+                               const ImageLayout& result, const void* to, const std::vector<char*>& y1) const {
+    std::vector<Strip> strips(partition.strips);
+    for (int64_t i = 0; i < partition.strips; ++i) {
+      Strip& strip = strips[i];
+      strip.part = partition.part(unit_, i);
       const int64_t first = strip.part.row_begin * unit_.stride;
-      strip.x = x.rows<A>(s.from, i, first);
-      strip.result = result.rows<A>(s.to, i, strip.part.row_begin);
-      strip.y1 = s.buffers + i * s.shared_bytes;
+      strip.x = x.rows<A>(from, i, first);
+      strip.result = result.rows<A>(to, i, strip.part.row_begin);
+      strip.y1 = y1[i % y1.size()];
       if (i > 0) {
-        Strip& above = (*all)[i - 1];
+        Strip& above = strips[i - 1];
         strip.above = &above;
         above.below = &strip;
         const int64_t rows_above = first - above.part.row_begin * unit_.stride;
         strip.x_above = {static_cast<A*>(above.x.data) + (rows_above - 1) * unit_.width, above.x.plane};
       }
     }
-    const auto run = [this, all](const auto phase, int64_t i) {
-      const Strip& strip = (*all)[i];
-      phase(unit_, pointers_, strip, thread_scratch.reserve(kernel_.strip_scratch_bytes(unit_, strip.part)));
-    };
-    s.phases.push_back({s.step, shared_.strips, [=](int64_t i) { run(kernel_.expand_strip, i); }});
-    s.phases.push_back({s.step, shared_.strips, [=](int64_t i) { run(kernel_.project_strip, i); }});
+    return strips;
+  }
+
+  using StripPhase = void (*)(const Unit&, const UnitPointers&, const Strip&, void*);
+  void run_strip(StripPhase phase, const Strip& strip) const {
+    phase(unit_, pointers_, strip, thread_scratch.reserve(kernel_.strip_scratch_bytes(unit_, strip.part)));
+  }
+
+  // From the top to the bottom: a strip is expanded before the one above it is projected, so that memory for the y1 of
+  // three is enough.
+  void run_strips(const void* from, void* to) const {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < alone_.strips; ++i) {
+      bytes = std::max(bytes, kernel_.strip_bytes(unit_, alone_.part(unit_, i)));
+    }
+    char* const memory = thread_buffers.reserve(3 * bytes);
+    const std::vector<Strip> strips = strips_of(
+        alone_, x_layout(false), from, result_layout(false), to, {memory, memory + bytes, memory + 2 * bytes});
+    for (int64_t i = 0; i <= alone_.strips; ++i) {
+      if (i < alone_.strips) run_strip(kernel_.expand_strip, strips[i]);
+      if (i > 0) run_strip(kernel_.project_strip, strips[i - 1]);
+    }
+  }
+
+  void share_strips(const Sharers& s) const {
+    std::vector<char*> y1(shared_.strips);
+    for (int64_t i = 0; i < shared_.strips; ++i) y1[i] = s.buffers + i * s.shared_bytes;
+    const auto all = std::make_shared<const std::vector<Strip>>(
+        strips_of(shared_, x_layout(s.from_is_cut), s.from, result_layout(s.to_is_cut), s.to, y1));
+    for (const StripPhase phase : {kernel_.expand_strip, kernel_.project_strip}) {
+      s.phases.push_back({s.step, shared_.strips, [=](int64_t i) { run_strip(phase, (*all)[i]); }});
+    }
   }
 
   // The threads share each phase of the part by channels: nothing is computed twice.

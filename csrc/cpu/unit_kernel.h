@@ -131,7 +131,7 @@ struct PixelTiles {
       : pixels(pixels),
         vectors(ceil_div(pixels, Simd<A>::kLanes)),
         count(ceil_div(vectors, kTileVectors)),
-        least(vectors / count),
+        least(vectors / std::max<int64_t>(1, count)),  // none where a lone pixel is all there is
         larger(vectors - least * count) {}
   int64_t begin(int64_t tile) const { return tile * least + std::min(tile, larger); }
   int64_t tile_vectors(int64_t tile) const { return least + (tile < larger ? 1 : 0); }

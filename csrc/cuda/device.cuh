@@ -20,18 +20,34 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
+// A float32 that tensor cores may multiply as TF32 (10 bits behind the point). Memory and sums keep all of it.
+struct TFloat32 {
+  float value;
+};
 
 SHUFFLENET_DEVICE float widen(float value) { return value; }
 SHUFFLENET_DEVICE double widen(double value) { return value; }
 SHUFFLENET_DEVICE float widen(Float16 value) { return __half2float(__ushort_as_half(value.bits)); }
 SHUFFLENET_DEVICE float widen(BFloat16 value) { return __uint_as_float(uint32_t{value.bits} << 16); }
+SHUFFLENET_DEVICE float widen(TFloat32 value) { return value.value; }
 SHUFFLENET_DEVICE void narrow(float value, float& to) { to = value; }
+SHUFFLENET_DEVICE void narrow(float value, TFloat32& to) { to.value = value; }
 SHUFFLENET_DEVICE void narrow(double value, double& to) { to = value; }
 SHUFFLENET_DEVICE void narrow(float value, Float16& to) { to.bits = __half_as_ushort(__float2half_rn(value)); }
 SHUFFLENET_DEVICE void narrow(float value, BFloat16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
 SHUFFLENET_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 SHUFFLENET_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// NaN stays NaN, as in PyTorch.
+SHUFFLENET_DEVICE float relu(float value) {
+#if __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(value));
+  return value;
+#else
+  return value < 0 ? 0 : value;
+#endif
+}
+SHUFFLENET_DEVICE double relu(double value) { return value < 0 ? 0 : value; }
 SHUFFLENET_DEVICE float square_root(float value) { return sqrtf(value); }
 SHUFFLENET_DEVICE double square_root(double value) { return sqrt(value); }
 
@@ -39,6 +55,7 @@ SHUFFLENET_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 SHUFFLENET_DEVICE int64_t block_index() { return blockIdx.x; }
 SHUFFLENET_DEVICE int64_t block_count() { return gridDim.x; }
 SHUFFLENET_DEVICE void barrier() { __syncthreads(); }
+SHUFFLENET_DEVICE void warp_barrier() { __syncwarp(); }
 
 // A pointer into shared memory. On the CPU it is a class that checks every access.
 template <class T>
@@ -53,35 +70,33 @@ SHUFFLENET_DEVICE Shared<T> shared_at(Shared<char> memory, int64_t offset) {
   return reinterpret_cast<T*>(memory + offset);
 }
 
+// The same place as elements of another type.
+template <class U, class T>
+SHUFFLENET_DEVICE Shared<U> shared_as(Shared<T> p) {
+  return reinterpret_cast<U*>(p);
+}
+
 SHUFFLENET_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Copies the first `valid` of kBytes and zeroes the rest; visible to the thread after wait_copies, to others after a
-// barrier behind that. Before sm_80 it is a plain copy.
+// Copies kBytes, or zeroes them where not `valid`; visible to the thread after wait_copies, to others after a barrier
+// behind that. Before sm_80 it is a plain copy.
 template <int kBytes, class T>
-SHUFFLENET_DEVICE void copy_async(Shared<T> to, const T* from, int valid) {
+SHUFFLENET_DEVICE void copy_async(Shared<T> to, const T* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
+  const int bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
   } else {
     asm volatile(
-        "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes), "r"(valid)
+        "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes), "r"(bytes)
         : "memory");
   }
 #else
   struct alignas(kBytes) Block {
     T elements[kBytes / sizeof(T)];
   };
-  Block block = {};
-  if (valid == kBytes) {
-    block = *reinterpret_cast<const Block*>(from);
-  } else {
-    SHUFFLENET_UNROLL
-    for (int i = 0; i < kBytes / static_cast<int>(sizeof(T)); ++i) {
-      if (i * static_cast<int>(sizeof(T)) < valid) block.elements[i] = from[i];
-    }
-  }
-  *reinterpret_cast<Block*>(to) = block;
+  *reinterpret_cast<Block*>(to) = valid ? *reinterpret_cast<const Block*>(from) : Block{};
 #endif
 }
 SHUFFLENET_DEVICE void commit_copies() {
@@ -98,7 +113,8 @@ SHUFFLENET_DEVICE void wait_copies() {
 }
 
 // ldmatrix: 8x8 matrices of 16-bit elements; lane 8 * i + j gives the address of row j of matrix i, and gets, in
-// register i, elements 2 * (lane % 4) and + 1 of row lane / 4 of matrix i (of its transpose if kTransposed).
+// register i, elements 2 * (lane % 4) and + 1 of row lane / 4 of matrix i (of its transpose if kTransposed). Rows are
+// 16 bytes: of 32-bit elements a lane gets element lane % 4.
 template <bool kTransposed, class T>
 SHUFFLENET_DEVICE void load_matrices(uint32_t (&to)[4], Shared<const T> row) {
   if constexpr (kTransposed) {
@@ -113,26 +129,35 @@ SHUFFLENET_DEVICE void load_matrices(uint32_t (&to)[4], Shared<const T> row) {
                  : "memory");
   }
 }
-// The same for two matrices; lanes 16 to 31 give any valid address.
-template <class T>
-SHUFFLENET_DEVICE void load_matrices(uint32_t (&to)[2], Shared<const T> row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(to[0]), "=r"(to[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // Whether the architecture being compiled for multiplies T on tensor cores.
 template <class T>
 inline constexpr bool kHasMma = false;
 template <>
-inline constexpr bool kHasMma<Float16> = true;  // from sm_75, the oldest that is built
+inline constexpr bool kHasMma<Float16> = true;  // from sm_75, the oldest that is built, which has only m16n8k8
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 template <>
 inline constexpr bool kHasMma<BFloat16> = true;
+template <>
+inline constexpr bool kHasMma<TFloat32> = true;
+inline constexpr bool kHasMmaK16 = true;
+#else
+inline constexpr bool kHasMmaK16 = false;
 #endif
 
-// mma.m16n8k16, a row by column: d += a b.
+SHUFFLENET_DEVICE uint32_t bits_of(TFloat32 value) { return __float_as_uint(value.value); }
+
+// What multiply_matrices takes of T's bits: TF32 has to be rounded to, the 16-bit types are as they are.
+template <class T, int kRegisters>
+SHUFFLENET_DEVICE void round_operands(uint32_t (&registers)[kRegisters]) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 4) {
+    SHUFFLENET_UNROLL
+    for (uint32_t& bits : registers) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(bits)));
+  }
+#endif
+}
+
+// mma.m16n8k16, or mma.m16n8k8 where elements have 32 bits, a row by column: d += a b.
 SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Float16) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
@@ -140,13 +165,6 @@ SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], 
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  SHUFFLENET_UNROLL
-  for (int half = 0; half < 2; ++half) {  // sm_75 has m16n8k8: the two halves of the depth
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
-  }
 #endif
 }
 SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
@@ -157,6 +175,21 @@ SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], 
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
+}
+SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TFloat32) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+// mma.m16n8k8 in 16 bits.
+SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[2], uint32_t b, Float16) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
 }  // namespace shufflenet::cuda

@@ -12,6 +12,7 @@ const void* kernel_float32(Layout layout);
 const void* kernel_float64(Layout layout);
 const void* kernel_bfloat16(Layout layout);
 const void* kernel_float16(Layout layout);
+const void* kernel_tfloat32(Layout layout);
 
 // The device's properties, asked for once. std::runtime_error where CUDA fails.
 const Device& device_properties(int index);

@@ -57,6 +57,7 @@ const void* kernel_for(Dtype dtype, Layout layout) {
     case Dtype::float64: return kernel_float64(layout);
     case Dtype::bfloat16: return kernel_bfloat16(layout);
     case Dtype::float16: return kernel_float16(layout);
+    case Dtype::tfloat32: return kernel_tfloat32(layout);
     default: return kernel_float32(layout);
   }
 }
@@ -66,7 +67,7 @@ void allow_shared_memory(const void* kernel, Dtype dtype, Layout layout, int64_t
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (bytes <= kWithoutAsking) return;
   static std::mutex mutex;
-  static std::array<std::array<int64_t, 8>, kMaxDevices> allowed = {};
+  static std::array<std::array<int64_t, 2 * kDtypes>, kMaxDevices> allowed = {};
   int index = 0;
   check(cudaGetDevice(&index), "cudaGetDevice");
   int64_t& known = allowed.at(index)[static_cast<int>(dtype) * 2 + static_cast<int>(layout)];

@@ -63,24 +63,31 @@ Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
   return plans[key] = plan_unit(u, dtype, device_properties(device_index));
 }
 
-Tensor run_unit(const UnitArguments& arguments) {
-  const Unit unit = check_unit(arguments);
-  const int32_t device = arguments.x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor x = dense(arguments.x, unit.layout);
-  const Tensor result = empty_result(x, unit);
-  if (unit.batch == 0) return result;
+// A unit's parameters, in the device's memory.
+struct UnitParameters {
+  ConvolutionPointers conv1, conv2, conv3;
+};
 
-  const ConvolutionData conv1(arguments.conv1), conv2(arguments.conv2);
-  std::optional<ConvolutionData> conv3;
-  if (arguments.conv3) conv3.emplace(*arguments.conv3);
-  const Dtype dtype = dtype_of("x", x);
+// On the device of x, which is dense, in its current stream.
+void launch_unit(const Unit& unit, const Tensor& x, const UnitParameters& parameters, bool allow_tf32,
+                 const Tensor& result) {
+  const int32_t device = x.get_device_index();
+  Dtype dtype = dtype_of("x", x);
+  if (dtype == Dtype::float32 && allow_tf32 && uses_mma(Dtype::tfloat32, device_properties(device))) {
+    dtype = Dtype::tfloat32;
+  }
   const Plan plan = cached_plan(unit, dtype, device);
   if (!plan.ok) fail("x: no CUDA kernel can be planned for this unit (", plan.explanation, ")");
 
-  KernelArguments kernel = {sizes_of(unit),           plan.tiling,    x.const_data_ptr(),
-                            conv1.pointers,           conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{},
-                            result.mutable_data_ptr()};
+  KernelArguments kernel = {
+      sizes_of(unit),
+      plan.tiling,
+      SharedLayout(sizes_of(unit), plan.tiling, unit.layout, element_bytes(dtype), accumulator_bytes(dtype)),
+      x.const_data_ptr(),
+      parameters.conv1,
+      parameters.conv2,
+      parameters.conv3,
+      result.mutable_data_ptr()};
   const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
   choose_vectors(
       unit, dtype, kernel.tiling,
@@ -88,16 +95,46 @@ Tensor run_unit(const UnitArguments& arguments) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   launch(kernel, dtype, unit.layout, plan.shared_bytes, stream);
+}
+
+Tensor run(const UnitArguments& arguments) {
+  const Unit unit = check_unit(arguments);
+  const torch::stable::accelerator::DeviceGuard guard(arguments.x.get_device_index());
+  const Tensor x = dense(arguments.x, unit.layout);
+  const Tensor result = empty_result(x, unit);
+  if (unit.batch == 0) return result;
+  const ConvolutionData conv1(arguments.conv1), conv2(arguments.conv2);
+  std::optional<ConvolutionData> conv3;
+  if (arguments.conv3) conv3.emplace(*arguments.conv3);
+  launch_unit(unit, x, {conv1.pointers, conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{}},
+              arguments.allow_tf32, result);
   return result;
 }
 
-Tensor run(const Tensor& x, const std::vector<UnitArguments>& units) {
-  Tensor result = x;
-  for (UnitArguments unit : units) {
-    unit.x = result;
-    result = run_unit(unit);
+// The units of a program, a launch each.
+Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program, bool allow_tf32) {
+  if (program.stem || program.head) fail("program: got a ", program.stem ? "stem" : "head", ", expected units only");
+  const torch::stable::accelerator::DeviceGuard guard(given_x.get_device_index());
+  const char* const data = static_cast<const char*>(weights.const_data_ptr());
+  const auto pointers = [&](const PackedConvolution& packed) {
+    const int64_t bytes = static_cast<int64_t>(weights.element_size());
+    ConvolutionPointers convolution;
+    convolution.weight = data + packed.weight * bytes;
+    convolution.bias = {data + packed.bias * bytes, weights.scalar_type() == ScalarType::Float};
+    return convolution;
+  };
+  Tensor x = dense(given_x, program.layout);
+  for (const PackedUnit& packed : program.units) {
+    Unit unit = packed.unit;  // of one image
+    unit.batch = x.size(0);
+    const Tensor result = empty_result(x, unit);
+    if (unit.batch > 0) {
+      launch_unit(
+          unit, x, {pointers(packed.conv1), pointers(packed.conv2), pointers(packed.conv3)}, allow_tf32, result);
+    }
+    x = result;
   }
-  return result;
+  return x;
 }
 
 // The unit that sizes describe: conv1's weight, conv3's (none where the unit ends before it), conv1_groups, groups,
@@ -153,7 +190,7 @@ pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& s
   answer["tile_columns"] = plan.tiling.tile_columns;
   answer["slices"] = plan.tiling.slices;
   answer["chunk"] = plan.tiling.chunk;
-  answer["stages"] = plan.tiling.stages;
+  answer["tile_depth"] = plan.tiling.tile_depth;
   answer["shared_bytes"] = plan.shared_bytes;
   answer["windows"] = plan.windows;
   answer["blocks_per_multiprocessor"] = plan.blocks_per_multiprocessor;
@@ -167,7 +204,9 @@ pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& s
 }  // namespace
 }  // namespace shufflenet::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CUDA, m) { shufflenet::Ops<shufflenet::cuda::run>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CUDA, m) {
+  shufflenet::Ops<shufflenet::cuda::run, shufflenet::cuda::run_program>::implement(m);
+}
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA library of shufflenet_ext: importing it registers the ops' CUDA kernels.";

@@ -36,6 +36,10 @@ inline Device device_of(int compute_capability) {
   }
 }
 
+// Depths of a warp's tile of x that are considered. 160 bytes are the 80 channels of 16 bits that a group has in stage
+// 2 of the paper's network with three groups; fewer leave more memory for the rest.
+inline constexpr int kTileDepthBytes[] = {160, 64, 32};
+
 struct Plan {
   bool ok = false;
   Tiling tiling;
@@ -46,28 +50,37 @@ struct Plan {
   std::string explanation;
 };
 
-inline int element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+inline int element_bytes(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 || dtype == Dtype::tfloat32 ? 4 : 2;
+}
 inline int accumulator_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
 inline bool uses_mma(Dtype dtype, const Device& device) {
-  return dtype == Dtype::float16 || (dtype == Dtype::bfloat16 && device.compute_capability >= 80);
+  const bool from_sm_80 = dtype == Dtype::bfloat16 || dtype == Dtype::tfloat32;
+  return dtype == Dtype::float16 || (from_sm_80 && device.compute_capability >= 80);
 }
 
 inline Sizes sizes_of(const Unit& unit) {
   const auto narrow = [](int64_t n) { return static_cast<int>(n); };
-  return {unit.batch,
-          narrow(unit.in_channels),
-          narrow(unit.height),
-          narrow(unit.width),
-          narrow(unit.mid_channels),
-          narrow(unit.out_channels),
-          narrow(unit.conv1_groups),
-          narrow(unit.groups),
-          narrow(unit.stride),
-          narrow(unit.out_height()),
-          narrow(unit.out_width()),
-          narrow(unit.result_channels()),
-          unit.conv2_relu,
-          unit.pool_count_include_pad};
+  return {
+      unit.batch,
+      narrow(unit.in_channels),
+      narrow(unit.height),
+      narrow(unit.width),
+      narrow(unit.mid_channels),
+      narrow(unit.out_channels),
+      narrow(unit.conv1_groups),
+      narrow(unit.groups),
+      narrow(unit.stride),
+      narrow(unit.out_height()),
+      narrow(unit.out_width()),
+      narrow(unit.result_channels()),
+      narrow(unit.slice_channels()),
+      narrow(unit.conv1_depth()),
+      narrow(unit.out_channels / unit.groups),
+      narrow(unit.height * unit.width),
+      narrow(unit.out_height() * unit.out_width()),
+      unit.conv2_relu,
+      unit.pool_count_include_pad};
 }
 
 // The addresses that a launch works on; their alignment bounds the vectors.
@@ -91,10 +104,12 @@ inline void choose_vectors(const Unit& unit, Dtype dtype, Tiling& t, const Addre
   t.conv3_vector = vector_bytes({unit.slice_channels() * e, address(at.conv3_weight)});
   if (unit.layout == Layout::channels_last) {
     t.x_vector = vector_bytes({unit.in_channels * e, unit.conv1_depth() * e, address(at.x)});
-    // Tiles of conv3 start whole eights of rows into a group; without conv3, chunks are what is written.
+    // Tiles of conv3 start whole kElements of rows into a group; without conv3, chunks are what is written.
     const int64_t start = unit.has_conv3() ? unit.out_channels / unit.groups * e
                                            : std::gcd(unit.slice_channels() * e * t.slices, int64_t{t.chunk} * e);
     t.result_vector = vector_bytes({unit.result_channels() * e, start, address(at.result), residual});
+    t.pool_vector = vector_bytes(
+        {unit.in_channels * e, unit.result_channels() * e, unit.out_channels * e, address(at.x), address(at.result)});
   } else if (t.column_tiles(s) == 1) {
     const int64_t in_row = t.row_tiles(s) == 1 ? 16 : unit.width * e;
     const int64_t out_start = t.row_tiles(s) == 1 ? 16 : t.tile_rows * unit.out_width() * e;
@@ -106,7 +121,7 @@ inline void choose_vectors(const Unit& unit, Dtype dtype, Tiling& t, const Addre
   // Element by element where no access of the kernel's is as narrow as that: copies of 4 bytes, writes of 8.
   const int element = element_bytes(dtype);
   for (int* vector : {&t.x_vector, &t.conv1_vector, &t.conv3_vector}) *vector = *vector < 4 ? element : *vector;
-  if (t.result_vector < 8) t.result_vector = element;
+  for (int* vector : {&t.result_vector, &t.pool_vector}) *vector = *vector < 8 ? element : *vector;
 }
 
 inline int blocks_per_multiprocessor(int64_t shared_bytes, int accumulator, const Device& device) {
@@ -117,77 +132,105 @@ inline int blocks_per_multiprocessor(int64_t shared_bytes, int accumulator, cons
   return static_cast<int>(std::max<int64_t>(blocks, shared_bytes <= device.shared_per_block ? 1 : 0));
 }
 
-// What a multiprocessor does in a cycle. Estimates, made without a GPU; only their proportions matter to the choice.
-struct Rates {
-  double multiply_adds, copied_bytes, depthwise_outputs, step_latency, window_latency;
+// A warp's instructions, counted in what nvcc 13 makes of unit_kernel.cuh for sm_90.
+struct Instructions {
+  // Of a product: a step of 16 lines, and of eight places more.
+  double step, eight;
+  // Of conv1: a part of the depth, a step of its copies; a tile, and eight rows of its outputs.
+  static constexpr double part = 90, copy = 20, tile = 60, outputs = 45;
+  // Of conv3: 16 x 32 outputs, the product apart. Of the depthwise convolution: a column of a pair of channels, and
+  // each output. Of the pooled shortcut: an output, of as many channels as an access has.
+  static constexpr double outputs3 = 205, column = 150, pair = 53, pooled = 350;
 };
-inline Rates rates_of(Dtype dtype, const Device& device) {
-  const bool fast_double =
-      device.compute_capability == 80 || device.compute_capability == 90 || device.compute_capability == 100;
-  double multiply_adds = 48;  // float32: 128 lanes, held up by 8 loads for 16 multiply-adds
-  if (dtype == Dtype::float64) multiply_adds = fast_double ? 32 : 2;
-  if (uses_mma(dtype, device)) multiply_adds = 512;  // by what the fragments' loads allow
-  return {multiply_adds, 24, 4, 500, 3000};
+inline Instructions instructions_of(Dtype dtype, const Device& device) {
+  const int element = element_bytes(dtype);
+  if (uses_mma(dtype, device)) return element == 2 ? Instructions{8, 3} : Instructions{14, 5};
+  // FMA, each as many as cycles of its unit: 64-bit ones run at a half or at a 64th of the rate, 16-bit operands have
+  // to be widened. The loads are of 8 bytes: four of a row in a step.
+  const bool fast_double = device.compute_capability % 10 == 0 && device.compute_capability <= 100;
+  const double multiply_add = element == 8 ? (fast_double ? 2 : 64) : element == 2 ? 1.5 : 1;
+  return {24, 12 + 4.0 * kStepBytes / element * multiply_add};
 }
 
-// Cycles of the launch: bound by a multiprocessor's work, or by the latency of the blocks that it runs side by side.
-inline double predicted_cycles(const Sizes& s, const Tiling& t, Dtype dtype, const Device& device, int blocks) {
-  const Rates rates = rates_of(dtype, device);
-  const double e = element_bytes(dtype);
-  const bool mma = uses_mma(dtype, device);
-  const int pixel_step = mma ? 16 : kTilePixels;
-  const int slice = s.mid_channels / s.groups;
-  const double channels = double(slice) * t.slices;
-  const double in_pixels = double(std::min((t.tile_rows - 1) * s.stride + 3, s.height)) *
-                           std::min((t.tile_columns - 1) * s.stride + 3, s.width);
-  const double out_pixels = double(t.tile_rows) * t.tile_columns;
-  const auto padded = [&](double n, double step) { return std::ceil(n / step) * step; };
-  const double depth = s.in_channels / s.conv1_groups;
-  const double tile_depth = kTileDepthBytes / e;
-  const double run = std::ceil(channels / s.groups);  // rows of conv1 together
-  const double runs = std::min<double>(s.groups, channels);
-  const double run_tiles = std::ceil(run / kTileRows);
-  const double in_tiles = std::ceil(in_pixels / kTilePixels), out_tiles = std::ceil(out_pixels / kTilePixels);
-  const double group_rows = s.out_channels / s.groups;
-  const double row_tiles = std::ceil(group_rows / kTileRows);
+// A multiprocessor's share of the memory bandwidth, in bytes a cycle.
+inline double bandwidth_of(const Device& device) {
+  switch (device.compute_capability) {
+    case 80: return 12;
+    case 90: return 14.5;
+    case 100: return 28;
+    default: return 5;  // no HBM
+  }
+}
 
-  const double multiply_adds =
-      padded(in_pixels, pixel_step) * runs * padded(run, 8) * padded(depth, mma ? kDepthStep : 1) +
-      padded(out_pixels, pixel_step) * t.slices * padded(group_rows, 8) * padded(slice, mma ? kDepthStep : 1);
-  const double copied = e * (in_pixels * runs * run_tiles * depth + in_tiles * runs * run * depth +
-                             out_tiles * t.slices * group_rows * slice + 2 * out_pixels * t.slices * group_rows);
-  const double steps = in_tiles * runs * run_tiles * std::ceil(depth / tile_depth) +
-                       out_tiles * t.slices * row_tiles * (s.out_channels ? std::ceil(slice / tile_depth) + 3 : 0);
-  const double work = multiply_adds / rates.multiply_adds + copied / rates.copied_bytes +
-                      channels * out_pixels / rates.depthwise_outputs;
-  const double latency = rates.window_latency + steps * rates.step_latency / (t.stages - 1);
+// Cycles of the launch: round after round of the blocks that fit side by side. A round is bound by instructions or by
+// memory; a block's way to memory and back that nothing hides is added.
+inline double predicted_cycles(const Unit& unit, const Tiling& t, Dtype dtype, const Device& device, int blocks,
+                               const SharedLayout& layout) {
+  constexpr double kLatency = 1000;        // of a way to memory and the barrier behind it
+  constexpr double kWarpInterval = 6;      // cycles from one instruction of a warp to its next
+  constexpr double kMostInstructions = 3;  // in a cycle, of four schedulers
+  const Sizes s = sizes_of(unit);
+  const Instructions count = instructions_of(dtype, device);
+  const int element = element_bytes(dtype), step = kStepBytes / element;
+  const int in_pixels =
+      std::min((t.tile_rows - 1) * s.stride + 3, s.height) * std::min((t.tile_columns - 1) * s.stride + 3, s.width);
+  const int out_pixels = t.tile_rows * t.tile_columns;
+  const double slices = t.slices;
+  const int chunks = ceil_div(s.slice_channels * t.slices, t.chunk);
+  // Of all warps together, those that have nothing left included.
+  const auto all_warps = [](double tiles) { return std::ceil(tiles / kWarps) * kWarps; };
+
+  const int runs = std::min(s.groups, t.chunk), run_rows = ceil_div(t.chunk, runs);
+  const int run_tiles = ceil_div(run_rows, kTileRows), eights = ceil_div(ceil_div(run_rows, run_tiles), 8);
+  const double conv1 =
+      chunks * all_warps(double(ceil_div(in_pixels, kTilePixels)) * runs * run_tiles) *
+      (count.tile + count.part * ceil_div(s.conv1_depth, t.tile_depth) +
+       (count.copy + count.step + eights * count.eight) * ceil_div(s.conv1_depth, step) + count.outputs * eights);
+  const double depthwise = chunks * all_warps(double(ceil_div(t.chunk, 2)) * t.tile_columns / 32) *
+                           (count.column + count.pair * t.tile_rows);
+  const bool planes = unit.layout == Layout::contiguous;
+  const int lines = planes ? s.group_rows : out_pixels, elements = planes ? out_pixels : s.group_rows;
+  const double conv3 = slices * all_warps(double(ceil_div(lines, kLines)) * ceil_div(elements, kElements)) *
+                       (count.outputs3 + (count.step + kElements / 8 * count.eight) * ceil_div(s.slice_channels, step));
+  const double share = slices / s.groups;  // of x's and of the result's channels
+  const double pool =
+      unit.concatenates_pool() ? share * s.in_channels * out_pixels / 32 * count.pooled * (planes ? 1 : element / 16.0)
+                               : 0;
+  // x comes from memory once, for whichever slice's block is first; the others find it in the cache.
+  const double bytes = element * share * (double(in_pixels) * s.in_channels + double(out_pixels) * s.result_channels);
+  // Parameters, conv1's weights and its first tiles; then each part of conv3's weights and the shortcut.
+  const double waits = 3 * chunks + (s.out_channels ? 1 + slices * ceil_div(s.group_rows, layout.part_rows) : 0);
+
   const double windows = static_cast<double>(t.windows(s));
-  return std::max(std::ceil(windows / device.multiprocessors) * work,
-                  std::ceil(windows / (double(device.multiprocessors) * blocks)) * (work + latency));
+  const double side_by_side = std::min<double>(blocks, std::ceil(windows / device.multiprocessors));
+  const double instructions = std::min(kMostInstructions, side_by_side * kWarps / kWarpInterval);
+  const double round =
+      side_by_side * std::max((conv1 + depthwise + conv3 + pool) / instructions, bytes / bandwidth_of(device));
+  return std::ceil(windows / (side_by_side * device.multiprocessors)) * (round + waits * kLatency);
 }
 
 inline Plan plan_unit(const Unit& unit, Dtype dtype, const Device& device) {
   Plan best;
   std::ostringstream text;
   const int64_t most = std::numeric_limits<int>::max();
-  if (std::max({unit.in_channels, unit.mid_channels, unit.out_channels, unit.result_channels()}) > most / 2 ||
-      std::max(unit.height, unit.width) > most / 4) {
+  const int64_t channels = std::max({unit.in_channels, unit.mid_channels, unit.out_channels, unit.result_channels()});
+  if (channels > most / 2 || std::max(unit.height, unit.width) > most / 4 ||
+      unit.height * unit.width > most / (2 * channels)) {
     best.explanation = "a size of the unit exceeds what the kernel counts in 32 bits";
     return best;
   }
   const Sizes s = sizes_of(unit);
-  const int slice = s.mid_channels / s.groups;
+  const int slice = s.slice_channels;
   const int e = element_bytes(dtype), a = accumulator_bytes(dtype);
   int64_t least_bytes = std::numeric_limits<int64_t>::max();
 
   const auto consider = [&](Tiling t) {
-    const int64_t pixels = int64_t{t.tile_rows} * t.tile_columns;
-    if (pixels * std::max<int64_t>(s.in_channels, s.mid_channels) > most) return;
-    const int64_t bytes = SharedLayout(s, t, e, a).bytes;
+    const SharedLayout layout(s, t, unit.layout, e, a);
+    const int64_t bytes = layout.bytes;
     least_bytes = std::min(least_bytes, bytes);
     if (bytes > device.shared_per_block) return;
     const int blocks = blocks_per_multiprocessor(bytes, a, device);
-    const double cycles = predicted_cycles(s, t, dtype, device, blocks);
+    const double cycles = predicted_cycles(unit, t, dtype, device, blocks, layout);
     if (best.ok && cycles >= best.cycles) return;
     best = {true, t, bytes, t.windows(s), blocks, cycles, {}};
   };
@@ -202,9 +245,7 @@ inline Plan plan_unit(const Unit& unit, Dtype dtype, const Device& device) {
           slices = ceil_div(s.groups, parts);
           if (parts_of_slice > 1 && slices > 1) continue;
           const int chunk = parts_of_slice == 1 ? slice * slices : ceil_div(slice, parts_of_slice);
-          for (int stages = kMinStages; stages <= kMaxStages; ++stages) {
-            consider({rows, columns, slices, chunk, stages});
-          }
+          for (int bytes : kTileDepthBytes) consider({rows, columns, slices, chunk, bytes / e});
         }
       }
       if (columns == 1) break;
@@ -224,8 +265,8 @@ inline Plan plan_unit(const Unit& unit, Dtype dtype, const Device& device) {
        << " result pixels, " << t.slices << " of " << s.groups << " slices, " << t.chunk
        << " intermediate channels at once; " << best.windows << " blocks of " << kThreads << " threads, "
        << best.shared_bytes << " bytes of shared memory, " << best.blocks_per_multiprocessor << " on a multiprocessor; "
-       << t.stages << " stages; " << (uses_mma(dtype, device) ? "tensor cores" : "FMA") << "; accesses of "
-       << t.x_vector << " bytes to x, " << t.result_vector << " to the result";
+       << t.tile_depth << " channels of x at a time; " << (uses_mma(dtype, device) ? "tensor cores" : "FMA")
+       << "; accesses of " << t.x_vector << " bytes to x, " << t.result_vector << " to the result";
   best.explanation = text.str();
   return best;
 }

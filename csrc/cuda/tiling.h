@@ -16,50 +16,46 @@
 
 namespace shufflenet::cuda {
 
-// A block's pointwise convolutions run in tiles of kTilePixels x kTileRows (rows of the weight matrix, so output
-// channels), summed over the depth in steps of kTileDepthBytes. Eight warps: four of 16 pixels, the M of mma.m16n8,
-// by two that take every other eight rows, its N. A 7 x 7 plane (49 pixels) is one tile, as are the 20 to 64 rows that
-// most groups have; 64 rows are 16 accumulators a thread. 128 bytes of depth are four k16 steps in 16 bits between
-// barriers, and four copies of 16 bytes a thread for a tile of pixels and one of weights.
+// Eight warps, each of which takes tiles of a pointwise convolution on its own, with no barrier between the tiles: 16
+// pixels by up to kTileRows rows of conv1's weights (so output channels), summed over the depth in parts of the
+// planner's choice; 16 x 32 outputs of conv3. 48 rows are 24 accumulators a thread; 40 are what a group of conv1 has in
+// stage 3 of the paper's network with three groups.
 inline constexpr int kThreads = 256;
-inline constexpr int kTilePixels = 64;
-inline constexpr int kTileRows = 64;
-inline constexpr int kTileDepthBytes = 128;
-inline constexpr int kPixelWarps = kTilePixels / 16;
-inline constexpr int kRowWarps = kThreads / 32 / kPixelWarps;
-static_assert(kPixelWarps * kRowWarps * 32 == kThreads, "every warp has its share of a tile");
+inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kTilePixels = 16;
+inline constexpr int kTileRows = 48;
+inline constexpr int kRowPadding = 7;  // rows behind the last that are read: tiles are whole eights
+// Bytes of depth that one mma multiplies: m16n8k16 in 16 bits, m16n8k8 in 32. Depths are padded to it with zeros.
+inline constexpr int kStepBytes = 32;
+// Lines (the M of mma.m16n8) and elements (four N) of a tile of conv3. Elements are neighbours in the result's memory:
+// rows for channels_last, pixels for contiguous planes; lines are the other.
+inline constexpr int kLines = 16;
+inline constexpr int kElements = 32;
 // Blocks that a multiprocessor's 65536 registers hold, by the limit that instance.cuh compiles for: 128 registers a
 // thread, 255 where an accumulator takes two.
 SHUFFLENET_HOST_DEVICE constexpr int blocks_by_registers(int accumulator) { return accumulator == 8 ? 1 : 2; }
 
-// Bytes between rows of the staged tiles: eight rows' 16-byte blocks lie in eight different groups of banks, so that
-// reading a fragment (eight rows at a time) has no conflict.
-inline constexpr int kBankPadding = 16;
-inline constexpr int kTilePitchBytes = kTileDepthBytes + kBankPadding;
-static_assert(kTilePitchBytes / 16 % 2 == 1, "rows an odd number of 16-byte blocks apart touch all banks in turn");
-inline constexpr int kTileBytes = kTilePixels * kTilePitchBytes;
-static_assert(kTilePixels == kTileRows, "tiles of pixels and of weights share kTileBytes");
-// Accumulators between rows of the finished tile: 8 pixels x 4 lanes x 2 rows of a fragment touch different banks.
-inline constexpr int kFinishedPitch = kTileRows + 8;
+// Elements between depths of a tile of x from contiguous planes. In 16 bits its 16-byte blocks, in 32 the four rows of
+// eight pixels that a fragment's load reads, lie in different banks.
+inline constexpr int kPlanePitch = kTilePixels + 8;
 
-inline constexpr int kMinStages = 2;  // one barrier a step needs a tile to fill beside the one being read
-inline constexpr int kMaxStages = 4;
+inline constexpr int kBuffers = 2;  // of a warp: a tile of x to fill beside the one being read
 
 inline constexpr int kTapConstants = 12;  // an intermediate channel's scale1, bias1, bias2 and nine scaled taps
-
-// Depths of y2's slices are padded with zeros to whole mma steps.
-inline constexpr int kDepthStep = 16;
 
 SHUFFLENET_HOST_DEVICE inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 SHUFFLENET_HOST_DEVICE inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// A unit's sizes as the kernel uses them; the planner checks that they fit. Offsets into tensors are 64-bit.
+// A unit's sizes as the kernel uses them; the planner checks that they fit. Offsets inside an image are 32-bit, of
+// images 64-bit.
 struct Sizes {
   int64_t batch;
   int in_channels, height, width, mid_channels, out_channels, conv1_groups, groups, stride;
   int out_height, out_width, result_channels;
+  int slice_channels, conv1_depth, group_rows;  // group_rows: of conv3
+  int in_plane, out_plane;                      // pixels
   bool conv2_relu, pool_count_include_pad;
 };
 
@@ -67,9 +63,9 @@ struct Tiling {
   int tile_rows = 0, tile_columns = 0;
   int slices = 0;
   int chunk = 0;
-  int stages = 0;
+  int tile_depth = 0;  // channels of x that a warp multiplies at a time
   // Bytes of an access that every address it is used for is aligned to: 16, 8, 4, or below 4 element by element.
-  int x_vector = 0, conv1_vector = 0, conv3_vector = 0, result_vector = 0;
+  int x_vector = 0, conv1_vector = 0, conv3_vector = 0, result_vector = 0, pool_vector = 0;
 
   SHUFFLENET_HOST_DEVICE int row_tiles(const Sizes& s) const { return ceil_div(s.out_height, tile_rows); }
   SHUFFLENET_HOST_DEVICE int column_tiles(const Sizes& s) const { return ceil_div(s.out_width, tile_columns); }
@@ -79,40 +75,75 @@ struct Tiling {
   }
 };
 
-// A block's shared memory, as byte offsets. The finished tile of conv3 lies where the tiles it was computed from lay.
+// A run of conv1's rows that one tile multiplies: where it starts in the weights and among the rows that the block
+// keeps, the first channel of x that it reads, and the first channel that it makes in the shuffled order. Neighbouring
+// rows make channels `groups` apart.
+struct Run {
+  int row, rows, position, x_channel, channel;
+};
+
+// A block's shared memory, as byte offsets. What conv1 works on is dead when the window's last channels have been
+// through the depthwise convolution: conv3's weights take its place, in parts of `part_rows` rows of a slice. Where all
+// channels go at once, y2 takes the place of the tiles of x.
 struct SharedLayout {
-  SHUFFLENET_HOST_DEVICE SharedLayout(const Sizes& s, const Tiling& t, int element, int accumulator) {
+  SHUFFLENET_HOST_DEVICE SharedLayout(const Sizes& s, const Tiling& t, Layout layout, int element, int accumulator) {
     const auto narrow = [](int64_t n) { return static_cast<int>(n); };
-    slice_pitch = narrow(round_up(s.mid_channels / s.groups, kDepthStep));
-    const int64_t staged = int64_t{2} * t.stages * kTileBytes;
-    const int64_t finished = s.out_channels ? int64_t{kTilePixels} * kFinishedPitch * accumulator : 0;
+    const int step = kStepBytes / element;
+    const int slice = s.slice_channels;
+    columns = narrow(round_up(t.chunk, 2));
+    slice_pitch = narrow(round_up(slice, step));
     const int64_t in_pixels = int64_t{(t.tile_rows - 1) * s.stride + 3} * ((t.tile_columns - 1) * s.stride + 3);
-    const int64_t out_pixels = int64_t{t.tile_rows} * t.tile_columns;
-    const int64_t y1_elements = pitch(t.chunk, element);
-    const int64_t y2_elements = pitch(s.out_channels ? int64_t{t.slices} * slice_pitch : t.chunk, element);
+    const bool planes = layout == Layout::contiguous;
+    y2_rows = narrow(round_up(int64_t{t.tile_rows} * t.tile_columns, planes ? kElements : kLines));
+    weight3_unit = planes ? kLines : kElements;
+    const int64_t y1_elements = pitch(columns, element);
+    const int64_t y2_elements = pitch(s.out_channels ? int64_t{t.slices} * slice_pitch : columns, element);
+    const int64_t weight1_elements = pitch(round_up(s.conv1_depth, step), element);
+    const int64_t weight3_elements = pitch(slice_pitch, element);
     y1_pitch = narrow(y1_elements);
     y2_pitch = narrow(y2_elements);
-    int64_t end = round_up(staged > finished ? staged : finished, 16);
+    weight1_pitch = narrow(weight1_elements);
+    weight3_pitch = narrow(weight3_elements);
+    x_pitch = narrow(pitch(t.tile_depth, element));
+    x_bytes = (planes ? t.tile_depth * kPlanePitch : kTilePixels * x_pitch) * element;
+    max_runs = (s.groups < t.chunk ? s.groups : t.chunk) + s.conv1_groups + t.chunk / (kTileRows / 2);
+
+    int64_t end = round_up(int64_t{max_runs} * sizeof(Run), 16);
     taps = narrow(end);
-    end += round_up(int64_t{kTapConstants} * t.chunk * accumulator, 16);
+    end += round_up(int64_t{kTapConstants} * columns * accumulator, 16);
     affine3 = narrow(end);
-    end += round_up(int64_t{2} * kTileRows * accumulator, 16);
+    end += round_up(int64_t{2} * t.slices * s.group_rows * accumulator, 16);
     y1 = narrow(end);
     end += round_up(in_pixels * y1_elements * element, 16);
-    y2 = narrow(end);
-    bytes = end + round_up(out_pixels * y2_elements * element, 16);
+    weight1 = narrow(end);
+    end += (t.chunk + kRowPadding) * weight1_elements * element;
+    const int64_t y2_bytes = y2_rows * y2_elements * element;
+    const int64_t part_bytes = weight3_unit * weight3_elements * element;
+    weight3 = y1;
+    if (s.out_channels && end - y1 < part_bytes) end = y1 + part_bytes;
+    part_rows = narrow((end - y1) / part_bytes * weight3_unit);
+    tiles = narrow(end);
+    const int64_t tile_bytes = int64_t{kWarps} * kBuffers * x_bytes;
+    const bool all_at_once = t.chunk >= slice * t.slices;
+    y2 = narrow(all_at_once ? end : end + tile_bytes);
+    bytes = all_at_once ? end + (y2_bytes > tile_bytes ? y2_bytes : tile_bytes) : end + tile_bytes + y2_bytes;
   }
 
-  // Elements between the pixels of an intermediate: whole 16-byte blocks, an odd number of them.
-  SHUFFLENET_HOST_DEVICE static int64_t pitch(int64_t channels, int element) {
-    const int64_t blocks = (channels * element + 15) / 16;
+  // Elements between rows of 16-byte blocks: an odd number of blocks, so that eight rows lie in eight different groups
+  // of banks and reading a fragment of them has no conflict.
+  SHUFFLENET_HOST_DEVICE static int64_t pitch(int64_t elements, int element) {
+    const int64_t blocks = (elements * element + 15) / 16;
     return (blocks % 2 == 1 ? blocks : blocks + 1) * 16 / element;
   }
 
-  int slice_pitch;
-  int y1_pitch, y2_pitch;     // elements between pixels
-  int taps, affine3, y1, y2;  // offsets
-  int64_t bytes;              // of all: may exceed what the others hold, and every device, in which case they are void
+  int columns;                                                    // of y1: chunk, in pairs
+  int slice_pitch;                                                // of y2: whole steps
+  int y1_pitch, y2_pitch, weight1_pitch, weight3_pitch, x_pitch;  // elements between rows
+  int x_bytes;                                                    // of a warp's tile of x
+  int max_runs, part_rows;
+  int y2_rows, weight3_unit;  // pixels that y2 has, and what conv3's weights are padded to: whole tiles
+  int taps, affine3, y1, weight1, weight3, tiles, y2;  // offsets
+  int64_t bytes;  // of all: may exceed what the others hold, and every device, in which case they are void
 };
 
 // One vector of per-channel parameters: of x's dtype or float32 (batch norm under 16-bit convolutions).
@@ -131,6 +162,7 @@ struct ConvolutionPointers {
 struct KernelArguments {
   Sizes sizes;
   Tiling tiling;
+  SharedLayout layout;  // from the host: constants to the kernel
   const void* x;
   ConvolutionPointers conv1, conv2, conv3;
   void* result;

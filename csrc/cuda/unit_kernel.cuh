@@ -1,11 +1,11 @@
 // The unit as one fused pass over a window of an image (tiling.h), written once for every dtype, layout and device:
 // with device.cuh it is a CUDA kernel, with tests/cuda/host_device.h the same code runs on the CPU.
 //
-//   conv1      x (global) and its weights stream through shared tiles; relu(affine) of the sums goes to y1. The shuffle
-//              is where a row of conv1 finds its column of y1.
-//   depthwise  y1, with its halo of zeros, to y2.
-//   conv3      y2 and streamed weights to a finished tile in shared memory, which leaves with the residual added in
-//              accesses of up to 16 bytes. Where the unit ends after the depthwise convolution, y2 leaves that way.
+//   conv1      its weights stay in shared memory; each warp streams tiles of x past them through buffers of its own and
+//              writes relu(affine) of the sums to y1. The shuffle is where a row of conv1 finds its column of y1.
+//   depthwise  y1, with its halo of zeros, to y2, two channels a thread.
+//   conv3      y2 times weights in shared memory; the sums go from registers to the result, with the residual added, in
+//              accesses of up to 16 bytes. Where the unit ends after the depthwise convolution, y2 is what is written.
 //
 // Intermediates are of x's dtype, as they are in PyTorch; sums and what is done to them are of the accumulator's.
 #pragma once
@@ -31,24 +31,21 @@ struct AccumulatorOf<double> {
 template <class T>
 using accumulator_t = typename AccumulatorOf<T>::Type;
 
+// Elements of T: in 16 bytes, and of depth in an mma step.
 template <class T>
-inline constexpr int kTileDepth = kTileDepthBytes / static_cast<int>(sizeof(T));
+inline constexpr int kPerBlock = 16 / static_cast<int>(sizeof(T));
 template <class T>
-inline constexpr int kTilePitch = kTilePitchBytes / static_cast<int>(sizeof(T));
-// A tile of x from contiguous planes keeps pixels together: depth rows of kTilePixels.
-template <class T>
-inline constexpr int kPlanePitch = kTilePixels + kBankPadding / static_cast<int>(sizeof(T));
-template <class T>
-inline constexpr bool kPlanesFit = kTileDepth<T> * kPlanePitch<T> * static_cast<int>(sizeof(T)) <= kTileBytes;
-static_assert(kPlanesFit<Float16> && kPlanesFit<float> && kPlanesFit<double>,
-              "both forms of a tile of x take kTileBytes");
+inline constexpr int kStep = kStepBytes / static_cast<int>(sizeof(T));
+
+template <class T, int kSize>
+struct alignas(kSize * sizeof(T)) Vector {
+  T elements[kSize];
+};
 
 SHUFFLENET_DEVICE int least(int a, int b) { return a < b ? a : b; }
 SHUFFLENET_DEVICE int most(int a, int b) { return a > b ? a : b; }
-template <class A>
-SHUFFLENET_DEVICE A relu(A value) {
-  return value < A{0} ? A{0} : value;  // NaN stays NaN, as in PyTorch
-}
+SHUFFLENET_DEVICE int warp_index() { return thread_index() / 32; }
+SHUFFLENET_DEVICE int lane_index() { return thread_index() % 32; }
 
 // n rows left: how many the next tile takes, such that all tiles are about equal.
 SHUFFLENET_DEVICE int next_rows(int n) {
@@ -56,53 +53,87 @@ SHUFFLENET_DEVICE int next_rows(int n) {
   return least(n, ceil_div(even, 8) * 8);
 }
 
+// Where the e-th element of a result's kElements is multiplied: a lane of the product holds places 8 * j + 2 * (lane %
+// 4) and + 1 for j = 0 ... 3, and these are eight neighbours. Swaps bits 1 and 2 with bits 3 and 4, so it is its own
+// inverse.
+SHUFFLENET_DEVICE int place(int e) { return (e & ~0x1e) | (e >> 3 & 3) << 1 | (e >> 1 & 3) << 3; }
+
+// Divides by a number that is used often. Exact for the pixels of a window, of which shared memory bounds the number:
+// the product of dividend and divisor stays below 2^32.
+struct Divisor {
+  SHUFFLENET_DEVICE explicit Divisor(int divisor) : inverse(0xffffffffu / static_cast<uint32_t>(divisor) + 1) {}
+  SHUFFLENET_DEVICE int quotient(int n) const {
+    return inverse ? static_cast<int>(static_cast<uint64_t>(n) * inverse >> 32) : n;  // that of 1 does not fit
+  }
+  uint32_t inverse;
+};
+
 // ---- Where a block works --------------------------------------------------------------------------------------------
 
 struct Window {
-  SHUFFLENET_DEVICE Window(const Sizes& s, const Tiling& t, int64_t index) {
-    // Slices vary fastest: blocks that read the same pixels of x run at about the same time, and meet in the L2 cache.
-    const int slice_parts = t.slice_parts(s), column_tiles = t.column_tiles(s), row_tiles = t.row_tiles(s);
-    const int slice_part = static_cast<int>(index % slice_parts);
-    index /= slice_parts;
-    const int column_tile = static_cast<int>(index % column_tiles);
-    index /= column_tiles;
-    const int row_tile = static_cast<int>(index % row_tiles);
-    image = index / row_tiles;
-    slice_begin = slice_part * t.slices;
-    slice_end = least(slice_begin + t.slices, s.groups);
-    out_row = row_tile * t.tile_rows;
-    out_column = column_tile * t.tile_columns;
-    out_rows = least(t.tile_rows, s.out_height - out_row);
-    out_columns = least(t.tile_columns, s.out_width - out_column);
-    in_row = out_row * s.stride - 1;
-    in_column = out_column * s.stride - 1;
-    in_rows = (out_rows - 1) * s.stride + 3;
-    in_columns = (out_columns - 1) * s.stride + 3;
-    image_row = most(in_row, 0);
-    image_column = most(in_column, 0);
-    image_rows = least(in_row + in_rows, s.height) - image_row;
-    image_columns = least(in_column + in_columns, s.width) - image_column;
-  }
+  SHUFFLENET_DEVICE Window(const Sizes& s, const Tiling& t, int64_t index) : Window(s, t, Place(s, t, index)) {}
 
   SHUFFLENET_DEVICE int out_pixels() const { return out_rows * out_columns; }
   SHUFFLENET_DEVICE int image_pixels() const { return image_rows * image_columns; }
+  // Where the window's p-th pixel of x or of the result lies in a plane.
+  SHUFFLENET_DEVICE int image_index(const Sizes& s, int p) const {
+    return image_row * s.width + image_column + p +
+           (image_columns == s.width ? 0 : by_image_columns.quotient(p) * (s.width - image_columns));
+  }
+  SHUFFLENET_DEVICE int out_index(const Sizes& s, int p) const {
+    return out_row * s.out_width + out_column + p +
+           (out_columns == s.out_width ? 0 : by_out_columns.quotient(p) * (s.out_width - out_columns));
+  }
 
   int64_t image;
   int slice_begin, slice_end;
   int out_row, out_column, out_rows, out_columns;          // of the result
   int in_row, in_column, in_rows, in_columns;              // of y1, with its halo
   int image_row, image_column, image_rows, image_columns;  // the part of that inside the image
+  Divisor by_out_columns, by_in_columns, by_image_columns;
+
+ private:
+  struct Place {
+    SHUFFLENET_DEVICE Place(const Sizes& s, const Tiling& t, int64_t index) {
+      // Slices vary fastest: blocks that read the same pixels of x run at about the same time, and meet in the L2
+      // cache.
+      const int slice_parts = t.slice_parts(s), column_tiles = t.column_tiles(s), row_tiles = t.row_tiles(s);
+      slice_part = static_cast<int>(index % slice_parts);
+      index /= slice_parts;
+      column_tile = static_cast<int>(index % column_tiles);
+      index /= column_tiles;
+      row_tile = static_cast<int>(index % row_tiles);
+      image = index / row_tiles;
+    }
+    int64_t image;
+    int slice_part, column_tile, row_tile;
+  };
+  SHUFFLENET_DEVICE Window(const Sizes& s, const Tiling& t, const Place& place)
+      : image(place.image),
+        slice_begin(place.slice_part * t.slices),
+        slice_end(least(slice_begin + t.slices, s.groups)),
+        out_row(place.row_tile * t.tile_rows),
+        out_column(place.column_tile * t.tile_columns),
+        out_rows(least(t.tile_rows, s.out_height - out_row)),
+        out_columns(least(t.tile_columns, s.out_width - out_column)),
+        in_row(out_row * s.stride - 1),
+        in_column(out_column * s.stride - 1),
+        in_rows((out_rows - 1) * s.stride + 3),
+        in_columns((out_columns - 1) * s.stride + 3),
+        image_row(most(in_row, 0)),
+        image_column(most(in_column, 0)),
+        image_rows(least(in_row + in_rows, s.height) - image_row),
+        image_columns(least(in_column + in_columns, s.width) - image_column),
+        by_out_columns(out_columns),
+        by_in_columns(in_columns),
+        by_image_columns(image_columns) {}
 };
 
-// Where channel `c` of a pixel lies in a tensor.
+// Where channel `c` of a pixel, given as its index in a plane of `pixels`, lies in an image: the planner sees to it
+// that an image's elements are counted in 32 bits.
 template <Layout kLayout>
-SHUFFLENET_DEVICE int64_t tensor_offset(int64_t image, int channels, int height, int width, int c, int row,
-                                        int column) {
-  if constexpr (kLayout == Layout::channels_last) {
-    return ((image * height + row) * width + column) * channels + c;
-  } else {
-    return ((image * channels + c) * height + row) * width + column;
-  }
+SHUFFLENET_DEVICE int image_offset(int channels, int pixels, int c, int pixel) {
+  return kLayout == Layout::channels_last ? pixel * channels + c : c * pixels + pixel;
 }
 
 // ---- Parameters -----------------------------------------------------------------------------------------------------
@@ -129,146 +160,155 @@ SHUFFLENET_DEVICE Affine<accumulator_t<T>> affine(const ConvolutionPointers& con
   return {A{1}, conv.bias.data ? read<T>(conv.bias, channel) : A{0}};
 }
 
-// ---- Staging: global memory to shared tiles -------------------------------------------------------------------------
+// ---- Global memory to shared memory ---------------------------------------------------------------------------------
 
-// Fills `rows` rows of kElements, `pitch` apart. The first `valid_rows` of them get `valid` elements from where
-// address(row, element) says; all else is zeroed. `vector` bytes hold consecutive elements at consecutive, aligned
-// addresses.
-template <class T, int kElements, int kVector, class Address>
-SHUFFLENET_DEVICE void stage_vectors(Shared<T> tile, int pitch, int rows, int valid_rows, int valid,
-                                     const Address& address) {
-  constexpr int kPerVector = kVector / static_cast<int>(sizeof(T));
-  constexpr int kVectors = kElements / kPerVector;
-  SHUFFLENET_NO_UNROLL
-  for (int i = thread_index(); i < rows * kVectors; i += kThreads) {
-    const int row = i / kVectors;
-    const int element = i % kVectors * kPerVector;
-    const int inside = row < valid_rows ? most(0, least(valid - element, kPerVector)) : 0;
-    // Where nothing is copied the address is not used, but must be one: the first.
-    const T* const from = inside ? address(row, element) : address(0, 0);
-    copy_async<kVector>(tile + (row * pitch + element), from, inside * static_cast<int>(sizeof(T)));
+// Fills a 16-byte block: its first `valid` elements from from[offset(i)], the others with zeros. Copies of kVector
+// bytes hold neighbours at aligned addresses, and nothing but valid elements or none; where nothing is copied the
+// address must be one all the same: `readable`.
+template <class T, int kVector, class Offset>
+SHUFFLENET_DEVICE void copy_vectors(Shared<T> block, const T* from, int valid, const T* readable,
+                                    const Offset& offset) {
+  constexpr int kSize = kVector / static_cast<int>(sizeof(T));
+  SHUFFLENET_UNROLL
+  for (int first = 0; first < kPerBlock<T>; first += kSize) {
+    const bool inside = first < valid;
+    const T* const at = from + (kSize > 1 ? first : offset(first));
+    copy_async<kVector>(block + first, inside ? at : readable, inside);
   }
 }
 
-template <class T, int kElements, class Address>
-SHUFFLENET_DEVICE void stage(Shared<T> tile, int pitch, int rows, int valid_rows, int valid, int vector,
-                             const Address& address) {
+// The same by copies of `vector` bytes, or, if that is below 4, by plain loads.
+template <class T, class Offset>
+SHUFFLENET_DEVICE void copy_block(Shared<T> block, const T* from, int valid, const T* readable, int vector,
+                                  const Offset& offset) {
   if (vector == 16) {
-    stage_vectors<T, kElements, 16>(tile, pitch, rows, valid_rows, valid, address);
-  } else if (sizeof(T) <= 8 && vector == 8) {
-    stage_vectors<T, kElements, 8>(tile, pitch, rows, valid_rows, valid, address);
+    copy_vectors<T, 16>(block, from, valid, readable, offset);
+  } else if (vector == 8) {
+    copy_vectors<T, 8>(block, from, valid, readable, offset);
   } else if (sizeof(T) <= 4 && vector == 4) {
-    stage_vectors<T, kElements, sizeof(T) <= 4 ? 4 : 8>(tile, pitch, rows, valid_rows, valid, address);
+    copy_vectors<T, sizeof(T) <= 4 ? 4 : 8>(block, from, valid, readable, offset);
   } else {
     SHUFFLENET_NO_UNROLL
-    for (int i = thread_index(); i < rows * kElements; i += kThreads) {
-      const int row = i / kElements;
-      const int element = i % kElements;
-      T value = {};
-      if (row < valid_rows && element < valid) value = *address(row, element);
-      tile[row * pitch + element] = value;
-    }
+    for (int i = 0; i < kPerBlock<T>; ++i) block[i] = i < valid ? from[offset(i)] : T{};
   }
 }
 
-template <class T>
-SHUFFLENET_DEVICE void stage_weights(Shared<T> tile, const void* weight, int depth, int row, int rows, int k,
-                                     int vector) {
-  const T* const first = static_cast<const T*>(weight) + (static_cast<int64_t>(row) * depth + k);
-  stage<T, kTileDepth<T>>(tile, kTilePitch<T>, ceil_div(rows, 8) * 8, rows, depth - k, vector, [=](int i, int element) {
-    return first + (static_cast<int64_t>(i) * depth + element);
-  });
-}
-
-template <int kPending>
-SHUFFLENET_DEVICE void wait_for_stage() {
-  wait_copies<kPending>();
-  barrier();
-}
-// Until the oldest of `stages` - 1 staged tiles has landed for all threads, and all are done with the one before it.
-SHUFFLENET_DEVICE void wait_for_stage(int stages) {
-  static_assert(kMinStages == 2 && kMaxStages == 4, "a case for each number of stages");
-  switch (stages) {
-    case 2: wait_for_stage<0>(); break;
-    case 3: wait_for_stage<1>(); break;
-    default: wait_for_stage<2>();
+// Fills `rows` rows of weights, `pitch` apart, each padded with zeros to whole steps. The first `valid_rows` come from
+// `weight`, the i-th to place_of(i); a warp takes a row at a time.
+template <class T, class Place>
+SHUFFLENET_DEVICE void stage_weights(Shared<T> to, int pitch, int rows, const T* weight, int valid_rows, int depth,
+                                     int vector, const Place& place_of) {
+  SHUFFLENET_NO_UNROLL
+  for (int row = warp_index(); row < rows; row += kWarps) {
+    const T* const from = weight + static_cast<int64_t>(row) * depth;
+    const Shared<T> to_row = to + place_of(row) * pitch;
+    SHUFFLENET_NO_UNROLL
+    for (int k = lane_index() * kPerBlock<T>; k < ceil_div(depth, kStep<T>) * kStep<T>; k += 32 * kPerBlock<T>) {
+      copy_block(to_row + k, from + k, row < valid_rows ? depth - k : 0, weight, vector, [](int i) { return i; });
+    }
   }
 }
 
 // ---- Tile products --------------------------------------------------------------------------------------------------
 
-// The pixels' side of a product, in shared memory: y2, or a staged tile of x.
+// 16 lines of a product in shared memory: y2, weights, or a tile of x. Depths are neighbours, or lines are
+// (kDepthMajor).
 template <class T>
-struct PixelOperand {
+struct Lines {
   Shared<const T> data;
-  int pixel_pitch, depth_pitch;
-  int pixels;
+  int pitch;
 };
 
-// A thread's accumulator (j, i) is the sum for row(j, i) and pixel(i) of the tile; its warp's j-th eight of rows is
-// row_tile(j).
-inline constexpr int kRowTiles = kTileRows / 8 / kRowWarps;
-SHUFFLENET_DEVICE int row_tile(int j) { return j * kRowWarps + thread_index() / (kThreads / kRowWarps); }
+// A lane's accumulator (j, i) is the sum for line(i) and place(j, i).
+SHUFFLENET_DEVICE int line(int i) { return lane_index() / 4 + i / 2 * 8; }
+SHUFFLENET_DEVICE int place(int j, int i) { return 8 * j + lane_index() % 4 * 2 + i % 2; }
 
+// FMA, 8 bytes of depth at a time (16 would take more registers than there are): the lanes' loads of lines and of
+// places touch different banks or are broadcast.
 template <class T>
 struct FmaEngine {
   using A = accumulator_t<T>;
-  // A warp's lanes take 16 neighbouring pixels and two rows: its loads of pixels differ in bank, those of weights are
-  // broadcast. Four pixels and up to four rows a thread: 8 loads for 16 multiply-adds.
-  SHUFFLENET_DEVICE static int pixel(int i) { return thread_index() % 16 + 16 * i; }
-  SHUFFLENET_DEVICE static int row(int j, int) { return 8 * row_tile(j) + thread_index() / 16 % 8; }
+  static constexpr int kDepth = 8 / static_cast<int>(sizeof(T));
+  using Block = Vector<T, kDepth>;
 
-  template <bool kDepthMajor>
-  SHUFFLENET_DEVICE static void multiply(A (&sum)[kRowTiles][4], const PixelOperand<T>& x, Shared<const T> weights,
-                                         int row_tiles, int depth) {
-    int offset[4];
-    SHUFFLENET_UNROLL
-    for (int i = 0; i < 4; ++i) offset[i] = least(pixel(i), x.pixels - 1) * x.pixel_pitch;
-    for (int k = 0; k < depth; ++k) {
-      A pixels[4];
+  template <bool kDepthMajor, int kTiles>
+  SHUFFLENET_DEVICE static void multiply(A (&sum)[kTiles][4], const Lines<T>& lines, Shared<const T> elements,
+                                         int pitch, int tiles, int depth) {
+    SHUFFLENET_NO_UNROLL
+    for (int k = 0; k < depth; k += kDepth) {
+      Block a[2];
       SHUFFLENET_UNROLL
-      for (int i = 0; i < 4; ++i) pixels[i] = widen(T(x.data[offset[i] + k * x.depth_pitch]));
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (kDepthMajor) {
+          SHUFFLENET_UNROLL
+          for (int i = 0; i < kDepth; ++i) {
+            a[half].elements[i] = lines.data[(k + i) * lines.pitch + line(2 * half)];
+          }
+        } else {
+          a[half] = shared_as<const Block>(lines.data + (line(2 * half) * lines.pitch + k))[0];
+        }
+      }
       SHUFFLENET_UNROLL
-      for (int j = 0; j < kRowTiles; ++j) {
-        if (row_tile(j) >= row_tiles) break;
-        const A weight = widen(T(weights[row(j, 0) * kTilePitch<T> + k]));
+      for (int j = 0; j < kTiles; ++j) {
+        if (j >= tiles) break;
         SHUFFLENET_UNROLL
-        for (int i = 0; i < 4; ++i) sum[j][i] = multiply_add(weight, pixels[i], sum[j][i]);
+        for (int odd = 0; odd < 2; ++odd) {
+          const Block b = shared_as<const Block>(elements + (place(j, odd) * pitch + k))[0];
+          SHUFFLENET_UNROLL
+          for (int i = 0; i < kDepth; ++i) {
+            SHUFFLENET_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              A& to = sum[j][2 * half + odd];
+              to = multiply_add(widen(a[half].elements[i]), widen(b.elements[i]), to);
+            }
+          }
+        }
       }
     }
   }
 };
 
-// Tensor cores. A warp multiplies its 16 pixels (a, 16x16) by eight rows of weights at a time (b, 16x8); lanes hold the
-// fragments as the PTX manual draws them for mma.m16n8k16.
+// Tensor cores: 16 lines (a, 16 x kStep) by eight places at a time (b, kStep x 8). Lanes hold the fragments as the PTX
+// manual draws them for mma.m16n8k16, and for mma.m16n8k8 of TF32.
 template <class T>
 struct MmaEngine {
-  SHUFFLENET_DEVICE static int warp_pixel() { return thread_index() / 32 % kPixelWarps * 16; }
-  SHUFFLENET_DEVICE static int pixel(int i) { return warp_pixel() + thread_index() % 32 / 4 + i / 2 * 8; }
-  SHUFFLENET_DEVICE static int row(int j, int i) { return 8 * row_tile(j) + thread_index() % 4 * 2 + i % 2; }
-
-  template <bool kDepthMajor>
-  SHUFFLENET_DEVICE static void multiply(float (&sum)[kRowTiles][4], const PixelOperand<T>& x, Shared<const T> weights,
-                                         int row_tiles, int depth) {
-    if (warp_pixel() >= x.pixels || row_tile(0) >= row_tiles) return;
-    const int lane = thread_index() % 32;
-    for (int k = 0; k < depth; k += kDepthStep) {
+  template <bool kDepthMajor, int kTiles>
+  SHUFFLENET_DEVICE static void multiply(float (&sum)[kTiles][4], const Lines<T>& lines, Shared<const T> elements,
+                                         int pitch, int tiles, int depth) {
+    const int lane = lane_index();
+    SHUFFLENET_NO_UNROLL
+    for (int k = 0; k < depth; k += kStep<T>) {
       uint32_t a[4];
-      if constexpr (kDepthMajor) {
-        // Matrices of 8 depths x 8 pixels, transposed on the way; pixels past the last were zeroed.
-        const int at_k = k + lane % 8 + lane / 16 * 8;
-        const int at_pixel = warp_pixel() + lane / 8 % 2 * 8;
-        load_matrices<true, T>(a, x.data + (at_k * x.depth_pitch + at_pixel));
+      if constexpr (kDepthMajor && sizeof(T) == 4) {
+        SHUFFLENET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          a[i] = bits_of(lines.data[(k + lane % 4 + i / 2 * 4) * lines.pitch + lane / 4 + i % 2 * 8]);
+        }
+      } else if constexpr (kDepthMajor) {
+        // Matrices of 8 depths x 8 lines, transposed on the way.
+        load_matrices<true, T>(a, lines.data + ((k + lane % 8 + lane / 16 * 8) * lines.pitch + lane / 8 % 2 * 8));
       } else {
-        const int at_pixel = least(warp_pixel() + lane % 16, x.pixels - 1);
-        load_matrices<false, T>(a, x.data + (at_pixel * x.pixel_pitch + k + lane / 16 * 8));
+        load_matrices<false, T>(a, lines.data + (lane % 16 * lines.pitch + k + lane / 16 * kPerBlock<T>));
       }
+      round_operands<T>(a);
       SHUFFLENET_UNROLL
-      for (int j = 0; j < kRowTiles; ++j) {
-        if (row_tile(j) >= row_tiles) break;
-        uint32_t b[2];
-        load_matrices<T>(b, weights + ((8 * row_tile(j) + lane % 8) * kTilePitch<T> + k + lane / 8 % 2 * 8));
-        multiply_matrices(sum[j], a, b, T{});
+      for (int j = 0; j < kTiles; j += 2) {
+        if (j >= tiles) break;
+        uint32_t b[4];
+        const int at = least(8 * j + lane / 16 * 8 + lane % 8, 8 * tiles - 1);  // of an odd tile, nothing follows
+        load_matrices<false, T>(b, elements + (at * pitch + k + lane / 8 % 2 * kPerBlock<T>));
+        round_operands<T>(b);
+        SHUFFLENET_UNROLL
+        for (int next = 0; next < 2; ++next) {
+          if constexpr (kHasMmaK16) {
+            multiply_matrices(sum[j + next], a, {b[2 * next], b[2 * next + 1]}, T{});
+          } else {
+            SHUFFLENET_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              multiply_matrices(sum[j + next], {a[2 * half], a[2 * half + 1]}, b[2 * next + half], T{});
+            }
+          }
+        }
       }
     }
   }
@@ -281,13 +321,12 @@ struct EngineOf {
 template <class T>
 struct EngineOf<T, true> {
   using Type = MmaEngine<T>;
-  static_assert(kTileDepth<T> % kDepthStep == 0, "a tile is whole steps deep");
 };
 
-template <class A>
-SHUFFLENET_DEVICE void clear(A (&sum)[kRowTiles][4]) {
+template <class A, int kTiles>
+SHUFFLENET_DEVICE void clear(A (&sum)[kTiles][4]) {
   SHUFFLENET_UNROLL
-  for (int j = 0; j < kRowTiles; ++j) {
+  for (int j = 0; j < kTiles; ++j) {
     SHUFFLENET_UNROLL
     for (int i = 0; i < 4; ++i) sum[j][i] = A{0};
   }
@@ -295,85 +334,60 @@ SHUFFLENET_DEVICE void clear(A (&sum)[kRowTiles][4]) {
 
 // ---- The block ------------------------------------------------------------------------------------------------------
 
-// The row tiles of conv1 that make channels [begin, end) of the shuffled order. Channel n * groups + r of it is row
-// r * slice + n, so they are a run of consecutive rows for each r, cut where a group of conv1 ends.
-struct ShuffledRows {
-  SHUFFLENET_DEVICE ShuffledRows(const Sizes& s, int begin, int end)
-      : groups(s.groups),
-        slice(s.mid_channels / s.groups),
-        group_rows(s.mid_channels / s.conv1_groups),
-        begin(begin),
-        end(end) {
-    restart();
-  }
-  SHUFFLENET_DEVICE void restart() {
-    r = -1;
-    row = run_end = 0;
-    find();
-  }
-  SHUFFLENET_DEVICE void next() {
-    row += rows;
-    find();
-  }
-  SHUFFLENET_DEVICE bool done() const { return r == groups; }
-  SHUFFLENET_DEVICE int group() const { return row / group_rows; }
-  // Of the tile's i-th row, among the channels from `begin`.
-  SHUFFLENET_DEVICE int channel(int i) const { return (row + i - r * slice) * groups + r - begin; }
-
-  SHUFFLENET_DEVICE void find() {
-    while (row == run_end && ++r < groups) {
-      row = r * slice + ceil_div(begin - r, groups);
-      run_end = r * slice + ceil_div(end - r, groups);
-    }
-    if (!done()) rows = next_rows(least(run_end, (group() + 1) * group_rows) - row);
-  }
-
-  int groups, slice, group_rows, begin, end;
-  int r, row, rows, run_end;
-};
-
 template <class T, Layout kLayout>
 struct Block {
   using A = accumulator_t<T>;
   using Engine = typename EngineOf<T>::Type;
-  static constexpr bool kDepthMajor = kLayout == Layout::contiguous;
+  using Pair = Vector<T, 2>;
+  using Sums = Vector<A, 2>;
+  static constexpr bool kPlanes = kLayout == Layout::contiguous;
 
   SHUFFLENET_DEVICE explicit Block(const KernelArguments& arguments)
       : arguments(arguments),
         s(arguments.sizes),
         t(arguments.tiling),
-        layout(s, t, sizeof(T), sizeof(A)),
-        memory(shared_memory()),
-        taps(shared_at<A>(memory, layout.taps)),
-        affine3(shared_at<A>(memory, layout.affine3)),
-        y1(shared_at<T>(memory, layout.y1)),
-        y2(shared_at<T>(memory, layout.y2)),
+        layout(arguments.layout),
+        runs(shared_at<Run>(shared_memory(), 0)),
+        taps(shared_at<A>(shared_memory(), layout.taps)),
+        affine3(shared_at<A>(shared_memory(), layout.affine3)),
+        y1(shared_at<T>(shared_memory(), layout.y1)),
+        y2(shared_at<T>(shared_memory(), layout.y2)),
+        weight1(shared_at<T>(shared_memory(), layout.weight1)),
+        weight3(shared_at<T>(shared_memory(), layout.weight3)),
         x(static_cast<const T*>(arguments.x)),
-        result(static_cast<T*>(arguments.result)),
-        slice_channels(s.mid_channels / s.groups) {}
-
-  SHUFFLENET_DEVICE Shared<T> pixel_tile(int stage) const { return shared_at<T>(memory, stage * kTileBytes); }
-  SHUFFLENET_DEVICE Shared<T> weight_tile(int stage) const {
-    return shared_at<T>(memory, (t.stages + stage) * kTileBytes);
-  }
+        result(static_cast<T*>(arguments.result)) {}
 
   SHUFFLENET_DEVICE void run() {
-    clear_padding();
     const int64_t windows = t.windows(s);
     for (int64_t index = block_index(); index < windows; index += block_count()) {
       const Window window(s, t, index);
-      const int channel_end = window.slice_end * slice_channels;
-      for (int begin = window.slice_begin * slice_channels; begin < channel_end; begin += t.chunk) {
-        const int end = least(begin + t.chunk, channel_end);
-        barrier();  // all are done with what is overwritten now: taps, y1, tiles
-        load_taps(begin, end);
-        clear_halo(window, end - begin);
-        conv1(window, begin, end);
+      const int channel_begin = window.slice_begin * s.slice_channels,
+                channel_end = window.slice_end * s.slice_channels;
+      for (int begin = channel_begin; begin < channel_end; begin += t.chunk) {
+        const int channels = least(t.chunk, channel_end - begin);
+        const int end = begin + channels;
+        barrier();  // all are done with what is overwritten now
+        const int run_count = find_runs(begin, end);
+        load_taps(begin, channels);
+        if (s.out_channels && begin == channel_begin) load_affine3(window);
+        clear_halo(window, channels);
+        barrier();  // the runs are known
+        stage_weights1(run_count);
+        barrier();  // weights and taps are there
+        conv1(window, run_count);
         barrier();
-        depthwise(window, begin, end);
+        if (s.out_channels && begin == channel_begin) {
+          clear_y2();  // where tiles of x may have been
+          barrier();
+        }
+        if (s.stride == 1) {
+          depthwise<1>(window, begin - channel_begin, channels);
+        } else {
+          depthwise<2>(window, begin - channel_begin, channels);
+        }
         if (!s.out_channels) {
           barrier();
-          write_y2(window, begin, end);
+          write_y2(window, begin, channels);
         }
       }
       if (s.out_channels) conv3(window);
@@ -381,343 +395,452 @@ struct Block {
     }
   }
 
-  // Columns of y2 between a slice's last channel and a whole mma step: nothing else writes them.
-  SHUFFLENET_DEVICE void clear_padding() {
-    const int padding = layout.slice_pitch - slice_channels;
-    if (!s.out_channels || padding == 0) return;
-    const int pixels = t.tile_rows * t.tile_columns;
-    SHUFFLENET_NO_UNROLL
-    for (int i = thread_index(); i < pixels * t.slices; i += kThreads) {
-      const int first = i / t.slices * layout.y2_pitch + i % t.slices * layout.slice_pitch + slice_channels;
-      for (int c = 0; c < padding; ++c) y2[first + c] = T{};
-    }
+  SHUFFLENET_DEVICE const T* x_image(const Window& w) const { return x + w.image * s.in_channels * s.in_plane; }
+  SHUFFLENET_DEVICE T* result_image(const Window& w) const {
+    return result + w.image * s.result_channels * s.out_plane;
   }
 
-  SHUFFLENET_DEVICE void load_taps(int begin, int end) {
-    const T* const weight = static_cast<const T*>(arguments.conv2.weight);
-    SHUFFLENET_NO_UNROLL
-    for (int i = thread_index(); i < end - begin; i += kThreads) {
-      const int channel = begin + i;
-      const Affine<A> first = affine<T>(arguments.conv1, channel % s.groups * slice_channels + channel / s.groups);
-      const Affine<A> second = affine<T>(arguments.conv2, channel);
-      taps[i] = first.scale;
-      taps[t.chunk + i] = first.bias;
-      taps[2 * t.chunk + i] = second.bias;
-      for (int tap = 0; tap < 9; ++tap) {
-        taps[(3 + tap) * t.chunk + i] = second.scale * widen(weight[static_cast<int64_t>(channel) * 9 + tap]);
+  // The runs of rows that make channels [begin, end) of the shuffled order. Channel n * groups + r of it is row r *
+  // slice
+  // + n: consecutive rows for each r, cut where a group of conv1 ends. One thread writes them, all count them.
+  SHUFFLENET_DEVICE int find_runs(int begin, int end) const {
+    const int group_rows = s.mid_channels / s.conv1_groups;
+    int count = 0, position = 0;
+    for (int r = 0; r < s.groups; ++r) {
+      const int run_end = r * s.slice_channels + ceil_div(most(end - r, 0), s.groups);
+      for (int row = r * s.slice_channels + ceil_div(most(begin - r, 0), s.groups), rows; row < run_end; row += rows) {
+        const int group = row / group_rows;
+        rows = next_rows(least(run_end, (group + 1) * group_rows) - row);
+        if (thread_index() == 0) {
+          runs[count] =
+              Run{row, rows, position, group * s.conv1_depth, (row - r * s.slice_channels) * s.groups + r - begin};
+        }
+        position += rows;
+        ++count;
       }
     }
+    return count;
   }
 
-  // Padding is zero behind conv1's bias and ReLU.
+  SHUFFLENET_DEVICE void load_taps(int begin, int channels) {
+    const T* const weight = static_cast<const T*>(arguments.conv2.weight);
+    SHUFFLENET_NO_UNROLL
+    for (int i = thread_index(); i < channels; i += kThreads) {
+      const int channel = begin + i;
+      const Affine<A> first = affine<T>(arguments.conv1, channel % s.groups * s.slice_channels + channel / s.groups);
+      const Affine<A> second = affine<T>(arguments.conv2, channel);
+      taps[2 * i] = first.scale;
+      taps[2 * i + 1] = first.bias;
+      taps[2 * layout.columns + i] = second.bias;
+      SHUFFLENET_UNROLL
+      for (int tap = 0; tap < 9; ++tap) {
+        taps[(3 + tap) * layout.columns + i] = second.scale * widen(weight[static_cast<int64_t>(channel) * 9 + tap]);
+      }
+    }
+    if (channels % 2 != 0 && thread_index() < kTapConstants - 2) {
+      taps[(2 + thread_index()) * layout.columns + channels] = A{0};  // of what makes the last channel a pair
+    }
+  }
+
+  SHUFFLENET_DEVICE void load_affine3(const Window& w) {
+    SHUFFLENET_NO_UNROLL
+    for (int i = thread_index(); i < (w.slice_end - w.slice_begin) * s.group_rows; i += kThreads) {
+      const Affine<A> constants = affine<T>(arguments.conv3, w.slice_begin * s.group_rows + i);
+      affine3[2 * i] = constants.scale;
+      affine3[2 * i + 1] = constants.bias;
+    }
+  }
+
+  // Padding is zero behind conv1's bias and ReLU, as is the channel that makes the last a pair.
   SHUFFLENET_DEVICE void clear_halo(const Window& w, int channels) {
     SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < w.in_rows * w.in_columns; i += kThreads) {
-      const int row = i / w.in_columns + w.in_row;
-      const int column = i % w.in_columns + w.in_column;
-      if (row >= 0 && row < s.height && column >= 0 && column < s.width) continue;
-      for (int c = 0; c < channels; ++c) y1[i * layout.y1_pitch + c] = T{};
+      const int window_row = w.by_in_columns.quotient(i);
+      const int row = window_row + w.in_row, column = i - window_row * w.in_columns + w.in_column;
+      const bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
+      for (int c = inside ? channels / 2 * 2 : 0; c < channels; c += 2) {
+        shared_as<Pair>(y1 + (i * layout.y1_pitch + c))[0] = Pair{};
+      }
     }
   }
 
-  struct Step {
+  SHUFFLENET_DEVICE void stage_weights1(int run_count) {
+    const T* const weight = static_cast<const T*>(arguments.conv1.weight);
+    for (int i = 0; i < run_count; ++i) {
+      const Run run = runs[i];
+      const int rows = i + 1 < run_count ? run.rows : run.rows + kRowPadding;
+      stage_weights<T>(weight1 + run.position * layout.weight1_pitch, layout.weight1_pitch, rows,
+                       weight + static_cast<int64_t>(run.row) * s.conv1_depth, run.rows, s.conv1_depth, t.conv1_vector,
+                       [](int row) { return row; });
+    }
+    commit_copies();
+    wait_copies<0>();
+  }
+
+  // What a warp's tile of conv1 works on: every kWarps-th pair of 16 pixels and a run, part by part of the depth.
+  struct Cursor {
     SHUFFLENET_DEVICE bool done(const Window& w) const { return pixel >= w.image_pixels(); }
-    SHUFFLENET_DEVICE void next(int depth) {
-      k += kTileDepth<T>;
-      if (k < depth) return;
-      k = 0;
-      rows.next();
-      if (!rows.done()) return;
-      rows.restart();
-      pixel += kTilePixels;
-    }
-    ShuffledRows rows;
-    int pixel = 0, k = 0;
+    int item, pixel, k;
+    Run run;
   };
-
-  SHUFFLENET_DEVICE void stage_x(const Window& w, const Step& step, int depth, Shared<T> tile) {
-    const int pixels = least(kTilePixels, w.image_pixels() - step.pixel);
-    const int channel = step.rows.group() * depth + step.k;
-    const auto offset = [&](int pixel, int k) {
-      return x + tensor_offset<kLayout>(w.image, s.in_channels, s.height, s.width, channel + k,
-                                        w.image_row + (step.pixel + pixel) / w.image_columns,
-                                        w.image_column + (step.pixel + pixel) % w.image_columns);
-    };
-    if constexpr (kDepthMajor) {
-      const int valid = least(kTileDepth<T>, depth - step.k);
-      const int rows = least(kTileDepth<T>, ceil_div(valid, kDepthStep) * kDepthStep);
-      stage<T, kTilePixels>(
-          tile, kPlanePitch<T>, rows, valid, pixels, t.x_vector, [&](int k, int pixel) { return offset(pixel, k); });
-    } else {
-      stage<T, kTileDepth<T>>(tile, kTilePitch<T>, pixels, pixels, depth - step.k, t.x_vector, offset);
-    }
+  SHUFFLENET_DEVICE Cursor cursor_at(const Window& w, int item, int run_count, const Divisor& by_runs) const {
+    const int tile = by_runs.quotient(item);
+    Cursor cursor = {item, tile * kTilePixels, 0, {}};
+    if (!cursor.done(w)) cursor.run = runs[item - tile * run_count];
+    return cursor;
   }
-
-  SHUFFLENET_DEVICE void conv1(const Window& w, int begin, int end) {
-    const int depth = s.in_channels / s.conv1_groups;
-    Step load = {ShuffledRows(s, begin, end)};
-    Step step = load;
-    int load_stage = 0, step_stage = 0;
-    const auto stage_next = [&] {
-      if (!load.done(w)) {
-        stage_x(w, load, depth, pixel_tile(load_stage));
-        stage_weights<T>(weight_tile(load_stage), arguments.conv1.weight, depth, load.rows.row, load.rows.rows, load.k,
-                         t.conv1_vector);
-        load.next(depth);
-      }
-      commit_copies();  // an empty group where nothing was left: wait_for_stage counts groups
-      load_stage = load_stage + 1 == t.stages ? 0 : load_stage + 1;
-    };
-
-    A sum[kRowTiles][4];
-    clear(sum);
-    for (int i = 1 - t.stages; !step.done(w); ++i) {
-      if (i >= 0) wait_for_stage(t.stages);
-      stage_next();
-      if (i < 0) continue;
-      const int pixels = least(kTilePixels, w.image_pixels() - step.pixel);
-      const PixelOperand<T> operand = {
-          pixel_tile(step_stage), kDepthMajor ? 1 : kTilePitch<T>, kDepthMajor ? kPlanePitch<T> : 1, pixels};
-      Engine::template multiply<kDepthMajor>(
-          sum, operand, weight_tile(step_stage), ceil_div(step.rows.rows, 8), least(kTileDepth<T>, depth - step.k));
-      step_stage = step_stage + 1 == t.stages ? 0 : step_stage + 1;
-      if (step.k + kTileDepth<T> >= depth) {
-        write_y1(w, step, pixels, sum);  // the barrier of this step has made the taps visible
-        clear(sum);
-      }
-      step.next(depth);
-    }
-  }
-
-  SHUFFLENET_DEVICE void write_y1(const Window& w, const Step& step, int pixels, const A (&sum)[kRowTiles][4]) {
-    SHUFFLENET_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int pixel = Engine::pixel(i);
-      if (pixel >= pixels) continue;
-      const int row = (step.pixel + pixel) / w.image_columns + w.image_row - w.in_row;
-      const int column = (step.pixel + pixel) % w.image_columns + w.image_column - w.in_column;
-      const Shared<T> to = y1 + (row * w.in_columns + column) * layout.y1_pitch;
-      SHUFFLENET_UNROLL
-      for (int j = 0; j < kRowTiles; ++j) {
-        if (Engine::row(j, i) >= step.rows.rows) break;
-        const int channel = step.rows.channel(Engine::row(j, i));
-        T value;
-        narrow(relu(multiply_add(sum[j][i], A(taps[channel]), A(taps[t.chunk + channel]))), value);
-        to[channel] = value;
-      }
-    }
-  }
-
-  // A thread walks down a column of a channel with the nine values below the taps in registers.
-  SHUFFLENET_DEVICE void depthwise(const Window& w, int begin, int end) {
-    const int channels = end - begin;
+  // A lane copies blocks of one pixel (of kPerBlock neighbours, from planes), each an mma step's depth after the other.
+  SHUFFLENET_DEVICE void stage_x(const Window& w, const Cursor& at, Shared<T> tile) {
+    constexpr int kBlocks = kPlanes ? kTilePixels / kPerBlock<T> : 2;  // of a depth; of a pixel in a step
+    const int major = lane_index() / kBlocks, minor = lane_index() % kBlocks * kPerBlock<T>;
+    const int pixel = at.pixel + (kPlanes ? minor : major);
+    const int pixels = w.image_pixels() - pixel;
+    const int depth = least(t.tile_depth, s.conv1_depth - at.k);
+    const T* const from =
+        x_image(w) + image_offset<kLayout>(s.in_channels, s.in_plane, at.run.x_channel + at.k,
+                                           w.image_index(s, most(0, least(pixel, w.image_pixels() - 1))));
     SHUFFLENET_NO_UNROLL
-    for (int i = thread_index(); i < channels * w.out_columns; i += kThreads) {
-      const int c = i % channels;
-      const int column = i / channels;
-      const int slice = (begin + c) / slice_channels;
-      const int y2_column =
-          s.out_channels ? (slice - w.slice_begin) * layout.slice_pitch + begin + c - slice * slice_channels : c;
-      A tap[9];
+    for (int k = 0; k < depth; k += kStep<T>) {
+      if constexpr (kPlanes) {
+        copy_block(tile + ((k + major) * kPlanePitch + minor), from + (k + major) * s.in_plane,
+                   k + major < depth ? pixels : 0, x, t.x_vector,
+                   [&](int i) { return w.image_index(s, pixel + i) - w.image_index(s, pixel); });
+      } else {
+        copy_block(tile + (major * layout.x_pitch + k + minor), from + (k + minor), pixels > 0 ? depth - k - minor : 0,
+                   x, t.x_vector, [](int i) { return i; });
+      }
+    }
+  }
+
+  SHUFFLENET_DEVICE void conv1(const Window& w, int run_count) {
+    const Shared<T> tiles =
+        shared_at<T>(shared_memory(), layout.tiles + static_cast<int64_t>(warp_index()) * kBuffers * layout.x_bytes);
+    const int tile_elements = layout.x_bytes / static_cast<int>(sizeof(T));
+    const Divisor by_runs(run_count);
+    Cursor load = cursor_at(w, warp_index(), run_count, by_runs);
+    int buffer = 0;  // of the tile that is multiplied; the next lands in the other
+    const auto stage_next = [&](int to) {
+      if (!load.done(w)) {
+        stage_x(w, load, tiles + to * tile_elements);
+        load.k += t.tile_depth;
+        if (load.k >= s.conv1_depth) load = cursor_at(w, load.item + kWarps, run_count, by_runs);
+      }
+      commit_copies();
+    };
+
+    stage_next(0);
+    SHUFFLENET_NO_UNROLL
+    for (Cursor at = cursor_at(w, warp_index(), run_count, by_runs); !at.done(w);
+         at = cursor_at(w, at.item + kWarps, run_count, by_runs)) {
+      A sum[kTileRows / 8][4];
+      clear(sum);
+      SHUFFLENET_NO_UNROLL
+      for (int k = 0; k < s.conv1_depth; k += t.tile_depth, buffer = 1 - buffer) {
+        wait_copies<0>();
+        warp_barrier();  // the tile has landed for all lanes, and they are done with the other
+        stage_next(1 - buffer);
+        Engine::template multiply<kPlanes>(
+            sum, {tiles + buffer * tile_elements, kPlanes ? kPlanePitch : layout.x_pitch},
+            weight1 + (at.run.position * layout.weight1_pitch + k), layout.weight1_pitch, ceil_div(at.run.rows, 8),
+            least(t.tile_depth, s.conv1_depth - k));
+      }
+      write_y1(w, at, sum);
+    }
+  }
+
+  SHUFFLENET_DEVICE void write_y1(const Window& w, const Cursor& at, const A (&sum)[kTileRows / 8][4]) {
+    bool inside[2];
+    int pixel_at[2];
+    SHUFFLENET_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int pixel = at.pixel + line(2 * half);
+      inside[half] = pixel < w.image_pixels();
+      const int row = w.by_image_columns.quotient(pixel), column = pixel - row * w.image_columns;
+      const int window_row = row + w.image_row - w.in_row, window_column = column + w.image_column - w.in_column;
+      pixel_at[half] = (window_row * w.in_columns + window_column) * layout.y1_pitch;
+    }
+    SHUFFLENET_UNROLL
+    for (int j = 0; j < kTileRows / 8; ++j) {
+      if (8 * j >= at.run.rows) break;
       SHUFFLENET_UNROLL
-      for (int k = 0; k < 9; ++k) tap[k] = taps[(3 + k) * t.chunk + c];
-      const A bias = taps[2 * t.chunk + c];
-      A value[3][3];
-      int next_row = 0;
+      for (int odd = 0; odd < 2; ++odd) {
+        const int row = place(j, odd);
+        const int c = at.run.channel + least(row, at.run.rows - 1) * s.groups;
+        const Sums constants = shared_as<const Sums>(Shared<const A>(taps + 2 * c))[0];
+        SHUFFLENET_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          T value;
+          narrow(relu(multiply_add(sum[j][2 * half + odd], constants.elements[0], constants.elements[1])), value);
+          if (inside[half] && row < at.run.rows) y1[pixel_at[half] + c] = value;
+        }
+      }
+    }
+  }
+
+  // Everything that no thread writes is zero: depths behind a slice's last channel, pixels behind the window's last.
+  SHUFFLENET_DEVICE void clear_y2() {
+    using Block16 = Vector<T, kPerBlock<T>>;
+    SHUFFLENET_NO_UNROLL
+    for (int i = thread_index() * kPerBlock<T>; i < layout.y2_rows * layout.y2_pitch; i += kThreads * kPerBlock<T>) {
+      shared_as<Block16>(y2 + i)[0] = Block16{};
+    }
+  }
+
+  // A thread walks down a column of a pair of channels with the nine values below the taps in registers: row i of y1 is
+  // in value[i % 3].
+  template <int kStride>
+  SHUFFLENET_DEVICE void depthwise(const Window& w, int first, int channels) {
+    // Whether the channels of a pair are neighbours in y2, too.
+    const bool together = !s.out_channels || (s.slice_channels % 2 == 0 && first % 2 == 0);
+    const int pairs = ceil_div(channels, 2);
+    SHUFFLENET_NO_UNROLL
+    for (int i = thread_index(); i < pairs * w.out_columns; i += kThreads) {
+      const int column = i / pairs;
+      const int c = (i - column * pairs) * 2;
+      const int c2 = s.out_channels ? y2_column(first + c) : c, next_c2 = y2_column(first + c + 1);
+      const auto constant = [&](int k) -> Sums {
+        return shared_as<const Sums>(Shared<const A>(taps + (k * layout.columns + c)))[0];
+      };
+      Sums tap[9];
+      SHUFFLENET_UNROLL
+      for (int k = 0; k < 9; ++k) tap[k] = constant(3 + k);
+      const Sums bias = constant(2);
+      Sums value[3][3];
+      Shared<const T> next = y1 + (column * kStride * layout.y1_pitch + c);
       const auto read_row = [&](int into) {
         SHUFFLENET_UNROLL
         for (int k = 0; k < 3; ++k) {
-          value[into][k] = widen(T(y1[(next_row * w.in_columns + column * s.stride + k) * layout.y1_pitch + c]));
+          const Pair pair = shared_as<const Pair>(next + k * layout.y1_pitch)[0];
+          value[into][k] = {widen(pair.elements[0]), widen(pair.elements[1])};
         }
-        ++next_row;
+        next = next + w.in_columns * layout.y1_pitch;
       };
-      const auto move_row = [&](int from, int to) {
+      SHUFFLENET_UNROLL
+      for (int k = 0; k < 3 - kStride; ++k) read_row(k);
+      SHUFFLENET_NO_UNROLL
+      for (int three = 0; three < w.out_rows; three += 3) {
         SHUFFLENET_UNROLL
-        for (int k = 0; k < 3; ++k) value[to][k] = value[from][k];
-      };
-      if (s.stride == 1) read_row(1);
-      read_row(2);
-      for (int row = 0; row < w.out_rows; ++row) {
-        if (s.stride == 1) {
-          move_row(1, 0);
-          move_row(2, 1);
-        } else {
-          move_row(2, 0);
-          read_row(1);
+        for (int r = 0; r < 3; ++r) {
+          const int row = three + r;
+          if (row >= w.out_rows) break;
+          SHUFFLENET_UNROLL
+          for (int k = 3 - kStride; k < 3; ++k) read_row((kStride * r + k) % 3);
+          Pair pair;
+          SHUFFLENET_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            A sum = bias.elements[e];
+            SHUFFLENET_UNROLL
+            for (int k = 0; k < 9; ++k) {
+              sum = multiply_add(tap[k].elements[e], value[(kStride * r + k / 3) % 3][k % 3].elements[e], sum);
+            }
+            narrow(s.conv2_relu ? relu(sum) : sum, pair.elements[e]);
+          }
+          const Shared<T> to = y2 + y2_row(row * w.out_columns + column) * layout.y2_pitch;
+          if (together) {
+            shared_as<Pair>(to + c2)[0] = pair;
+          } else {
+            to[c2] = pair.elements[0];
+            if (c + 1 < channels) to[next_c2] = pair.elements[1];
+          }
         }
-        read_row(2);
-        A sum = bias;
-        SHUFFLENET_UNROLL
-        for (int k = 0; k < 9; ++k) sum = multiply_add(tap[k], value[k / 3][k % 3], sum);
-        T narrowed;
-        narrow(s.conv2_relu ? relu(sum) : sum, narrowed);
-        y2[(row * w.out_columns + column) * layout.y2_pitch + y2_column] = narrowed;
       }
     }
   }
 
-  // Where the finished tile keeps a value: the result's neighbours in memory are its neighbours.
-  SHUFFLENET_DEVICE static int finished_at(int pixel, int row) {
-    return kDepthMajor ? row * kFinishedPitch + pixel : pixel * kFinishedPitch + row;
+  // Of the block's c-th channel; each slice starts a step of conv3.
+  SHUFFLENET_DEVICE int y2_column(int c) const {
+    return c + c / s.slice_channels * (layout.slice_pitch - s.slice_channels);
   }
+  // Pixels are where conv3 wants them.
+  SHUFFLENET_DEVICE int y2_row(int pixel) const { return kPlanes && s.out_channels ? place(pixel) : pixel; }
 
   SHUFFLENET_DEVICE void conv3(const Window& w) {
-    const int group_rows = s.out_channels / s.groups;
-    const Shared<A> finished = shared_at<A>(memory, 0);
+    const T* const weight = static_cast<const T*>(arguments.conv3.weight);
     for (int slice = w.slice_begin; slice < w.slice_end; ++slice) {
-      const Shared<const T> slice_y2 = y2 + (slice - w.slice_begin) * layout.slice_pitch;
-      for (int row = slice * group_rows, rows; row < (slice + 1) * group_rows; row += rows) {
-        rows = next_rows((slice + 1) * group_rows - row);
-        for (int pixel = 0; pixel < w.out_pixels(); pixel += kTilePixels) {
-          barrier();  // y2 is complete, and the finished tile before this one has left
-          if (thread_index() < rows) {
-            const Affine<A> constants = affine<T>(arguments.conv3, row + thread_index());
-            affine3[thread_index()] = constants.scale;
-            affine3[kTileRows + thread_index()] = constants.bias;
-          }
-          const int pixels = least(kTilePixels, w.out_pixels() - pixel);
-          A sum[kRowTiles][4];
-          clear(sum);
-          multiply_slice(
-              {slice_y2 + pixel * layout.y2_pitch, static_cast<int>(layout.y2_pitch), 1, pixels}, row, rows, sum);
-          barrier();  // all are done with the weights, whose place the finished tile takes
-          SHUFFLENET_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            if (Engine::pixel(i) >= pixels) continue;
-            SHUFFLENET_UNROLL
-            for (int j = 0; j < kRowTiles; ++j) {
-              const int at = Engine::row(j, i);
-              if (at >= rows) break;
-              finished[finished_at(Engine::pixel(i), at)] =
-                  multiply_add(sum[j][i], A(affine3[at]), A(affine3[kTileRows + at]));
-            }
-          }
-          barrier();
-          write(w, row, rows, pixel, pixels, s.stride == 1, true,
-                [&](int p, int r) { return A(finished[finished_at(p, r)]); });
+      for (int row = 0; row < s.group_rows; row += layout.part_rows) {
+        const int rows = least(layout.part_rows, s.group_rows - row);
+        barrier();  // y2 is complete, and all are done with the weights before these
+        stage_weights<T>(weight3, layout.weight3_pitch, ceil_div(rows, layout.weight3_unit) * layout.weight3_unit,
+                         weight + static_cast<int64_t>(slice * s.group_rows + row) * s.slice_channels, rows,
+                         s.slice_channels, t.conv3_vector, [](int i) { return kPlanes ? i : place(i); });
+        commit_copies();
+        wait_copies<0>();
+        barrier();
+        switch (t.result_vector) {
+          case 16: multiply_part<16>(w, slice, row, rows); break;
+          case 8: multiply_part<8>(w, slice, row, rows); break;
+          default: multiply_part<sizeof(T)>(w, slice, row, rows);
         }
       }
     }
   }
 
-  SHUFFLENET_DEVICE void multiply_slice(const PixelOperand<T>& operand, int row, int rows, A (&sum)[kRowTiles][4]) {
-    int load_k = 0, load_stage = 0, step_stage = 0;
-    const auto stage_next = [&] {
-      if (load_k < slice_channels) {
-        stage_weights<T>(
-            weight_tile(load_stage), arguments.conv3.weight, slice_channels, row, rows, load_k, t.conv3_vector);
-        load_k += kTileDepth<T>;
-      }
-      commit_copies();
-      load_stage = load_stage + 1 == t.stages ? 0 : load_stage + 1;
-    };
-    for (int k = (1 - t.stages) * kTileDepth<T>; k < slice_channels; k += kTileDepth<T>) {
-      if (k >= 0) wait_for_stage(t.stages);
-      stage_next();
-      if (k < 0) continue;
-      PixelOperand<T> part = operand;
-      part.data = operand.data + k;
-      Engine::template multiply<false>(
-          sum, part, weight_tile(step_stage), ceil_div(rows, 8), least(kTileDepth<T>, slice_channels - k));
-      step_stage = step_stage + 1 == t.stages ? 0 : step_stage + 1;
-    }
-  }
-
-  SHUFFLENET_DEVICE void write_y2(const Window& w, int begin, int end) {
-    write(w, begin, end - begin, 0, w.out_pixels(), false, false,
-          [&](int pixel, int c) { return widen(T(y2[pixel * layout.y2_pitch + c])); });
-  }
-
-  // Writes channels [channel, channel + channels) of pixels [pixel, pixel + pixels) of the window.
-  template <class Source>
-  SHUFFLENET_DEVICE void write(const Window& w, int channel, int channels, int pixel, int pixels, bool adds_residual,
-                               bool has_relu, const Source& source) {
-    switch (t.result_vector) {
-      case 16: write_vectors<16>(w, channel, channels, pixel, pixels, adds_residual, has_relu, source); break;
-      case 8: write_vectors<8>(w, channel, channels, pixel, pixels, adds_residual, has_relu, source); break;
-      default: write_vectors<sizeof(T)>(w, channel, channels, pixel, pixels, adds_residual, has_relu, source);
-    }
-  }
-
-  template <int kVector, class Source>
-  SHUFFLENET_DEVICE void write_vectors(const Window& w, int channel, int channels, int pixel, int pixels,
-                                       bool adds_residual, bool has_relu, const Source& source) {
-    constexpr int kPerVector = kVector / static_cast<int>(sizeof(T));
-    struct alignas(kVector) Vector {
-      T elements[kPerVector];
-    };
-    const int length = kDepthMajor ? pixels : channels;
-    const int vectors = ceil_div(length, kPerVector);
-    const int lines = kDepthMajor ? channels : pixels;
+  // `rows` rows of a slice, from its `first`-th on, for all pixels. Warps share the tiles of lines x elements, whose
+  // number is a multiple of a vector's.
+  template <int kVector>
+  SHUFFLENET_DEVICE void multiply_part(const Window& w, int slice, int first, int rows) {
+    constexpr int kSize = kVector / static_cast<int>(sizeof(T));
+    using V = Vector<T, kSize>;
+    const int constants = (slice - w.slice_begin) * s.group_rows + first;
+    const int channel = slice * s.group_rows + first;
+    const int lines = kPlanes ? rows : w.out_pixels(), elements = kPlanes ? w.out_pixels() : rows;
+    const Shared<const T> pixel_data = y2 + (slice - w.slice_begin) * layout.slice_pitch;
+    const Shared<const T> line_data = kPlanes ? weight3 : pixel_data, element_data = kPlanes ? pixel_data : weight3;
+    const int line_pitch = kPlanes ? layout.weight3_pitch : layout.y2_pitch;
+    const int element_pitch = kPlanes ? layout.y2_pitch : layout.weight3_pitch;
+    const int line_tiles = ceil_div(lines, kLines), element_tiles = ceil_div(elements, kElements);
+    const Divisor by_element_tiles(element_tiles);
     SHUFFLENET_NO_UNROLL
-    for (int i = thread_index(); i < lines * vectors; i += kThreads) {
-      const int line = i / vectors;
-      const int element = i % vectors * kPerVector;
-      const int p = kDepthMajor ? element : line;
-      const int c = kDepthMajor ? line : element;
-      const int64_t offset = tensor_offset<kLayout>(
-          w.image, s.result_channels, s.out_height, s.out_width, channel + c, w.out_row + (pixel + p) / w.out_columns,
-          w.out_column + (pixel + p) % w.out_columns);
-      const int inside = least(kPerVector, length - element);
-      Vector vector = {};
-      if (adds_residual) {
-        if (inside == kPerVector) {
-          vector = *reinterpret_cast<const Vector*>(x + offset);
-        } else {
-          for (int v = 0; v < inside; ++v) vector.elements[v] = x[offset + v];
+    for (int item = warp_index(); item < line_tiles * element_tiles; item += kWarps) {
+      const int line_tile = by_element_tiles.quotient(item);
+      const int first_line = line_tile * kLines, first_element = (item - line_tile * element_tiles) * kElements;
+      const int element = first_element + lane_index() % 4 * 8;
+      int start[2];  // of the lane's elements of a line
+      SHUFFLENET_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int at_line = first_line + line(2 * half);
+        start[half] = image_offset<kLayout>(s.result_channels, s.out_plane, channel + (kPlanes ? at_line : element),
+                                            w.out_index(s, kPlanes ? element : at_line));
+      }
+      V residual[2][8 / kSize] = {};
+      SHUFFLENET_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (s.stride != 1 || first_line + line(2 * half) >= lines) continue;
+        SHUFFLENET_UNROLL
+        for (int e = 0; e < 8; e += kSize) {
+          if (element + e >= elements) break;
+          residual[half][e / kSize] =
+              *reinterpret_cast<const V*>(x_image(w) + (start[half] + distance<kVector>(w, element, e)));
         }
       }
+      A sum[kElements / 8][4];
+      clear(sum);
+      Engine::template multiply<false>(
+          sum, {line_data + first_line * line_pitch, line_pitch}, element_data + first_element * element_pitch,
+          element_pitch, kElements / 8, s.slice_channels);
       SHUFFLENET_UNROLL
-      for (int v = 0; v < kPerVector; ++v) {
-        if (v >= inside) break;
-        A value = source(kDepthMajor ? p + v : p, kDepthMajor ? c : c + v);
-        if (adds_residual) value += widen(vector.elements[v]);
-        narrow(has_relu ? relu(value) : value, vector.elements[v]);
-      }
-      if (inside == kPerVector) {
-        *reinterpret_cast<Vector*>(result + offset) = vector;
-      } else {
-        for (int v = 0; v < inside; ++v) result[offset + v] = vector.elements[v];
+      for (int e = 0; e < 8; e += kSize) {
+        if (element + e >= elements) break;
+        V vector[2];
+        SHUFFLENET_UNROLL
+        for (int i = 0; i < kSize; ++i) {
+          Sums constant;
+          SHUFFLENET_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            if (kPlanes || half == 0) {
+              const int row = constants + (kPlanes ? least(first_line + line(2 * half), lines - 1) : element + e + i);
+              constant = shared_as<const Sums>(Shared<const A>(affine3 + 2 * row))[0];
+            }
+            const A value =
+                multiply_add(sum[(e + i) / 2][2 * half + (e + i) % 2], constant.elements[0], constant.elements[1]);
+            narrow(relu(value + widen(residual[half][e / kSize].elements[i])), vector[half].elements[i]);
+          }
+        }
+        SHUFFLENET_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          if (first_line + line(2 * half) >= lines) continue;
+          *reinterpret_cast<V*>(result_image(w) + (start[half] + distance<kVector>(w, element, e))) = vector[half];
+        }
       }
     }
+  }
+
+  // Between a line's element `first` and the e-th from there. The pixels of a window narrower than the image, which are
+  // written one by one, lie in several rows.
+  template <int kVector>
+  SHUFFLENET_DEVICE int distance(const Window& w, int first, int e) const {
+    if (!kPlanes || kVector > static_cast<int>(sizeof(T)) || w.out_columns == s.out_width) return e;
+    const int rows = w.by_out_columns.quotient(first + e) - w.by_out_columns.quotient(first);
+    return e + rows * (s.out_width - w.out_columns);
+  }
+
+  SHUFFLENET_DEVICE void write_y2(const Window& w, int begin, int channels) {
+    switch (t.result_vector) {
+      case 16: write_vectors<16>(w, begin, channels); break;
+      case 8: write_vectors<8>(w, begin, channels); break;
+      default: write_vectors<sizeof(T)>(w, begin, channels);
+    }
+  }
+
+  template <int kVector>
+  SHUFFLENET_DEVICE void write_vectors(const Window& w, int begin, int channels) {
+    constexpr int kSize = kVector / static_cast<int>(sizeof(T));
+    const int lines = kPlanes ? channels : w.out_pixels(), elements = kPlanes ? w.out_pixels() : channels;
+    const int vectors = elements / kSize;
+    SHUFFLENET_NO_UNROLL
+    for (int index = thread_index(); index < lines * vectors; index += kThreads) {
+      const int line = index / vectors, element = index % vectors * kSize;
+      Vector<T, kSize> vector;
+      SHUFFLENET_UNROLL
+      for (int i = 0; i < kSize; ++i) {
+        const int p = kPlanes ? element + i : line, c = kPlanes ? line : element + i;
+        vector.elements[i] = y2[p * layout.y2_pitch + c];
+      }
+      write_vector(vector, w, begin + (kPlanes ? line : element), kPlanes ? element : line);
+    }
+  }
+
+  // From channel c and the window's p-th pixel on.
+  template <int kSize>
+  SHUFFLENET_DEVICE void write_vector(const Vector<T, kSize>& vector, const Window& w, int c, int p) {
+    const int at = image_offset<kLayout>(s.result_channels, s.out_plane, c, w.out_index(s, p));
+    *reinterpret_cast<Vector<T, kSize>*>(result_image(w) + at) = vector;
   }
 
   // The shortcut of a stride-2 unit: relu(avg_pool2d(x, 3, 2, 1)), the block's share of x's channels.
   SHUFFLENET_DEVICE void pool(const Window& w) {
-    const int begin = static_cast<int>(int64_t{s.in_channels} * w.slice_begin / s.groups);
-    const int channels = static_cast<int>(int64_t{s.in_channels} * w.slice_end / s.groups) - begin;
+    switch (t.pool_vector) {
+      case 16: pool_vectors<16>(w); break;
+      case 8: pool_vectors<8>(w); break;
+      default: pool_vectors<sizeof(T)>(w);
+    }
+  }
+
+  // A thread's channels are neighbours in memory (one channel, from planes).
+  template <int kVector>
+  SHUFFLENET_DEVICE void pool_vectors(const Window& w) {
+    constexpr int kSize = kPlanes ? 1 : kVector / static_cast<int>(sizeof(T));
+    using Channels = Vector<T, kSize>;
+    const auto share = [&](int slice) {
+      const int channels = static_cast<int>(int64_t{s.in_channels} * slice / s.groups);
+      return slice == s.groups ? channels : channels / kPerBlock<T> * kPerBlock<T>;
+    };
+    const int begin = share(w.slice_begin), pixels = w.out_pixels();
+    const int vectors = (share(w.slice_end) - begin) / kSize;
     SHUFFLENET_NO_UNROLL
-    for (int i = thread_index(); i < channels * w.out_pixels(); i += kThreads) {
-      const int c = begin + (kDepthMajor ? i / w.out_pixels() : i % channels);
-      const int pixel = kDepthMajor ? i % w.out_pixels() : i / channels;
-      const int out_row = w.out_row + pixel / w.out_columns;
-      const int out_column = w.out_column + pixel % w.out_columns;
-      const int row_begin = most(out_row * 2 - 1, 0), row_end = least(out_row * 2 + 2, s.height);
-      const int column_begin = most(out_column * 2 - 1, 0), column_end = least(out_column * 2 + 2, s.width);
-      A sum = A{0};
-      for (int row = row_begin; row < row_end; ++row) {
-        for (int column = column_begin; column < column_end; ++column) {
-          sum += widen(x[tensor_offset<kLayout>(w.image, s.in_channels, s.height, s.width, c, row, column)]);
-        }
+    for (int i = thread_index(); i < vectors * pixels; i += kThreads) {
+      const int c = begin + (kPlanes ? i / pixels : i % vectors * kSize);
+      const int pixel = kPlanes ? i % pixels : i / vectors;
+      const int row = (w.out_row + pixel / w.out_columns) * 2 - 1,
+                column = (w.out_column + pixel % w.out_columns) * 2 - 1;
+      A sum[kSize] = {};
+      SHUFFLENET_UNROLL
+      for (int k = 0; k < 9; ++k) {
+        const int at_row = row + k / 3, at_column = column + k % 3;
+        if (at_row < 0 || at_row >= s.height || at_column < 0 || at_column >= s.width) continue;
+        const Channels channels = *reinterpret_cast<const Channels*>(
+            x_image(w) + image_offset<kLayout>(s.in_channels, s.in_plane, c, at_row * s.width + at_column));
+        SHUFFLENET_UNROLL
+        for (int e = 0; e < kSize; ++e) sum[e] += widen(channels.elements[e]);
       }
-      const int count = s.pool_count_include_pad ? 9 : (row_end - row_begin) * (column_end - column_begin);
-      T value;
-      narrow(relu(sum / static_cast<A>(count)), value);
-      result[tensor_offset<kLayout>(
-          w.image, s.result_channels, s.out_height, s.out_width, s.out_channels + c, out_row, out_column)] = value;
+      const int rows = least(row + 3, s.height) - most(row, 0), columns = least(column + 3, s.width) - most(column, 0);
+      const A count = static_cast<A>(s.pool_count_include_pad ? 9 : rows * columns);
+      Channels pooled;
+      SHUFFLENET_UNROLL
+      for (int e = 0; e < kSize; ++e) narrow(relu(sum[e] / count), pooled.elements[e]);
+      write_vector(pooled, w, s.out_channels + c, pixel);
     }
   }
 
   const KernelArguments& arguments;
   const Sizes& s;
   const Tiling& t;
-  const SharedLayout layout;
-  const Shared<char> memory;
+  const SharedLayout& layout;
+  const Shared<Run> runs;
   const Shared<A> taps, affine3;
-  const Shared<T> y1, y2;
+  const Shared<T> y1, y2, weight1, weight3;
   const T* const x;
   T* const result;
-  const int slice_channels;
 };
 
 }  // namespace shufflenet::cuda

@@ -48,7 +48,8 @@ struct Case {
         {"float32", Dtype::float32},
         {"float64", Dtype::float64},
         {"bfloat16", Dtype::bfloat16},
-        {"float16", Dtype::float16}};
+        {"float16", Dtype::float16},
+        {"tfloat32", Dtype::tfloat32}};
     return dtypes.at(text("dtype", "float32"));
   }
   Device device() const { return device_of(static_cast<int>(number("sm", 90))); }

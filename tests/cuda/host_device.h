@@ -4,7 +4,9 @@
 //   - a barrier or a warp-wide instruction that not all threads (lanes) reach, or not at the same place;
 //   - a read of a byte of shared memory that was never written, or that an asynchronous copy is still filling;
 //   - an access outside of the block's shared memory, or not aligned to its size;
-//   - two threads that touch a byte of shared memory between the same two barriers, one of them to write it.
+//   - two threads that touch a byte of shared memory between the same two barriers (of the block, or of the warp that
+//   both
+//     belong to), one of them to write it.
 //
 // Global memory is the program's own: AddressSanitizer guards it.
 #pragma once
@@ -89,6 +91,10 @@ class Machine {
     for (int i = first; i < first + 32; ++i) fibers_[i].state = State::ready;
   }
 
+  void warp_barrier(int line) {
+    warp_wide(line, nullptr, [this](void**) { ++warps_[running_ / 32].epoch; });
+  }
+
   void check_access(int64_t offset, int64_t bytes, int64_t alignment) const {
     if (offset < 0 || offset + bytes > static_cast<int64_t>(shared.size())) {
       fail("thread %d: shared memory [%ld, %ld) is outside of the block's %zu bytes", running_, offset, offset + bytes,
@@ -102,30 +108,30 @@ class Machine {
       Shadow& byte = shadow_[i];
       if (byte.filling) fail("thread %d: read of shared byte %ld, which an asynchronous copy is filling", running_, i);
       if (byte.writer < 0) fail("thread %d: read of shared byte %ld, which was never written", running_, i);
-      if (byte.write_epoch == epoch_ && byte.writer != running_) {
+      if (byte.write_epoch == epoch_ && byte.writer != running_ && !ordered(byte.writer / 32, byte.write_warp_epoch)) {
         fail("thread %d: race: read of shared byte %ld, written by thread %d since the last barrier", running_, i,
              byte.writer);
       }
-      if (byte.read_epoch != epoch_) {
-        byte.read_epoch = epoch_;
-        byte.reader = running_;
-      } else if (byte.reader != running_) {
-        byte.reader = kSeveral;
-      }
+      const int warp = running_ / 32;
+      byte.reader = byte.read_epoch != epoch_ || byte.reader == running_ ? running_ : kSeveral;
+      byte.reader_warp = byte.read_epoch != epoch_ || byte.reader_warp == warp ? warp : kSeveral;
+      byte.read_warp_epoch = warps_[warp].epoch;
+      byte.read_epoch = epoch_;
     }
   }
   void note_write(int64_t offset, int64_t bytes) {
     for (int64_t i = offset; i < offset + bytes; ++i) {
       Shadow& byte = shadow_[i];
-      if (byte.write_epoch == epoch_ && byte.writer != running_) {
+      if (byte.write_epoch == epoch_ && byte.writer != running_ && !ordered(byte.writer / 32, byte.write_warp_epoch)) {
         fail("thread %d: race: write of shared byte %ld, written by thread %d since the last barrier", running_, i,
              byte.writer);
       }
-      if (byte.read_epoch == epoch_ && byte.reader != running_) {
+      if (byte.read_epoch == epoch_ && byte.reader != running_ && !ordered(byte.reader_warp, byte.read_warp_epoch)) {
         fail("thread %d: race: write of shared byte %ld, read by another thread since the last barrier", running_, i);
       }
       byte.writer = running_;
       byte.write_epoch = epoch_;
+      byte.write_warp_epoch = warps_[running_ / 32].epoch;
       byte.filling = false;
     }
   }
@@ -176,13 +182,17 @@ class Machine {
   };
   struct Warp {
     int arrived = 0, line = 0;
+    int64_t epoch = 0;  // counts the warp's own barriers
     void* arguments[32];
   };
   struct Shadow {
-    int writer = -1, reader = -1;
-    int64_t write_epoch = -1, read_epoch = -1;
+    int writer = -1, reader = -1, reader_warp = -1;
+    int64_t write_epoch = -1, read_epoch = -1, write_warp_epoch = -1, read_warp_epoch = -1;
     bool filling = false;
   };
+
+  // Whether the running thread's own warp did it, before a barrier of the warp.
+  bool ordered(int warp, int64_t warp_epoch) const { return warp == running_ / 32 && warp_epoch < warps_[warp].epoch; }
 
   void run_block() {
     ++epoch_;
@@ -272,6 +282,9 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
+struct TFloat32 {
+  float value;
+};
 
 template <class To, class From>
 To bits_as(From from) {
@@ -285,7 +298,9 @@ inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
 inline float widen(Float16 value) { return static_cast<float>(bits_as<_Float16>(value.bits)); }
 inline float widen(BFloat16 value) { return bits_as<float>(uint32_t{value.bits} << 16); }
+inline float widen(TFloat32 value) { return value.value; }
 inline void narrow(float value, float& to) { to = value; }
+inline void narrow(float value, TFloat32& to) { to.value = value; }
 inline void narrow(double value, double& to) { to = value; }
 inline void narrow(float value, Float16& to) { to.bits = bits_as<uint16_t>(static_cast<_Float16>(value)); }
 inline void narrow(float value, BFloat16& to) {
@@ -295,6 +310,8 @@ inline void narrow(float value, BFloat16& to) {
 
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline float relu(float value) { return value < 0 ? 0 : value; }
+inline double relu(double value) { return value < 0 ? 0 : value; }
 inline float square_root(float value) { return std::sqrt(value); }
 inline double square_root(double value) { return std::sqrt(value); }
 
@@ -304,6 +321,7 @@ inline int thread_index() { return Machine::current()->thread(); }
 inline int64_t block_index() { return Machine::current()->block_index; }
 inline int64_t block_count() { return Machine::current()->block_count; }
 inline void barrier(int line = __builtin_LINE()) { Machine::current()->barrier(line); }
+inline void warp_barrier(int line = __builtin_LINE()) { Machine::current()->warp_barrier(line); }
 
 template <class T>
 class Shared {
@@ -345,6 +363,11 @@ class Shared {
   int64_t offset;  // in bytes
 };
 
+template <class U, class T>
+Shared<U> shared_as(Shared<T> p) {
+  return Shared<U>(p.offset);
+}
+
 inline Shared<char> shared_memory() { return Shared<char>(0); }
 template <class T>
 Shared<T> shared_at(Shared<char> memory, int64_t offset) {
@@ -352,13 +375,12 @@ Shared<T> shared_at(Shared<char> memory, int64_t offset) {
 }
 
 template <int kBytes, class T>
-void copy_async(Shared<T> to, const T* from, int valid) {
+void copy_async(Shared<T> to, const T* from, bool valid) {
   static_assert(kBytes == 16 || kBytes == 8 || kBytes == 4);
   Machine& machine = *Machine::current();
   machine.check_access(to.offset, kBytes, kBytes);
   if (valid && reinterpret_cast<uintptr_t>(from) % kBytes) Machine::fail("a global address not aligned to %d", kBytes);
-  if (valid < 0 || valid > kBytes) Machine::fail("a copy of %d of %d bytes", valid, kBytes);
-  machine.start_copy(to.offset, from, valid, kBytes);
+  machine.start_copy(to.offset, from, valid ? kBytes : 0, kBytes);
 }
 inline void commit_copies() { Machine::current()->commit_copies(); }
 template <int kPending>
@@ -370,19 +392,17 @@ void wait_copies() {
 
 namespace detail {
 
-template <int kMatrices>
 struct LoadLane {
   uint32_t* to;
   int64_t row;
 };
 
-template <int kMatrices>
-void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) {
-  LoadLane<kMatrices> mine = {to, row};
+inline void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) {
+  LoadLane mine = {to, row};
   Machine& machine = *Machine::current();
   machine.warp_wide(line, &mine, [&](void** lanes) {
-    const auto lane_of = [&](int i) -> LoadLane<kMatrices>& { return *static_cast<LoadLane<kMatrices>*>(lanes[i]); };
-    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+    const auto lane_of = [&](int i) -> LoadLane& { return *static_cast<LoadLane*>(lanes[i]); };
+    for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t elements[8][8];
       for (int i = 0; i < 8; ++i) {
         const int64_t at = lane_of(8 * matrix + i).row;
@@ -404,52 +424,107 @@ void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) {
 
 template <bool kTransposed, class T>
 void load_matrices(uint32_t (&to)[4], Shared<const T> row, int line = __builtin_LINE()) {
-  detail::load_matrices<4>(to, row.offset, kTransposed, line);
+  detail::load_matrices(to, row.offset, kTransposed, line);
 }
-template <class T>
-void load_matrices(uint32_t (&to)[2], Shared<const T> row, int line = __builtin_LINE()) {
-  detail::load_matrices<2>(to, row.offset, false, line);
-}
-
-#ifndef SHUFFLENET_TEST_MMA
-#define SHUFFLENET_TEST_MMA 1
+// The architecture that the kernel is compiled for, as __CUDA_ARCH__ / 10 is in device.cuh.
+#ifndef SHUFFLENET_TEST_ARCH
+#define SHUFFLENET_TEST_ARCH 90
 #endif
 template <class T>
-inline constexpr bool kHasMma = SHUFFLENET_TEST_MMA && sizeof(T) == 2;
+inline constexpr bool kHasMma = false;
+template <>
+inline constexpr bool kHasMma<Float16> = true;
+template <>
+inline constexpr bool kHasMma<BFloat16> = SHUFFLENET_TEST_ARCH >= 80;
+template <>
+inline constexpr bool kHasMma<TFloat32> = SHUFFLENET_TEST_ARCH >= 80;
+inline constexpr bool kHasMmaK16 = SHUFFLENET_TEST_ARCH >= 80;
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", with groupID = lane / 4 and
-// threadID_in_group = lane % 4:
-//   a (16 x 16): element i of a lane is row groupID (+ 8 for i = 2, 3, 6, 7), column 2 * threadID_in_group + i % 2 (+ 8
-//   for i >= 4); b (16 x 8): row 2 * threadID_in_group + i % 2 (+ 8 for i >= 2), column groupID; c and d (16 x 8): row
-//   groupID (+ 8 for i >= 2), column 2 * threadID_in_group + i % 2.
-template <class T>
-void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T, int line = __builtin_LINE()) {
+inline uint32_t bits_of(TFloat32 value) { return bits_as<uint32_t>(value.value); }
+
+// cvt.rna.tf32.f32: to nearest, halves away from zero.
+inline uint32_t round_to_tf32(uint32_t bits) {
+  const bool is_finite = (bits >> 23 & 0xff) != 0xff;
+  return is_finite ? (bits + 0x1000) & ~uint32_t{0x1fff} : bits;
+}
+template <class T, int kRegisters>
+void round_operands(uint32_t (&registers)[kRegisters]) {
+  if constexpr (std::is_same_v<T, TFloat32>) {
+    for (uint32_t& bits : registers) bits = round_to_tf32(bits);
+  }
+}
+
+namespace detail {
+
+// d += a b, of 16 x kDepth and kDepth x 8: place(lane, registers of a, of b, a, b) puts a lane's elements where the
+// instruction takes them from.
+template <int kDepth, class Place>
+void multiply_matrices(float* d, const uint32_t* a, const uint32_t* b, int line, const Place& place) {
   struct Lane {
     float* d;
     const uint32_t *a, *b;
   } mine = {d, a, b};
-  Machine::current()->warp_wide(line, &mine, [](void** lanes) {
-    const auto element = [](const uint32_t* registers, int i) {
-      return widen(T{static_cast<uint16_t>(registers[i / 2] >> (i % 2 * 16))});
-    };
-    float a[16][16], b[16][8];
+  Machine::current()->warp_wide(line, &mine, [&](void** lanes) {
+    float a[16][kDepth], b[kDepth][8];
     for (int lane = 0; lane < 32; ++lane) {
       const Lane& from = *static_cast<Lane*>(lanes[lane]);
-      for (int i = 0; i < 8; ++i) {
-        a[lane / 4 + (i / 2 % 2) * 8][lane % 4 * 2 + i % 2 + (i >= 4) * 8] = element(from.a, i);
-      }
-      for (int i = 0; i < 4; ++i) b[lane % 4 * 2 + i % 2 + (i >= 2) * 8][lane / 4] = element(from.b, i);
+      place(lane, from.a, from.b, a, b);
     }
     for (int lane = 0; lane < 32; ++lane) {
       const Lane& to = *static_cast<Lane*>(lanes[lane]);
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + (i >= 2) * 8, column = lane % 4 * 2 + i % 2;
         float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k][column];
         to.d[i] += sum;
       }
     }
   });
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "... for mma.m16n8k8" (.f16), with groupID
+// = lane / 4 and threadID_in_group = lane % 4:
+//   a: element i of a lane is row groupID (+ 8 for i = 2, 3, 6, 7), column 2 * threadID_in_group + i % 2 (+ 8 for i >=
+//   4); b: row 2 * threadID_in_group + i % 2 (+ 8 for i >= 2), column groupID; c and d (16 x 8): row groupID (+ 8 for i
+//   >= 2), column 2 * threadID_in_group + i % 2. k8 has the elements that k16 has in its first eight columns of a.
+template <int kDepth, class T>
+void multiply_16_bit(float* d, const uint32_t* a, const uint32_t* b, int line) {
+  multiply_matrices<kDepth>(
+      d, a, b, line, [](int lane, const uint32_t* from_a, const uint32_t* from_b, auto& a, auto& b) {
+        const auto element = [](const uint32_t* registers, int i) {
+          return widen(T{static_cast<uint16_t>(registers[i / 2] >> (i % 2 * 16))});
+        };
+        for (int i = 0; i < kDepth / 2; ++i) {
+          a[lane / 4 + (i / 2 % 2) * 8][lane % 4 * 2 + i % 2 + (i >= 4) * 8] = element(from_a, i);
+        }
+        for (int i = 0; i < kDepth / 4; ++i) b[lane % 4 * 2 + i % 2 + (i >= 2) * 8][lane / 4] = element(from_b, i);
+      });
+}
+
+}  // namespace detail
+
+template <class T>
+void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T, int line = __builtin_LINE()) {
+  static_assert(sizeof(T) == 2 && kHasMmaK16);
+  detail::multiply_16_bit<16, T>(d, a, b, line);
+}
+inline void multiply_matrices(float (&d)[4], const uint32_t (&a)[2], uint32_t b, Float16, int line = __builtin_LINE()) {
+  detail::multiply_16_bit<8, Float16>(d, a, &b, line);
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k8" (.tf32): a: element i is row groupID (+ 8 for i = 1, 3), column
+// threadID_in_group (+ 4 for i >= 2); b: row threadID_in_group (+ 4 for i = 1), column groupID; c and d as above.
+inline void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TFloat32,
+                              int line = __builtin_LINE()) {
+  const auto place = [](int lane, const uint32_t* from_a, const uint32_t* from_b, auto& a, auto& b) {
+    const auto element = [](uint32_t bits) {
+      if (bits != round_to_tf32(bits)) Machine::fail("an operand that was not rounded to TF32");
+      return bits_as<float>(bits);
+    };
+    for (int i = 0; i < 4; ++i) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = element(from_a[i]);
+    for (int i = 0; i < 2; ++i) b[lane % 4 + i * 4][lane / 4] = element(from_b[i]);
+  };
+  detail::multiply_matrices<8>(d, a, b, line, place);
 }
 
 }  // namespace shufflenet::cuda

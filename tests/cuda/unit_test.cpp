@@ -158,6 +158,8 @@ template <>
 constexpr double kRounding<Float16> = 0x1p-11;
 template <>
 constexpr double kRounding<BFloat16> = 0x1p-8;
+template <>
+constexpr double kRounding<TFloat32> = kHasMma<TFloat32> ? 0x1p-11 : 0x1p-24;  // of the products' operands
 
 template <class T, Layout kLayout, class Norm>
 std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
@@ -189,9 +191,17 @@ std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
   choose_vectors(unit, dtype, tiling,
                  {address(x.data), address(conv1.pointers.weight), conv3 ? address(conv3->pointers.weight) : 0,
                   address(result.data)});
+  const SharedLayout layout(s, tiling, kLayout, sizeof(T), sizeof(accumulator_t<T>));
   const KernelArguments arguments = {
-      s, tiling, x.data, conv1.pointers, conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{}, result.data};
-  Machine machine(kThreads, SharedLayout(s, tiling, sizeof(T), sizeof(accumulator_t<T>)).bytes, c.number("seed", 0));
+      s,
+      tiling,
+      layout,
+      x.data,
+      conv1.pointers,
+      conv2.pointers,
+      conv3 ? conv3->pointers : ConvolutionPointers{},
+      result.data};
+  Machine machine(kThreads, layout.bytes, c.number("seed", 0));
   machine.launch(std::min(c.number("blocks", 1 << 20), tiling.windows(s)), [&] { Block<T, kLayout>(arguments).run(); });
 
   Tensor4 expected = naive_unit<T>(s, x_double, conv1, conv2, conv3.get());
@@ -230,7 +240,7 @@ std::string run(const std::string& line) {
   tiling.tile_columns = static_cast<int>(c.number("tile_columns", tiling.tile_columns));
   tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
   tiling.chunk = static_cast<int>(c.number("chunk", unit.slice_channels() * tiling.slices));
-  tiling.stages = static_cast<int>(c.number("stages", tiling.stages));
+  tiling.tile_depth = static_cast<int>(c.number("tile_depth", tiling.tile_depth));
   const bool last = unit.layout == Layout::channels_last;
 #ifdef SHUFFLENET_TEST_DTYPE16
   if (type == Dtype::bfloat16) {
@@ -240,6 +250,10 @@ std::string run(const std::string& line) {
   return last ? run<Float16, Layout::channels_last, Float16>(c, unit, type, tiling)
               : run<Float16, Layout::contiguous, Float16>(c, unit, type, tiling);
 #else
+  if (type == Dtype::tfloat32) {
+    return last ? run<TFloat32, Layout::channels_last, float>(c, unit, type, tiling)
+                : run<TFloat32, Layout::contiguous, float>(c, unit, type, tiling);
+  }
   if (type == Dtype::float64) {
     return last ? run<double, Layout::channels_last, double>(c, unit, type, tiling)
                 : run<double, Layout::contiguous, double>(c, unit, type, tiling);

@@ -1,6 +1,6 @@
-// Fuzzes the kernels without torch: units of random shapes, every ISA, dtype and layout, cut at random into parts and
-// shares of channels, on buffers that end exactly where their contents end, against a naive implementation in double.
-// Run by run_sanitized.sh, under which any access outside of them is an error.
+// Fuzzes the kernels without torch: units, stems and heads of random shapes, every ISA, dtype and layout, cut at random
+// into parts, strips and shares of channels, on buffers that end exactly where their contents end, against a naive
+// implementation in double. Run by run_sanitized.sh, under which any access outside of them is an error.
 //
 // Usage: fuzz_kernels [units] [seed]
 #include <cmath>
@@ -106,6 +106,19 @@ struct Case {
   std::vector<double> x;  // (batch, channels, height, width), whatever the layout
   Weights conv1, conv2, conv3;
 };
+
+[[noreturn]] static void fail(const Case& c) {
+  const Unit& u = c.unit;
+  std::fprintf(
+      stderr,
+      "batch %lld, channels %lld %lld %lld, plane %lldx%lld, conv1_groups %lld, groups %lld, stride %lld, "
+      "conv2_relu %d, include_pad %d, layout %d, dtype %d\n",
+      static_cast<long long>(u.batch), static_cast<long long>(u.in_channels), static_cast<long long>(u.mid_channels),
+      static_cast<long long>(u.out_channels), static_cast<long long>(u.height), static_cast<long long>(u.width),
+      static_cast<long long>(u.conv1_groups), static_cast<long long>(u.groups), static_cast<long long>(u.stride),
+      u.conv2_relu, u.pool_count_include_pad, static_cast<int>(u.layout), static_cast<int>(c.dtype));
+  std::exit(1);
+}
 
 static int64_t offset(int64_t n, int64_t c, int64_t row, int64_t column, int64_t channels, int64_t height,
                       int64_t width, Layout layout) {
@@ -224,9 +237,75 @@ static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPoint
 }
 
 // Any number of strips, or what the op itself would choose for some number of threads.
-static Partition random_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes) {
-  if (uniform(0, 1)) return {uniform(1, unit.out_height()), 1};
-  return choose_partition(unit, kernel, lanes, uniform(1, 6));
+static Partition random_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes, bool has_strips) {
+  if (uniform(0, 1)) return {uniform(1, unit.out_height()), Sharing::whole_parts};
+  return choose_partition(unit, kernel, lanes, uniform(1, 6), has_strips);
+}
+
+// A strip's planes, cut from an image into memory of their own.
+template <class A>
+class StripPlanes {
+ public:
+  // The last plane ends with its last pixel.
+  StripPlanes(int64_t channels, int64_t pixels)
+      : channels_(channels),
+        pixels_(pixels),
+        plane_(pixels + uniform(0, 9)),
+        data_((channels - 1) * plane_ + pixels, std::numeric_limits<A>::quiet_NaN()) {}
+  RowsOfImage rows() { return {data_.data(), plane_}; }
+  void copy_from(const A* image, int64_t image_plane) { copy(image, image_plane, data_.data(), plane_); }
+  void copy_to(A* image, int64_t image_plane) const { copy(data_.data(), plane_, image, image_plane); }
+
+ private:
+  void copy(const A* from, int64_t from_plane, A* to, int64_t to_plane) const {
+    for (int64_t c = 0; c < channels_; ++c) std::copy_n(from + c * from_plane, pixels_, to + c * to_plane);
+  }
+  int64_t channels_, pixels_, plane_;
+  std::vector<A> data_;
+};
+
+// The image by strips, in random order, each in memory of its own.
+template <class A>
+static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers,
+                       const Partition& partition) {
+  const int64_t n = partition.strips;
+  std::vector<Strip> strips(n);
+  std::vector<std::unique_ptr<StripPlanes<A>>> x, above, result;
+  std::vector<std::unique_ptr<Buffer>> y1;
+  const A* const image = static_cast<const A*>(pointers.x);
+  std::vector<int64_t> order;
+  for (int64_t i = 0; i < n; ++i) {
+    Strip& strip = strips[i];
+    strip.part = partition.part(unit, i);
+    const int64_t first = strip.part.row_begin * unit.stride;
+    const int64_t last = std::min(strip.part.row_end * unit.stride, unit.height);
+    x.push_back(std::make_unique<StripPlanes<A>>(unit.in_channels, (last - first) * unit.width));
+    x.back()->copy_from(image + first * unit.width, pointers.x_plane);
+    strip.x = x.back()->rows();
+    const int64_t pixels = (strip.part.row_end - strip.part.row_begin) * unit.out_width();
+    result.push_back(std::make_unique<StripPlanes<A>>(unit.result_channels(), pixels));
+    strip.result = result.back()->rows();
+    y1.push_back(std::make_unique<Buffer>(kernel.strip_bytes(unit, strip.part)));
+    strip.y1 = y1.back()->get();
+    order.push_back(i);
+    if (i == 0) continue;
+    strip.above = &strips[i - 1];
+    strips[i - 1].below = &strip;
+    above.push_back(std::make_unique<StripPlanes<A>>(unit.in_channels, unit.width));
+    above.back()->copy_from(image + (first - 1) * unit.width, pointers.x_plane);
+    strip.x_above = above.back()->rows();
+  }
+  for (const auto phase : {kernel.expand_strip, kernel.project_strip}) {
+    std::shuffle(order.begin(), order.end(), generator);
+    for (const int64_t i : order) {
+      const Buffer scratch(kernel.strip_scratch_bytes(unit, strips[i].part));
+      phase(unit, pointers, strips[i], scratch.get());
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    A* const to = static_cast<A*>(pointers.result) + strips[i].part.row_begin * unit.out_width();
+    result[i]->copy_to(to, pointers.result_plane);
+  }
 }
 
 // Weights in the accumulator's type, in memory of their exact size.
@@ -255,11 +334,39 @@ static std::vector<char> native_result(const Case& c, const Isa& isa) {
   std::vector<char> result(u.batch * u.result_channels() * u.out_height() * u.out_width() * size_of(c.dtype), '\xff');
 
   const Pointers<A> conv1(c.conv1), conv2(c.conv2), conv3(c.conv3);
-  const UnitPointers pointers = {
-      x.data(), conv1, conv2, conv3, result.data(), unit.height * unit.width, unit.out_height() * unit.out_width()};
+  UnitPointers pointers;
+  pointers.conv1 = conv1;
+  pointers.conv2 = conv2;
+  pointers.conv3 = conv3;
+  pointers.x_plane = u.height * u.width;
+  pointers.result_plane = u.out_height() * u.out_width();
   const UnitKernel kernel = isa.unit_kernel(c.dtype);
-  const Partition partition = random_partition(u, kernel, isa.vector_bytes / static_cast<int64_t>(sizeof(A)));
-  for (int64_t i = 0; i < partition.parts(u); ++i) run_part(kernel, u, pointers, partition.part(u, i));
+  const bool has_strips = u.has_conv3() && !kernel.is_staged(u);
+  const int64_t lanes = isa.vector_bytes / static_cast<int64_t>(sizeof(A));
+  const int64_t x_bytes = static_cast<int64_t>(x.size()) / u.batch;
+  const int64_t result_bytes = static_cast<int64_t>(result.size()) / u.batch;
+  Unit image = u;
+  image.batch = 1;
+  for (int64_t n = 0; n < u.batch; ++n) {
+    pointers.x = x.data() + n * x_bytes;
+    pointers.result = result.data() + n * result_bytes;
+    const Partition partition = random_partition(image, kernel, lanes, has_strips);
+    for (int64_t i = 0; i < partition.strips; ++i) run_part(kernel, image, pointers, partition.part(image, i));
+    if (!has_strips) continue;
+    std::vector<char> by_strips(result_bytes, '\xff');
+    UnitPointers other = pointers;
+    other.result = by_strips.data();
+    run_strips<A>(kernel, image, other, {uniform(1, u.out_height()), Sharing::strips});
+    // NaNs may differ in their bits.
+    const A *const got = reinterpret_cast<const A*>(by_strips.data()), *const expected =
+                                                                           static_cast<const A*>(pointers.result);
+    for (int64_t i = 0; i < result_bytes / static_cast<int64_t>(sizeof(A)); ++i) {
+      if (got[i] == expected[i] || (std::isnan(got[i]) && std::isnan(expected[i]))) continue;
+      std::fprintf(stderr, "%s: element %lld is %.17g by strips, %.17g by whole parts: ", isa.name,
+                   static_cast<long long>(i), static_cast<double>(got[i]), static_cast<double>(expected[i]));
+      fail(c);
+    }
+  }
   return result;
 }
 
@@ -273,17 +380,9 @@ static void check(const Case& c, const Isa& isa) {
     const double got = get(c.dtype, result.data(), i);
     const double tolerance = epsilon(c.dtype) * std::abs(expected[i]) + 32 * sum_epsilon * magnitude[i];
     if (std::isnan(expected[i]) ? std::isnan(got) : std::abs(got - expected[i]) <= tolerance) continue;
-    const Unit& u = c.unit;
-    std::fprintf(
-        stderr,
-        "%s: element %lld is %.9g, expected %.9g within %.3g: batch %lld, channels %lld %lld %lld, plane "
-        "%lldx%lld, conv1_groups %lld, groups %lld, stride %lld, conv2_relu %d, include_pad %d, layout %d, dtype %d\n",
-        isa.name, static_cast<long long>(i), got, expected[i], tolerance, static_cast<long long>(u.batch),
-        static_cast<long long>(u.in_channels), static_cast<long long>(u.mid_channels),
-        static_cast<long long>(u.out_channels), static_cast<long long>(u.height), static_cast<long long>(u.width),
-        static_cast<long long>(u.conv1_groups), static_cast<long long>(u.groups), static_cast<long long>(u.stride),
-        u.conv2_relu, u.pool_count_include_pad, static_cast<int>(u.layout), static_cast<int>(c.dtype));
-    std::exit(1);
+    std::fprintf(stderr, "%s: element %lld is %.9g, expected %.9g within %.3g: ", isa.name, static_cast<long long>(i),
+                 got, expected[i], tolerance);
+    fail(c);
   }
 }
 
@@ -333,13 +432,175 @@ static Case random_case() {
   return c;
 }
 
+// ---- Stem and head ----------------------------------------------------------------------------------------------------
+
+static void check_value(double got, double expected, double tolerance, const char* what, int64_t i, const Isa& isa) {
+  if (std::isnan(expected) ? std::isnan(got) : std::abs(got - expected) <= tolerance) return;
+  std::fprintf(stderr, "%s: %s: element %lld is %.9g, expected %.9g within %.3g\n", isa.name, what,
+               static_cast<long long>(i), got, expected, tolerance);
+  std::exit(1);
+}
+
+// Values that every dtype represents exactly, now and then a NaN among them.
+static std::vector<double> random_values(int64_t n) {
+  std::vector<double> values;
+  for (int64_t i = 0; i < n; ++i) values.push_back(static_cast<double>(uniform(-64, 64)) / 32);
+  if (uniform(0, 3) == 0) values[uniform(0, n - 1)] = std::numeric_limits<double>::quiet_NaN();
+  return values;
+}
+
+template <class A>
+static void check_stem(Dtype dtype, const Isa& isa) {
+  Stem s;
+  s.in_channels = uniform(1, 5);
+  s.out_channels = uniform(1, 20);
+  s.kernel_size = uniform(1, 5);
+  s.stride = uniform(1, 2);
+  s.padding = uniform(0, s.kernel_size - 1);
+  const int64_t least = std::max<int64_t>(1, s.kernel_size - 2 * s.padding);
+  s.height = least + uniform(0, 20);
+  s.width = least + uniform(0, 75);
+  s.max_pool = uniform(0, 1);
+  s.layout = static_cast<Layout>(uniform(0, 1));
+  const std::vector<double> values = random_values(s.in_channels * s.height * s.width);
+  const Weights w = random_weights(s.out_channels, s.taps());
+
+  // In memory of their exact sizes; planes of the result are apart, the last ends with its last pixel.
+  std::vector<double> ordered(values.size());
+  for (int64_t c = 0; c < s.in_channels; ++c) {
+    for (int64_t row = 0; row < s.height; ++row) {
+      for (int64_t column = 0; column < s.width; ++column) {
+        ordered[offset(0, c, row, column, s.in_channels, s.height, s.width, s.layout)] =
+            values[(c * s.height + row) * s.width + column];
+      }
+    }
+  }
+  std::vector<char> x;
+  for (const double value : ordered) put(dtype, value, x);
+  x.shrink_to_fit();
+  const Pointers<A> conv(w);
+  const Convolution pointers = {conv.weight.data(), nullptr, conv.bias.data()};
+  const int64_t pixels = s.out_height() * s.out_width(), plane = pixels + uniform(0, 9);
+  std::vector<A> result((s.out_channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
+  const NetworkKernel kernel = isa.network_kernel(dtype);
+  in_shares(s.out_height(), 1, [&](Channels rows) {
+    const Buffer scratch(kernel.stem_scratch_bytes(s, rows.begin, rows.end));
+    kernel.stem(s, pointers, x.data(), rows.begin, rows.end, result.data(), plane, scratch.get());
+  });
+
+  const double sum_epsilon = epsilon(std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
+  for (int64_t c = 0; c < s.out_channels; ++c) {
+    std::vector<double> convolved, size;
+    for (int64_t row = 0; row < s.conv_height(); ++row) {
+      for (int64_t column = 0; column < s.conv_width(); ++column) {
+        double sum = w.bias[c], terms = std::abs(sum);
+        for (int64_t tap = 0; tap < s.taps(); ++tap) {
+          const int64_t channel = tap / (s.kernel_size * s.kernel_size);
+          const int64_t in_row = row * s.stride - s.padding + tap / s.kernel_size % s.kernel_size;
+          const int64_t in_column = column * s.stride - s.padding + tap % s.kernel_size;
+          if (in_row < 0 || in_row >= s.height || in_column < 0 || in_column >= s.width) continue;
+          const double term =
+              w.weight[c * s.taps() + tap] * values[(channel * s.height + in_row) * s.width + in_column];
+          sum += term;
+          terms += std::isnan(term) ? 0 : std::abs(term);
+        }
+        convolved.push_back(relu(sum));
+        size.push_back(terms);
+      }
+    }
+    for (int64_t p = 0; p < plane && c * plane + p < static_cast<int64_t>(result.size()); ++p) {
+      double expected = std::numeric_limits<double>::quiet_NaN(), terms = 0;  // between planes nothing is written
+      if (p < pixels && !s.max_pool) {
+        expected = convolved[p];
+        terms = size[p];
+      } else if (p < pixels) {
+        expected = 0;
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          const int64_t row = p / s.out_width() * 2 - 1 + tap / 3, column = p % s.out_width() * 2 - 1 + tap % 3;
+          if (row < 0 || row >= s.conv_height() || column < 0 || column >= s.conv_width()) continue;
+          const double value = convolved[row * s.conv_width() + column];
+          if (!(value <= expected) && !std::isnan(expected)) expected = value;
+          terms = std::max(terms, size[row * s.conv_width() + column]);
+        }
+      }
+      const int64_t i = c * plane + p;
+      check_value(static_cast<double>(result[i]), expected, 32 * sum_epsilon * terms, "stem", i, isa);
+    }
+  }
+}
+
+template <class A>
+static void check_head(Dtype dtype, const Isa& isa) {
+  Head h;
+  h.channels = uniform(1, 150);
+  h.height = uniform(1, 9);
+  h.width = uniform(1, 40);
+  h.window_height = uniform(0, 1) ? h.height : uniform(1, h.height);
+  h.window_width = uniform(0, 1) ? h.width : uniform(1, h.width);
+  h.classes = uniform(1, 20);
+  const int64_t images = uniform(1, 3), pixels = h.height * h.width, plane = pixels + uniform(0, 9);
+  const Weights w = random_weights(h.classes, h.channels);
+  const Pointers<A> linear(w);
+  const NetworkKernel kernel = isa.network_kernel(dtype);
+  const double sum_epsilon = epsilon(std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
+
+  std::vector<A> means(images * h.channels);
+  for (int64_t image = 0; image < images; ++image) {
+    std::vector<A> x((h.channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
+    const std::vector<double> values = random_values(h.channels * pixels);
+    for (int64_t i = 0; i < h.channels * pixels; ++i) x[i / pixels * plane + i % pixels] = static_cast<A>(values[i]);
+    in_shares(h.channels, 1, [&](Channels share) {
+      kernel.window_means(h, x.data(), plane, share, means.data() + image * h.channels);
+    });
+    for (int64_t c = 0; c < h.channels; ++c) {
+      double sum = 0;
+      for (int64_t row = 0; row < h.window_height; ++row) {
+        for (int64_t column = 0; column < h.window_width; ++column) {
+          sum += values[c * pixels + row * h.width + column];
+        }
+      }
+      const double expected = sum / static_cast<double>(h.window_height * h.window_width);
+      const int64_t i = image * h.channels + c;
+      check_value(static_cast<double>(means[i]), expected, 32 * sum_epsilon * 2, "means", i, isa);
+    }
+  }
+
+  std::vector<char> result(images * h.classes * size_of(dtype), '\xff');
+  const Convolution pointers = {linear.weight.data(), nullptr, linear.bias.data()};
+  in_shares(
+      h.classes, 1, [&](Channels share) { kernel.linear(h, pointers, means.data(), images, share, result.data()); });
+  for (int64_t i = 0; i < images * h.classes; ++i) {
+    const int64_t row = i % h.classes;
+    double expected = w.bias[row], terms = std::abs(expected);
+    for (int64_t c = 0; c < h.channels; ++c) {
+      const double term = w.weight[row * h.channels + c] * static_cast<double>(means[i / h.classes * h.channels + c]);
+      expected += term;
+      terms += std::isnan(term) ? 0 : std::abs(term);
+    }
+    const double tolerance = epsilon(dtype) * std::abs(expected) + 32 * sum_epsilon * terms;
+    check_value(get(dtype, result.data(), i), expected, tolerance, "linear", i, isa);
+  }
+}
+
+static void check_stem_and_head(const Isa& isa) {
+  const Dtype dtype = static_cast<Dtype>(uniform(0, 3));
+  if (dtype == Dtype::float64) {
+    check_stem<double>(dtype, isa);
+    check_head<double>(dtype, isa);
+  } else {
+    check_stem<float>(dtype, isa);
+    check_head<float>(dtype, isa);
+  }
+}
+
 int main(int argc, char** argv) {
   const long units = argc > 1 ? std::atol(argv[1]) : 2000;
   generator.seed(argc > 2 ? std::atol(argv[2]) : 0);
   for (const std::string& name : usable_isas()) {
     select_isa(name);
     for (long i = 0; i < units; ++i) check(random_case(), isa());
-    std::printf("%s: %ld units\n", name.c_str(), units);
+    for (long i = 0; i < units; ++i) check_stem_and_head(isa());
+    std::printf("%s: %ld units, stems and heads\n", name.c_str(), units);
   }
   return 0;
 }

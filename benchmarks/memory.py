@@ -1,0 +1,71 @@
+"""By how much one call lets resident memory grow: ``python -m benchmarks.memory CONTENDER THREADS``, on Linux.
+
+Of a contender's first call, in a process of its own: what a runtime allocates then and keeps would not be seen later.
+What it allocates while it is built counts as the model's.
+"""
+
+import ctypes
+import gc
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import shufflenet_ext as se
+from benchmarks import peers
+from benchmarks.peers import OURS, Contender
+from benchmarks.shapes import NetworkShape
+
+SHAPE = NetworkShape(groups=3, batch=1, size=(720, 1280))
+CONTENDERS = (OURS, *(name for name in peers.ALL if name != peers.OPENVINO_THROUGHPUT))  # that shares out a batch
+_STATUS = Path("/proc/self/status")
+_RESET_PEAK = "5"  # to /proc/self/clear_refs: the peak is what is resident now
+
+
+@dataclass
+class Growth:
+    """Bytes."""
+
+    name: str
+    threads: int
+    peak: int
+
+
+def measure(name: str, threads: int) -> Growth:
+    """By the named contender on :data:`SHAPE`. RuntimeError with what it printed if the process fails."""
+    command = [sys.executable, "-m", "benchmarks.memory", name, str(threads)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
+    return Growth(name, threads, int(done.stdout.split()[-1]))
+
+
+def _growth(run: Contender) -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else the call could fill pages that only the building of the model needed
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def main(name: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    module, x = SHAPE.build()
+    with torch.no_grad(), se.use_backend("native"):
+        if name == OURS:
+            run = peers.ours(module, x)[OURS]
+        else:
+            run = peers.ALL[name](peers.plain_copy(module), peers.folded_copy(module), x)
+        print(_growth(run))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
