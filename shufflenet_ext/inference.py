@@ -98,7 +98,7 @@ class InferenceUnits(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        return _run(_for_cuda(x, self.weights), self.weights, self.program, self.sizes).to(x.dtype)
+        return _run(x, self.weights, self.program, self.sizes)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -159,7 +159,7 @@ def _for_cuda(x: Tensor, weights: Tensor) -> Tensor:
 
 def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes]) -> Tensor:
     run, settings = implementation(x, lambda: sizes)
-    return run.shuffle_network(x, weights, program, **settings)
+    return run.shuffle_network(_for_cuda(x, weights), weights, program, **settings).to(x.dtype)
 
 
 class InferenceModel(_EvalOnly):
