@@ -138,14 +138,14 @@ def _difference(unit: Any, twin: FusedShuffleBottleneck) -> float:
         source, target = getattr(pair[0], part), getattr(pair[1], part)
         for key, value in source.state_dict().items():
             if value.is_floating_point():
-                value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5)
+                value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5)
                 if key == "weight" and value.dim() == 4:
                     value.sub_(1)
         target.load_state_dict(source.state_dict())
     worst = 0.0
     with use_backend("reference"):
         for training, size in itertools.product((False, True), ((6, 7), (5, 4))):
-            x = torch.randn((3, twin.conv1.in_channels, *size), generator=generator, dtype=torch.float64)
+            x = torch.randn((3, twin.conv1.in_channels, *size), generator=generator, dtype=torch.float64, device="cpu")
             try:
                 expected, got = (module.train(training)(x) for module in pair)
             except Exception:  # a foreign unit may refuse what ours takes

@@ -250,3 +250,10 @@ def test_other_dtypes(dtype):
 def test_not_a_module(model):
     with pytest.raises(TypeError, match=r"model: got \w+, expected a torch\.nn\.Module"):
         se.fuse(model)
+
+
+def test_the_default_device_does_not_matter():
+    unit = ForeignUnit(24, 24, 1, 3)
+    with torch.device("meta"):
+        (fused,) = se.fuse(nn.Sequential(unit))
+    assert isinstance(fused, se.FusedShuffleBottleneck)
