@@ -28,7 +28,7 @@ from benchmarks.shapes import IMAGE_SIZE
 
 GROUPS = 3
 BATCHES = (1, 16, 64, 256)
-ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "tfloat32": 4}
 LAUNCH_S = 2.5e-6  # of a kernel in a CUDA graph, from its predecessor's end; measured figures are 2 to 3 µs
 _OUTPUT = Path(__file__).parent / "results" / "cuda_model.md"
 _TILES = cuda_toolkit.tile_constants()
@@ -139,12 +139,6 @@ def _round_up(n: int, multiple: int) -> int:
     return _ceil_div(n, multiple) * multiple
 
 
-def _parts(n: int, size: int) -> Iterator[int]:
-    """n in parts of ``size`` and a rest."""
-    for begin in range(0, n, size):
-        yield min(size, n - begin)
-
-
 def _next_rows(n: int) -> int:
     """next_rows in unit_kernel.cuh."""
     return min(n, _round_up(_ceil_div(n, _ceil_div(n, _TILES["kTileRows"])), 8))
@@ -162,59 +156,52 @@ def _conv1_tiles(unit: Unit, begin: int, end: int) -> Iterator[int]:
             row += rows
 
 
-def _conv3_tiles(unit: Unit) -> Iterator[int]:
-    left = unit.out_channels // unit.groups
-    while left:
-        rows = _next_rows(left)
-        yield rows
-        left -= rows
+def _product(lines: int, places: int, depth: int, element: int, mma: bool, depth_major: bool = False) -> Counts:
+    """Engine::multiply in unit_kernel.cuh, for all tiles of 16 lines: fragments from shared memory, and their product."""
+    tiles, eights = _ceil_div(lines, 16), _ceil_div(places, 8)
+    step = (_TILES["kStepBytes"] if mma else 8) // element  # the depth that is loaded at a time
+    steps = _ceil_div(depth, step)
+    if mma:
+        loads = 4 + 4 * _ceil_div(eights, 2)  # matrices of 128 bytes
+    else:
+        loads = 2 * (step if depth_major else 1) + 2 * eights
+    return Counts(multiply_adds=tiles * 16 * eights * 8 * steps * step, wavefronts=tiles * steps * loads)
 
 
-def _product(pixels: int, rows: int, depth: int, element: int, mma: bool, staged_pixels: bool) -> Counts:
-    """One tile's: staging its operands, x only where it comes from global memory, and multiplying them."""
-    counts = Counts()
-    warps = _TILES["kThreads"] // 32
-    eights = _ceil_div(rows, 8)
-    for part in _parts(depth, _TILES["kTileDepthBytes"] // element):
-        staged = (rows + (pixels if staged_pixels else 0)) * part
-        counts.l2_elements += staged
-        counts.wavefronts += _ceil_div(staged * element, 128)
-        if mma:
-            step = 32 // element  # the depth of an instruction
-            steps, active = _ceil_div(part, step), _ceil_div(pixels, 16)
-            counts.multiply_adds += active * 16 * eights * 8 * steps * step
-            # ldmatrix: 4 matrices of pixels for each half of the rows that has any, 2 for each eight rows.
-            counts.wavefronts += steps * active * (4 * min(2, eights) + 2 * eights)
-        else:
-            counts.multiply_adds += _TILES["kTilePixels"] * eights * 8 * part
-            counts.wavefronts += part * (warps * 4 + warps // 2 * eights)
-    return counts
-
-
-def _window(unit: Unit, in_pixels: int, out_pixels: int, chunks: list[list[int]], element: int, mma: bool) -> Counts:
+def _window(
+    unit: Unit, in_pixels: int, out_pixels: int, chunks: list[list[int]], element: int, mma: bool, planes: bool
+) -> Counts:
     """A block's work on one window; ``chunks`` holds, of each chunk of channels, the rows of conv1's tiles."""
     counts = Counts()
     slices = sum(map(sum, chunks)) // unit.slice_channels
-    share = unit.pool_channels * slices // unit.groups
+    depth, group_rows = unit.in_channels // unit.conv1_groups, unit.out_channels // unit.groups
+
+    def stage(elements: int) -> None:
+        counts.l2_elements += elements
+        counts.wavefronts += _ceil_div(elements * element, 128)
+
     for tiles in chunks:
-        for pixels, rows in product(_parts(in_pixels, _TILES["kTilePixels"]), tiles):
-            depth = unit.in_channels // unit.conv1_groups
-            counts.add(_product(pixels, rows, depth, element, mma, True), 1)
         channels = sum(tiles)
+        stage(channels * depth)
+        for rows in tiles:
+            stage(in_pixels * depth)
+            counts.add(_product(in_pixels, rows, depth, element, mma, depth_major=planes), 1)
         counts.l2_elements += 12 * channels
         counts.multiply_adds += 9 * channels * out_pixels
-        # Warps of 32 values: y1 written, read three times by each result's column, y2 written.
-        reads = 3 * out_pixels * unit.stride
-        counts.wavefronts += _ceil_div(channels * (in_pixels + reads + out_pixels), 32)
-    for pixels, rows in product(_parts(out_pixels, _TILES["kTilePixels"]), _conv3_tiles(unit)):
-        counts.add(_product(pixels, rows, unit.slice_channels, element, mma, False), slices)
-        counts.l2_elements += slices * pixels * rows * (2 if unit.stride == 1 else 1)  # the result; x to be added
-        counts.wavefronts += slices * 2 * _ceil_div(pixels * rows, 32)  # the finished tile, written and read
-    counts.l2_elements += share * (in_pixels + out_pixels)
+        # Warps write 32 values of y1; by pairs, each result's column reads three times y1, and y2 is written.
+        pairs = channels * out_pixels * (3 * unit.stride + 1)
+        counts.wavefronts += _ceil_div(channels * in_pixels, 32) + _ceil_div(pairs * element, 128)
+    lines, elements = (group_rows, out_pixels) if planes else (out_pixels, group_rows)
+    for _ in range(slices):
+        stage(group_rows * unit.slice_channels)
+        places = _TILES["kElements"]
+        counts.add(_product(lines, places, unit.slice_channels, element, mma), _ceil_div(elements, places))
+        counts.l2_elements += out_pixels * group_rows * (2 if unit.stride == 1 else 1)  # the result; x to be added
+    counts.l2_elements += unit.pool_channels * slices // unit.groups * (in_pixels + out_pixels)
     return counts
 
 
-def count(unit: Unit, plan: dict[str, int | str], element: int, mma: bool) -> Counts:
+def count(unit: Unit, plan: dict[str, int | str], element: int, mma: bool, layout: str) -> Counts:
     """Of the whole launch, window by window as the kernel cuts them; windows of the same size are counted once."""
 
     def sizes(length: int, out_length: int, tile: int) -> Counter[tuple[int, int]]:
@@ -240,7 +227,9 @@ def count(unit: Unit, plan: dict[str, int | str], element: int, mma: bool) -> Co
     for begin in range(0, unit.groups, int(plan["slices"])):
         part = chunks(begin, min(int(plan["slices"]), unit.groups - begin))
         for ((in_rows, out_rows), n), ((in_columns, out_columns), m) in product(rows, columns):
-            window = _window(unit, in_rows * in_columns, out_rows * out_columns, part, element, mma)
+            window = _window(
+                unit, in_rows * in_columns, out_rows * out_columns, part, element, mma, layout == "contiguous"
+            )
             total.add(window, unit.batch * n * m)
     return total
 
@@ -278,11 +267,11 @@ class Prediction:
         return self.time / self.dram
 
 
-def predict(unit: Unit, dtype: str, sm: int, plan: dict[str, int | str], kernel: Kernel) -> Prediction:
+def predict(unit: Unit, dtype: str, layout: str, sm: int, plan: dict[str, int | str], kernel: Kernel) -> Prediction:
     """The model of one launch on ``CARDS[sm]``."""
     card, element = CARDS[sm], ELEMENT_BYTES[dtype]
     mma = "tensor cores" in str(plan["explanation"])
-    counts = count(unit, plan, element, mma)
+    counts = count(unit, plan, element, mma, layout)
     flop = card.tensor_flop * 2 // element if mma else card.fma_flop
     per_block = _round_up(kernel.registers, 8) * _TILES["kThreads"]
     blocks = min(int(plan["blocks"]), 65536 // per_block)
@@ -328,7 +317,7 @@ class Model:
     def predict(self, units: list[Unit], dtype: str, layout: str, sm: int) -> list[Prediction]:
         plans = cuda_toolkit.plans(self._planner, [unit.case(dtype, layout, sm) for unit in units])
         kernel = self.kernel(dtype, layout, sm)
-        return [predict(unit, dtype, sm, plan, kernel) for unit, plan in zip(units, plans, strict=True)]
+        return [predict(unit, dtype, layout, sm, plan, kernel) for unit, plan in zip(units, plans, strict=True)]
 
 
 def paper_units(batch: int) -> dict[str, Unit]:
@@ -361,7 +350,7 @@ def _table(columns: list[str], rows: Iterable[list[str]], left: int) -> Iterator
 
 
 def _detail(model: Model, dtype: str, layout: str, sm: int) -> Iterator[str]:
-    columns = ["unit", "batch", "rows × slices × stages", "blocks", "on an SM", "waves", "DRAM MB", "L2 MB"]
+    columns = ["unit", "batch", "rows × slices × depth", "blocks", "on an SM", "waves", "DRAM MB", "L2 MB"]
     columns += ["MFLOP", "executed", "DRAM", "L2", "SM", "arithmetic", "shared", "predicted", "× DRAM"]
     rows = []
     for batch in BATCHES:
@@ -369,7 +358,7 @@ def _detail(model: Model, dtype: str, layout: str, sm: int) -> Iterator[str]:
         predictions = model.predict(list(units.values()), dtype, layout, sm)
         for label, p in zip(units, predictions, strict=True):
             plan = p.plan
-            cells = [label, str(batch), f"{plan['tile_rows']} × {plan['slices']} × {plan['stages']}"]
+            cells = [label, str(batch), f"{plan['tile_rows']} × {plan['slices']} × {plan['tile_depth']}"]
             cells += [str(plan["windows"]), f"{p.blocks} ({p.occupancy:.0%})", f"{p.waves:.2g}"]
             cells += [f"{p.dram_bytes / 1e6:.3g}", f"{p.l2_bytes / 1e6:.3g}", f"{p.useful_flop / 1e6:.0f}"]
             cells += [
@@ -411,12 +400,12 @@ def report(model: Model) -> Iterator[str]:
     )
     yield ""
     yield (
-        "Bytes from DRAM are x, the result and the parameters, once each; bytes through L2 count every reading of them,"
-        " "
-        "with halos and once for each slice. FLOP are the convolutions' own; executed ones, as a multiple of these, "
+        "Depth: channels of x that a warp multiplies at a time. Bytes from DRAM are x, the result and the parameters, "
+        "once each; bytes through L2 count every reading of them: x with halos, and once for each run of conv1's rows "
+        "that a tile multiplies. FLOP are the convolutions' own; executed ones, as a multiple of these, "
         "have halos and the padding to tiles. Registers are ptxas'. Times in µs: of DRAM and L2 at their bandwidths; "
         "*SM*, the estimate by which the planner chose (its cycles at the boost clock); floors of tensor cores (in "
-        "float32: FMA) and of shared memory without bank conflicts. Predicted is the sum of "
+        "float32: FMA; tfloat32 is float32 multiplied as TF32) and of shared memory without bank conflicts. Predicted is the sum of "
         f"{LAUNCH_S * 1e6:g} µs for the launch and the longest of DRAM, L2 and SM."
     )
     cards = []

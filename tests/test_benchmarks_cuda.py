@@ -124,32 +124,32 @@ def test_counts_of_a_unit_in_one_window():
     # 8 x 8 pixels, one tile; whole mma steps everywhere, so that nothing is padded.
     unit = Unit(1, 32, 8, 8, mid_channels=16, out_channels=32, conv1_groups=1, groups=1, stride=1)
     plan = {"tile_rows": 8, "tile_columns": 8, "slices": 1, "chunk": 16}
-    counts = count(unit, plan, 2, mma=True)
+    counts = count(unit, plan, 2, mma=True, layout="channels_last")
     assert counts.multiply_adds == unit.multiply_adds == 64 * (32 * 16 + 9 * 16 + 16 * 32)
     # x and conv1's weights, the constants of 16 channels, conv3's weights, x once more, the result.
     assert counts.l2_elements == 64 * 32 + 32 * 16 + 12 * 16 + 16 * 32 + 2 * 64 * 32
     # Two strips: conv1 is done twice on the rows where they meet, for 40 pixels each, which are padded to 48.
-    halves = count(unit, plan | {"tile_rows": 4}, 2, mma=True)
+    halves = count(unit, plan | {"tile_rows": 4}, 2, mma=True, layout="channels_last")
     assert halves.multiply_adds == 96 * 32 * 16 + 64 * (9 * 16 + 16 * 32)
 
 
 def test_slices_read_x_as_often_as_there_are():
     unit = Unit(2, 240, 7, 7, mid_channels=60, out_channels=240, conv1_groups=3, groups=3, stride=1)
     plan = {"tile_rows": 7, "tile_columns": 7, "slices": 3, "chunk": 60}
-    whole = count(unit, plan, 2, mma=True)
-    sliced = count(unit, plan | {"slices": 1, "chunk": 20}, 2, mma=True)
+    whole = count(unit, plan, 2, mma=True, layout="channels_last")
+    sliced = count(unit, plan | {"slices": 1, "chunk": 20}, 2, mma=True, layout="channels_last")
     assert sliced.l2_elements - whole.l2_elements == 2 * 2 * 49 * 240
     assert whole.multiply_adds == sliced.multiply_adds  # conv1 has three tiles of 20 rows, or nine of 6 or 7
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "tfloat32"])
 def test_predictions_keep_to_the_bounds(tmp_path, dtype):
     units = [unit for batch in (1, 64) for unit in paper_units(batch).values()]
     planner = cuda_toolkit.build_planner(tmp_path)
     for layout in LAYOUTS:
         plans = cuda_toolkit.plans(planner, [unit.case(dtype, layout, 90) for unit in units])
         for unit, plan in zip(units, plans, strict=True):
-            p = predict(unit, dtype, 90, plan, KERNEL)
+            p = predict(unit, dtype, layout, 90, plan, KERNEL)
             assert p.dram_bytes < p.l2_bytes
             assert p.useful_flop < p.executed_flop
             assert p.time > LAUNCH_S + p.dram

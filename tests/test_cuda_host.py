@@ -263,6 +263,16 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_planner(tmp_path_factory.mktemp("planner"))
 
 
+# The units (inputs, outputs, groups, layout) that sm_75, which has 64 KiB a block, cannot run in float64.
+TOO_WIDE_IN_DOUBLES = {
+    (288, 288, 1, "nchw"),
+    (288, 288, 1, "nhwc"),
+    (576, 576, 1, "nchw"),
+    (576, 576, 1, "nhwc"),
+    (800, 800, 2, "nchw"),
+}
+
+
 @pytest.mark.parametrize("sm", ARCHS)
 def test_every_unit_of_the_paper_has_a_plan(planner: Path, sm: int) -> None:
     cases = [
@@ -272,9 +282,9 @@ def test_every_unit_of_the_paper_has_a_plan(planner: Path, sm: int) -> None:
         )
     ]
     for case, plan in zip(cases, plans(planner, cases), strict=True):
-        if not plan["ok"]:  # the one card of 64 KiB a block, in doubles
-            assert (sm, case["dtype"]) == (75, "float64"), (case, plan["explanation"])
-            assert int(case["mid"]) // int(case["g"]) >= 100, (case, plan["explanation"])
+        sizes = (case["in"], case["out"], case["g"], case["layout"])
+        assert plan["ok"] == ((sm, case["dtype"]) != (75, "float64") or sizes not in TOO_WIDE_IN_DOUBLES), case
+        if not plan["ok"]:
             continue
         assert int(plan["shared_bytes"]) <= int(plan["shared_per_block"])
         assert int(plan["blocks"]) >= 1

@@ -127,7 +127,7 @@ def test_a_chain_is_planned_unit_by_unit(planner: Planner) -> None:
             se.FusedShuffleBottleneck(24, 24, 2, 3, mid_channels=12, conv1_groups=3),
             se.FusedShuffleBottleneck(48, 48, 1, 3, mid_channels=15),
         )
-        chain = InferenceUnits(units)
+        chain = InferenceUnits(units, dtype=None)
     with pytest.raises(RuntimeError, match=CAUSE):
         torch.func.functional_call(chain, on_a_fake_card(chain), tensors(12)[0])
     assert dict.fromkeys(shape for shape, _ in planner.asked) == dict.fromkeys([(2, 24, 5, 7), (2, 48, 3, 4)])

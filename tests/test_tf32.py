@@ -72,7 +72,7 @@ def unit_as(way: str) -> nn.Module | Any:
     unit = Unit("pointwise_shuffle_depthwise" if way == "pointwise_shuffle_depthwise" else "shuffle_bottleneck")
     return {
         "module": module,
-        "chain": InferenceUnits([module]),
+        "chain": InferenceUnits([module], dtype=None),
         unit.op: lambda x: getattr(se.ops, unit.op)(x, *unit.tensors()[1:], **unit.options),
     }[way]
 

@@ -42,6 +42,7 @@ const void* kernel_float32(Layout) { return nullptr; }
 const void* kernel_float64(Layout) { return nullptr; }
 const void* kernel_bfloat16(Layout) { return nullptr; }
 const void* kernel_float16(Layout) { return nullptr; }
+const void* kernel_tfloat32(Layout) { return nullptr; }
 }  // namespace shufflenet::cuda
 
 int main(int, char** arguments) {
