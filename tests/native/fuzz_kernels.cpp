@@ -485,7 +485,8 @@ static void check_stem(Dtype dtype, const Isa& isa) {
   const NetworkKernel kernel = isa.network_kernel(dtype);
   in_shares(s.out_height(), 1, [&](Channels rows) {
     const Buffer scratch(kernel.stem_scratch_bytes(s, rows.begin, rows.end));
-    kernel.stem(s, pointers, x.data(), rows.begin, rows.end, result.data(), plane, scratch.get());
+    A* const first = result.data() + rows.begin * s.out_width();
+    kernel.stem(s, pointers, x.data(), rows.begin, rows.end, first, plane, scratch.get());
   });
 
   const double sum_epsilon = epsilon(std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
