@@ -114,6 +114,10 @@ Tensor run(const UnitArguments& arguments) {
 // The units of a program, a launch each.
 Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program, bool allow_tf32) {
   if (program.stem || program.head) fail("program: got a ", program.stem ? "stem" : "head", ", expected units only");
+  if (weights.scalar_type() != given_x.scalar_type()) {
+    fail("weights: got dtype ", dtype_name(weights.scalar_type()), ", expected x's, ",
+         dtype_name(given_x.scalar_type()), " (on CUDA)");
+  }
   const torch::stable::accelerator::DeviceGuard guard(given_x.get_device_index());
   const char* const data = static_cast<const char*>(weights.const_data_ptr());
   const auto pointers = [&](const PackedConvolution& packed) {
