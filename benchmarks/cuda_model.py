@@ -403,8 +403,8 @@ def report(model: Model) -> Iterator[str]:
         "that a tile multiplies. FLOP are the convolutions' own; executed ones, as a multiple of these, "
         "have halos and the padding to tiles. Registers are ptxas'. Times in µs: of DRAM and L2 at their bandwidths; "
         "*SM*, the estimate by which the planner chose (its cycles at the boost clock); floors of tensor cores (in "
-        "float32: FMA; tfloat32 is float32 multiplied as TF32) and of shared memory without bank conflicts. Predicted is "
-        f"the sum of {LAUNCH_S * 1e6:g} µs for the launch and the longest of DRAM, L2 and SM."
+        "float32: FMA; tfloat32 is float32 multiplied as TF32) and of shared memory without bank conflicts. "
+        f"Predicted is the sum of {LAUNCH_S * 1e6:g} µs for the launch and the longest of DRAM, L2 and SM."
     )
     cards = []
     for sm, card in CARDS.items():
