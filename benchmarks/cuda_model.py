@@ -161,10 +161,8 @@ def _product(lines: int, places: int, depth: int, element: int, mma: bool, depth
     tiles, eights = _ceil_div(lines, 16), _ceil_div(places, 8)
     step = (_TILES["kStepBytes"] if mma else 8) // element  # the depth that is loaded at a time
     steps = _ceil_div(depth, step)
-    if mma:
-        loads = 4 + 4 * _ceil_div(eights, 2)  # matrices of 128 bytes
-    else:
-        loads = 2 * (step if depth_major else 1) + 2 * eights
+    # Of 128 bytes: matrices for tensor cores, 8 bytes a row for FMA.
+    loads = 4 + 4 * _ceil_div(eights, 2) if mma else 2 * (step if depth_major else 1) + 2 * eights
     return Counts(multiply_adds=tiles * 16 * eights * 8 * steps * step, wavefronts=tiles * steps * loads)
 
 
@@ -405,8 +403,8 @@ def report(model: Model) -> Iterator[str]:
         "that a tile multiplies. FLOP are the convolutions' own; executed ones, as a multiple of these, "
         "have halos and the padding to tiles. Registers are ptxas'. Times in µs: of DRAM and L2 at their bandwidths; "
         "*SM*, the estimate by which the planner chose (its cycles at the boost clock); floors of tensor cores (in "
-        "float32: FMA; tfloat32 is float32 multiplied as TF32) and of shared memory without bank conflicts. Predicted is the sum of "
-        f"{LAUNCH_S * 1e6:g} µs for the launch and the longest of DRAM, L2 and SM."
+        "float32: FMA; tfloat32 is float32 multiplied as TF32) and of shared memory without bank conflicts. "
+        f"Predicted is the sum of {LAUNCH_S * 1e6:g} µs for the launch and the longest of DRAM, L2 and SM."
     )
     cards = []
     for sm, card in CARDS.items():
