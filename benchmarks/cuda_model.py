@@ -157,7 +157,7 @@ def _conv1_tiles(unit: Unit, begin: int, end: int) -> Iterator[int]:
 
 
 def _product(lines: int, places: int, depth: int, element: int, mma: bool, depth_major: bool = False) -> Counts:
-    """Engine::multiply in unit_kernel.cuh, for all tiles of 16 lines: fragments from shared memory, and their product."""
+    """Engine::multiply in unit_kernel.cuh, for all tiles of 16 lines: loading fragments, and their product."""
     tiles, eights = _ceil_div(lines, 16), _ceil_div(places, 8)
     step = (_TILES["kStepBytes"] if mma else 8) // element  # the depth that is loaded at a time
     steps = _ceil_div(depth, step)
