@@ -157,11 +157,11 @@ def _conv1_tiles(unit: Unit, begin: int, end: int) -> Iterator[int]:
 
 
 def _product(lines: int, places: int, depth: int, element: int, mma: bool, depth_major: bool = False) -> Counts:
-    """Engine::multiply in unit_kernel.cuh, for all tiles of 16 lines: fragments from shared memory, their product."""
+    """Engine::multiply in unit_kernel.cuh, for all tiles of 16 lines: loading fragments, and their product."""
     tiles, eights = _ceil_div(lines, 16), _ceil_div(places, 8)
     step = (_TILES["kStepBytes"] if mma else 8) // element  # the depth that is loaded at a time
     steps = _ceil_div(depth, step)
-    # With tensor cores, matrices of 128 bytes.
+    # Of 128 bytes: matrices for tensor cores, 8 bytes a row for FMA.
     loads = 4 + 4 * _ceil_div(eights, 2) if mma else 2 * (step if depth_major else 1) + 2 * eights
     return Counts(multiply_adds=tiles * 16 * eights * 8 * steps * step, wavefronts=tiles * steps * loads)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import shufflenet_ext as se
 from benchmarks import peers
-from benchmarks.cuda_model import BATCHES, ELEMENT_BYTES, GROUPS, Model, Unit
+from benchmarks.cuda_model import BATCHES, GROUPS, Model, Unit
 from benchmarks.cuda_toolkit import LAYOUTS
 from benchmarks.peers import FOLDED, OURS, OURS_CHANNELS_LAST, Builder, Contender, eager, eager_channels_last
 from benchmarks.race import Row, check, timings_of, work
@@ -181,7 +181,7 @@ def ours(module: nn.Module, x: Tensor, graph: Wrapper) -> dict[str, Contender]:
 @dataclass
 class CudaRow(Row):
     """``traffic`` is that of the units alone, each moving its input, result and parameters once; ``predicted`` holds
-    seconds by layout, of the units alone, where there is a model for the card and the precision."""
+    seconds by layout, of the units alone, where there is a model for the card."""
 
     predicted: dict[str, float] | None = None
 
@@ -219,7 +219,7 @@ class Track:
     rounds: int = _ROUNDS
 
     def predict(self, units: list[Unit], precision: Precision) -> dict[str, float] | None:
-        if self.model is None or precision.name not in ELEMENT_BYTES:
+        if self.model is None:
             return None
         return {
             layout: sum(p.time for p in self.model.predict(units, precision.name, layout, self.sm))
