@@ -201,7 +201,7 @@ inline double predicted_cycles(const Unit& unit, const Tiling& t, Dtype dtype, c
   // Parameters, conv1's weights and its first tiles; then each part of conv3's weights and the shortcut.
   const double waits = 3 * chunks + (s.out_channels ? 1 + slices * ceil_div(s.group_rows, layout.part_rows) : 0);
 
-  const double windows = static_cast<double>(t.windows(s));
+  const double windows = std::max(1.0, static_cast<double>(t.windows(s)));  // an empty batch is cut as one image is
   const double side_by_side = std::min<double>(blocks, std::ceil(windows / device.multiprocessors));
   const double instructions = std::min(kMostInstructions, side_by_side * kWarps / kWarpInterval);
   const double round =
