@@ -21,11 +21,16 @@ PLANES += [(2, 2), (3, 3), (7, 7), (6, 5), (3, 16), (5, 17), (4, 33), (13, 11), 
 
 
 def test_every_isa_of_this_architecture_is_tested():
-    expected = ["neon" if platform.machine() in ("aarch64", "arm64") else "baseline"]
+    expected = {"neon" if platform.machine() in ("aarch64", "arm64") else "baseline"}
     if platform.machine() in ("x86_64", "AMD64"):
         capability = torch.backends.cpu.get_cpu_capability()
-        expected += ["avx2"] * (capability in ("AVX2", "AVX512")) + ["avx512"] * (capability == "AVX512")
-    assert _native.cpu_isas() == expected
+        expected |= {"avx2"} if capability in ("AVX2", "AVX512") else set()
+        expected |= {"avx512"} if capability == "AVX512" else set()
+        expected |= {"avx512_bf16"} if torch.cpu._is_avx512_bf16_supported() else set()
+        expected |= {"amx"} if torch.cpu._is_amx_tile_supported() else set()
+    isas = _native.cpu_isas()
+    assert len(isas) == len(expected)
+    assert set(isas) == expected
 
 
 @each_op
