@@ -255,6 +255,11 @@ def paper_units() -> list[tuple[se.ShuffleBottleneck, tuple[int, int, int]]]:
     return list(found.values())
 
 
+# in, mid and out channels of those that float64 makes too wide for sm_75, in one layout at least; tests/test_cuda_host.py
+# has which.
+TOO_WIDE_IN_DOUBLES = {(288, 144, 288), (576, 144, 576), (800, 200, 800)}
+
+
 @needs_library
 @pytest.mark.parametrize("sm", ARCHS)
 def test_the_librarys_planner_has_a_plan_for_the_paper(sm: int) -> None:
@@ -267,6 +272,10 @@ def test_the_librarys_planner_has_a_plan_for_the_paper(sm: int) -> None:
                     shape = (batch, *plane)
                     plan = se.explain(unit, shape, dtype=dtype, sm=sm, memory_format=memory_format)
                     assert plan == se.explain(unit, shape, dtype=dtype, sm=sm, memory_format=memory_format)
+                    channels = (unit.conv1.in_channels, unit.conv1.out_channels, unit.conv3.out_channels)
+                    if (sm, dtype) == (75, torch.float64) and channels in TOO_WIDE_IN_DOUBLES:
+                        assert plan["backend"] == "native" or "bytes of shared memory" in plan["explanation"]
+                        continue
                     assert plan["backend"] == "native", (unit, plan)
                     assert f"sm_{sm}:" in plan["explanation"]
                     assert plan["result_shape"][1] == unit.conv3.out_channels + (unit.stride - 1) * plane[0]
