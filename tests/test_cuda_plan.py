@@ -255,8 +255,8 @@ def paper_units() -> list[tuple[se.ShuffleBottleneck, tuple[int, int, int]]]:
     return list(found.values())
 
 
-# in, mid and out channels of those that float64 makes too wide for sm_75, in one layout at least; tests/test_cuda_host.py
-# has which.
+# in, mid and out channels of those that float64 makes too wide for sm_75, in one layout at least (which:
+# tests/test_cuda_host.py).
 TOO_WIDE_IN_DOUBLES = {(288, 144, 288), (576, 144, 576), (800, 200, 800)}
 
 
