@@ -26,6 +26,8 @@ struct Partition {
 // A part's memory stays below this wherever a strip of one row does: a share of a core's L2 cache, which also holds the
 // weights and the rows of x.
 inline constexpr int64_t kScratchBudget = 512 * 1024;
+// A strip shared by threads has the whole of its y1 in memory. Beyond this the memory is not worth what it saves.
+inline constexpr int64_t kMostStripBytes = 2 * 1024 * 1024;
 // Strips shorter than the budget asks for are tried up to this many: beyond it the halo costs more than balance gives.
 inline constexpr int64_t kMostExtraStrips = 16;
 // Costs are in vectors' multiply-adds, of which a processor with two AVX-512 FMA units does about 5000 in a
@@ -82,14 +84,15 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
   };
   const auto foreign = [](int64_t elements) { return elements * kAccumulatorBytes / kForeignBytesPerCost; };
   const int64_t halo = foreign(unit.width * unit.mid_channels);
-  if (has_strips && threads <= unit.out_height()) {
-    const int64_t rows = rows_of(threads);
+  const int64_t rows_a_thread = rows_of(threads);
+  if (has_strips && threads <= unit.out_height() && kernel.strip_bytes(unit, {0, rows_a_thread}) <= kMostStripBytes) {
     // Where a height does not divide, the neighbouring units' strips are others, and the planes stay whole.
     const int64_t whole_planes =
         (unit.height % threads ? unit.in_channels : 0) + (unit.out_height() % threads ? unit.result_channels() : 0);
-    consider({threads, Sharing::strips},
-             part_cost(unit, std::min(unit.height, rows * unit.stride), rows, lanes) + weights_cost(unit) + kWaitCost +
-                 2 * halo + whole_planes * kSharedLineCost + y1_cost(unit, rows * unit.stride));
+    consider(
+        {threads, Sharing::strips},
+        part_cost(unit, std::min(unit.height, rows_a_thread * unit.stride), rows_a_thread, lanes) + weights_cost(unit) +
+            kWaitCost + 2 * halo + whole_planes * kSharedLineCost + y1_cost(unit, rows_a_thread * unit.stride));
   }
   const int64_t most = std::min(unit.out_height(), fewest + kMostExtraStrips);
   for (int64_t strips = fewest; strips <= most; ++strips) {
