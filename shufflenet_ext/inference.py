@@ -207,7 +207,7 @@ class InferenceModel(_EvalOnly):
         )
 
 
-def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> InferenceModel:
     """An eval-only copy of ``model`` whose units have their batch norm folded into their weights.
 
     Every unit that :func:`shufflenet_ext.fuse` swaps becomes one op on folded weights; this package's networks become
