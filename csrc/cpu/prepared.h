@@ -36,9 +36,6 @@ class ConvolutionData {
     }
   }
 
-  // Moving leaves the arrays where they are, and `pointers` true.
-  ConvolutionData(ConvolutionData&&) = default;
-
   Convolution pointers;
 
  private:

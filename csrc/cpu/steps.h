@@ -6,10 +6,10 @@
 #include <memory>
 #include <vector>
 
+#include "../program.h"
 #include "describe.h"
 #include "partition.h"
 #include "phases.h"
-#include "../program.h"
 #include "prepared.h"
 #include "scratch.h"
 
