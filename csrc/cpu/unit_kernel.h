@@ -740,7 +740,8 @@ void project(const Unit& unit, const UnitPointers& pointers, const Part& part, C
 
 // ---- Strips ---------------------------------------------------------------------------------------------------------
 
-// A strip's rows of y1: the row above its own, its own, and with stride 1 the row below.
+// A strip's rows of y1: the row above its own, its own, and with stride 1 the row below. Copies of its first and last
+// own row are for its neighbours: in lines of their own, few and one behind the other, which nobody writes meanwhile.
 template <class A>
 struct StripRows {
   StripRows(const Unit& unit, const Part& part, void* memory)
@@ -750,6 +751,8 @@ struct StripRows {
         width(unit.width) {
     Arena arena(memory);
     y1 = arena.planes<A>(unit.mid_channels, (in.halo_end - in.halo_begin) * width);
+    first_row = {arena.take<A>(unit.mid_channels * width), width};
+    last_row = {arena.take<A>(unit.mid_channels * width), width};
     bytes = arena.bytes();
   }
   int64_t own_rows() const { return own_end - own_begin; }
@@ -758,7 +761,7 @@ struct StripRows {
 
   InputRows in;
   int64_t own_begin, own_end, width;
-  Planes<A> y1;
+  Planes<A> y1, first_row, last_row;
   int64_t bytes;
 };
 
@@ -791,38 +794,40 @@ Planes<A> planes(const RowsOfImage& rows) {
 }
 
 template <class A>
+void copy_row(const Unit& unit, Planes<A> to, Planes<const A> from) {
+  for (int64_t c = 0; c < unit.mid_channels; ++c) std::copy_n(from.channel(c), unit.width, to.channel(c));
+}
+
+template <class A>
+void clear_row(const Unit& unit, Planes<A> row) {
+  for (int64_t c = 0; c < unit.mid_channels; ++c) std::fill_n(row.channel(c), unit.width, A{0});
+}
+
+template <class A>
 void expand_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
   const StripRows<A> rows(unit, strip.part, strip.y1);
   const Scratch<A> scratch(unit, strip.part, {}, memory);
   const bool lone_pixel = has_lone_pixel<A>(unit.height * unit.width, rows.own_end * unit.width);
   conv1<A>(unit, pointers.conv1, {0, unit.mid_channels}, read_only(planes<A>(strip.x)), rows.own_rows() * unit.width,
            rows.from_row(1), lone_pixel, scratch.pointwise);
+  if (strip.above) copy_row<A>(unit, rows.first_row, read_only(rows.from_row(1)));
+  if (strip.below) copy_row<A>(unit, rows.last_row, read_only(rows.from_row(rows.own_rows())));
 }
 
-// Fills a row of y1 from where another strip has it; with zeros where there is none.
-template <class A>
-void borrow_row(const Unit& unit, Planes<A> to, Planes<A> from) {
-  for (int64_t c = 0; c < unit.mid_channels; ++c) {
-    if (from.data) {
-      std::copy_n(from.channel(c), unit.width, to.channel(c));
-    } else {
-      std::fill_n(to.channel(c), unit.width, A{0});
-    }
-  }
-}
-
-// The rows around a strip's own.
+// The rows around a strip's own: from where another strip has them, or zeros outside the image.
 template <class A>
 void borrow_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
-  Planes<A> above, below;
   if (strip.above) {
-    const StripRows<A> theirs(unit, strip.above->part, strip.above->y1);
-    above = theirs.from_row(theirs.own_rows());
+    copy_row<A>(unit, rows.y1, read_only(StripRows<A>(unit, strip.above->part, strip.above->y1).last_row));
+  } else {
+    clear_row(unit, rows.y1);
   }
-  borrow_row<A>(unit, rows.y1, above);
-  if (rows.in.halo_end > rows.own_end) {
-    if (strip.below) below = StripRows<A>(unit, strip.below->part, strip.below->y1).from_row(1);
-    borrow_row<A>(unit, rows.from_row(rows.own_rows() + 1), below);
+  if (rows.in.halo_end == rows.own_end) return;
+  const Planes<A> below = rows.from_row(rows.own_rows() + 1);
+  if (strip.below) {
+    copy_row<A>(unit, below, read_only(StripRows<A>(unit, strip.below->part, strip.below->y1).first_row));
+  } else {
+    clear_row(unit, below);
   }
 }
 
