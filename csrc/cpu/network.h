@@ -20,7 +20,7 @@ class StemStep : public Step {
     strips_ = std::min(stem_.out_height(), ceil_div(strips_, threads) * threads);
   }
 
-  int64_t result_bytes(bool) const override {
+  int64_t result_bytes() const override {
     return stem_.out_channels / (pack_ ? 2 : 1) * result_plane_ * static_cast<int64_t>(sizeof(A));
   }
 
@@ -80,7 +80,7 @@ class ChannelsStep : public Step {
         tasks_(std::min(ceil_div(channels(), kImageChannels), threads)),
         run_(std::move(run)) {}
 
-  int64_t result_bytes(bool) const override { return result_bytes_; }
+  int64_t result_bytes() const override { return result_bytes_; }
 
   void run(const void* from, void* to) const override { run_share(from, to, 0, 1); }
   void share(const Sharers& s) const override {

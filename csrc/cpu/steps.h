@@ -22,42 +22,37 @@ inline thread_local Scratch thread_images[2] = {Scratch(Scratch::Pages::huge), S
 inline thread_local Scratch shared_images[2] = {Scratch(Scratch::Pages::huge), Scratch(Scratch::Pages::huge)};
 
 // An image between two steps. Planes of elements as large as the accumulator type can be cut into strips of rows, each
-// of which then has memory of its own, so that threads write no cache line together.
+// of which then has memory of its own, so that threads write no cache line together. A strip has the same memory
+// whatever the step, which stays in its thread's cache.
 struct ImageLayout {
   int64_t channels = 0, height = 0, width = 0;
   int64_t plane = 0;  // elements from plane to plane, where it is not cut
   int64_t strips = 1;
+  int64_t strip_bytes = 0;  // from strip to strip
 
   int64_t row(int64_t strip) const { return height * strip / strips; }
   int64_t strip_plane(int64_t strip) const { return padded((row(strip + 1) - row(strip)) * width); }
-  int64_t elements() const {
-    if (strips == 1) return channels * plane;
-    int64_t sum = 0;
-    for (int64_t i = 0; i < strips; ++i) sum += channels * strip_plane(i);
-    return sum;
-  }
   // Planes start with a cache line.
   static int64_t padded(int64_t pixels) { return ceil_div(pixels, kPackedAlignment) * kPackedAlignment; }
 
   // A strip of a cut image, or some rows from `first` on of one that is not.
   template <class A>
   RowsOfImage rows(const void* data, int64_t strip, int64_t first) const {
-    A* const begin = static_cast<A*>(const_cast<void*>(data));
-    if (strips == 1) return {begin + first * width, plane};
-    int64_t offset = 0;
-    for (int64_t i = 0; i < strip; ++i) offset += channels * strip_plane(i);
-    return {begin + offset, strip_plane(strip)};
+    char* const begin = static_cast<char*>(const_cast<void*>(data));
+    if (strips == 1) return {begin + first * width * static_cast<int64_t>(sizeof(A)), plane};
+    return {begin + strip * strip_bytes, strip_plane(strip)};
   }
 };
 
 class Step {
  public:
   virtual ~Step() = default;
-  virtual int64_t result_bytes(bool is_cut) const = 0;
+  virtual int64_t result_bytes() const = 0;
   // Of what threads that share the step hand on to each other, by strip.
   virtual int64_t shared_bytes() const { return 0; }
   // Into how many strips threads that share the step can cut its result, and its input.
   virtual int64_t strips() const { return 1; }
+  virtual int64_t strip_bytes() const { return 0; }  // of a result that is cut
   virtual bool reads_strips(int64_t) const { return false; }
   // Whether the result may take the place of what it is computed from: run by one thread, or shared.
   virtual bool works_in_place(bool) const { return false; }
@@ -69,8 +64,9 @@ class Step {
     const void* from;
     void* to;
     bool from_is_cut, to_is_cut;
+    int64_t strip_bytes;  // of a cut image, the most of all steps
     char* buffers;
-    int64_t shared_bytes;  // the most of all steps: strip i always has the same memory, which its thread's cache holds
+    int64_t shared_bytes;  // the most of all steps
     std::vector<Phase>& phases;
   };
   virtual void share(const Sharers&) const = 0;
@@ -89,9 +85,10 @@ class UnitStep : public Step {
     shared_ = choose_partition(unit_, kernel_, lanes, threads, has_strips);
   }
 
-  int64_t result_bytes(bool is_cut) const override {
-    if (unit_.layout == Layout::contiguous) return result_layout(is_cut).elements() * kernel_.element_bytes;
-    return unit_.result_channels() * unit_.out_height() * unit_.out_width() * kernel_.element_bytes;
+  int64_t result_bytes() const override {
+    const bool planes = unit_.layout == Layout::contiguous;
+    const int64_t plane = planes ? pointers_.result_plane : unit_.out_height() * unit_.out_width();
+    return unit_.result_channels() / kernel_.channels_per_element * plane * kernel_.element_bytes;
   }
 
   int64_t shared_bytes() const override {
@@ -106,9 +103,15 @@ class UnitStep : public Step {
 
   int64_t strips() const override { return shared_.sharing == Sharing::strips ? shared_.strips : 1; }
 
+  int64_t strip_bytes() const override {
+    if (strips() == 1) return 0;
+    const ImageLayout result = result_layout(strips());  // no strip is larger than the last
+    return result.channels * result.strip_plane(strips() - 1) * kernel_.element_bytes;
+  }
+
   bool reads_strips(int64_t strips) const override {
     bool same = strips == this->strips();
-    const ImageLayout x = x_layout(same);
+    const ImageLayout x = x_layout(strips);
     for (int64_t i = 1; same && i < strips; ++i) same = x.row(i) == shared_.part(unit_, i).row_begin * unit_.stride;
     return same;
   }
@@ -185,14 +188,21 @@ class UnitStep : public Step {
     return result;
   }
 
-  ImageLayout x_layout(bool is_cut) const {
-    return layout(unit_.in_channels, unit_.height, unit_.width, pointers_.x_plane, is_cut);
+  ImageLayout x_layout(int64_t strips, int64_t strip_bytes = 0) const {
+    return {unit_.in_channels / kernel_.channels_per_element,
+            unit_.height,
+            unit_.width,
+            pointers_.x_plane,
+            strips,
+            strip_bytes};
   }
-  ImageLayout result_layout(bool is_cut) const {
-    return layout(unit_.result_channels(), unit_.out_height(), unit_.out_width(), pointers_.result_plane, is_cut);
-  }
-  ImageLayout layout(int64_t channels, int64_t height, int64_t width, int64_t plane, bool is_cut) const {
-    return {channels / kernel_.channels_per_element, height, width, plane, is_cut ? strips() : 1};
+  ImageLayout result_layout(int64_t strips, int64_t strip_bytes = 0) const {
+    return {unit_.result_channels() / kernel_.channels_per_element,
+            unit_.out_height(),
+            unit_.out_width(),
+            pointers_.result_plane,
+            strips,
+            strip_bytes};
   }
 
   void run_part(const UnitPointers& pointers, const Part& part) const {
@@ -240,7 +250,7 @@ class UnitStep : public Step {
     }
     char* const memory = thread_buffers.reserve(3 * bytes);
     const std::vector<Strip> strips = strips_of(
-        alone_, x_layout(false), from, result_layout(false), to, {memory, memory + bytes, memory + 2 * bytes});
+        alone_, x_layout(1), from, result_layout(1), to, {memory, memory + bytes, memory + 2 * bytes});
     for (int64_t i = 0; i <= alone_.strips; ++i) {
       if (i < alone_.strips) run_strip(kernel_.expand_strip, strips[i]);
       if (i > 0) run_strip(kernel_.project_strip, strips[i - 1]);
@@ -251,7 +261,8 @@ class UnitStep : public Step {
     std::vector<char*> y1(shared_.strips);
     for (int64_t i = 0; i < shared_.strips; ++i) y1[i] = s.buffers + i * s.shared_bytes;
     const auto all = std::make_shared<const std::vector<Strip>>(
-        strips_of(shared_, x_layout(s.from_is_cut), s.from, result_layout(s.to_is_cut), s.to, y1));
+        strips_of(shared_, x_layout(s.from_is_cut ? strips() : 1, s.strip_bytes), s.from,
+                  result_layout(s.to_is_cut ? strips() : 1, s.strip_bytes), s.to, y1));
     for (const StripPhase phase : {kernel_.expand_strip, kernel_.project_strip}) {
       s.phases.push_back({s.step, shared_.strips, [=](int64_t i) { run_strip(phase, (*all)[i]); }});
     }
@@ -309,13 +320,16 @@ inline int64_t images_alone(int64_t images, int64_t threads) {
 
 // Phases that run the steps on each image of the batch.
 inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& steps, const Batch& batch) {
-  int64_t largest = 0, shared_bytes = 0, strips = 1;
+  int64_t largest = 0, strip_bytes = 0, shared_bytes = 0, strips = 1;
   for (size_t i = 0; i < steps.size(); ++i) {
-    if (i + 1 < steps.size())
-      largest = std::max({largest, steps[i]->result_bytes(false), steps[i]->result_bytes(true)});
+    if (i + 1 < steps.size()) {
+      largest = std::max(largest, steps[i]->result_bytes());
+      strip_bytes = std::max(strip_bytes, steps[i]->strip_bytes());
+    }
     shared_bytes = std::max(shared_bytes, steps[i]->shared_bytes());
     strips = std::max(strips, steps[i]->strips());
   }
+  largest = std::max(largest, strips * strip_bytes);
   // Whether what threads that share the steps hand on from step i is cut into strips.
   const auto is_cut = [&steps](size_t i) {
     return i + 1 < steps.size() && steps[i]->strips() > 1 && steps[i + 1]->reads_strips(steps[i]->strips());
@@ -330,7 +344,7 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
           const Step& step = *steps[i];
           const bool same_layout = !shared || (i > 0 && is_cut(i - 1)) == is_cut(i);
           if (i + 1 == steps.size()) {
-            at = batch.result + image * step.result_bytes(false);
+            at = batch.result + image * step.result_bytes();
           } else if (!at || !same_layout || !step.works_in_place(shared)) {
             at = images[next].reserve(largest + kPairsSlackBytes);
             next = 1 - next;
@@ -353,7 +367,8 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
   for (int64_t image = alone; image < batch.images; ++image) {
     each_step(image, true, shared_images, [&](size_t i, const char* from, char* to) {
       steps[i]->share(
-          {static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), buffers, shared_bytes, phases});
+          {static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), strip_bytes, buffers, shared_bytes,
+           phases});
     });
   }
   return phases;

