@@ -42,6 +42,9 @@ else:
         cuda_error = f"the CUDA library is not loaded ({error}); reinstall shufflenet_ext against this torch"
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # that there are kernels for
+
+
 def run_while_tracing(function: Callable[..., Any]) -> None:
     """Makes torch.compile run the function itself while it traces, and take its result for a constant.
 
@@ -106,7 +109,7 @@ def uncovered(
     """
     if native_error is not None:
         return native_error
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         return f"there is no native kernel for {dtype}"
     if device.type == "cuda":
         if cuda_error is not None:

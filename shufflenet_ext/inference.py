@@ -98,7 +98,7 @@ class InferenceUnits(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        return _run(x, self.weights, self.program, self.sizes)
+        return _run(x, _weights(self), self.program, self.sizes)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -139,8 +139,8 @@ class InferenceNetwork(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        if x.device.type != "cuda":
-            return _run(x, self.weights, self.program, self.sizes)
+        if not x.is_cuda:
+            return _run(x, _weights(self), self.program, self.sizes)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
         dtype = x.dtype
         x = reference.shuffle_network(_for_cuda(x, self.weights), *stem)
@@ -152,14 +152,26 @@ class InferenceNetwork(_EvalOnly):
 
 
 def _for_cuda(x: Tensor, weights: Tensor) -> Tensor:
-    """x as an op takes it: on CUDA, of the weights' dtype."""
-    mixed = x.dtype == torch.float32 and weights.dtype == torch.bfloat16
-    return x.bfloat16() if mixed and x.device.type == "cuda" else x
+    """x as an op takes it on CUDA: of the weights' dtype."""
+    return x.bfloat16() if x.dtype == torch.float32 and weights.dtype == torch.bfloat16 else x
+
+
+# A call of a network takes a millisecond, in which the processor's caches forget all of Python and PyTorch: what is
+# passed through on the way to the op then costs ten times what a loop of it shows. So modules' attributes are read where
+# they are, not by nn.Module.__getattr__ (15 us each), and nothing is entered or converted without need (30 us each).
+def _weights(module: InferenceUnits | InferenceNetwork) -> Tensor:
+    weights = module._buffers["weights"]
+    assert weights is not None
+    return weights
 
 
 def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes]) -> Tensor:
     run, settings = implementation(x, lambda: sizes)
-    return run.shuffle_network(_for_cuda(x, weights), weights, program, **settings).to(x.dtype)
+    if x.is_cuda:
+        y: Tensor = run.shuffle_network(_for_cuda(x, weights), weights, program, **settings).to(x.dtype)
+    else:
+        y = run.shuffle_network(x, weights, program, **settings)
+    return y
 
 
 class InferenceModel(_EvalOnly):
@@ -171,8 +183,12 @@ class InferenceModel(_EvalOnly):
         super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._modules["model"]
+        assert model is not None
+        if not torch.is_grad_enabled():
+            return model(*args, **kwargs)
         with torch.no_grad():
-            return self.model(*args, **kwargs)
+            return model(*args, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanations:
         """How the parts of the model that are native ops run, step by step, on the CPU. Some calls are run and timed.
