@@ -157,8 +157,8 @@ def _for_cuda(x: Tensor, weights: Tensor) -> Tensor:
 
 
 # A call of a network takes a millisecond, in which the processor's caches forget all of Python and PyTorch: what is
-# passed through on the way to the op then costs ten times what a loop of it shows. So modules' attributes are read where
-# they are, not by nn.Module.__getattr__ (15 us each), and nothing is entered or converted without need (30 us each).
+# passed through on the way to the op then costs ten times what a loop of it shows. So modules' attributes are read
+# where they are, not by nn.Module.__getattr__ (15 us each), and nothing is entered or converted without need (30 us).
 def _weights(module: InferenceUnits | InferenceNetwork) -> Tensor:
     weights = module._buffers["weights"]
     assert weights is not None

@@ -36,12 +36,8 @@ struct Simd : Intrinsics<A> {
   // The larger of two, NaN where either is.
   static V max_or_nan(V a, V b) { return a == a ? Intrinsics<A>::max(a, b) : a; }
 
-  static A sum(V v) {
-    A total = 0;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) total += v[i];
-    return total;
-  }
+  // By halves, each of which is added to the other: as deep as the logarithm of the lanes.
+  static A sum(V v) { return sum_of_first<kLanes>(v); }
 
   // Every second element of the 2 * kLanes elements of a and b.
   static V even(V a, V b) { return every_second(a, b, std::make_integer_sequence<int, kLanes>{}); }
@@ -67,6 +63,18 @@ struct Simd : Intrinsics<A> {
   }
 
  private:
+  template <int N>
+  static A sum_of_first(V v) {
+    if constexpr (N == 1) {
+      return v[0];
+    } else {
+      return sum_of_first<N / 2>(v + moved_down<N / 2>(v, std::make_integer_sequence<int, kLanes>{}));
+    }
+  }
+  template <int By, int... I>
+  static V moved_down(V v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, ((I + By) % kLanes)...);
+  }
   template <int... I>
   static V every_second(V a, V b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, (2 * I)...);
