@@ -47,22 +47,54 @@ struct PointwiseTile {
 // y = relu(scale * (weight x) + bias + residual) for Channels x Vectors. Each pixel sums over the depth in the same
 // order whatever the tile, so results do not depend on how pixels are cut into tiles. A masked load costs an FMA unit's
 // slot, so only tiles with a tail (HasTail) have one.
+template <class A, int Channels, int Vectors, bool HasTail, bool HasResidual>
+inline void finish_tile(const PointwiseTile<A>& t, typename Simd<A>::V (&sum)[Channels][Vectors]) {
+  using S = Simd<A>;
+  using V = typename S::V;
+  const A* residual = t.residual;
+  A* y = t.y;
+  const int64_t residual_stride = t.residual_stride, y_stride = t.y_stride;
+  const auto tail = t.tail;
+#pragma GCC unroll 8
+  for (int c = 0; c < Channels; ++c) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      const bool masked = HasTail && v == Vectors - 1;
+      V value = sum[c][v];
+      if (HasResidual) {
+        value += masked ? S::load(residual + v * S::kLanes, tail) : S::load(residual + v * S::kLanes);
+      }
+      value = S::max(V{}, value);
+      if (masked) {
+        S::store(y + v * S::kLanes, value, tail);
+      } else {
+        S::store(y + v * S::kLanes, value);
+      }
+    }
+    if (HasResidual) residual = residual + residual_stride;
+    y = y + y_stride;
+  }
+}
+
 template <class A, int Channels, int Vectors, bool HasTail>
-void pointwise_tile(const PointwiseTile<A>& tile) {
-  const PointwiseTile<A> t = tile;  // a copy that no store can alias
+void pointwise_tile(const PointwiseTile<A>& t) {
   using S = Simd<A>;
   using V = typename S::V;
   V sum[Channels][Vectors];
   const A* weights[Channels];  // a pointer a row: address arithmetic in the loop would compete for the FMA units' ports
+  const A* first_bias = t.scale ? nullptr : t.bias;
 #pragma GCC unroll 8
   for (int c = 0; c < Channels; ++c) {
     weights[c] = t.weight + c * t.depth;
-    const V first = t.scale ? V{} : S::broadcast(t.bias[c]);
+    const V first = first_bias ? S::broadcast(first_bias[c]) : V{};
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sum[c][v] = first;
   }
-  for (int64_t k = 0; k < t.depth; ++k) {
-    const A* const x = t.x + t.offsets[k];
+  const A* const x0 = t.x;
+  const int64_t* const offsets = t.offsets;
+  const int64_t depth = t.depth;
+  for (int64_t k = 0; k < depth; ++k) {
+    const A* const x = x0 + offsets[k];
     V pixels[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
@@ -85,24 +117,10 @@ void pointwise_tile(const PointwiseTile<A>& tile) {
       for (int v = 0; v < Vectors; ++v) sum[c][v] = S::fma(sum[c][v], scale, bias);
     }
   }
-#pragma GCC unroll 8
-  for (int c = 0; c < Channels; ++c) {
-    const A* residual = t.residual + c * t.residual_stride;
-    A* y = t.y + c * t.y_stride;
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) {
-      const bool masked = HasTail && v == Vectors - 1;
-      V value = sum[c][v];
-      if (t.residual) {
-        value += masked ? S::load(residual + v * S::kLanes, t.tail) : S::load(residual + v * S::kLanes);
-      }
-      value = S::max(V{}, value);
-      if (masked) {
-        S::store(y + v * S::kLanes, value, t.tail);
-      } else {
-        S::store(y + v * S::kLanes, value);
-      }
-    }
+  if (t.residual) {
+    finish_tile<A, Channels, Vectors, HasTail, true>(t, sum);
+  } else {
+    finish_tile<A, Channels, Vectors, HasTail, false>(t, sum);
   }
 }
 
