@@ -81,13 +81,15 @@ struct SortedColumns {
   int64_t plane, start, count, after;
 };
 
+// Rows [first, end) of the sorted planes.
 template <class T>
-void sort_image(const Stem& stem, const StemRows& rows, const T* image, const StemScratch<T>& scratch) {
+void sort_rows(const Stem& stem, const StemRows& rows, int64_t first, int64_t end, const T* image,
+               const StemScratch<T>& scratch) {
   using A = accumulator_t<T>;
   using S = Simd<A>;
   const int64_t s = stem.stride;
   const SortedColumns even(stem, rows, 0), odd(stem, rows, std::min(s - 1, stem.width));
-  for (int64_t i = 0; i < rows.sorted_rows; ++i) {
+  for (int64_t i = first; i < end; ++i) {
     for (int64_t remainder = 0; remainder < s; ++remainder) {
       const int64_t y = (rows.begin + i) * s + remainder - stem.padding;
       for (int64_t c = 0; c < stem.in_channels; ++c) {
@@ -159,15 +161,14 @@ Tile stem_tile(const Stem& stem, int64_t row_begin, int64_t row_end) {
   return largest_tile(stem.out_channels, PixelTiles<A>(StemRows(stem, row_begin, row_end).pixels));
 }
 
-// Rows of the stem's result, as planes of the accumulator type.
+// Rows of the stem's result, as planes of the accumulator type. What a row needs is sorted and convolved just before it,
+// as far as that has not been done for the rows above: so it is in the L1 cache, and x on its way there.
 template <class T>
 void run_stem(const Stem& stem, const Convolution& conv, const void* image, int64_t row_begin, int64_t row_end,
               void* result, int64_t result_plane, void* memory) {
   using A = accumulator_t<T>;
   const StemRows rows(stem, row_begin, row_end);
   const StemScratch<T> scratch(stem, rows, memory);
-  sort_image<T>(stem, rows, static_cast<const T*>(image), scratch);
-
   int64_t* offset = scratch.work.offsets;
   for (int64_t c = 0; c < stem.in_channels; ++c) {
     for (int64_t ky = 0; ky < stem.kernel_size; ++ky) {
@@ -181,16 +182,31 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
   for (int64_t row = 0; row < stem.out_channels; row += scratch.work.row_tiles[count++].rows) {
     scratch.work.row_tiles[count] = {row, next_channels(stem.out_channels - row), 0, row};
   }
-  pointwise<A>({conv, stem.taps(), scratch.work.offsets, scratch.work.row_tiles, count, 1, rows.pixels},
-               read_only(scratch.sorted), {}, scratch.convolved, nullptr);
+
+  int64_t sorted_rows = 0, convolved_pixels = 0;  // so far
+  const auto convolve_until = [&](int64_t convolved_row) {
+    // Whole vectors, which reach into the next row.
+    const int64_t needed = (convolved_row - rows.begin) * rows.pitch;
+    const int64_t end = std::min(rows.pixels, ceil_div(needed, Simd<A>::kLanes) * Simd<A>::kLanes);
+    if (end <= convolved_pixels) return;
+    const int64_t sorted_end = std::min(rows.sorted_rows, ceil_div(end, rows.pitch) + rows.reach);
+    sort_rows<T>(stem, rows, sorted_rows, sorted_end, static_cast<const T*>(image), scratch);
+    sorted_rows = sorted_end;
+    const Planes<const A> from = {scratch.sorted.data + convolved_pixels, scratch.sorted.stride};
+    const Planes<A> to = {scratch.convolved.data + convolved_pixels, scratch.convolved.stride};
+    pointwise<A>({conv, stem.taps(), scratch.work.offsets, scratch.work.row_tiles, count, 1, end - convolved_pixels},
+                 from, {}, to, nullptr);
+    convolved_pixels = end;
+  };
 
   const int64_t width = stem.conv_width(), out_width = stem.out_width();
-  for (int64_t c = 0; c < stem.out_channels; ++c) {
-    const auto convolved = [&](int64_t row) -> const A* {
-      return row < rows.begin || row >= rows.end ? nullptr
-                                                 : scratch.convolved.channel(c) + (row - rows.begin) * rows.pitch;
-    };
-    for (int64_t row = row_begin; row < row_end; ++row) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    convolve_until(std::min(rows.end, stem.max_pool ? 2 * row + 2 : row + 1));
+    for (int64_t c = 0; c < stem.out_channels; ++c) {
+      const auto convolved = [&](int64_t r) -> const A* {
+        return r < rows.begin || r >= rows.end ? nullptr
+                                               : scratch.convolved.channel(c) + (r - rows.begin) * rows.pitch;
+      };
       A* const to = static_cast<A*>(result) + c * result_plane + (row - row_begin) * out_width;
       if (stem.max_pool) {
         max_pool_row<A>({convolved(2 * row - 1), convolved(2 * row), convolved(2 * row + 1)}, width, out_width, to);
