@@ -834,8 +834,14 @@ void expand_strip(const Unit& unit, const UnitPointers& pointers, const Strip& s
   const StripRows<A> rows(unit, strip.part, strip.y1);
   const Scratch<A> scratch(unit, strip.part, {}, memory);
   const bool lone_pixel = has_lone_pixel<A>(unit.height * unit.width, rows.own_end * unit.width);
-  conv1<A>(unit, pointers.conv1, {0, unit.mid_channels}, read_only(planes<A>(strip.x)), rows.own_rows() * unit.width,
-           rows.from_row(1), lone_pixel, scratch.pointwise);
+  const Planes<const A> x = read_only(planes<A>(strip.x));
+  conv1<A>(unit, pointers.conv1, {0, unit.mid_channels}, x, rows.own_rows() * unit.width, rows.from_row(1), lone_pixel,
+           scratch.pointwise);
+  if (unit.concatenates_pool()) {  // here, where x is in the caches
+    fill_edge_masks<A>(unit, strip.part, scratch.masks);
+    pool<A>(unit, strip.part, {0, unit.in_channels}, scratch.masks, x, rows.own_begin,
+            read_only(planes<A>(strip.x_above)), planes<A>(strip.result).from(unit.out_channels));
+  }
   if (strip.above) copy_row<A>(unit, rows.first_row, read_only(rows.from_row(1)));
   if (strip.below) copy_row<A>(unit, rows.last_row, read_only(rows.from_row(rows.own_rows())));
 }
@@ -872,10 +878,6 @@ void project_strip(const Unit& unit, const UnitPointers& pointers, const Strip& 
   conv3<A>(unit, pointers.conv3, {0, unit.out_channels}, read_only(own.y2),
            (part.row_end - part.row_begin) * unit.out_width(), unit.adds_residual() ? x : Planes<const A>{}, result,
            lone_pixel, scratch.pointwise);
-  if (unit.concatenates_pool()) {
-    pool<A>(unit, part, {0, unit.in_channels}, scratch.masks, x, rows.own_begin, read_only(planes<A>(strip.x_above)),
-            result.from(unit.out_channels));
-  }
 }
 
 template <class T>
