@@ -16,7 +16,7 @@ class StemStep : public Step {
   StemStep(const Stem& stem, const Convolution& conv, int64_t result_plane, Dtype dtype, int64_t threads,
            PackFunction pack = nullptr)
       : stem_(stem), conv_(conv), result_plane_(result_plane), kernel_(isa().network_kernel(dtype)), pack_(pack) {
-    while (strips_ < stem_.out_height() && strip_bytes() > kScratchBudget / 2) ++strips_;
+    while (rows() > kLeastRows && strip_bytes() > kScratchBudget / 2) ++strips_;
     strips_ = std::min(stem_.out_height(), ceil_div(strips_, threads) * threads);
   }
 
@@ -47,8 +47,12 @@ class StemStep : public Step {
   }
 
  private:
+  // Of a strip, in which one of its 2 * kLeastRows + 1 rows of the convolution is also computed for another.
+  static constexpr int64_t kLeastRows = 4;
+
   int64_t begin(int64_t strip) const { return stem_.out_height() * strip / strips_; }
-  int64_t strip_bytes() const { return kernel_.stem_scratch_bytes(stem_, 0, ceil_div(stem_.out_height(), strips_)); }
+  int64_t rows() const { return ceil_div(stem_.out_height(), strips_); }
+  int64_t strip_bytes() const { return kernel_.stem_scratch_bytes(stem_, 0, rows()); }
 
   void run_strip(const void* from, void* to, int64_t i) const {
     void* const scratch = thread_scratch.reserve(kernel_.stem_scratch_bytes(stem_, begin(i), begin(i + 1)));

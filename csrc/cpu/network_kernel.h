@@ -161,8 +161,8 @@ Tile stem_tile(const Stem& stem, int64_t row_begin, int64_t row_end) {
   return largest_tile(stem.out_channels, PixelTiles<A>(StemRows(stem, row_begin, row_end).pixels));
 }
 
-// Rows of the stem's result, as planes of the accumulator type. What a row needs is sorted and convolved just before it,
-// as far as that has not been done for the rows above: so it is in the L1 cache, and x on its way there.
+// Rows of the stem's result, as planes of the accumulator type. What a row needs is sorted and convolved just before
+// it, as far as that has not been done for the rows above: so it is in the L1 cache, and x on its way there.
 template <class T>
 void run_stem(const Stem& stem, const Convolution& conv, const void* image, int64_t row_begin, int64_t row_end,
               void* result, int64_t result_plane, void* memory) {
@@ -204,8 +204,7 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
     convolve_until(std::min(rows.end, stem.max_pool ? 2 * row + 2 : row + 1));
     for (int64_t c = 0; c < stem.out_channels; ++c) {
       const auto convolved = [&](int64_t r) -> const A* {
-        return r < rows.begin || r >= rows.end ? nullptr
-                                               : scratch.convolved.channel(c) + (r - rows.begin) * rows.pitch;
+        return r < rows.begin || r >= rows.end ? nullptr : scratch.convolved.channel(c) + (r - rows.begin) * rows.pitch;
       };
       A* const to = static_cast<A*>(result) + c * result_plane + (row - row_begin) * out_width;
       if (stem.max_pool) {

@@ -249,8 +249,8 @@ class UnitStep : public Step {
       bytes = std::max(bytes, kernel_.strip_bytes(unit_, alone_.part(unit_, i)));
     }
     char* const memory = thread_buffers.reserve(3 * bytes);
-    const std::vector<Strip> strips = strips_of(
-        alone_, x_layout(1), from, result_layout(1), to, {memory, memory + bytes, memory + 2 * bytes});
+    const std::vector<Strip> strips =
+        strips_of(alone_, x_layout(1), from, result_layout(1), to, {memory, memory + bytes, memory + 2 * bytes});
     for (int64_t i = 0; i <= alone_.strips; ++i) {
       if (i < alone_.strips) run_strip(kernel_.expand_strip, strips[i]);
       if (i > 0) run_strip(kernel_.project_strip, strips[i - 1]);
@@ -260,9 +260,9 @@ class UnitStep : public Step {
   void share_strips(const Sharers& s) const {
     std::vector<char*> y1(shared_.strips);
     for (int64_t i = 0; i < shared_.strips; ++i) y1[i] = s.buffers + i * s.shared_bytes;
-    const auto all = std::make_shared<const std::vector<Strip>>(
-        strips_of(shared_, x_layout(s.from_is_cut ? strips() : 1, s.strip_bytes), s.from,
-                  result_layout(s.to_is_cut ? strips() : 1, s.strip_bytes), s.to, y1));
+    const auto all = std::make_shared<const std::vector<Strip>>(strips_of(
+        shared_, x_layout(s.from_is_cut ? strips() : 1, s.strip_bytes), s.from,
+        result_layout(s.to_is_cut ? strips() : 1, s.strip_bytes), s.to, y1));
     for (const StripPhase phase : {kernel_.expand_strip, kernel_.project_strip}) {
       s.phases.push_back({s.step, shared_.strips, [=](int64_t i) { run_strip(phase, (*all)[i]); }});
     }
@@ -366,9 +366,8 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
   char* const buffers = shared_buffers.reserve(strips * shared_bytes);
   for (int64_t image = alone; image < batch.images; ++image) {
     each_step(image, true, shared_images, [&](size_t i, const char* from, char* to) {
-      steps[i]->share(
-          {static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), strip_bytes, buffers, shared_bytes,
-           phases});
+      steps[i]->share({static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), strip_bytes, buffers,
+                       shared_bytes, phases});
     });
   }
   return phases;
