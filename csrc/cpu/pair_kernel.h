@@ -284,8 +284,15 @@ inline void project_pairs(const Unit& unit, const UnitPointers& pointers, const 
 inline void expand_pair_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
   const StripRows<float> rows(unit, strip.part, strip.y1);
   const PairScratch scratch(unit, strip.part, memory);
-  conv1_pairs(unit, pointers.conv1, {0, unit.mid_channels}, read_only(planes<Pair>(strip.x)),
-              rows.own_rows() * unit.width, rows.from_row(1), scratch.ranges);
+  const Planes<const Pair> x = read_only(planes<Pair>(strip.x));
+  conv1_pairs(
+      unit, pointers.conv1, {0, unit.mid_channels}, x, rows.own_rows() * unit.width, rows.from_row(1), scratch.ranges);
+  if (unit.concatenates_pool()) {
+    fill_edge_masks<float>(unit, strip.part, scratch.masks);
+    pool_pairs(unit, strip.part, {0, unit.in_channels}, x, rows.own_begin, read_only(planes<Pair>(strip.x_above)),
+               planes<Pair>(strip.result).from(unit.out_channels / 2), scratch);
+  }
+  lend_rows(unit, strip, rows);
 }
 
 inline int64_t pair_strip_scratch_bytes(const Unit& unit, const Part& part) {
@@ -301,14 +308,9 @@ inline void project_pair_strip(const Unit& unit, const UnitPointers& pointers, c
   fill_edge_masks<float>(unit, part, scratch.masks);
   depthwise_pairs(unit, part, pointers.conv2, {0, unit.mid_channels}, read_only(rows.y1), buffers.y2, scratch);
   const Planes<const Pair> x = read_only(planes<Pair>(strip.x));
-  const Planes<Pair> result = planes<Pair>(strip.result);
   conv3_pairs(unit, pointers.conv3, {0, unit.out_channels}, read_only(buffers.y2),
               (part.row_end - part.row_begin) * unit.out_width(), unit.adds_residual() ? x : Planes<const Pair>{},
-              result, scratch.ranges);
-  if (unit.concatenates_pool()) {
-    pool_pairs(unit, part, {0, unit.in_channels}, x, rows.own_begin, read_only(planes<Pair>(strip.x_above)),
-               result.from(unit.out_channels / 2), scratch);
-  }
+              planes<Pair>(strip.result), scratch.ranges);
 }
 
 // Shares must not cut a pair of y2, whose halves two workers would write.

@@ -846,6 +846,13 @@ void clear_row(const Unit& unit, Planes<A> row) {
   for (int64_t c = 0; c < unit.mid_channels; ++c) std::fill_n(row.channel(c), unit.width, A{0});
 }
 
+// What the strips above and below need of y1.
+template <class A>
+void lend_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
+  if (strip.above) copy_row<A>(unit, rows.first_row, read_only(rows.from_row(1)));
+  if (strip.below) copy_row<A>(unit, rows.last_row, read_only(rows.from_row(rows.own_rows())));
+}
+
 template <class A>
 void expand_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
   const StripRows<A> rows(unit, strip.part, strip.y1);
@@ -859,8 +866,7 @@ void expand_strip(const Unit& unit, const UnitPointers& pointers, const Strip& s
     pool<A>(unit, strip.part, {0, unit.in_channels}, scratch.masks, x, rows.own_begin,
             read_only(planes<A>(strip.x_above)), planes<A>(strip.result).from(unit.out_channels));
   }
-  if (strip.above) copy_row<A>(unit, rows.first_row, read_only(rows.from_row(1)));
-  if (strip.below) copy_row<A>(unit, rows.last_row, read_only(rows.from_row(rows.own_rows())));
+  lend_rows(unit, strip, rows);
 }
 
 // The rows around a strip's own: from where another strip has them, or zeros outside the image.
