@@ -243,25 +243,28 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
     t.y = y.channel(rows.y_channel) + pixel;
   };
   const int64_t block = std::max<int64_t>(1, kBlockBytes / (p.depth * kTileVectors * kVectorBytes));
-  for (int64_t begin = 0; begin < tiles.count; begin += block) {
-    const int64_t end = std::min(tiles.count, begin + block);
+  int64_t gathered = -1;  // the group whose column is there
+  int64_t begin = 0, end = 0;
+  do {  // once where a lone pixel is all there is
+    end = std::min(tiles.count, begin + block);
     for (int64_t i = 0; i < p.row_tile_count; ++i) {
+      const RowTile& rows = p.row_tiles[i];
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t tail = tiles.tail(tile);
         t.tail = Simd<A>::first(tail);
-        point_to(p.row_tiles[i], tiles.pixel(tile));
+        point_to(rows, tiles.pixel(tile));
         const auto run = tail == Simd<A>::kLanes ? run_pointwise_tile<A, false> : run_pointwise_tile<A, true>;
-        run(p.row_tiles[i].rows, tiles.tile_vectors(tile), t);
+        run(rows.rows, tiles.tile_vectors(tile), t);
+      }
+      if (column && end == tiles.count) {  // now, while the rows' weights are in the L1 cache
+        point_to(rows, tiles.pixels);
+        if (rows.group != gathered) gather_column(t.x, p.offsets, p.depth, column);
+        gathered = rows.group;
+        pointwise_pixel(t, rows.rows, column);
       }
     }
-  }
-  int64_t gathered = -1;  // the group whose column is there
-  for (int64_t i = 0; column && i < p.row_tile_count; ++i) {
-    point_to(p.row_tiles[i], tiles.pixels);
-    if (p.row_tiles[i].group != gathered) gather_column(t.x, p.offsets, p.depth, column);
-    gathered = p.row_tiles[i].group;
-    pointwise_pixel(t, p.row_tiles[i].rows, column);
-  }
+    begin = end;
+  } while (begin < tiles.count);
 }
 
 // The work lists of a pointwise convolution, in memory of the worker.
