@@ -24,7 +24,7 @@ struct Partition {
 };
 
 // A part's memory stays below this wherever a strip of one row does: a share of a core's L2 cache, which also holds the
-// weights and the rows of x.
+// weights and the rows of x. Or below what the weights take, which each strip reads anew.
 inline constexpr int64_t kScratchBudget = 512 * 1024;
 // A strip shared by threads has the whole of its y1 in memory. Beyond this the memory is not worth what it saves.
 inline constexpr int64_t kMostStripBytes = 2 * 1024 * 1024;
@@ -51,10 +51,10 @@ inline int64_t part_cost(const Unit& unit, int64_t in_rows, int64_t rows, int64_
          (in_vectors * unit.conv1_depth() + out_vectors * (kDepthwiseCost + unit.out_channels / unit.groups));
 }
 
-inline int64_t weights_cost(const Unit& unit) {
-  const int64_t weights = unit.mid_channels * (unit.conv1_depth() + unit.out_channels / unit.groups);
-  return weights * kAccumulatorBytes / kWeightBytesPerCost;
+inline int64_t weights_bytes(const Unit& unit) {
+  return unit.mid_channels * (unit.conv1_depth() + unit.out_channels / unit.groups) * kAccumulatorBytes;
 }
+inline int64_t weights_cost(const Unit& unit) { return weights_bytes(unit) / kWeightBytesPerCost; }
 
 // Of a strip's y1, which is not in the scratch memory that all steps use, and so in no cache.
 inline int64_t y1_cost(const Unit& unit, int64_t rows) {
@@ -69,7 +69,7 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
   const auto fits = [&](int64_t strips) {
     const Part strip = {0, rows_of(strips)};
     const int64_t scratch = kernel.scratch_bytes(unit, strip, {0, unit.mid_channels});
-    return kernel.buffer_bytes(unit, strip) + scratch <= kScratchBudget;
+    return kernel.buffer_bytes(unit, strip) + scratch <= std::max(kScratchBudget, weights_bytes(unit));
   };
   int64_t fewest = 1;
   while (fewest < unit.out_height() && !fits(fewest)) ++fewest;
