@@ -50,8 +50,9 @@ class Step {
   virtual int64_t result_bytes() const = 0;
   // Of what threads that share the step hand on to each other, by strip.
   virtual int64_t shared_bytes() const { return 0; }
-  // Into how many strips threads that share the step can cut its result, and its input.
+  // Into how many strips threads that share the step cut its work, and whether they are to cut its result as well.
   virtual int64_t strips() const { return 1; }
+  virtual bool cuts_result() const { return false; }
   virtual int64_t strip_bytes() const { return 0; }  // of a result that is cut
   virtual bool reads_strips(int64_t) const { return false; }
   // Whether the result may take the place of what it is computed from: run by one thread, or shared.
@@ -103,8 +104,14 @@ class UnitStep : public Step {
 
   int64_t strips() const override { return shared_.sharing == Sharing::strips ? shared_.strips : 1; }
 
+  // Of large planes the lines on a cut are few, and one that is not cut can take the place of one that cannot be.
+  bool cuts_result() const override {
+    constexpr int64_t kLargePlaneBytes = 32 * 1024;
+    return strips() > 1 && pointers_.result_plane * kernel_.element_bytes < kLargePlaneBytes;
+  }
+
   int64_t strip_bytes() const override {
-    if (strips() == 1) return 0;
+    if (!cuts_result()) return 0;
     const ImageLayout result = result_layout(strips());  // no strip is larger than the last
     return result.channels * result.strip_plane(strips() - 1) * kernel_.element_bytes;
   }
@@ -332,7 +339,7 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
   largest = std::max(largest, strips * strip_bytes);
   // Whether what threads that share the steps hand on from step i is cut into strips.
   const auto is_cut = [&steps](size_t i) {
-    return i + 1 < steps.size() && steps[i]->strips() > 1 && steps[i + 1]->reads_strips(steps[i]->strips());
+    return i + 1 < steps.size() && steps[i]->cuts_result() && steps[i + 1]->reads_strips(steps[i]->strips());
   };
   // Calls visit(i, from, to) for the steps of an image, the results in between in `images`.
   const auto each_step =
