@@ -811,14 +811,20 @@ struct StripRows {
   int64_t bytes;
 };
 
+// A strip is projected some rows at a time, whose y2 stays in the L2 cache.
 template <class A>
 struct StripScratch {
+  static constexpr int64_t kMostY2Bytes = 256 * 1024;
+
   StripScratch(const Unit& unit, const Part& part, void* memory) {
+    const int64_t row_bytes = unit.mid_channels * unit.out_width() * static_cast<int64_t>(sizeof(A));
+    rows = std::clamp<int64_t>(kMostY2Bytes / row_bytes, 1, part.row_end - part.row_begin);
     Arena arena(memory);
-    y2 = arena.planes<A>(unit.mid_channels, (part.row_end - part.row_begin) * unit.out_width());
+    y2 = arena.planes<A>(unit.mid_channels, rows * unit.out_width());
     worker = static_cast<char*>(memory) + arena.bytes();
-    bytes = arena.bytes() + Scratch<A>(unit, part, {}, nullptr).bytes;
+    bytes = arena.bytes() + Scratch<A>(unit, {part.row_begin, part.row_begin + rows}, {}, nullptr).bytes;
   }
+  int64_t rows;
   Planes<A> y2;
   void* worker;
   int64_t bytes;
@@ -891,19 +897,25 @@ void borrow_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows)
 
 template <class A>
 void project_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
-  const Part& part = strip.part;
-  const StripRows<A> rows(unit, part, strip.y1);
+  const StripRows<A> rows(unit, strip.part, strip.y1);
   borrow_rows(unit, strip, rows);
-  const StripScratch<A> own(unit, part, memory);
-  const Scratch<A> scratch(unit, part, {}, own.worker);
-  fill_edge_masks<A>(unit, part, scratch.masks);
-  depthwise<A>(unit, part, pointers.conv2, {0, unit.mid_channels}, scratch.masks, read_only(rows.y1), own.y2);
-  const bool lone_pixel = has_lone_pixel<A>(unit.out_height() * unit.out_width(), part.row_end * unit.out_width());
+  const StripScratch<A> own(unit, strip.part, memory);
   const Planes<const A> x = read_only(planes<A>(strip.x));
   const Planes<A> result = planes<A>(strip.result);
-  conv3<A>(unit, pointers.conv3, {0, unit.out_channels}, read_only(own.y2),
-           (part.row_end - part.row_begin) * unit.out_width(), unit.adds_residual() ? x : Planes<const A>{}, result,
-           lone_pixel, scratch.pointwise);
+  const int64_t out_width = unit.out_width();
+  for (int64_t row = strip.part.row_begin; row < strip.part.row_end; row += own.rows) {
+    const Part part = {row, std::min(strip.part.row_end, row + own.rows)};
+    const Scratch<A> scratch(unit, part, {}, own.worker);
+    fill_edge_masks<A>(unit, part, scratch.masks);
+    const int64_t before = row - strip.part.row_begin, pixel = before * out_width;
+    depthwise<A>(unit, part, pointers.conv2, {0, unit.mid_channels}, scratch.masks,
+                 read_only(rows.from_row(before * unit.stride)), own.y2);
+    const bool lone_pixel = has_lone_pixel<A>(unit.out_height() * out_width, part.row_end * out_width);
+    const Planes<const A> residual = {x.data + pixel, x.stride};
+    conv3<A>(unit, pointers.conv3, {0, unit.out_channels}, read_only(own.y2), (part.row_end - row) * out_width,
+             unit.adds_residual() ? residual : Planes<const A>{}, {result.data + pixel, result.stride}, lone_pixel,
+             scratch.pointwise);
+  }
 }
 
 template <class T>
