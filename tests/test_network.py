@@ -95,6 +95,20 @@ def test_as_accurate_as_pytorch(isa, network, dtype, layout):
     network.check(*network.arguments(dtype, layout))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("plane", [(90, 160), (181, 321)], ids=str)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_large_planes(plane, threads, dtype):
+    # Strips of so many rows that they are projected some at a time; planes that are cut, and such that are too large.
+    network = replace(STRIPS, batch=1, plane=plane)
+    arguments = network.arguments(dtype)
+    torch.set_num_threads(1)
+    expected = network_op(*arguments)
+    torch.set_num_threads(threads)
+    assert torch.equal(network_op(*arguments), expected)
+    network.check(*arguments)
+
+
 @each_layout
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_inf_propagate_as_in_the_reference(isa, special, layout):
