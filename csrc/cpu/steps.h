@@ -104,7 +104,8 @@ class UnitStep : public Step {
 
   int64_t strips() const override { return shared_.sharing == Sharing::strips ? shared_.strips : 1; }
 
-  // Of large planes the lines on a cut are few, and one that is not cut can take the place of one that cannot be.
+  // Large planes stay whole: a cut goes through few of their lines, and behind a step whose result is whole, as that of
+  // strips with halo is, the image can only be worked on in place if it stays so.
   bool cuts_result() const override {
     constexpr int64_t kLargePlaneBytes = 32 * 1024;
     return strips() > 1 && pointers_.result_plane * kernel_.element_bytes < kLargePlaneBytes;

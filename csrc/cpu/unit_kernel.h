@@ -47,6 +47,8 @@ struct PointwiseTile {
 // y = relu(scale * (weight x) + bias + residual) for Channels x Vectors. Each pixel sums over the depth in the same
 // order whatever the tile, so results do not depend on how pixels are cut into tiles. A masked load costs an FMA unit's
 // slot, so only tiles with a tail (HasTail) have one.
+// A tile's end, once for each case of the residual: where both were one loop, the compiler kept the addresses of all
+// rows at once, and moved them through vector registers.
 template <class A, int Channels, int Vectors, bool HasTail, bool HasResidual>
 inline void finish_tile(const PointwiseTile<A>& t, typename Simd<A>::V (&sum)[Channels][Vectors]) {
   using S = Simd<A>;
@@ -71,8 +73,8 @@ inline void finish_tile(const PointwiseTile<A>& t, typename Simd<A>::V (&sum)[Ch
         S::store(y + v * S::kLanes, value);
       }
     }
-    if (HasResidual) residual = residual + residual_stride;
-    y = y + y_stride;
+    if (HasResidual) residual += residual_stride;
+    y += y_stride;
   }
 }
 
@@ -82,19 +84,15 @@ void pointwise_tile(const PointwiseTile<A>& t) {
   using V = typename S::V;
   V sum[Channels][Vectors];
   const A* weights[Channels];  // a pointer a row: address arithmetic in the loop would compete for the FMA units' ports
-  const A* first_bias = t.scale ? nullptr : t.bias;
 #pragma GCC unroll 8
   for (int c = 0; c < Channels; ++c) {
     weights[c] = t.weight + c * t.depth;
-    const V first = first_bias ? S::broadcast(first_bias[c]) : V{};
+    const V first = t.scale ? V{} : S::broadcast(t.bias[c]);
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sum[c][v] = first;
   }
-  const A* const x0 = t.x;
-  const int64_t* const offsets = t.offsets;
-  const int64_t depth = t.depth;
-  for (int64_t k = 0; k < depth; ++k) {
-    const A* const x = x0 + offsets[k];
+  for (int64_t k = 0; k < t.depth; ++k) {
+    const A* const x = t.x + t.offsets[k];
     V pixels[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
