@@ -167,11 +167,9 @@ def _weights(module: InferenceUnits | InferenceNetwork) -> Tensor:
 
 def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes]) -> Tensor:
     run, settings = implementation(x, lambda: sizes)
-    if x.is_cuda:
-        y: Tensor = run.shuffle_network(_for_cuda(x, weights), weights, program, **settings).to(x.dtype)
-    else:
-        y = run.shuffle_network(x, weights, program, **settings)
-    return y
+    given = _for_cuda(x, weights) if x.is_cuda else x
+    y: Tensor = run.shuffle_network(given, weights, program, **settings)
+    return y if given is x else y.to(x.dtype)
 
 
 class InferenceModel(_EvalOnly):

@@ -63,7 +63,7 @@ struct UnitKernel {
   void (*project)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers, void* scratch);
 
   // The same phases of strips, for contiguous images of the accumulator type: the second needs the first of the strips
-  // above and below.
+  // above and below. The shortcut is pooled in the first, which has just read x.
   int64_t (*strip_bytes)(const Unit&, const Part&);
   int64_t (*strip_scratch_bytes)(const Unit&, const Part&);
   void (*expand_strip)(const Unit&, const UnitPointers&, const Strip&, void* scratch);

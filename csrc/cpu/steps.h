@@ -113,13 +113,13 @@ class UnitStep : public Step {
 
   int64_t strip_bytes() const override {
     if (!cuts_result()) return 0;
-    const ImageLayout result = result_layout(strips());  // no strip is larger than the last
+    const ImageLayout result = result_layout(true);  // no strip is larger than the last
     return result.channels * result.strip_plane(strips() - 1) * kernel_.element_bytes;
   }
 
   bool reads_strips(int64_t strips) const override {
     bool same = strips == this->strips();
-    const ImageLayout x = x_layout(strips);
+    const ImageLayout x = x_layout(same);
     for (int64_t i = 1; same && i < strips; ++i) same = x.row(i) == shared_.part(unit_, i).row_begin * unit_.stride;
     return same;
   }
@@ -196,21 +196,17 @@ class UnitStep : public Step {
     return result;
   }
 
-  ImageLayout x_layout(int64_t strips, int64_t strip_bytes = 0) const {
-    return {unit_.in_channels / kernel_.channels_per_element,
-            unit_.height,
-            unit_.width,
-            pointers_.x_plane,
-            strips,
-            strip_bytes};
+  // Cut ones have so many bytes from strip to strip.
+  ImageLayout x_layout(bool is_cut, int64_t strip_bytes = 0) const {
+    return layout(unit_.in_channels, unit_.height, unit_.width, pointers_.x_plane, is_cut, strip_bytes);
   }
-  ImageLayout result_layout(int64_t strips, int64_t strip_bytes = 0) const {
-    return {unit_.result_channels() / kernel_.channels_per_element,
-            unit_.out_height(),
-            unit_.out_width(),
-            pointers_.result_plane,
-            strips,
-            strip_bytes};
+  ImageLayout result_layout(bool is_cut, int64_t strip_bytes = 0) const {
+    return layout(
+        unit_.result_channels(), unit_.out_height(), unit_.out_width(), pointers_.result_plane, is_cut, strip_bytes);
+  }
+  ImageLayout layout(int64_t channels, int64_t height, int64_t width, int64_t plane, bool is_cut,
+                     int64_t strip_bytes) const {
+    return {channels / kernel_.channels_per_element, height, width, plane, is_cut ? strips() : 1, strip_bytes};
   }
 
   void run_part(const UnitPointers& pointers, const Part& part) const {
@@ -257,8 +253,8 @@ class UnitStep : public Step {
       bytes = std::max(bytes, kernel_.strip_bytes(unit_, alone_.part(unit_, i)));
     }
     char* const memory = thread_buffers.reserve(3 * bytes);
-    const std::vector<Strip> strips =
-        strips_of(alone_, x_layout(1), from, result_layout(1), to, {memory, memory + bytes, memory + 2 * bytes});
+    const std::vector<Strip> strips = strips_of(
+        alone_, x_layout(false), from, result_layout(false), to, {memory, memory + bytes, memory + 2 * bytes});
     for (int64_t i = 0; i <= alone_.strips; ++i) {
       if (i < alone_.strips) run_strip(kernel_.expand_strip, strips[i]);
       if (i > 0) run_strip(kernel_.project_strip, strips[i - 1]);
@@ -269,8 +265,7 @@ class UnitStep : public Step {
     std::vector<char*> y1(shared_.strips);
     for (int64_t i = 0; i < shared_.strips; ++i) y1[i] = s.buffers + i * s.shared_bytes;
     const auto all = std::make_shared<const std::vector<Strip>>(strips_of(
-        shared_, x_layout(s.from_is_cut ? strips() : 1, s.strip_bytes), s.from,
-        result_layout(s.to_is_cut ? strips() : 1, s.strip_bytes), s.to, y1));
+        shared_, x_layout(s.from_is_cut, s.strip_bytes), s.from, result_layout(s.to_is_cut, s.strip_bytes), s.to, y1));
     for (const StripPhase phase : {kernel_.expand_strip, kernel_.project_strip}) {
       s.phases.push_back({s.step, shared_.strips, [=](int64_t i) { run_strip(phase, (*all)[i]); }});
     }

@@ -868,7 +868,7 @@ void expand_strip(const Unit& unit, const UnitPointers& pointers, const Strip& s
   const Planes<const A> x = read_only(planes<A>(strip.x));
   conv1<A>(unit, pointers.conv1, {0, unit.mid_channels}, x, rows.own_rows() * unit.width, rows.from_row(1), lone_pixel,
            scratch.pointwise);
-  if (unit.concatenates_pool()) {  // here, where x is in the caches
+  if (unit.concatenates_pool()) {
     fill_edge_masks<A>(unit, strip.part, scratch.masks);
     pool<A>(unit, strip.part, {0, unit.in_channels}, scratch.masks, x, rows.own_begin,
             read_only(planes<A>(strip.x_above)), planes<A>(strip.result).from(unit.out_channels));
