@@ -67,8 +67,8 @@ def test_heads(isa, classes, window, plane, dtype):
 @each_dtype
 @pytest.mark.parametrize("channels", [1, 3, 15, 16, 17, 63, 64, 65, 131])
 def test_channels_of_the_head(isa, channels, dtype):
-    # The linear layer takes four vectors at a time, then one, then the rest of one.
-    network = Network((Unit(groups=1, in_channels=channels, mid_channels=2),), (channels, 1, 1, 0, 0), (7, 0), 3, 2)
+    # The linear layer takes whole vectors of channels, then the rest of one, for four images at a time, then for one.
+    network = Network((Unit(groups=1, in_channels=channels, mid_channels=2),), (channels, 1, 1, 0, 0), (7, 0), 3, 5)
     network = replace(network, plane=(3, 3))
     network.check(*network.arguments(dtype))
 

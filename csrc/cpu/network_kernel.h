@@ -239,32 +239,74 @@ void window_means(const Head& head, const void* x, int64_t x_plane, Channels cha
   }
 }
 
-// Some classes of the linear layer for all images. Weights are the most that it reads: a row of them is used for every
-// image while it is in the L1 cache.
+// Some classes of the linear layer for some images: a vector of sums for each pair of them, which share what is loaded.
+inline constexpr int kLinearClasses = kRegisters == 32 ? 4 : 2;
+inline constexpr int kLinearImages = 4;
+static_assert(kLinearClasses * kLinearImages + kLinearClasses + 1 <= kRegisters, "the sums must fit the registers");
+
+// Adds the products of a vector of channels, the first of which are at `weights` and `means`.
+template <class A, bool HasTail, int Images>
+inline void add_products(const A* const* weights, const A* const* means, int64_t channel, typename Simd<A>::Mask tail,
+                         typename Simd<A>::V (&sums)[kLinearClasses][Images]) {
+  using S = Simd<A>;
+  typename S::V w[kLinearClasses];
+#pragma GCC unroll 4
+  for (int c = 0; c < kLinearClasses; ++c) {
+    w[c] = HasTail ? S::load(weights[c] + channel, tail) : S::load(weights[c] + channel);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < Images; ++i) {
+    const auto x = HasTail ? S::load(means[i] + channel, tail) : S::load(means[i] + channel);
+#pragma GCC unroll 4
+    for (int c = 0; c < kLinearClasses; ++c) sums[c][i] = S::fma(w[c], x, sums[c][i]);
+  }
+}
+
+// The last class stands in for those behind it.
+template <class T, int Images>
+void linear_tile(const Head& head, const Convolution& layer, const accumulator_t<T>* x, Channels classes, T* result) {
+  using A = accumulator_t<T>;
+  using S = Simd<A>;
+  const A* weights[kLinearClasses];
+  const A* means[Images];
+  for (int c = 0; c < kLinearClasses; ++c) {
+    weights[c] = static_cast<const A*>(layer.weight) + std::min(classes.begin + c, classes.end - 1) * head.channels;
+  }
+  for (int i = 0; i < Images; ++i) means[i] = x + i * head.channels;
+  typename S::V sums[kLinearClasses][Images] = {};
+  int64_t channel = 0;
+  for (; channel + S::kLanes <= head.channels; channel += S::kLanes) {
+    add_products<A, false>(weights, means, channel, S::first(S::kLanes), sums);
+  }
+  if (channel < head.channels) add_products<A, true>(weights, means, channel, S::first(head.channels - channel), sums);
+#pragma GCC unroll 4
+  for (int c = 0; c < kLinearClasses; ++c) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Images; ++i) {
+      const int64_t row = classes.begin + c;
+      if (row >= classes.end) continue;
+      const A value = S::sum(sums[c][i]) + static_cast<const A*>(layer.bias)[row];
+      store_first(result + i * head.classes + row, S::broadcast(value), 1);
+    }
+  }
+}
+
+// Some classes of the linear layer for all images. Weights are the most that it reads: those of a tile are used for
+// every image while they are in the L1 cache.
 template <class T>
 void linear(const Head& head, const Convolution& layer, const void* means, int64_t images, Channels classes,
             void* result) {
-  using A = accumulator_t<T>;
-  using S = Simd<A>;
-  for (int64_t row = classes.begin; row < classes.end; ++row) {
-    const A* const weight = static_cast<const A*>(layer.weight) + row * head.channels;
-    for (int64_t image = 0; image < images; ++image) {
-      const A* const x = static_cast<const A*>(means) + image * head.channels;
-      constexpr int kSums = 4;  // independent, so that the latency of a multiply-add does not hold up the next
-      typename S::V sums[kSums] = {};
-      int64_t k = 0;
-      for (; k + kSums * S::kLanes <= head.channels; k += kSums * S::kLanes) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kSums; ++i) {
-          sums[i] = S::fma(S::load(weight + k + i * S::kLanes), S::load(x + k + i * S::kLanes), sums[i]);
-        }
+  for (; classes.begin < classes.end; classes.begin += kLinearClasses) {
+    for (int64_t image = 0; image < images;) {
+      const auto* const x = static_cast<const accumulator_t<T>*>(means) + image * head.channels;
+      T* const to = static_cast<T*>(result) + image * head.classes;
+      if (image + kLinearImages <= images) {
+        linear_tile<T, kLinearImages>(head, layer, x, classes, to);
+        image += kLinearImages;
+      } else {
+        linear_tile<T, 1>(head, layer, x, classes, to);
+        ++image;
       }
-      for (; k < head.channels; k += S::kLanes) {
-        const auto mask = S::first(head.channels - k);
-        sums[0] = S::fma(S::load(weight + k, mask), S::load(x + k, mask), sums[0]);
-      }
-      const A value = S::sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + static_cast<const A*>(layer.bias)[row];
-      store_first(static_cast<T*>(result) + image * head.classes + row, S::broadcast(value), 1);
     }
   }
 }

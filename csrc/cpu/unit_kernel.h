@@ -35,7 +35,11 @@ struct PointwiseTile {
   const int64_t* offsets;  // from x to the pixels of each of the depth's planes
   int64_t depth;
   const A* weight;  // a row of depth for each channel of the tile
-  const A* scale;   // null: 1
+  // The weights of the next rows, which may come from beyond the L2 cache: some of them are prefetched at each step of
+  // the depth. The processor's own prefetching ends with a page, which is a tile or two.
+  const A* next_weight;
+  int64_t next_channels;
+  const A* scale;  // null: 1
   const A* bias;
   const A* residual;  // null: none
   int64_t residual_stride;
@@ -44,9 +48,6 @@ struct PointwiseTile {
   typename Simd<A>::Mask tail;  // lanes of the last vector that are pixels
 };
 
-// y = relu(scale * (weight x) + bias + residual) for Channels x Vectors. Each pixel sums over the depth in the same
-// order whatever the tile, so results do not depend on how pixels are cut into tiles. A masked load costs an FMA unit's
-// slot, so only tiles with a tail (HasTail) have one.
 // A tile's end, once for each case of the residual: where both were one loop, the compiler kept the addresses of all
 // rows at once, and moved them through vector registers.
 template <class A, int Channels, int Vectors, bool HasTail, bool HasResidual>
@@ -78,7 +79,10 @@ inline void finish_tile(const PointwiseTile<A>& t, typename Simd<A>::V (&sum)[Ch
   }
 }
 
-template <class A, int Channels, int Vectors, bool HasTail>
+// y = relu(scale * (weight x) + bias + residual) for Channels x Vectors. Each pixel sums over the depth in the same
+// order whatever the tile, so results do not depend on how pixels are cut into tiles. A masked load costs an FMA unit's
+// slot, so only tiles with a tail (HasTail) have one.
+template <class A, int Channels, int Vectors, bool HasTail, bool HasNext>
 void pointwise_tile(const PointwiseTile<A>& t) {
   using S = Simd<A>;
   using V = typename S::V;
@@ -91,7 +95,12 @@ void pointwise_tile(const PointwiseTile<A>& t) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sum[c][v] = first;
   }
+  [[maybe_unused]] const A* next = t.next_weight;
   for (int64_t k = 0; k < t.depth; ++k) {
+    if constexpr (HasNext) {
+      __builtin_prefetch(next);
+      next += t.next_channels;
+    }
     const A* const x = t.x + t.offsets[k];
     V pixels[Vectors];
 #pragma GCC unroll 8
@@ -125,16 +134,16 @@ void pointwise_tile(const PointwiseTile<A>& t) {
 template <class A>
 using PointwiseFunction = void (*)(const PointwiseTile<A>&);
 
-template <class A, bool HasTail, int... I>
+template <class A, int... I>
 constexpr std::array<PointwiseFunction<A>, sizeof...(I)> pointwise_functions(std::integer_sequence<int, I...>) {
-  return {pointwise_tile<A, I / kTileVectors + 1, I % kTileVectors + 1, HasTail>...};
+  return {pointwise_tile<A, I / 4 / kTileVectors + 1, I / 4 % kTileVectors + 1, I / 2 % 2 == 1, I % 2 == 1>...};
 }
 
-template <class A, bool HasTail>
-void run_pointwise_tile(int64_t channels, int64_t vectors, const PointwiseTile<A>& tile) {
+template <class A>
+void run_pointwise_tile(int64_t channels, int64_t vectors, bool has_tail, bool has_next, const PointwiseTile<A>& tile) {
   static constexpr auto functions =
-      pointwise_functions<A, HasTail>(std::make_integer_sequence<int, kTileChannels * kTileVectors>{});
-  functions[(channels - 1) * kTileVectors + vectors - 1](tile);
+      pointwise_functions<A>(std::make_integer_sequence<int, kTileChannels * kTileVectors * 4>{});
+  functions[((channels - 1) * kTileVectors + vectors - 1) * 4 + has_tail * 2 + has_next](tile);
 }
 
 // n channels left: how many the next tile takes, such that all tiles are about equal (20 as 7, 7, 6).
@@ -247,12 +256,14 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
     end = std::min(tiles.count, begin + block);
     for (int64_t i = 0; i < p.row_tile_count; ++i) {
       const RowTile& rows = p.row_tiles[i];
+      const RowTile& next = p.row_tiles[std::min(i + 1, p.row_tile_count - 1)];
+      t.next_weight = static_cast<const A*>(p.conv.weight) + next.row * p.depth;
+      t.next_channels = next.rows;
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t tail = tiles.tail(tile);
         t.tail = Simd<A>::first(tail);
         point_to(rows, tiles.pixel(tile));
-        const auto run = tail == Simd<A>::kLanes ? run_pointwise_tile<A, false> : run_pointwise_tile<A, true>;
-        run(rows.rows, tiles.tile_vectors(tile), t);
+        run_pointwise_tile(rows.rows, tiles.tile_vectors(tile), tail != Simd<A>::kLanes, tile == 0, t);
       }
       if (column && end == tiles.count) {  // now, while the rows' weights are in the L1 cache
         point_to(rows, tiles.pixels);

@@ -539,7 +539,7 @@ static void check_head(Dtype dtype, const Isa& isa) {
   h.window_height = uniform(0, 1) ? h.height : uniform(1, h.height);
   h.window_width = uniform(0, 1) ? h.width : uniform(1, h.width);
   h.classes = uniform(1, 20);
-  const int64_t images = uniform(1, 3), pixels = h.height * h.width, plane = pixels + uniform(0, 9);
+  const int64_t images = uniform(1, 9), pixels = h.height * h.width, plane = pixels + uniform(0, 9);
   const Weights w = random_weights(h.classes, h.channels);
   const Pointers<A> linear(w);
   const NetworkKernel kernel = isa.network_kernel(dtype);
