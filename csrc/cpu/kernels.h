@@ -57,9 +57,9 @@ struct UnitKernel {
   void (*stage)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers);
   // Of a worker, for so many intermediate channels; project needs that of none.
   int64_t (*scratch_bytes)(const Unit&, const Part&, Channels);
-  // Intermediate channels, in shuffled order.
+  // Rows of conv1; of PairKernel intermediate channels behind the shuffle, as pairs are made of those.
   void (*expand)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers, void* scratch);
-  // Channels of the result; no such phase in a unit that ends after the depthwise convolution.
+  // Channels of the result; where the unit ends after the depthwise convolution, only if it is staged.
   void (*project)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers, void* scratch);
 
   // The same phases of strips, for contiguous images of the accumulator type: the second needs the first of the strips

@@ -180,7 +180,7 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
   }
   int64_t count = 0;
   for (int64_t row = 0; row < stem.out_channels; row += scratch.work.row_tiles[count++].rows) {
-    scratch.work.row_tiles[count] = {row, next_channels(stem.out_channels - row), 0, row};
+    scratch.work.row_tiles[count] = {row, next_channels(stem.out_channels - row), 0};
   }
 
   int64_t sorted_rows = 0, convolved_pixels = 0;  // so far
@@ -194,7 +194,7 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
     sorted_rows = sorted_end;
     const Planes<const A> from = {scratch.sorted.data + convolved_pixels, scratch.sorted.stride};
     const Planes<A> to = {scratch.convolved.data + convolved_pixels, scratch.convolved.stride};
-    pointwise<A>({conv, stem.taps(), scratch.work.offsets, scratch.work.row_tiles, count, 1, end - convolved_pixels},
+    pointwise<A>({conv, stem.taps(), scratch.work.offsets, scratch.work.row_tiles, count, 0, end - convolved_pixels},
                  from, {}, to, nullptr);
     convolved_pixels = end;
   };

@@ -33,10 +33,16 @@ inline void unpack(const Pair* pairs, int64_t pixels, float* first, float* secon
 
 // ---- Pointwise convolution ------------------------------------------------------------------------------------------
 
+// Rows that share their inputs, any number of them.
+struct RowRange {
+  int64_t row, rows, group;
+  int64_t y_channel;  // of the first row's results, where they go to planes of float
+};
+
 struct PairConvolution {
   const Convolution& conv;
-  int64_t pairs;          // of a group's depth
-  const RowTile* ranges;  // rows that share their inputs, any number of them
+  int64_t pairs;  // of a group's depth
+  const RowRange* ranges;
   int64_t range_count;
   int64_t pixels;
 };
@@ -57,7 +63,7 @@ void multiply(const PairConvolution& c, Planes<const Pair> x, Finish& finish) {
     const int64_t first = vectors * block / blocks, pixel = first * Simd<float>::kLanes;
     p.vectors = vectors * (block + 1) / blocks - first;
     const int64_t n = std::min(c.pixels - pixel, p.vectors * Simd<float>::kLanes);
-    for (const RowTile* range = c.ranges; range != c.ranges + c.range_count; ++range) {
+    for (const RowRange* range = c.ranges; range != c.ranges + c.range_count; ++range) {
       p.rows = ceil_div(range->rows, ceil_div(range->rows, kProductRows));
       p.x = x.channel(range->group * c.pairs) + pixel;
       products.prepare(p.rows, p.pairs);
@@ -78,7 +84,7 @@ struct FinishPlanes {
   int64_t channel_step;  // between the channels of y that neighbouring rows go to
   Planes<float> y;
 
-  void operator()(const RowTile& range, int64_t first, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
+  void operator()(const RowRange& range, int64_t first, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
     using S = Simd<float>;
     for (int64_t row = first; row < first + rows; ++row, sums += kProductPixels) {
       const auto row_bias = S::broadcast(bias[range.row + row]);
@@ -98,7 +104,7 @@ struct FinishPairs {
   Planes<Pair> y;
   float kept[kProductPixels];
 
-  void operator()(const RowTile& range, int64_t begin, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
+  void operator()(const RowRange& range, int64_t begin, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
     const int64_t end = range.row + begin + rows;
     int64_t row = range.row + begin;
     if (row % 2 != 0) {
@@ -128,9 +134,10 @@ struct FinishPairs {
   }
 };
 
-// Some channels of y1, in shuffled order; see conv1.
+// Some channels of y1, in shuffled order, as pairs of y2 are: intermediate channel n * groups + r is row
+// r * slice_channels + n of conv1, so that each r needs consecutive rows and writes them `groups` channels apart.
 inline void conv1_pairs(const Unit& unit, const Convolution& conv, Channels channels, Planes<const Pair> x,
-                        int64_t pixels, Planes<float> y1, RowTile* ranges) {
+                        int64_t pixels, Planes<float> y1, RowRange* ranges) {
   const int64_t slice = unit.slice_channels(), group_rows = unit.conv1_group_rows();
   int64_t count = 0;
   for (int64_t r = 0; r < unit.groups; ++r) {
@@ -148,7 +155,7 @@ inline void conv1_pairs(const Unit& unit, const Convolution& conv, Channels chan
 
 // Some of conv3's output channels, from an even one on.
 inline void conv3_pairs(const Unit& unit, const Convolution& conv, Channels channels, Planes<const Pair> y2,
-                        int64_t pixels, Planes<const Pair> residual, Planes<Pair> result, RowTile* ranges) {
+                        int64_t pixels, Planes<const Pair> residual, Planes<Pair> result, RowRange* ranges) {
   const int64_t group_rows = unit.out_channels / unit.groups;
   int64_t count = 0;
   for (int64_t row = channels.begin; row < channels.end;) {
@@ -171,13 +178,13 @@ struct PairScratch {
     const InputRows in(unit, part);
     Arena arena(memory);
     masks = arena.take<EdgeMasks<float>>(edge_vectors<float>(unit, part));
-    ranges = arena.take<RowTile>(unit.groups + unit.conv1_groups);
+    ranges = arena.take<RowRange>(unit.groups + unit.conv1_groups);
     in_planes = arena.planes<float>(2, (in.halo_end - in.halo_begin) * unit.width);
     out_planes = arena.planes<float>(2, (part.row_end - part.row_begin) * unit.out_width());
     bytes = arena.bytes();
   }
   EdgeMasks<float>* masks;
-  RowTile* ranges;
+  RowRange* ranges;
   Planes<float> in_planes, out_planes;  // of two channels
   int64_t bytes;
 };
@@ -190,7 +197,10 @@ inline void depthwise_pairs(const Unit& unit, const Part& part, const Convolutio
   float* const second = scratch.out_planes.channel(1);
   for (int64_t c = channels.begin; c < channels.end;) {
     const int64_t in_slice = c % slice, n = std::min<int64_t>(2, slice - in_slice);
-    depthwise<float>(unit, part, conv, {c, c + n}, scratch.masks, y1.from(c - channels.begin), scratch.out_planes);
+    for (int64_t i = 0; i < n; ++i) {
+      depthwise_channel<float>(
+          unit, part, conv, c + i, scratch.masks, y1.channel(c + i - channels.begin), scratch.out_planes.channel(i));
+    }
     if (n == 1) std::fill_n(second, pixels, 0.0f);
     pack(first, second, pixels, y2.channel(c / slice * pairs_of(slice) + in_slice / 2));
     c += n;
@@ -389,7 +399,7 @@ struct FinishClasses {
   T* result;
   int64_t classes;
 
-  void operator()(const RowTile& range, int64_t first, int64_t rows, const float* sums, int64_t image, int64_t n) {
+  void operator()(const RowRange& range, int64_t first, int64_t rows, const float* sums, int64_t image, int64_t n) {
     for (int64_t row = range.row + first; row < range.row + first + rows; ++row, sums += kProductPixels) {
       for (int64_t i = 0; i < n; ++i) {
         store_first(result + (image + i) * classes + row, Simd<float>::broadcast(sums[i] + bias[row]), 1);
@@ -401,7 +411,7 @@ struct FinishClasses {
 template <class T>
 void pair_linear(const Head& head, const Convolution& layer, const void* means, int64_t means_plane, int64_t images,
                  Channels classes, void* result) {
-  const RowTile range = {classes.begin, classes.count(), 0, 0};
+  const RowRange range = {classes.begin, classes.count(), 0, 0};
   FinishClasses<T> finish = {static_cast<const float*>(layer.bias), static_cast<T*>(result), head.classes};
   multiply({layer, head.channels / 2, &range, 1, images}, {static_cast<const Pair*>(means), means_plane}, finish);
 }

@@ -2,8 +2,8 @@
 // channels and groups fills the lanes. Three phases on a Part, each of which can be split by channels (kernels.h):
 //
 //   stage    copies the part's rows of x into planes of the accumulator type; nothing to do where x is that already
-//   expand   conv1 from x to y1 (scratch), the shuffle being the stride with which it writes its channels; then the
-//            depthwise convolution from y1, with its halo rows, to y2 (or to the result, where the unit ends here)
+//   expand   conv1 from x to y1 (scratch); then the depthwise convolution from y1, with its halo rows, to y2 (or to the
+//            result, where the unit ends here), the shuffle being the order in which it writes its channels
 //   project  conv3 from y2, adding the residual, to the result; with stride 2 also the pooled shortcut
 //
 // Where x is contiguous and of the accumulator's type it is read, and the result written, in place. Otherwise the
@@ -212,10 +212,9 @@ void pointwise_pixel(const PointwiseTile<A>& t, int64_t rows, const A* column) {
   }
 }
 
-// Consecutive rows of a grouped pointwise convolution that share their inputs, and where their results go.
+// Consecutive rows of a grouped pointwise convolution that share their inputs.
 struct RowTile {
   int64_t row, rows, group;
-  int64_t y_channel;  // of the first row
 };
 
 template <class A>
@@ -225,7 +224,7 @@ struct Pointwise {
   const int64_t* offsets;  // of a group's planes, from its first
   const RowTile* row_tiles;
   int64_t row_tile_count;
-  int64_t y_channel_step;  // between the channels of y that neighbouring rows go to
+  int64_t y_row;  // the row whose results are channel 0 of y
   int64_t pixels;
 };
 
@@ -240,14 +239,14 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
   t.offsets = p.offsets;
   t.depth = p.depth;
   t.residual_stride = residual.stride;
-  t.y_stride = p.y_channel_step * y.stride;
+  t.y_stride = y.stride;
   const auto point_to = [&](const RowTile& rows, int64_t pixel) {
     t.weight = static_cast<const A*>(p.conv.weight) + rows.row * p.depth;
     t.scale = p.conv.scale ? static_cast<const A*>(p.conv.scale) + rows.row : nullptr;
     t.bias = static_cast<const A*>(p.conv.bias) + rows.row;
     t.x = x.channel(rows.group * p.depth) + pixel;
     t.residual = residual.data ? residual.channel(rows.row) + pixel : nullptr;
-    t.y = y.channel(rows.y_channel) + pixel;
+    t.y = y.channel(rows.row - p.y_row) + pixel;
   };
   const int64_t block = std::max<int64_t>(1, kBlockBytes / (p.depth * kTileVectors * kVectorBytes));
   int64_t gathered = -1;  // the group whose column is there
@@ -288,44 +287,34 @@ inline void fill_offsets(int64_t* offsets, int64_t depth, int64_t stride) {
   for (int64_t k = 0; k < depth; ++k) offsets[k] = k * stride;
 }
 
-// Some channels of y1, in shuffled order. Intermediate channel n * groups + r of that order is row
-// r * slice_channels + n of conv1: each r needs consecutive rows and writes them `groups` channels apart.
+// Some rows of a grouped pointwise convolution.
 template <class A>
-void conv1(const Unit& unit, const Convolution& conv, Channels channels, Planes<const A> x, int64_t pixels,
-           Planes<A> y1, bool lone_pixel, const PointwiseScratch<A>& scratch) {
-  const int64_t slice = unit.slice_channels();
+void grouped_pointwise(const Convolution& conv, int64_t depth, int64_t group_rows, Channels rows, Planes<const A> x,
+                       int64_t pixels, Planes<const A> residual, Planes<A> y, int64_t y_row, bool lone_pixel,
+                       const PointwiseScratch<A>& scratch) {
   int64_t count = 0;
-  for (int64_t r = 0; r < unit.groups; ++r) {
-    const int64_t row_end = r * slice + ceil_div(channels.end - r, unit.groups);
-    int64_t row = r * slice + ceil_div(channels.begin - r, unit.groups);
-    while (row < row_end) {
-      const int64_t group = row / unit.conv1_group_rows();
-      const int64_t rows = next_channels(std::min(row_end, (group + 1) * unit.conv1_group_rows()) - row);
-      const int64_t channel = (row - r * slice) * unit.groups + r;
-      scratch.row_tiles[count++] = {row, rows, group, channel - channels.begin};
-      row += rows;
-    }
+  for (int64_t row = rows.begin; row < rows.end; row += scratch.row_tiles[count++].rows) {
+    const int64_t group = row / group_rows;
+    scratch.row_tiles[count] = {row, next_channels(std::min(rows.end, (group + 1) * group_rows) - row), group};
   }
-  fill_offsets(scratch.offsets, unit.conv1_depth(), x.stride);
-  pointwise<A>({conv, unit.conv1_depth(), scratch.offsets, scratch.row_tiles, count, unit.groups, pixels}, x, {}, y1,
+  for (int64_t k = 0; k < depth; ++k) scratch.offsets[k] = k * x.stride;
+  pointwise<A>({conv, depth, scratch.offsets, scratch.row_tiles, count, y_row, pixels}, x, residual, y,
                lone_pixel ? scratch.column : nullptr);
 }
 
-// Some of conv3's output channels.
+// To y1, from its channel 0 on.
 template <class A>
-void conv3(const Unit& unit, const Convolution& conv, Channels channels, Planes<const A> y2, int64_t pixels,
+void conv1(const Unit& unit, const Convolution& conv, Channels rows, Planes<const A> x, int64_t pixels, Planes<A> y1,
+           bool lone_pixel, const PointwiseScratch<A>& scratch) {
+  grouped_pointwise<A>(
+      conv, unit.conv1_depth(), unit.conv1_group_rows(), rows, x, pixels, {}, y1, rows.begin, lone_pixel, scratch);
+}
+
+template <class A>
+void conv3(const Unit& unit, const Convolution& conv, Channels rows, Planes<const A> y2, int64_t pixels,
            Planes<const A> residual, Planes<A> result, bool lone_pixel, const PointwiseScratch<A>& scratch) {
-  const int64_t group_rows = unit.out_channels / unit.groups;
-  int64_t count = 0;
-  for (int64_t row = channels.begin; row < channels.end;) {
-    const int64_t group = row / group_rows;
-    const int64_t rows = next_channels(std::min(channels.end, (group + 1) * group_rows) - row);
-    scratch.row_tiles[count++] = {row, rows, group, row};
-    row += rows;
-  }
-  fill_offsets(scratch.offsets, unit.slice_channels(), y2.stride);
-  pointwise<A>({conv, unit.slice_channels(), scratch.offsets, scratch.row_tiles, count, 1, pixels}, y2, residual,
-               result, lone_pixel ? scratch.column : nullptr);
+  grouped_pointwise<A>(conv, unit.slice_channels(), unit.out_channels / unit.groups, rows, y2, pixels, residual, result,
+                       0, lone_pixel, scratch);
 }
 
 // ---- Depthwise 3x3 convolution and average pooling ------------------------------------------------------------------
@@ -443,26 +432,35 @@ void depthwise_stride2(const A* x, int64_t width, int64_t out_rows, int64_t out_
   }
 }
 
-// The part's rows of some intermediate channels, the first of which is channel 0 of y1 and y2. y1 has the halo row
-// above the first, of zeros at the image's edge.
+// The part's rows of intermediate channel c. x has the halo row above the first, of zeros at the image's edge.
 template <class A>
-void depthwise(const Unit& unit, const Part& part, const Convolution& conv, Channels channels,
-               const EdgeMasks<A>* masks, Planes<const A> y1, Planes<A> y2) {
+void depthwise_channel(const Unit& unit, const Part& part, const Convolution& conv, int64_t c,
+                       const EdgeMasks<A>* masks, const A* x, A* y) {
   using S = Simd<A>;
   const int64_t rows = part.row_end - part.row_begin;
   const auto lower = S::broadcast(unit.conv2_relu ? A{0} : -std::numeric_limits<A>::infinity());
-  for (int64_t c = channels.begin; c < channels.end; ++c) {
-    const A* x = y1.channel(c - channels.begin);
-    const A scale = conv.scale ? static_cast<const A*>(conv.scale)[c] : A{1};
-    const auto bias = S::broadcast(static_cast<const A*>(conv.bias)[c]);
-    typename S::V weight[9];
-    for (int i = 0; i < 9; ++i) weight[i] = S::broadcast(static_cast<const A*>(conv.weight)[c * 9 + i] * scale);
-    if (unit.stride == 1) {
-      depthwise_stride1<A>(
-          x, unit.width, rows * unit.width, masks, weight, bias, lower, y2.channel(c - channels.begin));
-    } else {
-      depthwise_stride2<A>(
-          x, unit.width, rows, unit.out_width(), masks, weight, bias, lower, y2.channel(c - channels.begin));
+  const A scale = conv.scale ? static_cast<const A*>(conv.scale)[c] : A{1};
+  const auto bias = S::broadcast(static_cast<const A*>(conv.bias)[c]);
+  typename S::V weight[9];
+  for (int i = 0; i < 9; ++i) weight[i] = S::broadcast(static_cast<const A*>(conv.weight)[c * 9 + i] * scale);
+  if (unit.stride == 1) {
+    depthwise_stride1<A>(x, unit.width, rows * unit.width, masks, weight, bias, lower, y);
+  } else {
+    depthwise_stride2<A>(x, unit.width, rows, unit.out_width(), masks, weight, bias, lower, y);
+  }
+}
+
+// From some rows of conv1, in y1 from its channel 0 on, to their channels of y2: row r * slice_channels + n of conv1 is
+// intermediate channel n * groups + r behind the shuffle.
+template <class A>
+void depthwise(const Unit& unit, const Part& part, const Convolution& conv, Channels rows, const EdgeMasks<A>* masks,
+               Planes<const A> y1, Planes<A> y2) {
+  const int64_t slice = unit.slice_channels();
+  int64_t row = rows.begin;
+  for (int64_t r = row / slice; row < rows.end; ++r) {
+    for (; row < std::min(rows.end, (r + 1) * slice); ++row) {
+      const int64_t channel = (row - r * slice) * unit.groups + r;
+      depthwise_channel<A>(unit, part, conv, channel, masks, y1.channel(row - rows.begin), y2.channel(channel));
     }
   }
 }
@@ -751,21 +749,20 @@ void clear_outside(const Unit& unit, const InputRows& in, int64_t channels, Plan
 }
 
 template <class T>
-void expand(const Unit& unit, const UnitPointers& pointers, const Part& part, Channels channels, void* buffers,
+void expand(const Unit& unit, const UnitPointers& pointers, const Part& part, Channels rows, void* buffers,
             void* memory) {
   using A = accumulator_t<T>;
   const PartView<T> view(unit, pointers, part, buffers);
   const InputRows& in = view.in;
-  const Scratch<A> scratch(unit, part, channels, memory);
+  const Scratch<A> scratch(unit, part, rows, memory);
   const Planes<A> y1 = scratch.y1;
-  clear_outside(unit, in, channels.count(), y1);
+  clear_outside(unit, in, rows.count(), y1);
   const Planes<A> y1_image = {y1.data + (in.begin - in.halo_begin) * unit.width, y1.stride};
   const bool lone_pixel = has_lone_pixel<A>(unit.height * unit.width, in.end * unit.width);
-  conv1<A>(unit, pointers.conv1, channels, view.planes_x, view.in_pixels, y1_image, lone_pixel, scratch.pointwise);
+  conv1<A>(unit, pointers.conv1, rows, view.planes_x, view.in_pixels, y1_image, lone_pixel, scratch.pointwise);
   const Planes<A> y2 = unit.has_conv3() ? view.y2 : view.result;
   fill_edge_masks<A>(unit, part, scratch.masks);
-  depthwise<A>(unit, part, pointers.conv2, channels, scratch.masks, read_only(y1), y2.from(channels.begin));
-  if (!unit.has_conv3()) view.write_out(channels);
+  depthwise<A>(unit, part, pointers.conv2, rows, scratch.masks, read_only(y1), y2);
 }
 
 template <class T>
@@ -786,7 +783,7 @@ void project(const Unit& unit, const UnitPointers& pointers, const Part& part, C
   }
   const Channels pooled = {
       std::max(channels.begin, unit.out_channels) - unit.out_channels, channels.end - unit.out_channels};
-  if (pooled.count() > 0) {
+  if (unit.concatenates_pool() && pooled.count() > 0) {
     fill_edge_masks<A>(unit, part, scratch.masks);
     pool<A>(unit, part, pooled, scratch.masks, view.planes_x, view.in.begin, {}, view.result.from(unit.out_channels));
   }
@@ -935,8 +932,7 @@ void to_accumulator(const void* from, void* to, int64_t n) {
   }
 }
 
-// Whole multiples of the groups leave each of conv1's groups an equal share of its rows.
-inline int64_t expand_multiple(const Unit& unit) { return unit.groups; }
+inline int64_t expand_multiple(const Unit&) { return 1; }
 
 template <class T>
 constexpr UnitKernel kernel_for() {

@@ -225,11 +225,11 @@ static void in_shares(int64_t n, int64_t multiple, const F& f) {
 static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers, const Part& part) {
   const Buffer buffers(kernel.buffer_bytes(unit, part));
   in_shares(unit.in_channels, 16, [&](Channels share) { kernel.stage(unit, pointers, part, share, buffers.get()); });
-  in_shares(unit.mid_channels, unit.groups, [&](Channels share) {
+  in_shares(unit.mid_channels, kernel.expand_multiple(unit), [&](Channels share) {
     const Buffer scratch(kernel.scratch_bytes(unit, part, share));
     kernel.expand(unit, pointers, part, share, buffers.get(), scratch.get());
   });
-  if (!unit.has_conv3()) return;
+  if (!unit.has_conv3() && !kernel.is_staged(unit)) return;
   in_shares(unit.result_channels(), 1, [&](Channels share) {
     const Buffer scratch(kernel.scratch_bytes(unit, part, {}));
     kernel.project(unit, pointers, part, share, buffers.get(), scratch.get());
