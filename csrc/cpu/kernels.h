@@ -59,7 +59,7 @@ struct UnitKernel {
   int64_t (*scratch_bytes)(const Unit&, const Part&, Channels);
   // Rows of conv1; of PairKernel intermediate channels behind the shuffle, as pairs are made of those.
   void (*expand)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers, void* scratch);
-  // Channels of the result; where the unit ends after the depthwise convolution, only if it is staged.
+  // Rows of conv3; where the unit ends after the depthwise convolution, channels of the result, if it is staged.
   void (*project)(const Unit&, const UnitPointers&, const Part&, Channels, void* buffers, void* scratch);
 
   // The same phases of strips, for contiguous images of the accumulator type: the second needs the first of the strips

@@ -264,29 +264,24 @@ inline void expand_pairs(const Unit& unit, const UnitPointers& pointers, const P
   fill_edge_masks<float>(unit, part, scratch.worker.masks);
   depthwise_pairs(
       unit, part, pointers.conv2, channels, read_only(scratch.y1), PairBuffers(unit, part, buffers).y2, scratch.worker);
+  if (unit.concatenates_pool()) {
+    const Planes<Pair> result = {
+        static_cast<Pair*>(pointers.result) + part.row_begin * unit.out_width(), pointers.result_plane};
+    pool_pairs(unit, part, pooled_with(unit, channels, 2), x, in.begin, {}, result.from(unit.out_channels / 2),
+               scratch.worker);
+  }
 }
 
 inline void project_pairs(const Unit& unit, const UnitPointers& pointers, const Part& part, Channels channels,
                           void* buffers, void* memory) {
-  const InputRows in(unit, part);
   const PairScratch scratch(unit, part, memory);
   const Planes<const Pair> x = {static_cast<const Pair*>(pointers.x), pointers.x_plane};
   const Planes<Pair> result = {
       static_cast<Pair*>(pointers.result) + part.row_begin * unit.out_width(), pointers.result_plane};
-  const Channels convolved = {channels.begin, std::min(channels.end, unit.out_channels)};
-  if (convolved.count() > 0) {
-    Planes<const Pair> residual;
-    if (unit.adds_residual()) residual = {x.data + part.row_begin * unit.width, x.stride};
-    conv3_pairs(unit, pointers.conv3, convolved, read_only(PairBuffers(unit, part, buffers).y2),
-                (part.row_end - part.row_begin) * unit.out_width(), residual, result, scratch.ranges);
-  }
-  const Channels pooled = {
-      std::max(channels.begin, unit.out_channels) - unit.out_channels, channels.end - unit.out_channels};
-  if (pooled.count() > 0) {
-    fill_edge_masks<float>(unit, part, scratch.masks);
-    pool_pairs(unit, part, pooled, {x.data + in.begin * unit.width, x.stride}, in.begin, {},
-               result.from(unit.out_channels / 2), scratch);
-  }
+  Planes<const Pair> residual;
+  if (unit.adds_residual()) residual = {x.data + part.row_begin * unit.width, x.stride};
+  conv3_pairs(unit, pointers.conv3, channels, read_only(PairBuffers(unit, part, buffers).y2),
+              (part.row_end - part.row_begin) * unit.out_width(), residual, result, scratch.ranges);
 }
 
 // ---- Strips ---------------------------------------------------------------------------------------------------------

@@ -61,6 +61,17 @@ inline int64_t y1_cost(const Unit& unit, int64_t rows) {
   return unit.mid_channels * rows * unit.width * kAccumulatorBytes / kWeightBytesPerCost;
 }
 
+// Channels of x that a worker reads and another has written: it has an equal share of the last unit's channels, in
+// their order, and of conv1's rows. The one in the middle counts, whose groups are cut at both ends. What the first
+// unit of a stage reads has been shared in another way.
+inline int64_t foreign_channels(const Unit& unit, int64_t workers) {
+  const int64_t own = unit.in_channels / workers, worker = workers / 2;
+  if (unit.stride == 2) return unit.in_channels - own;
+  const int64_t first_group = unit.conv1_groups * worker / workers;
+  const int64_t end_group = ceil_div(unit.conv1_groups * (worker + 1), workers);
+  return (end_group - first_group) * unit.conv1_depth() - own;
+}
+
 // The partition that finishes first by that count. `has_strips` says whether the kernel's strips can be used.
 inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes, int64_t threads,
                                   bool has_strips) {
@@ -103,12 +114,12 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
                  (strips > 1 ? unit.result_channels() * kSharedLineCost : 0));
   }
   const int64_t workers = std::min(threads, unit.slice_channels());
-  const int64_t handed_on =
-      unit.in_channels * unit.height * unit.width + unit.mid_channels * unit.out_height() * unit.out_width();
+  const int64_t handed_on = foreign_channels(unit, workers) * unit.height * unit.width +
+                            unit.mid_channels * (workers - 1) / workers * unit.out_height() * unit.out_width() / 2;
   const int64_t rows = rows_of(fewest);
   consider({fewest, Sharing::channels},
            fewest * (ceil_div(part_cost(unit, with_halo(rows), rows, lanes), workers) + 2 * kWaitCost) +
-               weights_cost(unit) / workers + foreign(handed_on) * (workers - 1) / workers);
+               weights_cost(unit) / workers + foreign(handed_on));
   return best;
 }
 

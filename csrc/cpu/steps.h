@@ -164,6 +164,7 @@ class UnitStep : public Step {
  private:
   // A unit without conv3 has what it staged copied out.
   bool has_project() const { return unit_.has_conv3() || kernel_.is_staged(unit_); }
+  int64_t projected_channels() const { return unit_.has_conv3() ? unit_.out_channels : unit_.mid_channels; }
 
   // Threads that share a part by channels: a thread has a channel of each slice at least.
   int64_t workers() const { return std::min(threads_, unit_.slice_channels()); }
@@ -186,7 +187,7 @@ class UnitStep : public Step {
     const int64_t x_begin = std::max<int64_t>(0, last.row_begin * unit_.stride - (strips ? 0 : 1));
     const int64_t plane = unit_.height * unit_.width, out_plane = unit_.out_height() * unit_.out_width();
     const int64_t rows1 = std::min(mid.count(), unit_.conv1_group_rows());
-    const int64_t rows3 = std::min(ceil_div(unit_.result_channels(), workers), unit_.out_channels / unit_.groups);
+    const int64_t rows3 = std::min(ceil_div(unit_.out_channels, workers), unit_.out_channels / unit_.groups);
     run.tiles = {kernel_.tile(rows1, plane - x_begin * unit_.width, plane),
                  kernel_.tile(rows3, out_plane - last.row_begin * unit_.out_width(), out_plane)};
     return run;
@@ -218,7 +219,7 @@ class UnitStep : public Step {
     void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, mid));
     kernel_.stage(unit_, pointers, part, {0, unit_.in_channels}, buffers);
     kernel_.expand(unit_, pointers, part, mid, buffers, scratch);
-    if (has_project()) kernel_.project(unit_, pointers, part, {0, unit_.result_channels()}, buffers, scratch);
+    if (has_project()) kernel_.project(unit_, pointers, part, {0, projected_channels()}, buffers, scratch);
   }
 
   // The strips of a partition, the i-th with the i-th memory for y1, of as many as there are in turn.
@@ -298,7 +299,7 @@ class UnitStep : public Step {
     if (!has_project()) return;
     s.phases.push_back({s.step, workers, [=](int64_t i) {
                           void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, {}));
-                          const Channels channels = share_of(unit_.result_channels(), kernel_.project_multiple, i);
+                          const Channels channels = share_of(projected_channels(), kernel_.project_multiple, i);
                           kernel_.project(unit_, pointers, part, channels, buffers, scratch);
                         }});
   }

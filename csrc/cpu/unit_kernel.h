@@ -3,8 +3,9 @@
 //
 //   stage    copies the part's rows of x into planes of the accumulator type; nothing to do where x is that already
 //   expand   conv1 from x to y1 (scratch); then the depthwise convolution from y1, with its halo rows, to y2 (or to the
-//            result, where the unit ends here), the shuffle being the order in which it writes its channels
-//   project  conv3 from y2, adding the residual, to the result; with stride 2 also the pooled shortcut
+//            result, where the unit ends here), the shuffle being the order in which it writes its channels; with
+//            stride 2 also the pooled shortcut, from x to the result
+//   project  conv3 from y2, adding the residual, to the result
 //
 // Where x is contiguous and of the accumulator's type it is read, and the result written, in place. Otherwise the
 // result's planes are copied out at the end of a phase.
@@ -748,6 +749,12 @@ void clear_outside(const Unit& unit, const InputRows& in, int64_t channels, Plan
   }
 }
 
+// The channels of the shortcut that go with some rows of conv1 to a worker.
+inline Channels pooled_with(const Unit& unit, Channels rows, int64_t multiple) {
+  const int64_t n = unit.in_channels / multiple;
+  return {n * rows.begin / unit.mid_channels * multiple, n * rows.end / unit.mid_channels * multiple};
+}
+
 template <class T>
 void expand(const Unit& unit, const UnitPointers& pointers, const Part& part, Channels rows, void* buffers,
             void* memory) {
@@ -763,6 +770,11 @@ void expand(const Unit& unit, const UnitPointers& pointers, const Part& part, Ch
   const Planes<A> y2 = unit.has_conv3() ? view.y2 : view.result;
   fill_edge_masks<A>(unit, part, scratch.masks);
   depthwise<A>(unit, part, pointers.conv2, rows, scratch.masks, read_only(y1), y2);
+  if (unit.concatenates_pool()) {
+    const Channels pooled = pooled_with(unit, rows, 1);
+    pool<A>(unit, part, pooled, scratch.masks, view.planes_x, view.in.begin, {}, view.result.from(unit.out_channels));
+    view.write_out({unit.out_channels + pooled.begin, unit.out_channels + pooled.end});
+  }
 }
 
 template <class T>
@@ -771,21 +783,14 @@ void project(const Unit& unit, const UnitPointers& pointers, const Part& part, C
   using A = accumulator_t<T>;
   const PartView<T> view(unit, pointers, part, buffers);
   const Scratch<A> scratch(unit, part, {}, memory);
-  const Channels convolved = {channels.begin, std::min(channels.end, unit.out_channels)};
-  if (convolved.count() > 0) {
+  if (unit.has_conv3()) {
     const bool lone_pixel = has_lone_pixel<A>(unit.out_height() * unit.out_width(), part.row_end * unit.out_width());
     Planes<const A> residual;
     if (unit.adds_residual()) {
       residual = {view.planes_x.data + (part.row_begin - view.in.begin) * unit.width, view.planes_x.stride};
     }
-    conv3<A>(unit, pointers.conv3, convolved, read_only(view.y2), view.out_pixels, residual, view.result, lone_pixel,
+    conv3<A>(unit, pointers.conv3, channels, read_only(view.y2), view.out_pixels, residual, view.result, lone_pixel,
              scratch.pointwise);
-  }
-  const Channels pooled = {
-      std::max(channels.begin, unit.out_channels) - unit.out_channels, channels.end - unit.out_channels};
-  if (unit.concatenates_pool() && pooled.count() > 0) {
-    fill_edge_masks<A>(unit, part, scratch.masks);
-    pool<A>(unit, part, pooled, scratch.masks, view.planes_x, view.in.begin, {}, view.result.from(unit.out_channels));
   }
   view.write_out(channels);
 }

@@ -230,7 +230,7 @@ static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPoint
     kernel.expand(unit, pointers, part, share, buffers.get(), scratch.get());
   });
   if (!unit.has_conv3() && !kernel.is_staged(unit)) return;
-  in_shares(unit.result_channels(), 1, [&](Channels share) {
+  in_shares(unit.has_conv3() ? unit.out_channels : unit.mid_channels, 1, [&](Channels share) {
     const Buffer scratch(kernel.scratch_bytes(unit, part, {}));
     kernel.project(unit, pointers, part, share, buffers.get(), scratch.get());
   });
