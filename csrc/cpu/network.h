@@ -24,7 +24,7 @@ class StemStep : public Step {
     return stem_.out_channels / (pack_ ? 2 : 1) * result_plane_ * static_cast<int64_t>(sizeof(A));
   }
 
-  void run(const void* from, void* to) const override {
+  void run(const void* from, void* to, bool) const override {
     for (int64_t i = 0; i < strips_; ++i) run_strip(from, to, i);
   }
   void share(const Sharers& s) const override {
@@ -86,7 +86,7 @@ class ChannelsStep : public Step {
 
   int64_t result_bytes() const override { return result_bytes_; }
 
-  void run(const void* from, void* to) const override { run_share(from, to, 0, 1); }
+  void run(const void* from, void* to, bool) const override { run_share(from, to, 0, 1); }
   void share(const Sharers& s) const override {
     s.phases.push_back({s.step, tasks_, [=, from = s.from, to = s.to](int64_t i) { run_share(from, to, i, tasks_); }});
   }

@@ -57,8 +57,9 @@ class Step {
   virtual bool reads_strips(int64_t) const { return false; }
   // Whether the result may take the place of what it is computed from: run by one thread, or shared.
   virtual bool works_in_place(bool) const { return false; }
-  // By one thread.
-  virtual void run(const void* from, void* to) const = 0;
+  // By one thread. A step goes through the image from the top to the bottom, the next one from the bottom to the top:
+  // it begins where the caches still have the image.
+  virtual void run(const void* from, void* to, bool upwards) const = 0;
   // By several threads: appends phases.
   struct Sharers {
     int64_t step;
@@ -132,9 +133,9 @@ class UnitStep : public Step {
            (partition.strips == 1 || partition.sharing == Sharing::strips);
   }
 
-  void run(const void* from, void* to) const override {
+  void run(const void* from, void* to, bool upwards) const override {
     if (alone_.sharing == Sharing::strips) {
-      run_strips(from, to);
+      run_strips(from, to, upwards);
     } else {
       for (int64_t i = 0; i < alone_.strips; ++i) run_part(pointers(from, to), alone_.part(unit_, i));
     }
@@ -249,9 +250,9 @@ class UnitStep : public Step {
     phase(unit_, pointers_, strip, thread_scratch.reserve(kernel_.strip_scratch_bytes(unit_, strip.part)));
   }
 
-  // From the top to the bottom: a strip is expanded before the one above it is projected, so that memory for the y1 of
-  // three is enough.
-  void run_strips(const void* from, void* to) const {
+  // One strip behind the other: the next one is expanded before one is projected, so that memory for the y1 of three is
+  // enough.
+  void run_strips(const void* from, void* to, bool upwards) const {
     int64_t bytes = 0;
     for (int64_t i = 0; i < alone_.strips; ++i) {
       bytes = std::max(bytes, kernel_.strip_bytes(unit_, alone_.part(unit_, i)));
@@ -259,9 +260,10 @@ class UnitStep : public Step {
     char* const memory = thread_buffers.reserve(3 * bytes);
     const std::vector<Strip> strips = strips_of(
         alone_, x_layout(false), from, result_layout(false), to, {memory, memory + bytes, memory + 2 * bytes});
+    const auto strip = [&](int64_t i) -> const Strip& { return strips[upwards ? alone_.strips - 1 - i : i]; };
     for (int64_t i = 0; i <= alone_.strips; ++i) {
-      if (i < alone_.strips) run_strip(kernel_.expand_strip, strips[i]);
-      if (i > 0) run_strip(kernel_.project_strip, strips[i - 1]);
+      if (i < alone_.strips) run_strip(kernel_.expand_strip, strip(i));
+      if (i > 0) run_strip(kernel_.project_strip, strip(i - 1));
     }
   }
 
@@ -365,7 +367,7 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
   if (alone > 0) {
     phases.push_back({kTimedInside, alone, [each_step, &steps](int64_t image) {
                         each_step(image, false, thread_images, [&](size_t i, const char* from, char* to) {
-                          steps[i]->run(from, to);
+                          steps[i]->run(from, to, i % 2 == 1);
                           current_stopwatch->lap(static_cast<int64_t>(i));
                         });
                       }});

@@ -914,7 +914,9 @@ void project_strip(const Unit& unit, const UnitPointers& pointers, const Strip& 
   const Planes<const A> x = read_only(planes<A>(strip.x));
   const Planes<A> result = planes<A>(strip.result);
   const int64_t out_width = unit.out_width();
-  for (int64_t row = strip.part.row_begin; row < strip.part.row_end; row += own.rows) {
+  const int64_t parts = ceil_div(strip.part.row_end - strip.part.row_begin, own.rows);
+  for (int64_t i = parts - 1; i >= 0; --i) {
+    const int64_t row = strip.part.row_begin + i * own.rows;
     const Part part = {row, std::min(strip.part.row_end, row + own.rows)};
     const Scratch<A> scratch(unit, part, {}, own.worker);
     fill_edge_masks<A>(unit, part, scratch.masks);
