@@ -123,6 +123,10 @@ inline bool has_pairs(const Unit& unit) { return unit.conv1_depth() % 2 == 0 && 
 
 inline constexpr int64_t kScratchAlignment = 64;  // of buffers and scratch, in bytes
 
+// Cache lines from plane to plane, for so many at least. A tile reads the same few lines of many planes: where planes
+// are larger than that, an odd number spreads them over all sets of a cache (720x1280, conv1: 1.4 times as fast).
+inline int64_t plane_lines(int64_t lines) { return lines > 8 ? lines | 1 : lines; }
+
 struct Isa {
   const char* name;
   bool (*usable)();                  // on this processor

@@ -30,8 +30,7 @@ struct StemScratch {
     sorted = arena.planes<A>(stem.in_channels * stem.stride * stem.stride, rows.sorted_rows * rows.pitch);
     convolved = arena.planes<A>(stem.out_channels, rows.pixels);
     row = arena.take<T>(stem.width);
-    work.offsets = arena.take<int64_t>(stem.taps());
-    work.row_tiles = arena.take<RowTile>(stem.out_channels);
+    work = {arena, stem.out_channels, stem.taps()};
     bytes = arena.bytes();
   }
   Planes<A> sorted, convolved;
@@ -178,6 +177,7 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
       }
     }
   }
+  scratch.work.fill_weight_offsets(stem.taps());
   int64_t count = 0;
   for (int64_t row = 0; row < stem.out_channels; row += scratch.work.row_tiles[count++].rows) {
     scratch.work.row_tiles[count] = {row, next_channels(stem.out_channels - row), 0};
@@ -194,8 +194,8 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
     sorted_rows = sorted_end;
     const Planes<const A> from = {scratch.sorted.data + convolved_pixels, scratch.sorted.stride};
     const Planes<A> to = {scratch.convolved.data + convolved_pixels, scratch.convolved.stride};
-    pointwise<A>({conv, stem.taps(), scratch.work.offsets, scratch.work.row_tiles, count, 0, end - convolved_pixels},
-                 from, {}, to, nullptr);
+    pointwise<A>({conv, stem.taps(), scratch.work.row_tiles, count, 0, end - convolved_pixels}, from, {}, to, false,
+                 scratch.work);
     convolved_pixels = end;
   };
 

@@ -25,9 +25,9 @@ struct Partition {
 
 // A part's memory stays below this wherever a strip of one row does: a share of a core's L2 cache, which also holds the
 // weights and the rows of x. Or below what the weights take, which each strip reads anew.
-inline constexpr int64_t kScratchBudget = 512 * 1024;
+inline constexpr int64_t kScratchBudget = 544 * 1024;
 // A strip shared by threads has the whole of its y1 in memory. Beyond this the memory is not worth what it saves.
-inline constexpr int64_t kMostStripBytes = 2 * 1024 * 1024;
+inline constexpr int64_t kMostStripBytes = 2304 * 1024;
 // Strips shorter than the budget asks for are tried up to this many: beyond it the halo costs more than balance gives.
 inline constexpr int64_t kMostExtraStrips = 16;
 // Costs are in vectors' multiply-adds, of which a processor with two AVX-512 FMA units does about 5000 in a

@@ -33,7 +33,7 @@ struct ImageLayout {
   int64_t row(int64_t strip) const { return height * strip / strips; }
   int64_t strip_plane(int64_t strip) const { return padded((row(strip + 1) - row(strip)) * width); }
   // Planes start with a cache line.
-  static int64_t padded(int64_t pixels) { return ceil_div(pixels, kPackedAlignment) * kPackedAlignment; }
+  static int64_t padded(int64_t pixels) { return plane_lines(ceil_div(pixels, kPackedAlignment)) * kPackedAlignment; }
 
   // A strip of a cut image, or some rows from `first` on of one that is not.
   template <class A>
