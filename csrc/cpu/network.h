@@ -8,7 +8,7 @@
 
 namespace shufflenet::cpu {
 
-// Cut into strips of rows, whose share of the convolution stays in the L2 cache.
+// Cut into a strip of rows for each thread.
 template <class A>
 class StemStep : public Step {
  public:
@@ -16,7 +16,8 @@ class StemStep : public Step {
   StemStep(const Stem& stem, const Convolution& conv, int64_t result_plane, Dtype dtype, int64_t threads,
            PackFunction pack = nullptr)
       : stem_(stem), conv_(conv), result_plane_(result_plane), kernel_(isa().network_kernel(dtype)), pack_(pack) {
-    while (rows() > kLeastRows && strip_bytes() > kScratchBudget / 2) ++strips_;
+    // What is packed stays in the L2 cache until then.
+    while (pack_ && rows() > kLeastRows && result_bytes() / strips_ > kScratchBudget / 2) ++strips_;
     strips_ = std::min(stem_.out_height(), ceil_div(strips_, threads) * threads);
   }
 
@@ -52,7 +53,6 @@ class StemStep : public Step {
 
   int64_t begin(int64_t strip) const { return stem_.out_height() * strip / strips_; }
   int64_t rows() const { return ceil_div(stem_.out_height(), strips_); }
-  int64_t strip_bytes() const { return kernel_.stem_scratch_bytes(stem_, 0, rows()); }
 
   void run_strip(const void* from, void* to, int64_t i) const {
     void* const scratch = thread_scratch.reserve(kernel_.stem_scratch_bytes(stem_, begin(i), begin(i + 1)));

@@ -14,12 +14,19 @@ struct StemRows {
         end(stem.max_pool ? std::min(stem.conv_height(), 2 * row_end) : row_end),
         pitch(stem.conv_width() + reach),
         sorted_rows(end - begin + reach),
-        pixels((end - begin - 1) * pitch + stem.conv_width()) {}
+        pixels((end - begin - 1) * pitch + stem.conv_width()),
+        window_rows(std::clamp(
+            kWindowElements / (stem.out_channels * pitch), kLeastWindowRows, std::max(kLeastWindowRows, end - begin))) {
+  }
+  // Of the convolution and of what it reads, the last rows are kept: a result is computed from three at most, and the
+  // next ones are convolved in whole vectors, which reach into a fourth. As many as half of the L1 cache has room for.
+  static constexpr int64_t kLeastWindowRows = 10, kWindowElements = 32 * 1024;
   int64_t reach;
   int64_t begin, end;   // of the convolution
   int64_t pitch;        // pixels from row to row
   int64_t sorted_rows;  // of each plane of x
   int64_t pixels;       // of the convolution
+  int64_t window_rows;
 };
 
 template <class T>
@@ -27,8 +34,9 @@ struct StemScratch {
   using A = accumulator_t<T>;
   StemScratch(const Stem& stem, const StemRows& rows, void* memory) {
     Arena arena(memory);
-    sorted = arena.planes<A>(stem.in_channels * stem.stride * stem.stride, rows.sorted_rows * rows.pitch);
-    convolved = arena.planes<A>(stem.out_channels, rows.pixels);
+    const int64_t window = rows.window_rows * rows.pitch + 2 * Simd<A>::kLanes;
+    sorted = arena.planes<A>(stem.in_channels * stem.stride * stem.stride, window + (rows.reach + 1) * rows.pitch);
+    convolved = arena.planes<A>(stem.out_channels, window);
     row = arena.take<T>(stem.width);
     work = {arena, stem.out_channels, stem.taps()};
     bytes = arena.bytes();
@@ -80,9 +88,9 @@ struct SortedColumns {
   int64_t plane, start, count, after;
 };
 
-// Rows [first, end) of the sorted planes.
+// Rows [first, end) of the sorted planes, whose memory begins with pixel `base`.
 template <class T>
-void sort_rows(const Stem& stem, const StemRows& rows, int64_t first, int64_t end, const T* image,
+void sort_rows(const Stem& stem, const StemRows& rows, int64_t first, int64_t end, int64_t base, const T* image,
                const StemScratch<T>& scratch) {
   using A = accumulator_t<T>;
   using S = Simd<A>;
@@ -93,7 +101,7 @@ void sort_rows(const Stem& stem, const StemRows& rows, int64_t first, int64_t en
       const int64_t y = (rows.begin + i) * s + remainder - stem.padding;
       for (int64_t c = 0; c < stem.in_channels; ++c) {
         const Planes<A> planes = {
-            scratch.sorted.channel((c * s + remainder) * s) + i * rows.pitch, scratch.sorted.stride};
+            scratch.sorted.channel((c * s + remainder) * s) + (i * rows.pitch - base), scratch.sorted.stride};
         if (y < 0 || y >= stem.height) {
           for (int64_t plane = 0; plane < s; ++plane) std::fill_n(planes.channel(plane), rows.pitch, A{0});
           continue;
@@ -157,7 +165,8 @@ int64_t stem_scratch_bytes(const Stem& stem, int64_t row_begin, int64_t row_end)
 
 template <class A>
 Tile stem_tile(const Stem& stem, int64_t row_begin, int64_t row_end) {
-  return largest_tile(stem.out_channels, PixelTiles<A>(StemRows(stem, row_begin, row_end).pixels));
+  const StemRows rows(stem, row_begin, row_end);
+  return largest_tile(stem.out_channels, PixelTiles<A>(std::min(rows.pixels, (stem.max_pool ? 2 : 1) * rows.pitch)));
 }
 
 // Rows of the stem's result, as planes of the accumulator type. What a row needs is sorted and convolved just before
@@ -184,31 +193,47 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
   }
 
   int64_t sorted_rows = 0, convolved_pixels = 0;  // so far
-  const auto convolve_until = [&](int64_t convolved_row) {
+  int64_t base = 0;                               // the pixel with which the windows begin
+  const auto move_windows = [&](int64_t first_row) {
+    const int64_t first = first_row * rows.pitch / Simd<A>::kLanes * Simd<A>::kLanes;
+    const auto move = [&](Planes<A> planes, int64_t n, int64_t end) {
+      for (int64_t i = 0; i < n; ++i) {
+        A* const plane = planes.channel(i);
+        std::copy(plane + (first - base), plane + (end - base), plane);
+      }
+    };
+    move(scratch.convolved, stem.out_channels, convolved_pixels);
+    move(scratch.sorted, stem.in_channels * stem.stride * stem.stride, sorted_rows * rows.pitch);
+    base = first;
+  };
+  // Rows [first_row, end_row) of the convolution are in the window afterwards.
+  const auto convolve = [&](int64_t first_row, int64_t end_row) {
     // Whole vectors, which reach into the next row.
-    const int64_t needed = (convolved_row - rows.begin) * rows.pitch;
-    const int64_t end = std::min(rows.pixels, ceil_div(needed, Simd<A>::kLanes) * Simd<A>::kLanes);
+    const int64_t end = std::min(rows.pixels, ceil_div(end_row * rows.pitch, Simd<A>::kLanes) * Simd<A>::kLanes);
     if (end <= convolved_pixels) return;
+    if (end - base > rows.window_rows * rows.pitch) move_windows(first_row);
     const int64_t sorted_end = std::min(rows.sorted_rows, ceil_div(end, rows.pitch) + rows.reach);
-    sort_rows<T>(stem, rows, sorted_rows, sorted_end, static_cast<const T*>(image), scratch);
+    sort_rows<T>(stem, rows, sorted_rows, sorted_end, base, static_cast<const T*>(image), scratch);
     sorted_rows = sorted_end;
-    const Planes<const A> from = {scratch.sorted.data + convolved_pixels, scratch.sorted.stride};
-    const Planes<A> to = {scratch.convolved.data + convolved_pixels, scratch.convolved.stride};
-    pointwise<A>({conv, stem.taps(), scratch.work.row_tiles, count, 0, end - convolved_pixels}, from, {}, to, false,
-                 scratch.work);
+    const int64_t done = convolved_pixels - base;
+    pointwise<A>({conv, stem.taps(), scratch.work.row_tiles, count, 0, end - convolved_pixels},
+                 {scratch.sorted.data + done, scratch.sorted.stride}, {},
+                 {scratch.convolved.data + done, scratch.convolved.stride}, false, scratch.work);
     convolved_pixels = end;
   };
 
   const int64_t width = stem.conv_width(), out_width = stem.out_width();
   for (int64_t row = row_begin; row < row_end; ++row) {
-    convolve_until(std::min(rows.end, stem.max_pool ? 2 * row + 2 : row + 1));
+    const int64_t first = stem.max_pool ? 2 * row - 1 : row, end = stem.max_pool ? 2 * row + 2 : row + 1;
+    convolve(std::max(rows.begin, first) - rows.begin, std::min(rows.end, end) - rows.begin);
     for (int64_t c = 0; c < stem.out_channels; ++c) {
       const auto convolved = [&](int64_t r) -> const A* {
-        return r < rows.begin || r >= rows.end ? nullptr : scratch.convolved.channel(c) + (r - rows.begin) * rows.pitch;
+        if (r < rows.begin || r >= rows.end) return nullptr;
+        return scratch.convolved.channel(c) + ((r - rows.begin) * rows.pitch - base);
       };
       A* const to = static_cast<A*>(result) + c * result_plane + (row - row_begin) * out_width;
       if (stem.max_pool) {
-        max_pool_row<A>({convolved(2 * row - 1), convolved(2 * row), convolved(2 * row + 1)}, width, out_width, to);
+        max_pool_row<A>({convolved(first), convolved(first + 1), convolved(first + 2)}, width, out_width, to);
       } else {
         std::copy_n(convolved(row), out_width, to);
       }
