@@ -32,6 +32,7 @@ struct Strip {
   RowsOfImage x, result;  // from the part's own first row
   RowsOfImage x_above;    // the row of x above; null: there is none
   void* y1 = nullptr;     // of strip_bytes
+  void* lent = nullptr;   // of lent_bytes: what the strips above and below need of y1
   const Strip* above = nullptr;
   const Strip* below = nullptr;
 };
@@ -65,6 +66,7 @@ struct UnitKernel {
   // The same phases of strips, for contiguous images of the accumulator type: the second needs the first of the strips
   // above and below. The shortcut is pooled in the first, which has just read x.
   int64_t (*strip_bytes)(const Unit&, const Part&);
+  int64_t (*lent_bytes)(const Unit&, const Part&);
   int64_t (*strip_scratch_bytes)(const Unit&, const Part&);
   void (*expand_strip)(const Unit&, const UnitPointers&, const Strip&, void* scratch);
   void (*project_strip)(const Unit&, const UnitPointers&, const Strip&, void* scratch);

@@ -287,7 +287,7 @@ inline void project_pairs(const Unit& unit, const UnitPointers& pointers, const 
 // ---- Strips ---------------------------------------------------------------------------------------------------------
 
 inline void expand_pair_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
-  const StripRows<float> rows(unit, strip.part, strip.y1);
+  const StripRows<float> rows(unit, strip);
   const PairScratch scratch(unit, strip.part, memory);
   const Planes<const Pair> x = read_only(planes<Pair>(strip.x));
   conv1_pairs(
@@ -306,7 +306,7 @@ inline int64_t pair_strip_scratch_bytes(const Unit& unit, const Part& part) {
 
 inline void project_pair_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
   const Part& part = strip.part;
-  const StripRows<float> rows(unit, part, strip.y1);
+  const StripRows<float> rows(unit, strip);
   borrow_rows(unit, strip, rows);
   const PairBuffers buffers(unit, part, memory);
   const PairScratch scratch(unit, part, static_cast<char*>(memory) + buffers.bytes);
@@ -431,6 +431,7 @@ constexpr PairKernel pair_kernel_for() {
       expand_pairs,
       project_pairs,
       strip_bytes<float>,
+      lent_bytes<float>,
       pair_strip_scratch_bytes,
       expand_pair_strip,
       project_pair_strip,

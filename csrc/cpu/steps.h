@@ -97,7 +97,8 @@ class UnitStep : public Step {
     int64_t most = 0;
     for (int64_t i = 0; i < shared_.strips; ++i) {
       const Part part = shared_.part(unit_, i);
-      if (shared_.sharing == Sharing::strips) most = std::max(most, kernel_.strip_bytes(unit_, part));
+      if (shared_.sharing == Sharing::strips)
+        most = std::max(most, kernel_.strip_bytes(unit_, part) + kernel_.lent_bytes(unit_, part));
       if (shared_.sharing == Sharing::channels) most = std::max(most, kernel_.buffer_bytes(unit_, part));
     }
     return most;
@@ -180,7 +181,8 @@ class UnitStep : public Step {
     const Channels mid = {0, ceil_div(unit_.mid_channels, workers)};
     for (int64_t i = 0; i < partition.strips; ++i) {
       const Part part = partition.part(unit_, i);
-      const int64_t bytes = strips ? kernel_.strip_bytes(unit_, part) + kernel_.strip_scratch_bytes(unit_, part)
+      const int64_t bytes = strips ? kernel_.strip_bytes(unit_, part) + kernel_.lent_bytes(unit_, part) +
+                                         kernel_.strip_scratch_bytes(unit_, part)
                                    : kernel_.buffer_bytes(unit_, part) + kernel_.scratch_bytes(unit_, part, mid);
       run.bytes = std::max(run.bytes, bytes);
     }
@@ -223,9 +225,11 @@ class UnitStep : public Step {
     if (has_project()) kernel_.project(unit_, pointers, part, {0, projected_channels()}, buffers, scratch);
   }
 
-  // The strips of a partition, the i-th with the i-th memory for y1, of as many as there are in turn.
+  // The strips of a partition. The i-th has the i-th memory for y1, and for what it lends, of as many as there are in
+  // turn.
   std::vector<Strip> strips_of(const Partition& partition, const ImageLayout& x, const void* from,
-                               const ImageLayout& result, const void* to, const std::vector<char*>& y1) const {
+                               const ImageLayout& result, const void* to, const std::vector<char*>& y1,
+                               const std::vector<char*>& lent) const {
     std::vector<Strip> strips(partition.strips);
     for (int64_t i = 0; i < partition.strips; ++i) {
       Strip& strip = strips[i];
@@ -234,6 +238,7 @@ class UnitStep : public Step {
       strip.x = x.rows<A>(from, i, first);
       strip.result = result.rows<A>(to, i, strip.part.row_begin);
       strip.y1 = y1[i % y1.size()];
+      strip.lent = lent[i % lent.size()];
       if (i > 0) {
         Strip& above = strips[i - 1];
         strip.above = &above;
@@ -250,16 +255,18 @@ class UnitStep : public Step {
     phase(unit_, pointers_, strip, thread_scratch.reserve(kernel_.strip_scratch_bytes(unit_, strip.part)));
   }
 
-  // One strip behind the other: the next one is expanded before one is projected, so that memory for the y1 of three is
-  // enough.
+  // One strip behind the other: the next one is expanded before one is projected, so that memory for the y1 of two is
+  // enough, and for what three lend.
   void run_strips(const void* from, void* to, bool upwards) const {
-    int64_t bytes = 0;
+    int64_t bytes = 0, lent_bytes = 0;
     for (int64_t i = 0; i < alone_.strips; ++i) {
       bytes = std::max(bytes, kernel_.strip_bytes(unit_, alone_.part(unit_, i)));
+      lent_bytes = std::max(lent_bytes, kernel_.lent_bytes(unit_, alone_.part(unit_, i)));
     }
-    char* const memory = thread_buffers.reserve(3 * bytes);
-    const std::vector<Strip> strips = strips_of(
-        alone_, x_layout(false), from, result_layout(false), to, {memory, memory + bytes, memory + 2 * bytes});
+    char* const y1 = thread_buffers.reserve(2 * bytes + 3 * lent_bytes);
+    char* const lent = y1 + 2 * bytes;
+    const std::vector<Strip> strips = strips_of(alone_, x_layout(false), from, result_layout(false), to,
+                                                {y1, y1 + bytes}, {lent, lent + lent_bytes, lent + 2 * lent_bytes});
     const auto strip = [&](int64_t i) -> const Strip& { return strips[upwards ? alone_.strips - 1 - i : i]; };
     for (int64_t i = 0; i <= alone_.strips; ++i) {
       if (i < alone_.strips) run_strip(kernel_.expand_strip, strip(i));
@@ -268,10 +275,14 @@ class UnitStep : public Step {
   }
 
   void share_strips(const Sharers& s) const {
-    std::vector<char*> y1(shared_.strips);
-    for (int64_t i = 0; i < shared_.strips; ++i) y1[i] = s.buffers + i * s.shared_bytes;
+    std::vector<char*> y1(shared_.strips), lent(shared_.strips);
+    for (int64_t i = 0; i < shared_.strips; ++i) {
+      y1[i] = s.buffers + i * s.shared_bytes;
+      lent[i] = y1[i] + kernel_.strip_bytes(unit_, shared_.part(unit_, i));
+    }
     const auto all = std::make_shared<const std::vector<Strip>>(strips_of(
-        shared_, x_layout(s.from_is_cut, s.strip_bytes), s.from, result_layout(s.to_is_cut, s.strip_bytes), s.to, y1));
+        shared_, x_layout(s.from_is_cut, s.strip_bytes), s.from, result_layout(s.to_is_cut, s.strip_bytes), s.to, y1,
+        lent));
     for (const StripPhase phase : {kernel_.expand_strip, kernel_.project_strip}) {
       s.phases.push_back({s.step, shared_.strips, [=](int64_t i) { run_strip(phase, (*all)[i]); }});
     }

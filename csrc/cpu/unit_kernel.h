@@ -846,16 +846,18 @@ void project(const Unit& unit, const UnitPointers& pointers, const Part& part, C
 // own row are for its neighbours: in lines of their own, few and one behind the other, which nobody writes meanwhile.
 template <class A>
 struct StripRows {
-  StripRows(const Unit& unit, const Part& part, void* memory)
+  StripRows(const Unit& unit, const Strip& strip) : StripRows(unit, strip.part, strip.y1, strip.lent) {}
+  StripRows(const Unit& unit, const Part& part, void* y1_memory, void* lent_memory)
       : in(unit, part),
         own_begin(part.row_begin * unit.stride),
         own_end(std::min(part.row_end * unit.stride, unit.height)),
         width(unit.width) {
-    Arena arena(memory);
+    Arena arena(y1_memory), lent(lent_memory);
     y1 = arena.planes<A>(unit.mid_channels, (in.halo_end - in.halo_begin) * width);
-    first_row = {arena.take<A>(unit.mid_channels * width), width};
-    last_row = {arena.take<A>(unit.mid_channels * width), width};
+    first_row = {lent.take<A>(unit.mid_channels * width), width};
+    last_row = {lent.take<A>(unit.mid_channels * width), width};
     bytes = arena.bytes();
+    lent_bytes = lent.bytes();
   }
   int64_t own_rows() const { return own_end - own_begin; }
   // From row 0, the one above the strip's own.
@@ -864,7 +866,7 @@ struct StripRows {
   InputRows in;
   int64_t own_begin, own_end, width;
   Planes<A> y1, first_row, last_row;
-  int64_t bytes;
+  int64_t bytes, lent_bytes;
 };
 
 // A strip is projected some rows at a time, whose y2 stays in the L2 cache.
@@ -888,7 +890,12 @@ struct StripScratch {
 
 template <class A>
 int64_t strip_bytes(const Unit& unit, const Part& part) {
-  return StripRows<A>(unit, part, nullptr).bytes;
+  return StripRows<A>(unit, part, nullptr, nullptr).bytes;
+}
+
+template <class A>
+int64_t lent_bytes(const Unit& unit, const Part& part) {
+  return StripRows<A>(unit, part, nullptr, nullptr).lent_bytes;
 }
 
 template <class A>
@@ -920,7 +927,7 @@ void lend_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
 
 template <class A>
 void expand_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
-  const StripRows<A> rows(unit, strip.part, strip.y1);
+  const StripRows<A> rows(unit, strip);
   const Scratch<A> scratch(unit, strip.part, {}, memory);
   const bool lone_pixel = has_lone_pixel<A>(unit.height * unit.width, rows.own_end * unit.width);
   const Planes<const A> x = read_only(planes<A>(strip.x));
@@ -938,14 +945,14 @@ void expand_strip(const Unit& unit, const UnitPointers& pointers, const Strip& s
 template <class A>
 void borrow_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
   if (strip.above) {
-    copy_row<A>(unit, rows.y1, read_only(StripRows<A>(unit, strip.above->part, strip.above->y1).last_row));
+    copy_row<A>(unit, rows.y1, read_only(StripRows<A>(unit, *strip.above).last_row));
   } else {
     clear_row(unit, rows.y1);
   }
   if (rows.in.halo_end == rows.own_end) return;
   const Planes<A> below = rows.from_row(rows.own_rows() + 1);
   if (strip.below) {
-    copy_row<A>(unit, below, read_only(StripRows<A>(unit, strip.below->part, strip.below->y1).first_row));
+    copy_row<A>(unit, below, read_only(StripRows<A>(unit, *strip.below).first_row));
   } else {
     clear_row(unit, below);
   }
@@ -953,7 +960,7 @@ void borrow_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows)
 
 template <class A>
 void project_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
-  const StripRows<A> rows(unit, strip.part, strip.y1);
+  const StripRows<A> rows(unit, strip);
   borrow_rows(unit, strip, rows);
   const StripScratch<A> own(unit, strip.part, memory);
   const Planes<const A> x = read_only(planes<A>(strip.x));
@@ -989,14 +996,24 @@ inline int64_t expand_multiple(const Unit&) { return 1; }
 template <class T>
 constexpr UnitKernel kernel_for() {
   using A = accumulator_t<T>;
-  return {sizeof(T),       1,
-          expand_multiple, 1,
-          buffer_bytes<T>, is_staged<T>,
-          stage<T>,        scratch_bytes<T>,
-          expand<T>,       project<T>,
-          strip_bytes<A>,  strip_scratch_bytes<A>,
-          expand_strip<A>, project_strip<A>,
-          tile<A>,         to_accumulator<T>};
+  return {
+      sizeof(T),
+      1,
+      expand_multiple,
+      1,
+      buffer_bytes<T>,
+      is_staged<T>,
+      stage<T>,
+      scratch_bytes<T>,
+      expand<T>,
+      project<T>,
+      strip_bytes<A>,
+      lent_bytes<A>,
+      strip_scratch_bytes<A>,
+      expand_strip<A>,
+      project_strip<A>,
+      tile<A>,
+      to_accumulator<T>};
 }
 
 inline UnitKernel unit_kernel(Dtype dtype) {

@@ -271,7 +271,7 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
   const int64_t n = partition.strips;
   std::vector<Strip> strips(n);
   std::vector<std::unique_ptr<StripPlanes<A>>> x, above, result;
-  std::vector<std::unique_ptr<Buffer>> y1;
+  std::vector<std::unique_ptr<Buffer>> y1, lent;
   const A* const image = static_cast<const A*>(pointers.x);
   std::vector<int64_t> order;
   for (int64_t i = 0; i < n; ++i) {
@@ -287,6 +287,8 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
     strip.result = result.back()->rows();
     y1.push_back(std::make_unique<Buffer>(kernel.strip_bytes(unit, strip.part)));
     strip.y1 = y1.back()->get();
+    lent.push_back(std::make_unique<Buffer>(kernel.lent_bytes(unit, strip.part)));
+    strip.lent = lent.back()->get();
     order.push_back(i);
     if (i == 0) continue;
     strip.above = &strips[i - 1];
