@@ -62,7 +62,8 @@ struct PointwiseTile {
   const int64_t* offsets;  // from x to the pixels of each of the depth's planes
   int64_t depth;
   const A* weight;  // a row of depth for each channel of the tile
-  // Cache lines that a later tile works on, one for each step of the depth, which are prefetched.
+  // Cache lines that a later tile works on, one for each step of the depth, which are prefetched (HasAhead). They may lie
+  // past the end of what is there.
   const A* ahead;  // null: none
   const int64_t* ahead_offsets;
   const A* scale;  // null: 1
@@ -869,7 +870,8 @@ struct StripRows {
   int64_t bytes, lent_bytes;
 };
 
-// A strip is projected some rows at a time, whose y2 stays in the L2 cache.
+// A strip is projected some rows at a time, whose y2 stays in the L2 cache, and from the bottom, as x and y1 may not:
+// their last rows are those that have just been worked on.
 template <class A>
 struct StripScratch {
   static constexpr int64_t kMostY2Bytes = 256 * 1024;
