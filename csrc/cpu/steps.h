@@ -15,8 +15,8 @@
 
 namespace shufflenet::cpu {
 
-// A thread's memory: about twice kScratchBudget for the buffers and scratch of a part (more where one row of a unit needs
-// it), the two images between which the steps go back and forth, and what threads it called share.
+// A thread's memory: about twice kScratchBudget for the buffers and scratch of a part (more where one row of a unit
+// needs it), the two images between which the steps go back and forth, and what threads it called share.
 inline thread_local Scratch thread_buffers, thread_scratch, shared_buffers;
 inline thread_local Scratch thread_images[2] = {Scratch(Scratch::Pages::huge), Scratch(Scratch::Pages::huge)};
 inline thread_local Scratch shared_images[2] = {Scratch(Scratch::Pages::huge), Scratch(Scratch::Pages::huge)};

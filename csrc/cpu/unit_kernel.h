@@ -62,8 +62,8 @@ struct PointwiseTile {
   const int64_t* offsets;  // from x to the pixels of each of the depth's planes
   int64_t depth;
   const A* weight;  // a row of depth for each channel of the tile
-  // Cache lines that a later tile works on, one for each step of the depth, which are prefetched (HasAhead). They may lie
-  // past the end of what is there.
+  // Cache lines that a later tile works on, one for each step of the depth, which are prefetched (HasAhead). They may
+  // lie past the end of what is there.
   const A* ahead;  // null: none
   const int64_t* ahead_offsets;
   const A* scale;  // null: 1
