@@ -26,8 +26,8 @@ struct Partition {
 // A part's memory stays below this wherever a strip of one row does: a share of a core's L2 cache, which also holds the
 // weights and the rows of x. Or below what the weights take, which each strip reads anew.
 inline constexpr int64_t kScratchBudget = 544 * 1024;
-// A unit that fits twice of that is not cut: strips hand on rows and begin more tiles anew (first unit at 224x224: 1.12
-// times as fast as in two strips, units of stage 4 at 480x640: 1.13 times).
+// A unit that fits twice of that is not cut: strips hand on rows and begin more tiles anew (first unit at 224x224, and
+// units of stage 2 at 2x width: 1.12 times as fast as in two strips).
 inline constexpr int64_t kWholeBudget = 2 * kScratchBudget;
 // A strip shared by threads has the whole of its y1 in memory. Beyond this the memory is not worth what it saves.
 inline constexpr int64_t kMostStripBytes = 2304 * 1024;
@@ -119,6 +119,8 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
                  (strips > 1 ? unit.result_channels() * kSharedLineCost : 0));
   }
   const int64_t workers = std::min(threads, unit.slice_channels());
+  // y2 counts by half: that fits the times measured in stage 3, with 1 to 8 groups; x's lines are also written anew, in
+  // place, while the other thread has them.
   const int64_t handed_on = foreign_channels(unit, workers) * unit.height * unit.width +
                             unit.mid_channels * (workers - 1) / workers * unit.out_height() * unit.out_width() / 2;
   const int64_t rows = rows_of(fewest);

@@ -97,8 +97,7 @@ class UnitStep : public Step {
     int64_t most = 0;
     for (int64_t i = 0; i < shared_.strips; ++i) {
       const Part part = shared_.part(unit_, i);
-      if (shared_.sharing == Sharing::strips)
-        most = std::max(most, kernel_.strip_bytes(unit_, part) + kernel_.lent_bytes(unit_, part));
+      if (shared_.sharing == Sharing::strips) most = std::max(most, strip_memory(part));
       if (shared_.sharing == Sharing::channels) most = std::max(most, kernel_.buffer_bytes(unit_, part));
     }
     return most;
@@ -164,6 +163,11 @@ class UnitStep : public Step {
   }
 
  private:
+  // Of a strip: its y1, and what it lends.
+  int64_t strip_memory(const Part& part) const {
+    return kernel_.strip_bytes(unit_, part) + kernel_.lent_bytes(unit_, part);
+  }
+
   // A unit without conv3 has what it staged copied out.
   bool has_project() const { return unit_.has_conv3() || kernel_.is_staged(unit_); }
   int64_t projected_channels() const { return unit_.has_conv3() ? unit_.out_channels : unit_.mid_channels; }
@@ -181,8 +185,7 @@ class UnitStep : public Step {
     const Channels mid = {0, ceil_div(unit_.mid_channels, workers)};
     for (int64_t i = 0; i < partition.strips; ++i) {
       const Part part = partition.part(unit_, i);
-      const int64_t bytes = strips ? kernel_.strip_bytes(unit_, part) + kernel_.lent_bytes(unit_, part) +
-                                         kernel_.strip_scratch_bytes(unit_, part)
+      const int64_t bytes = strips ? strip_memory(part) + kernel_.strip_scratch_bytes(unit_, part)
                                    : kernel_.buffer_bytes(unit_, part) + kernel_.scratch_bytes(unit_, part, mid);
       run.bytes = std::max(run.bytes, bytes);
     }

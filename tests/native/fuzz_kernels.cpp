@@ -421,6 +421,10 @@ static Case random_case() {
   // Now and then a plane of one row, column or pixel.
   u.height = uniform(0, 5) ? uniform(1, 18) : 1;
   u.width = uniform(0, 5) ? uniform(1, 36) : 1;
+  if (uniform(0, 199) == 0) {  // and an image that no L2 cache has room for
+    u.height = uniform(70, 110);
+    u.width = uniform(100, 140);
+  }
   for (int64_t i = 0; i < u.batch * u.in_channels * u.height * u.width; ++i) {
     c.x.push_back(static_cast<double>(uniform(-64, 64)) / 32);
   }
@@ -460,7 +464,7 @@ static void check_stem(Dtype dtype, const Isa& isa) {
   s.stride = uniform(1, 2);
   s.padding = uniform(0, s.kernel_size - 1);
   const int64_t least = std::max<int64_t>(1, s.kernel_size - 2 * s.padding);
-  s.height = least + uniform(0, 20);
+  s.height = least + (uniform(0, 3) ? uniform(0, 20) : uniform(40, 90));  // now and then some windows of rows
   s.width = least + uniform(0, 75);
   s.max_pool = uniform(0, 1);
   s.layout = static_cast<Layout>(uniform(0, 1));
