@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support import LAYOUTS, Unit, randomize
+from support import LAYOUTS, Network, Unit, randomize
 
 import shufflenet_ext as se
 from shufflenet_ext import reference
@@ -69,6 +69,48 @@ def test_nan_reaches_what_depends_on_it(isa, name):
     x[0, 3, 2, 2] = torch.nan
     expected = reference.shuffle_network(x.double(), weights.double(), steps).isnan()
     assert torch.equal(shuffle_network(x, weights, steps).isnan(), expected)
+
+
+# out_channels, kernel_size, stride, padding, max_pool
+STEMS = ((24, 3, 2, 1, 1), (24, 1, 1, 0, 0), (34, 3, 1, 1, 1), (6, 5, 2, 2, 0), (20, 2, 2, 0, 1), (24, 7, 2, 3, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plane", [(7, 7), (31, 38), (8, 131)], ids=str)
+@pytest.mark.parametrize("in_channels", [1, 3, 4])
+@pytest.mark.parametrize("stem", STEMS, ids=str)
+def test_stem_is_as_accurate_as_eager(isa, poison, stem, in_channels, plane, dtype, layout):
+    network = Network((Unit(groups=1, in_channels=stem[0], mid_channels=4),), stem, (10, 0), 3, in_channels, plane)
+    x, weights, steps = network.arguments(torch.float64, layout)
+    x, weights = x.to(dtype), weights.bfloat16()
+    expected = reference.shuffle_network(x.double(), weights.double(), steps)
+    eager = error(reference.shuffle_network(x.bfloat16(), weights, steps), expected)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(shuffle_network(x, weights, steps))
+    assert error(results[0], expected) <= max(1.5 * eager, torch.finfo(torch.bfloat16).eps)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("stem", [(24, 3, 2, 1, 1), (24, 3, 2, 0, 1), (24, 3, 1, 1, 1), (24, 1, 1, 0, 0)], ids=str)
+def test_nan_and_inf_reach_what_depends_on_them(isa, stem, special):
+    # As test_stem_and_head's: an image for each position, some of them outside of what the head's window sees.
+    size = {1: 7, 2: 13, 4: 27}[stem[2] * (1 + stem[4])]
+    positions = [(row, row + 1) for row in range(size - 1)] + [(row, 0) for row in range(size)]
+    unit = Unit(groups=1, in_channels=24, mid_channels=4)
+    network = Network((unit,), stem, (10, 4), batch=len(positions), in_channels=2, plane=(size, size))
+    x, weights, steps = network.arguments(torch.bfloat16)
+    for i, (row, column) in enumerate(positions):
+        x[i, i % 2, row, column] = special
+    got = shuffle_network(x, weights, steps)
+    expected = reference.shuffle_network(x.double(), weights.double(), steps)
+    assert not expected.isfinite().all()
+    assert expected.isfinite().any()
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(got), kind(expected)), kind.__name__
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])

@@ -17,6 +17,8 @@
 //
 #include "unit_kernel.h"
 //
+#include "stem_kernel.h"
+//
 #include "network_kernel.h"
 
 #if defined(__clang__)

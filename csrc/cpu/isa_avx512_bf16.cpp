@@ -19,11 +19,17 @@
 //
 #include "unit_kernel.h"
 //
+#include "stem_kernel.h"
+//
 #include "pairs.h"
 //
 #include "pair_product.h"
 //
-#include "pair_kernel.h"
+#include "pair_unit.h"
+//
+#include "pair_stem.h"
+//
+#include "pair_network.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -8,6 +8,8 @@
 //
 #include "unit_kernel.h"
 //
+#include "stem_kernel.h"
+//
 #include "network_kernel.h"
 
 namespace shufflenet::cpu {

@@ -78,23 +78,25 @@ struct UnitKernel {
   void (*to_accumulator)(const void* from, void* to, int64_t n);
 };
 
+struct StemKernel {
+  int64_t element_bytes;         // of the result
+  int64_t channels_per_element;  // 2: planes of pairs; see PairKernel
+  int64_t (*scratch_bytes)(const Stem&, int64_t row_begin, int64_t row_end);
+  // Rows of the result of an image, the first of which goes to `result`; result_plane elements lie between its planes.
+  void (*run)(const Stem&, const Convolution&, const void* image, int64_t row_begin, int64_t row_end, void* result,
+              int64_t result_plane, void* scratch);
+  Tile (*tile)(const Stem&, int64_t row_begin, int64_t row_end);
+};
+
 // A network's stem and head. Planes and means are of the accumulator type.
 struct NetworkKernel {
-  int64_t (*stem_scratch_bytes)(const Stem&, int64_t row_begin, int64_t row_end);
-  // Rows of the result of an image, the first of which goes to `result`; result_plane elements lie between its planes.
-  void (*stem)(const Stem&, const Convolution&, const void* image, int64_t row_begin, int64_t row_end, void* result,
-               int64_t result_plane, void* scratch);
-  Tile (*stem_tile)(const Stem&, int64_t row_begin, int64_t row_end);
+  StemKernel stem;
   void (*window_means)(const Head&, const void* x, int64_t x_plane, Channels, void* means);
   void (*linear)(const Head&, const Convolution&, const void* means, int64_t images, Channels classes, void* result);
 
   // Does so many rounds of multiply-adds in registers, the fastest that the ISA can, and returns how many they were.
   int64_t (*multiply_add)(int64_t rounds);
 };
-
-// Makes planes of pairs of planes of float, an even number of them.
-using PackFunction = void (*)(const void* from, int64_t plane, int64_t channels, int64_t pixels, void* pairs,
-                              int64_t pairs_plane);
 
 // How an image lies in a tensor.
 struct TensorImage {
@@ -107,7 +109,7 @@ struct TensorImage {
 // depthwise convolution's float), biases float. Needs what has_pairs asks of each unit.
 struct PairKernel {
   UnitKernel unit;
-  PackFunction pack;
+  StemKernel stem;  // whose weights are as stem_row_pairs says
   // Up to kImageChannels of a tensor's image, the first an even one, to pairs and back.
   int64_t (*image_scratch_bytes)(const TensorImage&);
   void (*read_image)(const TensorImage&, const void* from, Channels, void* pairs, int64_t plane, void* scratch);
@@ -122,6 +124,10 @@ inline constexpr int64_t kPairsSlackBytes = 64;  // behind an image's planes of 
 
 // Whether pairs neither straddle the groups that conv1 reads nor what the result is put together from.
 inline bool has_pairs(const Unit& unit) { return unit.conv1_depth() % 2 == 0 && unit.out_channels % 2 == 0; }
+
+// PairKernel's stem has for each row of its window the taps of all columns, channel by channel, in so many pairs: where
+// they are an odd number, behind the last of them is a zero.
+inline int64_t stem_row_pairs(const Stem& stem) { return ceil_div(stem.in_channels * stem.kernel_size, 2); }
 
 inline constexpr int64_t kScratchAlignment = 64;  // of buffers and scratch, in bytes
 

@@ -9,67 +9,57 @@
 namespace shufflenet::cpu {
 
 // Cut into a strip of rows for each thread.
-template <class A>
 class StemStep : public Step {
  public:
-  // With `pack`, the result is planes of pairs.
-  StemStep(const Stem& stem, const Convolution& conv, int64_t result_plane, Dtype dtype, int64_t threads,
-           PackFunction pack = nullptr)
-      : stem_(stem), conv_(conv), result_plane_(result_plane), kernel_(isa().network_kernel(dtype)), pack_(pack) {
-    // What is packed stays in the L2 cache until then.
-    while (pack_ && rows() > kLeastRows && result_bytes() / strips_ > kScratchBudget / 2) ++strips_;
-    strips_ = std::min(stem_.out_height(), ceil_div(strips_, threads) * threads);
-  }
+  StemStep(const Stem& stem, const Convolution& conv, int64_t result_plane, const StemKernel& kernel, int64_t threads)
+      : stem_(stem),
+        conv_(conv),
+        result_plane_(result_plane),
+        kernel_(kernel),
+        strips_(std::min(stem.out_height(), threads)) {}
 
   int64_t result_bytes() const override {
-    return stem_.out_channels / (pack_ ? 2 : 1) * result_plane_ * static_cast<int64_t>(sizeof(A));
+    return stem_.out_channels / kernel_.channels_per_element * result_plane_ * kernel_.element_bytes;
   }
 
-  void run(const void* from, void* to, bool) const override {
-    for (int64_t i = 0; i < strips_; ++i) run_strip(from, to, i);
-  }
+  void run(const void* from, void* to, bool) const override { run_rows(from, to, 0, stem_.out_height()); }
   void share(const Sharers& s) const override {
-    s.phases.push_back({s.step, strips_, [=, from = s.from, to = s.to](int64_t i) { run_strip(from, to, i); }});
+    s.phases.push_back(
+        {s.step, strips_, [=, from = s.from, to = s.to](int64_t i) { run_rows(from, to, begin(i), begin(i + 1)); }});
   }
 
   StepDescription describe() const override {
-    RunDescription run;
-    run.cut = cut_into(strips_, stem_.max_pool ? "strips with halo" : "strips");
-    run.tiles = {kernel_.stem_tile(stem_, begin(strips_ - 1), begin(strips_))};
-    for (int64_t i = 0; i < strips_; ++i) {
-      run.bytes = std::max(run.bytes, kernel_.stem_scratch_bytes(stem_, begin(i), begin(i + 1)));
-    }
     return {{stem_.in_channels, stem_.height, stem_.width},
             {stem_.out_channels, stem_.out_height(), stem_.out_width()},
             stem_.multiply_adds(),
             stem_.weights_and_biases(),
-            run,
-            run};
+            describe(1),
+            describe(strips_)};
   }
 
  private:
-  // Of a strip, in which one of its 2 * kLeastRows + 1 rows of the convolution is also computed for another.
-  static constexpr int64_t kLeastRows = 4;
-
   int64_t begin(int64_t strip) const { return stem_.out_height() * strip / strips_; }
-  int64_t rows() const { return ceil_div(stem_.out_height(), strips_); }
 
-  void run_strip(const void* from, void* to, int64_t i) const {
-    void* const scratch = thread_scratch.reserve(kernel_.stem_scratch_bytes(stem_, begin(i), begin(i + 1)));
-    A* const result = static_cast<A*>(to) + begin(i) * stem_.out_width();
-    if (!pack_) return kernel_.stem(stem_, conv_, from, begin(i), begin(i + 1), result, result_plane_, scratch);
-    const int64_t pixels = (begin(i + 1) - begin(i)) * stem_.out_width(), plane = ImageLayout::padded(pixels);
-    void* const planes = thread_buffers.reserve(stem_.out_channels * plane * static_cast<int64_t>(sizeof(A)));
-    kernel_.stem(stem_, conv_, from, begin(i), begin(i + 1), planes, plane, scratch);
-    pack_(planes, plane, stem_.out_channels, pixels, result, result_plane_);
+  RunDescription describe(int64_t strips) const {
+    RunDescription run;
+    run.cut = cut_into(strips, stem_.max_pool ? "strips with halo" : "strips");
+    const int64_t last = stem_.out_height() * (strips - 1) / strips;  // no other is larger
+    run.tiles = {kernel_.tile(stem_, last, stem_.out_height())};
+    run.bytes = kernel_.scratch_bytes(stem_, last, stem_.out_height());
+    return run;
+  }
+
+  void run_rows(const void* from, void* to, int64_t row_begin, int64_t row_end) const {
+    void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(stem_, row_begin, row_end));
+    char* const result = static_cast<char*>(to) + row_begin * stem_.out_width() * kernel_.element_bytes;
+    kernel_.run(stem_, conv_, from, row_begin, row_end, result, result_plane_, scratch);
   }
 
   Stem stem_;
   Convolution conv_;
   int64_t result_plane_;
-  NetworkKernel kernel_;
-  PackFunction pack_;
-  int64_t strips_ = 1;
+  StemKernel kernel_;
+  int64_t strips_;
 };
 
 // What is done to the channels of an image apart from each other, and so shared by channels.

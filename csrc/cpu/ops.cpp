@@ -56,7 +56,8 @@ static std::vector<std::unique_ptr<Step>> steps_of(const Program& program, const
   int64_t plane = program.units.front().unit.height * program.units.front().unit.width;
   if (program.stem) {
     plane = ImageLayout::padded(plane);
-    steps.push_back(std::make_unique<StemStep<A>>(program.stem->stem, data[program.stem->conv], plane, dtype, threads));
+    steps.push_back(std::make_unique<StemStep>(
+        program.stem->stem, data[program.stem->conv], plane, isa().network_kernel(dtype).stem, threads));
   }
   for (size_t i = 0; i < program.units.size(); ++i) {
     const PackedUnit& packed = program.units[i];
@@ -125,8 +126,8 @@ static std::vector<std::unique_ptr<Step>> pair_steps_of(const Program& program, 
   int64_t plane = ImageLayout::padded(first.height * first.width);
   if (program.stem) {
     const Stem& stem = program.stem->stem;
-    const Convolution conv = data.floats(program.stem->conv, stem.out_channels, stem.taps());
-    steps.push_back(std::make_unique<StemStep<float>>(stem, conv, plane, dtype, threads, kernel.pack));
+    const Convolution conv = data.stem_pairs(program.stem->conv, stem);
+    steps.push_back(std::make_unique<StemStep>(stem, conv, plane, kernel.stem, threads));
   } else {
     const TensorImage image = {program.layout, first.in_channels, first.height * first.width};
     steps.push_back(std::make_unique<ChannelsStep>(

@@ -118,6 +118,20 @@ class PairData {
     }
     return {weight, nullptr, widened(packed.bias, rows)};
   }
+  Convolution stem_pairs(const PackedConvolution& packed, const Stem& stem) {
+    if (!data_) return {};
+    const int64_t size = stem.kernel_size, row_taps = 2 * stem_row_pairs(stem);
+    uint16_t* const rows = array<uint16_t>(stem.out_channels * size * row_taps);
+    const uint16_t* from = data_ + packed.weight;
+    for (int64_t o = 0; o < stem.out_channels; ++o) {
+      for (int64_t c = 0; c < stem.in_channels; ++c) {
+        for (int64_t ky = 0; ky < size; ++ky, from += size) {
+          std::copy_n(from, size, rows + (o * size + ky) * row_taps + c * size);
+        }
+      }
+    }
+    return {rows, nullptr, widened(packed.bias, stem.out_channels)};
+  }
 
  private:
   const float* widened(int64_t offset, int64_t n) {

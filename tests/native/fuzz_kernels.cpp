@@ -455,9 +455,15 @@ static std::vector<double> random_values(int64_t n) {
   return values;
 }
 
-template <class A>
-static void check_stem(Dtype dtype, const Isa& isa) {
-  Stem s;
+struct StemCase {
+  Stem stem;
+  std::vector<double> values;  // of x, whatever the layout
+  Weights weights;
+};
+
+static StemCase random_stem() {
+  StemCase c;
+  Stem& s = c.stem;
   s.in_channels = uniform(1, 5);
   s.out_channels = uniform(1, 20);
   s.kernel_size = uniform(1, 5);
@@ -468,34 +474,37 @@ static void check_stem(Dtype dtype, const Isa& isa) {
   s.width = least + uniform(0, 75);
   s.max_pool = uniform(0, 1);
   s.layout = static_cast<Layout>(uniform(0, 1));
-  const std::vector<double> values = random_values(s.in_channels * s.height * s.width);
-  const Weights w = random_weights(s.out_channels, s.taps());
+  c.values = random_values(s.in_channels * s.height * s.width);
+  c.weights = random_weights(s.out_channels, s.taps());
+  return c;
+}
 
-  // In memory of their exact sizes; planes of the result are apart, the last ends with its last pixel.
-  std::vector<double> ordered(values.size());
-  for (int64_t c = 0; c < s.in_channels; ++c) {
+// In memory of their exact size, as they lie in a tensor.
+static std::vector<char> image_of(const StemCase& c, Dtype dtype) {
+  const Stem& s = c.stem;
+  std::vector<double> ordered(c.values.size());
+  for (int64_t i = 0; i < s.in_channels; ++i) {
     for (int64_t row = 0; row < s.height; ++row) {
       for (int64_t column = 0; column < s.width; ++column) {
-        ordered[offset(0, c, row, column, s.in_channels, s.height, s.width, s.layout)] =
-            values[(c * s.height + row) * s.width + column];
+        ordered[offset(0, i, row, column, s.in_channels, s.height, s.width, s.layout)] =
+            c.values[(i * s.height + row) * s.width + column];
       }
     }
   }
   std::vector<char> x;
   for (const double value : ordered) put(dtype, value, x);
   x.shrink_to_fit();
-  const Pointers<A> conv(w);
-  const Convolution pointers = {conv.weight.data(), nullptr, conv.bias.data()};
-  const int64_t pixels = s.out_height() * s.out_width(), plane = pixels + uniform(0, 9);
-  std::vector<A> result((s.out_channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
-  const NetworkKernel kernel = isa.network_kernel(dtype);
-  in_shares(s.out_height(), 1, [&](Channels rows) {
-    const Buffer scratch(kernel.stem_scratch_bytes(s, rows.begin, rows.end));
-    A* const first = result.data() + rows.begin * s.out_width();
-    kernel.stem(s, pointers, x.data(), rows.begin, rows.end, first, plane, scratch.get());
-  });
+  return x;
+}
 
-  const double sum_epsilon = epsilon(std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
+// The result's elements, planes of so many apart, the last of which ends with its last pixel: get_value(channel, i).
+template <class GetValue>
+static void check_stem_result(const StemCase& stem_case, int64_t plane, double result_epsilon, double sum_epsilon,
+                              const Isa& isa, const GetValue& get_value) {
+  const Stem& s = stem_case.stem;
+  const Weights& w = stem_case.weights;
+  const std::vector<double>& values = stem_case.values;
+  const int64_t pixels = s.out_height() * s.out_width();
   for (int64_t c = 0; c < s.out_channels; ++c) {
     std::vector<double> convolved, size;
     for (int64_t row = 0; row < s.conv_height(); ++row) {
@@ -515,7 +524,7 @@ static void check_stem(Dtype dtype, const Isa& isa) {
         size.push_back(terms);
       }
     }
-    for (int64_t p = 0; p < plane && c * plane + p < static_cast<int64_t>(result.size()); ++p) {
+    for (int64_t p = 0; p < (c + 1 < s.out_channels ? plane : pixels); ++p) {
       double expected = std::numeric_limits<double>::quiet_NaN(), terms = 0;  // between planes nothing is written
       if (p < pixels && !s.max_pool) {
         expected = convolved[p];
@@ -530,10 +539,65 @@ static void check_stem(Dtype dtype, const Isa& isa) {
           terms = std::max(terms, size[row * s.conv_width() + column]);
         }
       }
-      const int64_t i = c * plane + p;
-      check_value(static_cast<double>(result[i]), expected, 32 * sum_epsilon * terms, "stem", i, isa);
+      const double tolerance = result_epsilon * std::abs(expected) + 32 * sum_epsilon * terms;
+      check_value(get_value(c, p), expected, tolerance, "stem", c * plane + p, isa);
     }
   }
+}
+
+template <class A>
+static void check_stem(Dtype dtype, const Isa& isa) {
+  const StemCase c = random_stem();
+  const Stem& s = c.stem;
+  const std::vector<char> x = image_of(c, dtype);
+  const Pointers<A> conv(c.weights);
+  const Convolution pointers = {conv.weight.data(), nullptr, conv.bias.data()};
+  const int64_t pixels = s.out_height() * s.out_width(), plane = pixels + uniform(0, 9);
+  std::vector<A> result((s.out_channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
+  const StemKernel kernel = isa.network_kernel(dtype).stem;
+  in_shares(s.out_height(), 1, [&](Channels rows) {
+    const Buffer scratch(kernel.scratch_bytes(s, rows.begin, rows.end));
+    A* const first = result.data() + rows.begin * s.out_width();
+    kernel.run(s, pointers, x.data(), rows.begin, rows.end, first, plane, scratch.get());
+  });
+  const double sum_epsilon = epsilon(std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
+  check_stem_result(c, plane, 0, sum_epsilon, isa,
+                    [&](int64_t channel, int64_t p) { return static_cast<double>(result[channel * plane + p]); });
+}
+
+// The stem of a program in bfloat16, whose result is planes of pairs.
+static void check_pair_stem(const Isa& isa) {
+  StemCase c = random_stem();
+  Stem& s = c.stem;
+  s.out_channels = 2 * uniform(1, 20);
+  c.weights = random_weights(s.out_channels, s.taps());
+  for (double& weight : c.weights.weight) weight = std::ldexp(std::round(std::ldexp(weight, 4)), -4);
+  const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
+  const std::vector<char> x = image_of(c, dtype);
+  const int64_t row_taps = 2 * stem_row_pairs(s);
+  std::vector<char> weights;
+  for (int64_t row = 0; row < s.out_channels * s.kernel_size; ++row) {
+    for (int64_t tap = 0; tap < row_taps; ++tap) {
+      const int64_t channel = tap / s.kernel_size, ky = row % s.kernel_size, kx = tap % s.kernel_size;
+      const int64_t filter = (row / s.kernel_size * s.in_channels + channel) * s.kernel_size;
+      const bool is_zero = channel == s.in_channels;
+      put(Dtype::bfloat16, is_zero ? 0 : c.weights.weight[(filter + ky) * s.kernel_size + kx], weights);
+    }
+  }
+  const std::vector<float> bias(c.weights.bias.begin(), c.weights.bias.end());
+  const int64_t pixels = s.out_height() * s.out_width(), plane = pixels + uniform(0, 9);
+  std::vector<uint16_t> result(2 * ((s.out_channels / 2 - 1) * plane + pixels), 0xffff);
+  const StemKernel kernel = isa.pair_kernel(dtype).stem;
+  in_shares(s.out_height(), 1, [&](Channels rows) {
+    const Buffer scratch(kernel.scratch_bytes(s, rows.begin, rows.end));
+    uint16_t* const first = result.data() + 2 * rows.begin * s.out_width();
+    kernel.run(s, {weights.data(), nullptr, bias.data()}, x.data(), rows.begin, rows.end, first, plane, scratch.get());
+  });
+  const auto last = [&](int64_t channel, int64_t p) { return channel / 2 == s.out_channels / 2 - 1 && p >= pixels; };
+  check_stem_result(c, plane, epsilon(Dtype::bfloat16), epsilon(Dtype::float32), isa, [&](int64_t channel, int64_t p) {
+    if (last(channel, p)) return std::numeric_limits<double>::quiet_NaN();
+    return get(Dtype::bfloat16, result.data(), 2 * (channel / 2 * plane + p) + channel % 2);
+  });
 }
 
 template <class A>
@@ -598,6 +662,7 @@ static void check_stem_and_head(const Isa& isa) {
     check_stem<float>(dtype, isa);
     check_head<float>(dtype, isa);
   }
+  if (isa.pair_kernel) check_pair_stem(isa);
 }
 
 int main(int argc, char** argv) {

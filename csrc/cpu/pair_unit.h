@@ -1,7 +1,7 @@
-// Units, means and linear layers on bfloat16, with weights as they are and images between the steps as planes of pairs
-// of channels. Pointwise convolutions are products of pairs, summed in float; y1, and what the depthwise convolution
-// and the pool work on, are planes of float. Scales are expected folded into the weights. Behind an image's planes, up
-// to a vector is read whose values are not used.
+// Units on bfloat16, with weights as they are and images between the steps as planes of pairs of channels. Pointwise
+// convolutions are products of pairs, summed in float; y1, and what the depthwise convolution and the pool work on, are
+// planes of float. Scales are expected folded into the weights. Behind an image's planes, up to a vector is read whose
+// values are not used.
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 inline int64_t pairs_of(int64_t channels) { return ceil_div(channels, 2); }
@@ -51,9 +51,8 @@ struct PairConvolution {
 // rows of a range and n pixels. A range's tiles are all of one number of rows, so that AMX is prepared once: the last
 // of them may begin with rows that the one before has, which are left out.
 template <class Finish>
-void multiply(const PairConvolution& c, Planes<const Pair> x, Finish& finish) {
+void multiply(const PairConvolution& c, Planes<const Pair> x, Products& products, Finish& finish) {
   alignas(kScratchAlignment) float sums[kProductRows * kProductPixels];
-  Products products;
   PairProduct p;
   p.pairs = c.pairs;
   p.x_plane = x.stride;
@@ -149,8 +148,9 @@ inline void conv1_pairs(const Unit& unit, const Convolution& conv, Channels chan
       row += rows;
     }
   }
+  Products products;
   FinishPlanes finish = {static_cast<const float*>(conv.bias), unit.groups, y1};
-  multiply({conv, unit.conv1_depth() / 2, ranges, count, pixels}, x, finish);
+  multiply({conv, unit.conv1_depth() / 2, ranges, count, pixels}, x, products, finish);
 }
 
 // Some of conv3's output channels, from an even one on.
@@ -163,8 +163,9 @@ inline void conv3_pairs(const Unit& unit, const Convolution& conv, Channels chan
     ranges[count++] = {row, rows, group, row};
     row += rows;
   }
+  Products products;
   FinishPairs finish = {static_cast<const float*>(conv.bias), residual, result, {}};
-  multiply({conv, pairs_of(unit.slice_channels()), ranges, count, pixels}, y2, finish);
+  multiply({conv, pairs_of(unit.slice_channels()), ranges, count, pixels}, y2, products, finish);
 }
 
 // ---- The unit -------------------------------------------------------------------------------------------------------
@@ -323,126 +324,29 @@ inline int64_t pair_expand_multiple(const Unit& unit) {
   return unit.slice_channels() % 2 == 0 ? 2 * unit.groups : unit.mid_channels;
 }
 
-// ---- Around the units -----------------------------------------------------------------------------------------------
-
-inline void pack_planes(const void* from, int64_t plane, int64_t channels, int64_t pixels, void* pairs,
-                        int64_t pairs_plane) {
-  const Planes<const float> planes = {static_cast<const float*>(from), plane};
-  for (int64_t c = 0; c < channels; c += 2) {
-    pack(planes.channel(c), planes.channel(c + 1), pixels, static_cast<Pair*>(pairs) + c / 2 * pairs_plane);
-  }
-}
-
-inline int64_t image_scratch_bytes(const TensorImage& image) {
-  Arena arena(nullptr);
-  arena.planes<float>(kImageChannels, image.pixels);
-  return arena.bytes();
-}
-
-// Pixels of some channels, kImageChannels at most, of a tensor's image, as if it had no others.
-template <class T, class Data>
-Image<T> some_channels(const TensorImage& image, Data* data, Channels channels) {
-  const int64_t step = image.layout == Layout::contiguous ? image.pixels : 1;
-  return {static_cast<T*>(data) + channels.begin * step, image.layout, image.channels, image.pixels};
-}
-
-template <class T>
-void read_image(const TensorImage& image, const void* from, Channels channels, void* pairs, int64_t plane,
-                void* scratch) {
-  const Planes<float> planes = Arena(scratch).planes<float>(kImageChannels, image.pixels);
-  stage_in<T>(some_channels<const T>(image, from, channels), 0, image.pixels, {0, channels.count()}, planes);
-  pack_planes(planes.data, planes.stride, channels.count(), image.pixels,
-              static_cast<Pair*>(pairs) + channels.begin / 2 * plane, plane);
-}
-
-template <class T>
-void write_image(const TensorImage& image, const void* pairs, int64_t plane, Channels channels, void* to,
-                 void* scratch) {
-  const Planes<float> planes = Arena(scratch).planes<float>(kImageChannels, image.pixels);
-  for (int64_t c = 0; c < channels.count(); c += 2) {
-    unpack(static_cast<const Pair*>(pairs) + (channels.begin + c) / 2 * plane, image.pixels, planes.channel(c),
-           planes.channel(c + 1));
-  }
-  stage_out<T>(some_channels<T>(image, to, channels), 0, image.pixels, {0, channels.count()}, read_only(planes));
-}
-
-// As window_means: an image's means, pair by pair, are means_plane apart.
-inline void pair_means(const Head& head, const void* x, int64_t x_plane, Channels channels, void* means,
-                       int64_t means_plane) {
-  using S = Simd<float>;
-  const float pixels = static_cast<float>(head.window_height * head.window_width);
-  for (int64_t pair = channels.begin / 2; pair < channels.end / 2; ++pair) {
-    S::V first = {}, second = {};
-    for (int64_t row = 0; row < head.window_height; ++row) {
-      const Pair* const from = static_cast<const Pair*>(x) + pair * x_plane + row * head.width;
-      for (int64_t column = 0; column < head.window_width; column += S::kLanes) {
-        const auto inside = S::first(head.window_width - column);
-        const auto pairs = S::keep(Pairs::load(from + column), inside);
-        first += Pairs::first(pairs);
-        second += Pairs::second(pairs);
-      }
-    }
-    store_pairs(static_cast<Pair*>(means) + pair * means_plane, S::broadcast(S::sum(first) / pixels),
-                S::broadcast(S::sum(second) / pixels), 1);
-  }
-}
-
-// Rows of the linear layer for all images, whose means are the pixels of a product.
-template <class T>
-struct FinishClasses {
-  const float* bias;
-  T* result;
-  int64_t classes;
-
-  void operator()(const RowRange& range, int64_t first, int64_t rows, const float* sums, int64_t image, int64_t n) {
-    for (int64_t row = range.row + first; row < range.row + first + rows; ++row, sums += kProductPixels) {
-      for (int64_t i = 0; i < n; ++i) {
-        store_first(result + (image + i) * classes + row, Simd<float>::broadcast(sums[i] + bias[row]), 1);
-      }
-    }
-  }
-};
-
-template <class T>
-void pair_linear(const Head& head, const Convolution& layer, const void* means, int64_t means_plane, int64_t images,
-                 Channels classes, void* result) {
-  const RowRange range = {classes.begin, classes.count(), 0, 0};
-  FinishClasses<T> finish = {static_cast<const float*>(layer.bias), static_cast<T*>(result), head.classes};
-  multiply({layer, head.channels / 2, &range, 1, images}, {static_cast<const Pair*>(means), means_plane}, finish);
-}
-
 // The largest product for so many channels that share their inputs; the last pixels are no others' concern.
 inline Tile product_tile_of(int64_t channels, int64_t pixels, int64_t) {
   const int64_t vectors = ceil_div(pixels, Simd<float>::kLanes);
   return {ceil_div(channels, ceil_div(channels, kProductRows)), ceil_div(vectors, ceil_div(vectors, kProductVectors))};
 }
 
-template <class T>
-constexpr PairKernel pair_kernel_for() {
-  const UnitKernel unit = {
-      4,
-      2,
-      pair_expand_multiple,
-      2,
-      pair_buffer_bytes,
-      stays_in_place,
-      stage_nothing,
-      pair_scratch_bytes,
-      expand_pairs,
-      project_pairs,
-      strip_bytes<float>,
-      lent_bytes<float>,
-      pair_strip_scratch_bytes,
-      expand_pair_strip,
-      project_pair_strip,
-      product_tile_of,
-      to_accumulator<BFloat16>};
-  return {unit, pack_planes, image_scratch_bytes, read_image<T>, write_image<T>, pair_means, pair_linear<T>};
-}
-
-// For tensors of the dtype outside of the steps: bfloat16, or float32.
-inline PairKernel pair_kernel(Dtype dtype) {
-  return dtype == Dtype::bfloat16 ? pair_kernel_for<BFloat16>() : pair_kernel_for<float>();
-}
+inline constexpr UnitKernel kPairUnitKernel = {
+    4,
+    2,
+    pair_expand_multiple,
+    2,
+    pair_buffer_bytes,
+    stays_in_place,
+    stage_nothing,
+    pair_scratch_bytes,
+    expand_pairs,
+    project_pairs,
+    strip_bytes<float>,
+    lent_bytes<float>,
+    pair_strip_scratch_bytes,
+    expand_pair_strip,
+    project_pair_strip,
+    product_tile_of,
+    to_accumulator<BFloat16>};
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA
