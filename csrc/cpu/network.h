@@ -1,15 +1,12 @@
 // A network's stem and head as steps of an image; units are in steps.h.
 #pragma once
 
-#include <functional>
-#include <utility>
-
 #include "steps.h"
 
 namespace shufflenet::cpu {
 
 // Cut into a strip of rows for each thread.
-class StemStep : public Step {
+class StemStep final : public Step {
  public:
   StemStep(const Stem& stem, const Convolution& conv, int64_t result_plane, const StemKernel& kernel, int64_t threads)
       : stem_(stem),
@@ -24,8 +21,8 @@ class StemStep : public Step {
 
   void run(const void* from, void* to, bool) const override { run_rows(from, to, 0, stem_.out_height()); }
   void share(const Sharers& s) const override {
-    s.phases.push_back(
-        {s.step, strips_, [=, from = s.from, to = s.to](int64_t i) { run_rows(from, to, begin(i), begin(i + 1)); }});
+    s.phases.add(
+        s.step, strips_, [this, from = s.from, to = s.to](int64_t i) { run_rows(from, to, begin(i), begin(i + 1)); });
   }
 
   StepDescription describe() const override {
@@ -63,60 +60,56 @@ class StemStep : public Step {
 };
 
 // What is done to the channels of an image apart from each other, and so shared by channels.
-class ChannelsStep : public Step {
+struct ChannelsWork {
+  enum class Kind {
+    means,      // the head's, of an image; its linear layer takes those of all images at once
+    conversion  // from a tensor's image to planes of pairs, or back
+  };
+  Kind kind;
+  int64_t channels, height, width;
+  int64_t result_bytes;
+};
+
+// run(from, to, channels) does it to kImageChannels at a time.
+template <class Run>
+class ChannelsStep final : public Step {
  public:
-  using Run = std::function<void(const void* from, void* to, Channels)>;
+  ChannelsStep(const ChannelsWork& work, int64_t threads, const Run& run)
+      : work_(work), tasks_(std::min(ceil_div(work.channels, kImageChannels), threads)), run_(run) {}
 
-  // Run takes kImageChannels at a time.
-  ChannelsStep(StepDescription description, int64_t result_bytes, int64_t threads, Run run)
-      : description_(std::move(description)),
-        result_bytes_(result_bytes),
-        tasks_(std::min(ceil_div(channels(), kImageChannels), threads)),
-        run_(std::move(run)) {}
-
-  int64_t result_bytes() const override { return result_bytes_; }
+  int64_t result_bytes() const override { return work_.result_bytes; }
 
   void run(const void* from, void* to, bool) const override { run_share(from, to, 0, 1); }
   void share(const Sharers& s) const override {
-    s.phases.push_back({s.step, tasks_, [=, from = s.from, to = s.to](int64_t i) { run_share(from, to, i, tasks_); }});
+    s.phases.add(s.step, tasks_, [this, from = s.from, to = s.to](int64_t i) { run_share(from, to, i, tasks_); });
   }
 
   StepDescription describe() const override {
-    StepDescription step = description_;
+    StepDescription step;
+    step.input = step.output = {work_.channels, work_.height, work_.width};
+    if (work_.kind == ChannelsWork::Kind::conversion) step.name = "conversion";
+    if (work_.kind == ChannelsWork::Kind::means) step.output = {work_.channels};
     step.alone.cut = cut_into(1, "channel shares");
     step.shared.cut = cut_into(tasks_, "channel shares");
     return step;
   }
 
  private:
-  int64_t channels() const { return description_.input[0]; }
-
   void run_share(const void* from, void* to, int64_t task, int64_t tasks) const {
-    const int64_t count = ceil_div(channels(), kImageChannels);
+    const int64_t count = ceil_div(work_.channels, kImageChannels);
     for (int64_t i = count * task / tasks; i < count * (task + 1) / tasks; ++i) {
-      run_(from, to, {i * kImageChannels, std::min(channels(), (i + 1) * kImageChannels)});
+      run_(from, to, Channels{i * kImageChannels, std::min(work_.channels, (i + 1) * kImageChannels)});
     }
   }
 
-  StepDescription description_;  // but how it is shared
-  int64_t result_bytes_, tasks_;
+  ChannelsWork work_;
+  int64_t tasks_;
   Run run_;
 };
 
-// The head's means of an image; its linear layer takes those of all images at once.
-inline StepDescription means_description(const Head& head) {
-  StepDescription step;
-  step.input = {head.channels, head.height, head.width};
-  step.output = {head.channels};
-  return step;
-}
-
-// From a tensor's image to planes of pairs, or back.
-inline StepDescription conversion_description(int64_t channels, int64_t height, int64_t width) {
-  StepDescription step;
-  step.name = "conversion";
-  step.input = step.output = {channels, height, width};
-  return step;
+template <class Run>
+const Step* channels_step(CallMemory& memory, const ChannelsWork& work, int64_t threads, const Run& run) {
+  return memory.make<ChannelsStep<Run>>(work, threads, run);
 }
 
 }  // namespace shufflenet::cpu

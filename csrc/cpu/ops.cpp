@@ -12,9 +12,9 @@ namespace shufflenet::cpu {
 template <class A>
 inline constexpr Dtype kAccumulator = std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32;
 
-static Batch batch_of(const Tensor& x, void* result) {
+static Batch batch_of(const Tensor& x, const Images& images, void* result) {
   const int64_t bytes = x.numel() / x.size(0) * static_cast<int64_t>(x.element_size());
-  return {x.size(0), static_cast<const char*>(x.const_data_ptr()), bytes, static_cast<char*>(result)};
+  return {images, static_cast<const char*>(x.const_data_ptr()), bytes, static_cast<char*>(result)};
 }
 
 template <class A>
@@ -27,10 +27,13 @@ static void run_unit(const UnitArguments& arguments, Unit unit, const Tensor& x,
   if (data.conv3) pointers.conv3 = data.conv3->pointers;
   pointers.x_plane = unit.height * unit.width;
   pointers.result_plane = unit.out_height() * unit.out_width();
-  std::vector<std::unique_ptr<Step>> steps;
-  steps.push_back(std::make_unique<UnitStep<A>>(
-      unit, pointers, isa().unit_kernel(dtype_of("x", x)), torch::stable::get_num_threads()));
-  run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
+  const int64_t threads = torch::stable::get_num_threads();
+  const Images images = images_of(x.size(0), threads);
+  CallMemory memory;
+  const Steps steps = {memory.make<UnitStep<A>>(unit, pointers, isa().unit_kernel(dtype_of("x", x)), threads, images)};
+  Phases phases(memory);
+  add_phases(steps, batch_of(x, images, result.mutable_data_ptr()), phases);
+  run_phases(phases);
 }
 
 static Tensor run(const UnitArguments& arguments) {
@@ -46,17 +49,26 @@ static Tensor run(const UnitArguments& arguments) {
   return result;
 }
 
+// What the steps of a program are made of, beside the program.
+struct Setup {
+  CallMemory& memory;
+  Dtype dtype;  // of x
+  int64_t threads;
+  Images images;
+};
+
 // The steps that are done to each image; the head's linear layer takes all images at once.
 template <class A>
-static std::vector<std::unique_ptr<Step>> steps_of(const Program& program, const PackedData<A>& data, Dtype dtype,
-                                                   int64_t threads) {
+static Steps steps_of(const Program& program, const PackedData<A>& data, const Setup& setup) {
+  const auto [memory, dtype, threads, images] = setup;
   // Between a stem and a head all is contiguous and of the accumulator type; units alone are of x's.
   const UnitKernel unit_kernel = isa().unit_kernel(program.stem ? kAccumulator<A> : dtype);
-  std::vector<std::unique_ptr<Step>> steps;
+  Steps steps;
+  steps.reserve(program.units.size() + 2);
   int64_t plane = program.units.front().unit.height * program.units.front().unit.width;
   if (program.stem) {
     plane = ImageLayout::padded(plane);
-    steps.push_back(std::make_unique<StemStep>(
+    steps.push_back(memory.template make<StemStep>(
         program.stem->stem, data[program.stem->conv], plane, isa().network_kernel(dtype).stem, threads));
   }
   for (size_t i = 0; i < program.units.size(); ++i) {
@@ -69,13 +81,14 @@ static std::vector<std::unique_ptr<Step>> steps_of(const Program& program, const
     pointers.conv3 = data[packed.conv3];
     pointers.x_plane = plane;
     pointers.result_plane = plane = is_result ? pixels : ImageLayout::padded(pixels);
-    steps.push_back(std::make_unique<UnitStep<A>>(packed.unit, pointers, unit_kernel, threads));
+    steps.push_back(memory.template make<UnitStep<A>>(packed.unit, pointers, unit_kernel, threads, images));
   }
   if (program.head) {
     const Head& head = program.head->head;
     const auto means = isa().network_kernel(dtype).window_means;
-    steps.push_back(std::make_unique<ChannelsStep>(
-        means_description(head), head.channels * static_cast<int64_t>(sizeof(A)), threads,
+    const int64_t bytes = head.channels * static_cast<int64_t>(sizeof(A));
+    steps.push_back(channels_step(
+        memory, {ChannelsWork::Kind::means, head.channels, head.height, head.width, bytes}, threads,
         [=](const void* from, void* to, Channels channels) { means(head, from, plane, channels, to); }));
   }
   return steps;
@@ -83,29 +96,32 @@ static std::vector<std::unique_ptr<Step>> steps_of(const Program& program, const
 
 static int64_t linear_tasks(const Head& head, int64_t threads) { return std::min(head.classes, 4 * threads); }
 
-static Phase linear_phase(const Head& head, int64_t threads, size_t step, const std::function<void(Channels)>& run) {
+template <class Run>
+static void add_linear_phase(const Head& head, int64_t threads, size_t step, Phases& phases, const Run& run) {
   const int64_t tasks = linear_tasks(head, threads);
-  return {static_cast<int64_t>(step), tasks,
-          [classes = head.classes, tasks, run](int64_t i) { run({classes * i / tasks, classes * (i + 1) / tasks}); }};
+  phases.add(static_cast<int64_t>(step), tasks, [classes = head.classes, tasks, run](int64_t i) {
+    run(Channels{classes * i / tasks, classes * (i + 1) / tasks});
+  });
 }
 
 template <class A>
 static void run_steps(const Program& program, const PackedData<A>& data, const Tensor& x, const Tensor& result) {
+  CallMemory memory;
   const Dtype dtype = dtype_of("x", x);
-  const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
-  const std::vector<std::unique_ptr<Step>> steps = steps_of(program, data, dtype, threads);
+  const int64_t threads = torch::stable::get_num_threads(), n = x.size(0);
+  const Images images = images_of(n, threads);
+  const Steps steps = steps_of(program, data, {memory, dtype, threads, images});
+  Phases phases(memory);
   if (!program.head) {
-    run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
-    return;
+    add_phases(steps, batch_of(x, images, result.mutable_data_ptr()), phases);
+  } else {
+    const Head& head = program.head->head;
+    A* const means = memory.array<A>(n * head.channels);
+    add_phases(steps, batch_of(x, images, means), phases);
+    const auto run = [=, layer = data[program.head->linear], linear = isa().network_kernel(dtype).linear,
+                      to = result.mutable_data_ptr()](Channels classes) { linear(head, layer, means, n, classes, to); };
+    add_linear_phase(head, threads, steps.size(), phases, run);
   }
-  const Head& head = program.head->head;
-  const Convolution linear = data[program.head->linear];
-  const NetworkKernel kernel = isa().network_kernel(dtype);
-  const std::unique_ptr<A[]> means(new A[images * head.channels]);
-  std::vector<Phase> phases = phases_of(steps, batch_of(x, means.get()));
-  phases.push_back(linear_phase(head, threads, steps.size(), [&](Channels classes) {
-    kernel.linear(head, linear, means.get(), images, classes, result.mutable_data_ptr());
-  }));
   run_phases(phases);
 }
 
@@ -117,22 +133,23 @@ static bool runs_pairs(const Program& program, Dtype weights) {
 }
 
 // As steps_of, on planes of pairs. An image's means are one element of each plane of so many.
-static std::vector<std::unique_ptr<Step>> pair_steps_of(const Program& program, PairData& data, Dtype dtype,
-                                                        int64_t means_plane, int64_t threads) {
+static Steps pair_steps_of(const Program& program, PairData& data, int64_t means_plane, const Setup& setup) {
+  const auto [memory, dtype, threads, images] = setup;
   const PairKernel kernel = isa().pair_kernel(dtype);
   const UnitKernel& unit_kernel = kernel.unit;
-  std::vector<std::unique_ptr<Step>> steps;
+  Steps steps;
+  steps.reserve(program.units.size() + 2);
   const Unit& first = program.units.front().unit;
   int64_t plane = ImageLayout::padded(first.height * first.width);
   if (program.stem) {
     const Stem& stem = program.stem->stem;
     const Convolution conv = data.stem_pairs(program.stem->conv, stem);
-    steps.push_back(std::make_unique<StemStep>(stem, conv, plane, kernel.stem, threads));
+    steps.push_back(memory.make<StemStep>(stem, conv, plane, kernel.stem, threads));
   } else {
     const TensorImage image = {program.layout, first.in_channels, first.height * first.width};
-    steps.push_back(std::make_unique<ChannelsStep>(
-        conversion_description(first.in_channels, first.height, first.width),
-        first.in_channels / 2 * plane * unit_kernel.element_bytes, threads,
+    const int64_t bytes = first.in_channels / 2 * plane * unit_kernel.element_bytes;
+    steps.push_back(channels_step(
+        memory, {ChannelsWork::Kind::conversion, first.in_channels, first.height, first.width, bytes}, threads,
         [=](const void* from, void* to, Channels channels) {
           kernel.read_image(
               image, from, channels, to, plane, thread_scratch.reserve(kernel.image_scratch_bytes(image)));
@@ -147,12 +164,12 @@ static std::vector<std::unique_ptr<Step>> pair_steps_of(const Program& program, 
     pointers.conv3 = data.pairs(packed.conv3, unit.out_channels, unit.slice_channels());
     pointers.x_plane = plane;
     pointers.result_plane = plane = ImageLayout::padded(unit.out_height() * unit.out_width());
-    steps.push_back(std::make_unique<UnitStep<float>>(unit, pointers, unit_kernel, threads));
+    steps.push_back(memory.make<UnitStep<float>>(unit, pointers, unit_kernel, threads, images));
   }
   if (program.head) {
     const Head& head = program.head->head;
-    steps.push_back(std::make_unique<ChannelsStep>(
-        means_description(head), unit_kernel.element_bytes, threads,
+    steps.push_back(channels_step(
+        memory, {ChannelsWork::Kind::means, head.channels, head.height, head.width, unit_kernel.element_bytes}, threads,
         [=](const void* from, void* to, Channels channels) {
           kernel.window_means(head, from, plane, channels, to, means_plane);
         }));
@@ -160,9 +177,9 @@ static std::vector<std::unique_ptr<Step>> pair_steps_of(const Program& program, 
     const auto [n, channels, height, width] = program.sizes;
     (void)n;
     const TensorImage image = {program.layout, channels, height * width};
-    const int64_t element_bytes = isa().unit_kernel(dtype).element_bytes;
-    steps.push_back(std::make_unique<ChannelsStep>(
-        conversion_description(channels, height, width), channels * image.pixels * element_bytes, threads,
+    const int64_t bytes = channels * image.pixels * isa().unit_kernel(dtype).element_bytes;
+    steps.push_back(channels_step(
+        memory, {ChannelsWork::Kind::conversion, channels, height, width, bytes}, threads,
         [=](const void* from, void* to, Channels c) {
           kernel.write_image(image, from, plane, c, to, thread_scratch.reserve(kernel.image_scratch_bytes(image)));
         }));
@@ -171,24 +188,28 @@ static std::vector<std::unique_ptr<Step>> pair_steps_of(const Program& program, 
 }
 
 static void run_pairs(const Program& program, const Tensor& weights, const Tensor& x, const Tensor& result) {
+  CallMemory memory;
   const Dtype dtype = dtype_of("x", x);
-  const int64_t threads = torch::stable::get_num_threads(), images = x.size(0);
-  const int64_t means_plane = ImageLayout::padded(images);
-  PairData data(weights);
-  const std::vector<std::unique_ptr<Step>> steps = pair_steps_of(program, data, dtype, means_plane, threads);
+  const int64_t threads = torch::stable::get_num_threads(), n = x.size(0);
+  const Images images = images_of(n, threads);
+  const int64_t means_plane = ImageLayout::padded(n);
+  PairData data(weights, memory);
+  const Steps steps = pair_steps_of(program, data, means_plane, {memory, dtype, threads, images});
+  Phases phases(memory);
   if (!program.head) {
-    run_phases(phases_of(steps, batch_of(x, result.mutable_data_ptr())));
-    return;
+    add_phases(steps, batch_of(x, images, result.mutable_data_ptr()), phases);
+  } else {
+    const Head& head = program.head->head;
+    // Zeros: the images of a plane's padding are computed with, and not used.
+    float* const means = memory.array<float>(head.channels / 2 * means_plane);
+    std::fill_n(means, head.channels / 2 * means_plane, 0.0f);
+    add_phases(steps, batch_of(x, images, means), phases);
+    const auto run = [=, layer = data.pairs(program.head->linear, head.classes, head.channels),
+                      linear = isa().pair_kernel(dtype).linear, to = result.mutable_data_ptr()](Channels classes) {
+      linear(head, layer, means, means_plane, n, classes, to);
+    };
+    add_linear_phase(head, threads, steps.size(), phases, run);
   }
-  const Head& head = program.head->head;
-  const Convolution linear = data.pairs(program.head->linear, head.classes, head.channels);
-  const PairKernel kernel = isa().pair_kernel(dtype);
-  // Zeros: the images of a plane's padding are computed with, and not used.
-  const std::unique_ptr<float[]> means(new float[head.channels / 2 * means_plane]());
-  std::vector<Phase> phases = phases_of(steps, batch_of(x, means.get()));
-  phases.push_back(linear_phase(head, threads, steps.size(), [&](Channels classes) {
-    kernel.linear(head, linear, means.get(), means_plane, images, classes, result.mutable_data_ptr());
-  }));
   run_phases(phases);
 }
 
@@ -201,13 +222,16 @@ static void check_ends(const Program& program) {
 Description describe(const Program& program, Dtype dtype, Dtype weights_dtype, int64_t images, int64_t threads) {
   check_ends(program);
   Description description;
-  description.images_alone = images_alone(images, threads);
-  description.images_shared = images - description.images_alone;
-  PairData pairs;
-  const auto steps = runs_pairs(program, weights_dtype) ? pair_steps_of(program, pairs, dtype, 0, threads)
-                     : dtype == Dtype::float64          ? steps_of(program, PackedData<double>(), dtype, threads)
-                                                        : steps_of(program, PackedData<float>(), dtype, threads);
-  for (const std::unique_ptr<Step>& step : steps) description.steps.push_back(step->describe());
+  const Images count = images_of(images, threads);
+  description.images_alone = count.alone;
+  description.images_shared = count.shared;
+  CallMemory memory;
+  PairData pairs(memory);
+  const Setup setup = {memory, dtype, threads, {1, 1}};  // so that both ways are there
+  const Steps steps = runs_pairs(program, weights_dtype) ? pair_steps_of(program, pairs, 0, setup)
+                      : dtype == Dtype::float64          ? steps_of(program, PackedData<double>(), setup)
+                                                         : steps_of(program, PackedData<float>(), setup);
+  for (const Step* step : steps) description.steps.push_back(step->describe());
   if (program.head) {
     const Head& head = program.head->head;
     StepDescription linear;

@@ -7,11 +7,12 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <functional>
 #include <mutex>
 #include <numeric>
 #include <thread>
 #include <vector>
+
+#include "scratch.h"
 
 namespace shufflenet::cpu {
 
@@ -20,7 +21,30 @@ inline constexpr int64_t kTimedInside = -1;  // of a phase whose tasks account f
 struct Phase {
   int64_t step;  // whose time it is; see Profile
   int64_t tasks;
-  std::function<void(int64_t)> run;
+  const void* work;
+  void (*run_task)(const void* work, int64_t task);
+};
+
+class Phases {
+ public:
+  explicit Phases(CallMemory& memory) : memory_(memory) { phases_.reserve(64); }
+
+  // run(task) runs one of so many tasks.
+  template <class Run>
+  void add(int64_t step, int64_t tasks, const Run& run) {
+    const auto run_task = [](const void* work, int64_t task) { (*static_cast<const Run*>(work))(task); };
+    phases_.push_back({step, tasks, memory_.make<Run>(run), run_task});
+  }
+
+  CallMemory& memory() const { return memory_; }
+  auto begin() const { return phases_.begin(); }
+  auto end() const { return phases_.end(); }
+  size_t size() const { return phases_.size(); }
+  const Phase& operator[](size_t i) const { return phases_[i]; }
+
+ private:
+  CallMemory& memory_;
+  std::vector<Phase> phases_;
 };
 
 // Seconds by step.
@@ -61,7 +85,7 @@ inline thread_local Stopwatch* current_stopwatch = nullptr;
 // are the same ones in each phase that has as many (so that it finds its data in its caches), then what others have
 // left. It only ever waits for tasks that some running thread has claimed: so this ends even if the pool runs all of it
 // on one thread, as it does inside another parallel region. Waiting threads give up their core after a short spin.
-inline void run_phases(const std::vector<Phase>& phases) {
+inline void run_phases(const Phases& phases) {
   struct alignas(64) Claim {
     std::atomic<bool> taken{false};
   };
@@ -78,8 +102,10 @@ inline void run_phases(const std::vector<Phase>& phases) {
     tasks += phase.tasks;
     widest = std::max(widest, phase.tasks);
   }
-  std::vector<Claim> claims(tasks);
-  std::vector<Progress> progress(phases.size());
+  Claim* const claims = phases.memory().array<Claim>(tasks);
+  Progress* const progress = phases.memory().array<Progress>(static_cast<int64_t>(phases.size()));
+  std::uninitialized_default_construct_n(claims, tasks);
+  std::uninitialized_default_construct_n(progress, phases.size());
   const int64_t workers = std::min<int64_t>(widest, torch::stable::get_num_threads());
   Profile* const profile = current_profile;
   Profile longest;
@@ -88,7 +114,7 @@ inline void run_phases(const std::vector<Phase>& phases) {
     Profile own;
     Stopwatch stopwatch(profile ? &own : nullptr);
     current_stopwatch = &stopwatch;
-    Claim* claim = claims.data();
+    Claim* claim = claims;
     for (size_t p = 0; p < phases.size(); ++p) {
       const Phase& phase = phases[p];
       const int64_t first = phase.tasks * worker / workers;
@@ -96,7 +122,7 @@ inline void run_phases(const std::vector<Phase>& phases) {
         const int64_t i = first + j < phase.tasks ? first + j : first + j - phase.tasks;
         if (claim[i].taken.load(std::memory_order_relaxed) || claim[i].taken.exchange(true)) continue;
         const Done done{progress[p].done};
-        phase.run(i);
+        phase.run_task(phase.work, i);
       }
       claim += phase.tasks;
       for (int spins = 0; progress[p].done.load(std::memory_order_acquire) < phase.tasks; ++spins) {

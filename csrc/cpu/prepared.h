@@ -101,8 +101,9 @@ class PackedData {
 // The weights of a program in bfloat16, as PairKernel takes them.
 class PairData {
  public:
-  PairData() = default;  // none: of steps that are not run
-  explicit PairData(const Tensor& weights) : data_(static_cast<const uint16_t*>(weights.const_data_ptr())) {}
+  explicit PairData(CallMemory& memory) : memory_(memory) {}  // none: of steps that are not run
+  PairData(const Tensor& weights, CallMemory& memory)
+      : data_(static_cast<const uint16_t*>(weights.const_data_ptr())), memory_(memory) {}
 
   Convolution floats(const PackedConvolution& packed, int64_t rows, int64_t depth) {
     if (!data_) return {};
@@ -112,8 +113,10 @@ class PairData {
     if (!data_) return {};
     const uint16_t* weight = data_ + packed.weight;
     if (depth % 2 != 0) {  // a zero at the end of each row
-      uint16_t* const even = array<uint16_t>(rows * (depth + 1));
-      for (int64_t row = 0; row < rows; ++row) std::copy_n(weight + row * depth, depth, even + row * (depth + 1));
+      uint16_t* const even = memory_.array<uint16_t>(rows * (depth + 1));
+      for (int64_t row = 0; row < rows; ++row) {
+        *std::copy_n(weight + row * depth, depth, even + row * (depth + 1)) = 0;
+      }
       weight = even;
     }
     return {weight, nullptr, widened(packed.bias, rows)};
@@ -121,7 +124,8 @@ class PairData {
   Convolution stem_pairs(const PackedConvolution& packed, const Stem& stem) {
     if (!data_) return {};
     const int64_t size = stem.kernel_size, row_taps = 2 * stem_row_pairs(stem);
-    uint16_t* const rows = array<uint16_t>(stem.out_channels * size * row_taps);
+    uint16_t* const rows = memory_.array<uint16_t>(stem.out_channels * size * row_taps);
+    std::fill_n(rows, stem.out_channels * size * row_taps, uint16_t{0});
     const uint16_t* from = data_ + packed.weight;
     for (int64_t o = 0; o < stem.out_channels; ++o) {
       for (int64_t c = 0; c < stem.in_channels; ++c) {
@@ -135,18 +139,13 @@ class PairData {
 
  private:
   const float* widened(int64_t offset, int64_t n) {
-    float* const floats = array<float>(n);
+    float* const floats = memory_.array<float>(n);
     isa().unit_kernel(Dtype::bfloat16).to_accumulator(data_ + offset, floats, n);
     return floats;
   }
-  template <class U>
-  U* array(int64_t n) {
-    arrays_.push_back(std::make_unique<char[]>(n * sizeof(U)));  // zeros
-    return reinterpret_cast<U*>(arrays_.back().get());
-  }
 
   const uint16_t* data_ = nullptr;
-  std::vector<std::unique_ptr<char[]>> arrays_;
+  CallMemory& memory_;
 };
 
 }  // namespace shufflenet::cpu

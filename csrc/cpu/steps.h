@@ -3,7 +3,6 @@
 // the images that are left. All of it is one parallel region.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "../program.h"
@@ -44,9 +43,9 @@ struct ImageLayout {
   }
 };
 
+// In a CallMemory.
 class Step {
  public:
-  virtual ~Step() = default;
   virtual int64_t result_bytes() const = 0;
   // Of what threads that share the step hand on to each other, by strip.
   virtual int64_t shared_bytes() const { return 0; }
@@ -69,22 +68,37 @@ class Step {
     int64_t strip_bytes;  // of a cut image, the most of all steps
     char* buffers;
     int64_t shared_bytes;  // the most of all steps
-    std::vector<Phase>& phases;
+    Phases& phases;
   };
   virtual void share(const Sharers&) const = 0;
   virtual StepDescription describe() const = 0;
+
+ protected:
+  ~Step() = default;
 };
 
+// Of the images of a call, those that go through all steps on one thread each, and those whose steps are shared.
+struct Images {
+  int64_t alone, shared;
+};
+
+// Shared steps use the threads less well, but leave none without work.
+inline Images images_of(int64_t images, int64_t threads) {
+  const int64_t left = images % threads, shared = 2 * left > threads ? 0 : left;
+  return {images - shared, shared};
+}
+
 template <class A>
-class UnitStep : public Step {
+class UnitStep final : public Step {
  public:
-  // The pointers' x and result are void.
-  UnitStep(const Unit& unit, const UnitPointers& pointers, const UnitKernel& kernel, int64_t threads)
+  // The pointers' x and result are void. Can run, or be shared, only where there are images for that.
+  UnitStep(const Unit& unit, const UnitPointers& pointers, const UnitKernel& kernel, int64_t threads,
+           const Images& images)
       : unit_(unit), pointers_(pointers), kernel_(kernel), threads_(threads) {
     const int64_t lanes = isa().vector_bytes / static_cast<int64_t>(sizeof(A));
     const bool has_strips = unit.has_conv3() && !kernel_.is_staged(unit);
-    alone_ = choose_partition(unit_, kernel_, lanes, 1, has_strips);
-    shared_ = choose_partition(unit_, kernel_, lanes, threads, has_strips);
+    if (images.alone > 0) alone_ = choose_partition(unit_, kernel_, lanes, 1, has_strips);
+    if (images.shared > 0) shared_ = choose_partition(unit_, kernel_, lanes, threads, has_strips);
   }
 
   int64_t result_bytes() const override {
@@ -148,8 +162,7 @@ class UnitStep : public Step {
     } else if (shared_.sharing == Sharing::channels) {
       for (int64_t i = 0; i < shared_.strips; ++i) share_part(s, pointers, shared_.part(unit_, i));
     } else {
-      s.phases.push_back(
-          {s.step, shared_.strips, [this, pointers](int64_t i) { run_part(pointers, shared_.part(unit_, i)); }});
+      s.phases.add(s.step, shared_.strips, [this, pointers](int64_t i) { run_part(pointers, shared_.part(unit_, i)); });
     }
   }
 
@@ -228,20 +241,19 @@ class UnitStep : public Step {
     if (has_project()) kernel_.project(unit_, pointers, part, {0, projected_channels()}, buffers, scratch);
   }
 
-  // The strips of a partition. The i-th has the i-th memory for y1, and for what it lends, of as many as there are in
-  // turn.
-  std::vector<Strip> strips_of(const Partition& partition, const ImageLayout& x, const void* from,
-                               const ImageLayout& result, const void* to, const std::vector<char*>& y1,
-                               const std::vector<char*>& lent) const {
-    std::vector<Strip> strips(partition.strips);
+  // The strips of a partition, with the memory that the i-th has of each kind.
+  template <class Y1OfStrip, class LentOfStrip>
+  Strip* strips_of(CallMemory& memory, const Partition& partition, const ImageLayout& x, const void* from,
+                   const ImageLayout& result, const void* to, const Y1OfStrip& y1, const LentOfStrip& lent) const {
+    Strip* const strips = memory.array<Strip>(partition.strips);
     for (int64_t i = 0; i < partition.strips; ++i) {
-      Strip& strip = strips[i];
+      Strip& strip = *new (&strips[i]) Strip;
       strip.part = partition.part(unit_, i);
       const int64_t first = strip.part.row_begin * unit_.stride;
       strip.x = x.rows<A>(from, i, first);
       strip.result = result.rows<A>(to, i, strip.part.row_begin);
-      strip.y1 = y1[i % y1.size()];
-      strip.lent = lent[i % lent.size()];
+      strip.y1 = y1(i);
+      strip.lent = lent(i);
       if (i > 0) {
         Strip& above = strips[i - 1];
         strip.above = &above;
@@ -268,8 +280,10 @@ class UnitStep : public Step {
     }
     char* const y1 = thread_buffers.reserve(2 * bytes + 3 * lent_bytes);
     char* const lent = y1 + 2 * bytes;
-    const std::vector<Strip> strips = strips_of(alone_, x_layout(false), from, result_layout(false), to,
-                                                {y1, y1 + bytes}, {lent, lent + lent_bytes, lent + 2 * lent_bytes});
+    CallMemory memory;
+    const Strip* const strips = strips_of(
+        memory, alone_, x_layout(false), from, result_layout(false), to, [=](int64_t i) { return y1 + i % 2 * bytes; },
+        [=](int64_t i) { return lent + i % 3 * lent_bytes; });
     const auto strip = [&](int64_t i) -> const Strip& { return strips[upwards ? alone_.strips - 1 - i : i]; };
     for (int64_t i = 0; i <= alone_.strips; ++i) {
       if (i < alone_.strips) run_strip(kernel_.expand_strip, strip(i));
@@ -278,16 +292,12 @@ class UnitStep : public Step {
   }
 
   void share_strips(const Sharers& s) const {
-    std::vector<char*> y1(shared_.strips), lent(shared_.strips);
-    for (int64_t i = 0; i < shared_.strips; ++i) {
-      y1[i] = s.buffers + i * s.shared_bytes;
-      lent[i] = y1[i] + kernel_.strip_bytes(unit_, shared_.part(unit_, i));
-    }
-    const auto all = std::make_shared<const std::vector<Strip>>(strips_of(
-        shared_, x_layout(s.from_is_cut, s.strip_bytes), s.from, result_layout(s.to_is_cut, s.strip_bytes), s.to, y1,
-        lent));
+    const auto y1 = [&s](int64_t i) { return s.buffers + i * s.shared_bytes; };
+    const auto lent = [&](int64_t i) { return y1(i) + kernel_.strip_bytes(unit_, shared_.part(unit_, i)); };
+    const Strip* const strips = strips_of(s.phases.memory(), shared_, x_layout(s.from_is_cut, s.strip_bytes), s.from,
+                                          result_layout(s.to_is_cut, s.strip_bytes), s.to, y1, lent);
     for (const StripPhase phase : {kernel_.expand_strip, kernel_.project_strip}) {
-      s.phases.push_back({s.step, shared_.strips, [=](int64_t i) { run_strip(phase, (*all)[i]); }});
+      s.phases.add(s.step, shared_.strips, [=](int64_t i) { run_strip(phase, strips[i]); });
     }
   }
 
@@ -302,22 +312,22 @@ class UnitStep : public Step {
           std::min(n, count * worker / workers * multiple), std::min(n, count * (worker + 1) / workers * multiple)};
     };
     if (kernel_.is_staged(unit_)) {
-      s.phases.push_back({s.step, workers, [=](int64_t i) {
-                            kernel_.stage(unit_, pointers, part, share_of(unit_.in_channels, 16, i), buffers);
-                          }});
+      s.phases.add(s.step, workers, [=](int64_t i) {
+        kernel_.stage(unit_, pointers, part, share_of(unit_.in_channels, 16, i), buffers);
+      });
     }
-    s.phases.push_back({s.step, workers, [=](int64_t i) {
-                          const int64_t multiple = kernel_.expand_multiple(unit_);
-                          const Channels channels = share_of(unit_.mid_channels, multiple, i);
-                          void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, channels));
-                          kernel_.expand(unit_, pointers, part, channels, buffers, scratch);
-                        }});
+    s.phases.add(s.step, workers, [=](int64_t i) {
+      const int64_t multiple = kernel_.expand_multiple(unit_);
+      const Channels channels = share_of(unit_.mid_channels, multiple, i);
+      void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, channels));
+      kernel_.expand(unit_, pointers, part, channels, buffers, scratch);
+    });
     if (!has_project()) return;
-    s.phases.push_back({s.step, workers, [=](int64_t i) {
-                          void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, {}));
-                          const Channels channels = share_of(projected_channels(), kernel_.project_multiple, i);
-                          kernel_.project(unit_, pointers, part, channels, buffers, scratch);
-                        }});
+    s.phases.add(s.step, workers, [=](int64_t i) {
+      void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(unit_, part, {}));
+      const Channels channels = share_of(projected_channels(), kernel_.project_multiple, i);
+      kernel_.project(unit_, pointers, part, channels, buffers, scratch);
+    });
   }
 
   Unit unit_;
@@ -328,21 +338,16 @@ class UnitStep : public Step {
 };
 
 struct Batch {
-  int64_t images;
+  Images images;
   const char* x;
   int64_t x_bytes;  // of an image
   char* result;     // of the last step
 };
 
-// How many of the images go through all steps on one thread each. Shared steps use the threads less well, but leave
-// none without work.
-inline int64_t images_alone(int64_t images, int64_t threads) {
-  const int64_t left = images % threads;
-  return 2 * left > threads ? images : images - left;
-}
+using Steps = std::vector<const Step*>;
 
-// Phases that run the steps on each image of the batch.
-inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& steps, const Batch& batch) {
+// Adds the phases that run the steps on each image of the batch.
+inline void add_phases(const Steps& steps, const Batch& batch, Phases& phases) {
   int64_t largest = 0, strip_bytes = 0, shared_bytes = 0, strips = 1;
   for (size_t i = 0; i < steps.size(); ++i) {
     if (i + 1 < steps.size()) {
@@ -376,24 +381,21 @@ inline std::vector<Phase> phases_of(const std::vector<std::unique_ptr<Step>>& st
           from = at;
         }
       };
-  const int64_t alone = images_alone(batch.images, torch::stable::get_num_threads());
-  std::vector<Phase> phases;
-  if (alone > 0) {
-    phases.push_back({kTimedInside, alone, [each_step, &steps](int64_t image) {
-                        each_step(image, false, thread_images, [&](size_t i, const char* from, char* to) {
-                          steps[i]->run(from, to, i % 2 == 1);
-                          current_stopwatch->lap(static_cast<int64_t>(i));
-                        });
-                      }});
+  if (batch.images.alone > 0) {
+    phases.add(kTimedInside, batch.images.alone, [each_step, &steps](int64_t image) {
+      each_step(image, false, thread_images, [&](size_t i, const char* from, char* to) {
+        steps[i]->run(from, to, i % 2 == 1);
+        current_stopwatch->lap(static_cast<int64_t>(i));
+      });
+    });
   }
   char* const buffers = shared_buffers.reserve(strips * shared_bytes);
-  for (int64_t image = alone; image < batch.images; ++image) {
-    each_step(image, true, shared_images, [&](size_t i, const char* from, char* to) {
+  for (int64_t i = 0; i < batch.images.shared; ++i) {
+    each_step(batch.images.alone + i, true, shared_images, [&](size_t i, const char* from, char* to) {
       steps[i]->share({static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), strip_bytes, buffers,
                        shared_bytes, phases});
     });
   }
-  return phases;
 }
 
 }  // namespace shufflenet::cpu

@@ -22,18 +22,19 @@ int main(int argc, char** argv) {
     std::vector<uint64_t> arrays[2] = {std::vector<uint64_t>(8, 1), std::vector<uint64_t>(8)};
     uint64_t expected = 8;  // the sum of what the last phase wrote
     int64_t tasks = 8;
-    std::vector<Phase> phases;
+    CallMemory memory;
+    Phases phases(memory);
     for (int64_t p = 0, count = uniform(1, 12); p < count; ++p) {
       const int64_t before = tasks;
       tasks = uniform(1, 8);
       const std::vector<uint64_t>& from = arrays[p % 2];
       std::vector<uint64_t>& to = arrays[1 - p % 2];
-      phases.push_back({p, tasks, [&from, &to, before](int64_t i) {
-                          std::this_thread::yield();  // lets others go on, who should wait
-                          uint64_t total = 0;
-                          for (int64_t j = 0; j < before; ++j) total += from[j];
-                          to[i] = total + static_cast<uint64_t>(i);
-                        }});
+      phases.add(p, tasks, [&from, &to, before](int64_t i) {
+        std::this_thread::yield();  // lets others go on, who should wait
+        uint64_t total = 0;
+        for (int64_t j = 0; j < before; ++j) total += from[j];
+        to[i] = total + static_cast<uint64_t>(i);
+      });
       expected = static_cast<uint64_t>(tasks) * expected + static_cast<uint64_t>(tasks * (tasks - 1) / 2);
     }
     run_phases(phases);
