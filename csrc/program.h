@@ -33,6 +33,7 @@ struct PackedHead {
 // weight then bias, with batch norm folded in.
 //   0, out_channels, kernel_size, stride, padding, max_pool     a stem, first
 //   1, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu, pool_count_include_pad     a unit
+//   3, times     the unit before, so many times more, with weights of its own each time
 //   2, classes, pool_window     a head, last: the mean of the plane's upper left pool_window x pool_window pixels (0:
 //                               of all), and a linear layer
 struct Program {
@@ -52,18 +53,28 @@ class ProgramReader {
   Program read() {
     Program result;
     result.layout = layout_;
+    result.units.reserve(16);
     bool ended = program_.empty();
     if (!ended && program_[0] == 0) result.stem = read_stem(result.layout);
     while (!ended && at_ < program_.size()) {
       const int64_t kind = program_[at_];
+      const Layout layout = result.stem ? Layout::contiguous : result.layout;
       if (kind == 1) {
-        result.units.push_back(read_unit(result.stem ? Layout::contiguous : result.layout));
+        last_unit_ = take(7);
+        result.units.push_back(read_unit(layout));
+      } else if (kind == 3 && last_unit_) {
+        const int64_t times = positive("times", take(1)[0]);
+        for (int64_t i = 0; i < times; ++i) {
+          result.units.push_back(read_unit(layout));
+          if (used_ > weights_) fail("weights: got ", weights_, " elements, expected more for ", times, " more units");
+        }
       } else if (kind == 2 && !result.units.empty()) {
         result.sizes = sizes_;
         result.head = read_head();
         ended = true;
       } else {
-        fail("program: got step ", kind, " at element ", at_, ", expected 0 (stem) first, 1 (unit) or 2 (head) last");
+        fail("program: got step ", kind, " at element ", at_,
+             ", expected 0 (stem) first, 1 (unit), 3 (again) behind a unit or 2 (head) last");
       }
     }
     if (result.units.empty() || at_ != program_.size()) {
@@ -146,7 +157,7 @@ class ProgramReader {
   }
 
   PackedUnit read_unit(Layout layout) {
-    const int64_t* const o = take(7);
+    const int64_t* const o = last_unit_;
     PackedUnit packed;
     Unit& unit = packed.unit;
     unit.batch = 1;
@@ -200,6 +211,7 @@ class ProgramReader {
   int64_t weights_;
   const std::vector<int64_t>& program_;
   Sizes sizes_;
+  const int64_t* last_unit_ = nullptr;  // its integers
   size_t at_ = 0;
   int64_t used_ = 0;
 };

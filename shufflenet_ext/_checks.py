@@ -1,5 +1,6 @@
 """The checks of the ops' arguments for the reference and the fake kernels; csrc/arguments.h holds the kernels' own."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -94,22 +95,31 @@ def check_unit(
         )
 
 
-# How many integers follow the kind of a step: a stem, a unit, a head.
-_STEP_LENGTHS = {0: 5, 1: 7, 2: 2}
+# How many integers follow the kind of a step: a stem, a unit, a head, the unit before again.
+_STEP_LENGTHS = {0: 5, 1: 7, 2: 2, 3: 1}
 
 
 def split_program(program: list[int]) -> Iterator[tuple[int, list[int]]]:
-    """The kinds and the integers of a program's steps. ValueError unless it is made of whole steps in their order."""
+    """The kinds and the integers of a program's steps, units that it has again among them.
+
+    ValueError unless it is made of whole steps in their order.
+    """
     at, kind = 0, None
+    unit: list[int] = []
     while at < len(program):
         before, kind = kind, program[at]
-        if kind not in _STEP_LENGTHS or (kind == 0 and at > 0) or before == 2:
-            expected = "0 (stem) first, 1 (unit) or 2 (head) last"
+        if kind not in _STEP_LENGTHS or (kind == 0 and at > 0) or (kind == 3 and not unit) or before == 2:
+            expected = "0 (stem) first, 1 (unit), 3 (again) behind a unit or 2 (head) last"
             raise ValueError(f"program: got step {kind} at element {at}, expected {expected}")
         step = program[at + 1 : at + 1 + _STEP_LENGTHS[kind]]
         if len(step) < _STEP_LENGTHS[kind]:
             raise ValueError(f"program: got {len(step)} elements for its last step, expected {_STEP_LENGTHS[kind]}")
-        yield kind, step
+        if kind == 3:
+            _check_positive(times=step[0])
+            yield from itertools.repeat((1, unit), step[0])
+        else:
+            unit = step if kind == 1 else unit
+            yield kind, step
         at += 1 + len(step)
     if kind is None:
         raise ValueError("program: got no elements, expected one step at least")

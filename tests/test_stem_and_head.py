@@ -214,9 +214,10 @@ each_way = pytest.mark.parametrize(
 
 def program_cases():
     """Malformed programs, and what their message says."""
-    kinds = r"expected 0 \(stem\) first, 1 \(unit\) or 2 \(head\) last"
+    kinds = r"expected 0 \(stem\) first, 1 \(unit\), 3 \(again\) behind a unit or 2 \(head\) last"
     whole = [*STEM, *UNIT, *HEAD]
-    for step in ([0], [1], [2], HEAD, STEM, UNIT):
+    yield [*STEM, 3, 1, *UNIT, *HEAD], rf"program: got step 3 at element 6, {kinds}"
+    for step in ([0], [1], [2], [3, 1], HEAD, STEM, UNIT):
         message = (
             rf"program: got step {step[0]} at element 17, {kinds}|program: got {17 + len(step)} elements, expected"
         )
