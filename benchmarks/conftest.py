@@ -14,7 +14,9 @@ from benchmarks.race import Row, outside_of_steps, race, work
 
 QUICK = "g = 3 and two threads only, fewer rounds, only plain PyTorch as peer"
 _SECONDS, _QUICK_SECONDS = 1.5, 0.7  # of timing a row
-_MOST_ERROR = 2  # of a network of ours, to that of eager PyTorch in the same dtype
+# Of a network of ours, to that of eager PyTorch in the same dtype; or so large: eager is now and then exact by luck in
+# the ten numbers of CIFAR's.
+_MOST_ERROR, _LEAST_LIMIT = 2, 4 * torch.finfo(torch.float32).eps
 
 
 class Compete(Protocol):
@@ -102,7 +104,7 @@ def compete(request: pytest.FixtureRequest, benchmark: Any) -> Compete:
         if is_network and shape.batch == 1:
             row.outside = outside_of_steps(ours[peers.OURS])
         request.node.user_properties.append(("row", row))
-        error, limit = row.errors[peers.OURS], _MOST_ERROR * row.errors[peers.EAGER]
+        error, limit = row.errors[peers.OURS], max(_MOST_ERROR * row.errors[peers.EAGER], _LEAST_LIMIT)
         assert error <= limit or not is_network, f"error: ours is {error:.3g}, expected at most {limit:.3g}"
 
     return run

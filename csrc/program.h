@@ -53,19 +53,20 @@ class ProgramReader {
   Program read() {
     Program result;
     result.layout = layout_;
-    result.units.reserve(16);
+    result.units.reserve(16);            // the paper's
+    const int64_t* last_unit = nullptr;  // its integers
     bool ended = program_.empty();
     if (!ended && program_[0] == 0) result.stem = read_stem(result.layout);
     while (!ended && at_ < program_.size()) {
       const int64_t kind = program_[at_];
       const Layout layout = result.stem ? Layout::contiguous : result.layout;
       if (kind == 1) {
-        last_unit_ = take(7);
-        result.units.push_back(read_unit(layout));
-      } else if (kind == 3 && last_unit_) {
+        last_unit = take(7);
+        result.units.push_back(read_unit(last_unit, layout));
+      } else if (kind == 3 && last_unit) {
         const int64_t times = positive("times", take(1)[0]);
         for (int64_t i = 0; i < times; ++i) {
-          result.units.push_back(read_unit(layout));
+          result.units.push_back(read_unit(last_unit, layout));
           if (used_ > weights_) fail("weights: got ", weights_, " elements, expected more for ", times, " more units");
         }
       } else if (kind == 2 && !result.units.empty()) {
@@ -156,8 +157,7 @@ class ProgramReader {
     return {stem, convolution(stem.out_channels, stem.taps())};
   }
 
-  PackedUnit read_unit(Layout layout) {
-    const int64_t* const o = last_unit_;
+  PackedUnit read_unit(const int64_t* o, Layout layout) {
     PackedUnit packed;
     Unit& unit = packed.unit;
     unit.batch = 1;
@@ -211,7 +211,6 @@ class ProgramReader {
   int64_t weights_;
   const std::vector<int64_t>& program_;
   Sizes sizes_;
-  const int64_t* last_unit_ = nullptr;  // its integers
   size_t at_ = 0;
   int64_t used_ = 0;
 };

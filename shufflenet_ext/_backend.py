@@ -99,5 +99,6 @@ def allows_tf32(x: torch.Tensor) -> bool:
 def implementation(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> tuple[Any, dict[str, bool]]:
     """What runs a call of ``units`` on ``x`` under the backend in use, and the keyword arguments that only it takes."""
     if runs_native(x, units):
+        # A keyword argument takes its time in the dispatcher.
         return torch.ops.shufflenet_ext, {"allow_tf32": True} if allows_tf32(x) else {}
     return reference, {}

@@ -1,6 +1,5 @@
 """The checks of the ops' arguments for the reference and the fake kernels; csrc/arguments.h holds the kernels' own."""
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -116,7 +115,8 @@ def split_program(program: list[int]) -> Iterator[tuple[int, list[int]]]:
             raise ValueError(f"program: got {len(step)} elements for its last step, expected {_STEP_LENGTHS[kind]}")
         if kind == 3:
             _check_positive(times=step[0])
-            yield from itertools.repeat((1, unit), step[0])
+            for _ in range(step[0]):
+                yield 1, unit
         else:
             unit = step if kind == 1 else unit
             yield kind, step

@@ -57,8 +57,8 @@ class _Steps:
         self.program: list[int] = []
         self.tensors: list[Tensor] = []
         self.sizes: list[UnitSizes] = []  # of the units
-        self.unit: list[int] = []  # the last one's numbers,
-        self.again = 0  # which it has so many times more
+        self.unit: list[int] = []  # the last one's numbers
+        self.again = False  # whether the program ends with how many times more it has them
 
     def add_stem(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, max_pool: bool) -> None:
         padding = conv.padding[0]
@@ -72,13 +72,13 @@ class _Steps:
         step += [unit.conv2_relu, unit.pool_count_include_pad]
         # Few numbers: each takes some 40 ns on its way through the dispatcher.
         if step != self.unit:
-            self.unit, self.again = step, 0
+            self.unit, self.again = step, False
             self.program += step
+        elif self.again:
+            self.program[-1] += 1
         else:
-            if self.again:
-                del self.program[-2:]
-            self.again += 1
-            self.program += [3, self.again]
+            self.program += [3, 1]
+            self.again = True
         for conv, norm in unit.pairs():
             self.tensors += _folded(conv, norm, self.dtype)
         self.sizes += unit_sizes(unit)
@@ -150,7 +150,7 @@ class InferenceNetwork(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        if not x.is_cuda:
+        if not x.is_cuda:  # as _run, with a call less
             run, settings = implementation(x, lambda: self.sizes)
             y: Tensor = run.shuffle_network(x, _weights(self), self.program, **settings)
             return y

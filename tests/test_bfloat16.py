@@ -72,7 +72,15 @@ def test_nan_reaches_what_depends_on_it(isa, name):
 
 
 # out_channels, kernel_size, stride, padding, max_pool
-STEMS = ((24, 3, 2, 1, 1), (24, 1, 1, 0, 0), (34, 3, 1, 1, 1), (6, 5, 2, 2, 0), (20, 2, 2, 0, 1), (24, 7, 2, 3, 1))
+STEMS = (
+    (24, 3, 2, 1, 1),
+    (24, 1, 1, 0, 0),
+    (34, 3, 1, 1, 1),
+    (6, 5, 2, 2, 0),
+    (20, 2, 2, 0, 1),
+    (24, 7, 2, 3, 1),
+    (6, 13, 2, 6, 0),
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -127,6 +127,7 @@ inline bool has_pairs(const Unit& unit) { return unit.conv1_depth() % 2 == 0 && 
 
 // PairKernel's stem has for each row of its window the taps of all columns, channel by channel, in so many pairs: where
 // they are an odd number, behind the last of them is a zero.
+inline constexpr int64_t kMostPairStemSize = 11;  // its taps take memory by the square of that
 inline int64_t stem_row_pairs(const Stem& stem) { return ceil_div(stem.in_channels * stem.kernel_size, 2); }
 
 inline constexpr int64_t kScratchAlignment = 64;  // of buffers and scratch, in bytes

@@ -40,9 +40,11 @@ class StemStep final : public Step {
   RunDescription describe(int64_t strips) const {
     RunDescription run;
     run.cut = cut_into(strips, stem_.max_pool ? "strips with halo" : "strips");
-    const int64_t last = stem_.out_height() * (strips - 1) / strips;  // no other is larger
-    run.tiles = {kernel_.tile(stem_, last, stem_.out_height())};
-    run.bytes = kernel_.scratch_bytes(stem_, last, stem_.out_height());
+    const auto begin = [&](int64_t strip) { return stem_.out_height() * strip / strips; };
+    run.tiles = {kernel_.tile(stem_, begin(strips - 1), stem_.out_height())};
+    for (int64_t i = 0; i < strips; ++i) {
+      run.bytes = std::max(run.bytes, kernel_.scratch_bytes(stem_, begin(i), begin(i + 1)));
+    }
     return run;
   }
 

@@ -111,15 +111,18 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
   const int64_t threads = torch::stable::get_num_threads(), n = x.size(0);
   const Images images = images_of(n, threads);
   const Steps steps = steps_of(program, data, {memory, dtype, threads, images});
+  std::unique_ptr<A[]> means;
   Phases phases(memory);
   if (!program.head) {
     add_phases(steps, batch_of(x, images, result.mutable_data_ptr()), phases);
   } else {
     const Head& head = program.head->head;
-    A* const means = memory.array<A>(n * head.channels);
-    add_phases(steps, batch_of(x, images, means), phases);
-    const auto run = [=, layer = data[program.head->linear], linear = isa().network_kernel(dtype).linear,
-                      to = result.mutable_data_ptr()](Channels classes) { linear(head, layer, means, n, classes, to); };
+    means.reset(new A[n * head.channels]);
+    add_phases(steps, batch_of(x, images, means.get()), phases);
+    const auto run = [=, means = means.get(), layer = data[program.head->linear],
+                      linear = isa().network_kernel(dtype).linear, to = result.mutable_data_ptr()](Channels classes) {
+      linear(head, layer, means, n, classes, to);
+    };
     add_linear_phase(head, threads, steps.size(), phases, run);
   }
   run_phases(phases);
@@ -129,6 +132,7 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
 static bool runs_pairs(const Program& program, Dtype weights) {
   const auto& units = program.units;
   return isa().pair_kernel && weights == Dtype::bfloat16 &&
+         (!program.stem || program.stem->stem.kernel_size <= kMostPairStemSize) &&
          std::all_of(units.begin(), units.end(), [](const PackedUnit& packed) { return has_pairs(packed.unit); });
 }
 
@@ -195,16 +199,16 @@ static void run_pairs(const Program& program, const Tensor& weights, const Tenso
   const int64_t means_plane = ImageLayout::padded(n);
   PairData data(weights, memory);
   const Steps steps = pair_steps_of(program, data, means_plane, {memory, dtype, threads, images});
+  std::unique_ptr<float[]> means;
   Phases phases(memory);
   if (!program.head) {
     add_phases(steps, batch_of(x, images, result.mutable_data_ptr()), phases);
   } else {
     const Head& head = program.head->head;
     // Zeros: the images of a plane's padding are computed with, and not used.
-    float* const means = memory.array<float>(head.channels / 2 * means_plane);
-    std::fill_n(means, head.channels / 2 * means_plane, 0.0f);
-    add_phases(steps, batch_of(x, images, means), phases);
-    const auto run = [=, layer = data.pairs(program.head->linear, head.classes, head.channels),
+    means.reset(new float[head.channels / 2 * means_plane]());
+    add_phases(steps, batch_of(x, images, means.get()), phases);
+    const auto run = [=, means = means.get(), layer = data.pairs(program.head->linear, head.classes, head.channels),
                       linear = isa().pair_kernel(dtype).linear, to = result.mutable_data_ptr()](Channels classes) {
       linear(head, layer, means, means_plane, n, classes, to);
     };

@@ -49,7 +49,8 @@ struct PairConvolution {
 
 // Sums for all rows, blocks of pixels after each other: finish(range, row, rows, sums, pixel, n) takes those of some
 // rows of a range and n pixels. A range's tiles are all of one number of rows, so that AMX is prepared once: the last
-// of them may begin with rows that the one before has, which are left out.
+// of them may begin with rows that the one before has, which are left out. Who multiplies often, as the stem does for
+// each row, prepares it but once with its own `products`.
 template <class Finish>
 void multiply(const PairConvolution& c, Planes<const Pair> x, Products& products, Finish& finish) {
   alignas(kScratchAlignment) float sums[kProductRows * kProductPixels];
@@ -96,7 +97,7 @@ struct FinishPlanes {
 };
 
 // y = relu(sum + bias + residual), to pairs of rows, the first of which is an even one. A row whose partner is in the
-// next group, and so comes later, is kept until then.
+// next tile or group, and so comes later, is kept until then.
 struct FinishPairs {
   const float* bias;
   Planes<const Pair> residual;

@@ -25,9 +25,10 @@ struct Phase {
   void (*run_task)(const void* work, int64_t task);
 };
 
+// Phases with their work, which is in a CallMemory.
 class Phases {
  public:
-  explicit Phases(CallMemory& memory) : memory_(memory) { phases_.reserve(64); }
+  explicit Phases(CallMemory& memory) : memory_(memory) { phases_.reserve(64); }  // a network's
 
   // run(task) runs one of so many tasks.
   template <class Run>

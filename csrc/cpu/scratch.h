@@ -66,8 +66,9 @@ struct CallChunks {
 };
 inline thread_local CallChunks call_chunks;
 
-// Memory for what a call sets up, from chunks that the thread keeps. Nothing in it is destroyed; it is free again with
-// the end of the CallMemory that it was taken from.
+// Memory for what a call sets up, from chunks that the thread keeps, each as large as its first use ever was. Nothing
+// in it is destroyed; it is free again with the end of the CallMemory that it was taken from, which is one thread's. Of
+// several in one thread, the last one made may take, and is the first to end.
 class CallMemory {
  public:
   CallMemory() : chunks_(call_chunks), begin_(chunks_.next) {}

@@ -43,7 +43,7 @@ struct ImageLayout {
   }
 };
 
-// In a CallMemory.
+// Made in a CallMemory, and so never destroyed: it owns nothing.
 class Step {
  public:
   virtual int64_t result_bytes() const = 0;
@@ -346,7 +346,7 @@ struct Batch {
 
 using Steps = std::vector<const Step*>;
 
-// Adds the phases that run the steps on each image of the batch.
+// Adds the phases that run the steps on each image of the batch. They refer to `steps`.
 inline void add_phases(const Steps& steps, const Batch& batch, Phases& phases) {
   int64_t largest = 0, strip_bytes = 0, shared_bytes = 0, strips = 1;
   for (size_t i = 0; i < steps.size(); ++i) {

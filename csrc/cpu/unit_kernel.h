@@ -109,7 +109,8 @@ inline void finish_tile(const PointwiseTile<A>& t, typename Simd<A>::V (&sum)[Ch
 // y = relu(scale * (weight x) + bias + residual) for Channels x Vectors. Each pixel sums over the depth in the same
 // order whatever the tile, so results do not depend on how pixels are cut into tiles. The bias comes last: a sum that
 // began with it would be rounded with it at every step (networks' errors against float64 were 1.16 times as large, and
-// larger than eager PyTorch's). A masked load costs an FMA unit's slot, so only tiles with a tail (HasTail) have one.
+// larger than eager PyTorch's; the nine taps of the depthwise convolution are few). A masked load costs an FMA unit's
+// slot, so only tiles with a tail (HasTail) have one.
 template <class A, int Channels, int Vectors, bool HasTail, bool HasAhead>
 void pointwise_tile(const PointwiseTile<A>& t) {
   using S = Simd<A>;

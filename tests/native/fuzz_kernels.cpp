@@ -1,6 +1,7 @@
 // Fuzzes the kernels without torch: units, stems and heads of random shapes, every ISA, dtype and layout, cut at random
 // into parts, strips and shares of channels, on buffers that end exactly where their contents end, against a naive
-// implementation in double. Run by run_sanitized.sh, under which any access outside of them is an error.
+// implementation in double. Run by run_sanitized.sh, under which an access outside of them is an error, but by masked
+// intrinsics and AMX's loads and stores, which sanitizers do not see.
 //
 // Usage: fuzz_kernels [units] [seed]
 #include <cmath>

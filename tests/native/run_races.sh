@@ -10,7 +10,8 @@ build=$root/build/races
 mkdir -p "$build/planted/csrc/cpu" "$build/planted/tests/native"
 
 compile() {
-  "${CXX:-c++}" -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -pthread -I"$here/stand_in" -I"$root/csrc/cpu" "$1" -o "$2"
+  "${CXX:-c++}" -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -pthread \
+    -I"$here/stand_in" -I"$root/csrc/cpu" "$1" -o "$2"
 }
 
 compile "$here/race_phases.cpp" "$build/race_phases"
