@@ -150,10 +150,8 @@ class InferenceNetwork(_EvalOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        if not x.is_cuda:  # as _run, with a call less
-            run, settings = implementation(x, lambda: self.sizes)
-            y: Tensor = run.shuffle_network(x, _weights(self), self.program, **settings)
-            return y
+        if not x.is_cuda:
+            return _run(x, _weights(self), self.program, self.sizes)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
         dtype = x.dtype
         x = reference.shuffle_network(_for_cuda(x, self.weights), *stem)

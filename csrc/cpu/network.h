@@ -21,8 +21,9 @@ class StemStep final : public Step {
 
   void run(const void* from, void* to, bool) const override { run_rows(from, to, 0, stem_.out_height()); }
   void share(const Sharers& s) const override {
-    s.phases.add(
-        s.step, strips_, [this, from = s.from, to = s.to](int64_t i) { run_rows(from, to, begin(i), begin(i + 1)); });
+    s.phases.add(s.step, strips_, [this, from = s.from, to = s.to](int64_t i) {
+      run_rows(from, to, begin(i, strips_), begin(i + 1, strips_));
+    });
   }
 
   StepDescription describe() const override {
@@ -35,15 +36,14 @@ class StemStep final : public Step {
   }
 
  private:
-  int64_t begin(int64_t strip) const { return stem_.out_height() * strip / strips_; }
+  int64_t begin(int64_t strip, int64_t strips) const { return stem_.out_height() * strip / strips; }
 
   RunDescription describe(int64_t strips) const {
     RunDescription run;
     run.cut = cut_into(strips, stem_.max_pool ? "strips with halo" : "strips");
-    const auto begin = [&](int64_t strip) { return stem_.out_height() * strip / strips; };
-    run.tiles = {kernel_.tile(stem_, begin(strips - 1), stem_.out_height())};
+    run.tiles = {kernel_.tile(stem_, begin(strips - 1, strips), stem_.out_height())};
     for (int64_t i = 0; i < strips; ++i) {
-      run.bytes = std::max(run.bytes, kernel_.scratch_bytes(stem_, begin(i), begin(i + 1)));
+      run.bytes = std::max(run.bytes, kernel_.scratch_bytes(stem_, begin(i, strips), begin(i + 1, strips)));
     }
     return run;
   }

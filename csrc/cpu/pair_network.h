@@ -1,14 +1,6 @@
 // What is around the units of a program in bfloat16, and its table of kernels. Included behind pair_stem.h.
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-inline void pack_planes(const void* from, int64_t plane, int64_t channels, int64_t pixels, void* pairs,
-                        int64_t pairs_plane) {
-  const Planes<const float> planes = {static_cast<const float*>(from), plane};
-  for (int64_t c = 0; c < channels; c += 2) {
-    pack(planes.channel(c), planes.channel(c + 1), pixels, static_cast<Pair*>(pairs) + c / 2 * pairs_plane);
-  }
-}
-
 inline int64_t image_scratch_bytes(const TensorImage& image) {
   Arena arena(nullptr);
   arena.planes<float>(kImageChannels, image.pixels);
@@ -27,8 +19,10 @@ void read_image(const TensorImage& image, const void* from, Channels channels, v
                 void* scratch) {
   const Planes<float> planes = Arena(scratch).planes<float>(kImageChannels, image.pixels);
   stage_in<T>(some_channels<const T>(image, from, channels), 0, image.pixels, {0, channels.count()}, planes);
-  pack_planes(planes.data, planes.stride, channels.count(), image.pixels,
-              static_cast<Pair*>(pairs) + channels.begin / 2 * plane, plane);
+  for (int64_t c = 0; c < channels.count(); c += 2) {
+    pack(planes.channel(c), planes.channel(c + 1), image.pixels,
+         static_cast<Pair*>(pairs) + (channels.begin + c) / 2 * plane);
+  }
 }
 
 template <class T>

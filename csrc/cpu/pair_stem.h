@@ -6,8 +6,6 @@
 // one matrix, whose rows a product takes as they lie.
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-inline constexpr int64_t kPoolRows = 3;
-
 template <class T>
 struct PairStemScratch {
   PairStemScratch(const Stem& stem, void* memory)
@@ -16,6 +14,7 @@ struct PairStemScratch {
     Arena arena(memory);
     row = arena.take<T>(stem.width);
     sorted = arena.planes<float>(stem.in_channels * stem.stride, sorted_pitch(stem));
+    zeros = arena.planes<float>(1, stem.conv_width()).data;
     taps = arena.planes<Pair>(window_rows * stem_row_pairs(stem), stem.conv_width());
     convolved = arena.planes<Pair>(pooled_planes, stem.conv_width());
     bytes = arena.bytes();
@@ -26,54 +25,36 @@ struct PairStemScratch {
   int64_t window_rows;  // of x
   T* row;
   Planes<float> sorted;
+  float* zeros;                  // the partner of a row's last tap, where it has none
   Planes<Pair> taps, convolved;  // the latter: kPoolRows rows in turn
   int64_t bytes;
 };
 
 // The taps of row y of x.
 template <class T>
-void pair_taps(const Stem& stem, const RowSorter<T>& sorter, int64_t y, Planes<float> sorted, Planes<Pair> taps) {
-  using S = Simd<float>;
-  const int64_t k = stem.kernel_size, s = stem.stride, width = stem.conv_width(), count = stem.in_channels * k;
-  for (int64_t c = 0; c < stem.in_channels; ++c) sorter.sort(c, y, sorted.from(c * s));
-  const auto tap = [&](int64_t i) { return read_only(sorted).channel(i / k * s + i % k % s) + i % k / s; };
+void pair_taps(const Stem& stem, const RowSorter<T>& sorter, int64_t y, const PairStemScratch<T>& scratch,
+               Planes<Pair> taps) {
+  const int64_t k = stem.kernel_size, s = stem.stride, count = stem.in_channels * k;
+  for (int64_t c = 0; c < stem.in_channels; ++c) sorter.sort(c, y, scratch.sorted.from(c * s));
+  const auto tap = [&](int64_t i) -> const float* {
+    return i < count ? scratch.sorted.channel(i / k * s + i % k % s) + i % k / s : scratch.zeros;
+  };
   for (int64_t pair = 0; pair < stem_row_pairs(stem); ++pair) {
-    Pair* const to = taps.channel(pair);
-    if (2 * pair + 1 < count) {
-      pack(tap(2 * pair), tap(2 * pair + 1), width, to);
-    } else {
-      const float* const from = tap(2 * pair);
-      for (int64_t j = 0; j < width; j += S::kLanes)
-        store_pairs(to + j, load_first(from + j, width - j), S::V{}, width - j);
-    }
+    pack(tap(2 * pair), tap(2 * pair + 1), stem.conv_width(), taps.channel(pair));
   }
 }
 
-// As largest_of_rows: without their signs, bfloat16 of at least 0 are in order as integers, and NaN is the largest.
-inline Simd<float>::V largest_of_rows(const Pair* const (&from)[kPoolRows], int64_t column, int64_t width) {
-  using S = Simd<float>;
-  S::V largest = {};
-  if (column >= width) return largest;
-  const bool whole = column + S::kLanes <= width;
-  const auto tail = S::first(width - column);
-#pragma GCC unroll 3
-  for (int i = 0; i < kPoolRows; ++i) {
-    if (!from[i]) continue;
-    largest = Pairs::largest(largest, whole ? Pairs::load(from[i] + column) : Pairs::load(from[i] + column, tail));
-  }
-  return largest;
-}
-
-// A row of the max pool.
-inline void max_pool_row(const Pair* const (&from)[kPoolRows], int64_t width, int64_t out_width, Pair* to) {
-  using S = Simd<float>;
-  StridedColumns<float> columns;
-  for (int64_t column = 0; column < out_width; column += S::kLanes) {
-    columns.next(largest_of_rows(from, 2 * column, width), largest_of_rows(from, 2 * column + S::kLanes, width));
-    const auto largest = Pairs::largest(Pairs::largest(columns.left, columns.centre), columns.right);
-    Pairs::store(to + column, largest, S::first(out_width - column));
-  }
-}
+// Without their signs, bfloat16 of at least 0 are in order as integers, and NaN is the largest.
+struct PooledPairs {
+  using Element = Pair;
+  using Lane = float;
+  using V = Pairs::V;
+  static V load(const Pair* p) { return Pairs::load(p); }
+  static V load(const Pair* p, Simd<float>::Mask m) { return Pairs::load(p, m); }
+  static void store(Pair* p, V v, Simd<float>::Mask m) { Pairs::store(p, v, m); }
+  static V largest(V a, V b) { return Pairs::largest(a, b); }
+  static V largest(V a, V b, V c) { return largest(largest(a, b), c); }
+};
 
 template <class T>
 int64_t pair_stem_scratch_bytes(const Stem& stem, int64_t, int64_t) {
@@ -93,10 +74,10 @@ void run_pair_stem(const Stem& stem, const Convolution& conv, const void* image,
   const RowRange range = {0, stem.out_channels, 0, 0};
   Products products;
 
-  const int64_t first_row = stem.max_pool ? std::max<int64_t>(0, 2 * row_begin - 1) : row_begin;
-  const int64_t end_row = stem.max_pool ? std::min(stem.conv_height(), 2 * row_end) : row_end;
+  const ConvolvedRows rows(stem, row_begin, row_end);
+  std::fill_n(scratch.zeros, stem.conv_width(), 0.0f);
   // Rows of x, counted from the first one of its padding on: those whose taps are there.
-  int64_t begin = first_row * stem.stride, end = begin;
+  int64_t begin = rows.begin * stem.stride, end = begin;
   const auto taps_of = [&](int64_t row) { return scratch.taps.from((row - begin) * row_pairs); };
   // Makes the taps of as many rows as there is room for, from `row` on.
   const auto make_taps = [&](int64_t row) {
@@ -105,9 +86,9 @@ void run_pair_stem(const Stem& stem, const Convolution& conv, const void* image,
       std::memmove(scratch.taps.data, kept.data, (end - row) * row_pairs * kept.stride * sizeof(Pair));
     }
     begin = row;
-    const int64_t needed = (end_row - 1) * stem.stride + stem.kernel_size;
+    const int64_t needed = (rows.end - 1) * stem.stride + stem.kernel_size;
     for (end = std::max(end, row); end < std::min(begin + scratch.window_rows, needed); ++end) {
-      pair_taps(stem, sorter, end - stem.padding, scratch.sorted, taps_of(end));
+      pair_taps(stem, sorter, end - stem.padding, scratch, taps_of(end));
     }
   };
   // A row of the convolution. Each call has a later row than the one before.
@@ -125,7 +106,7 @@ void run_pair_stem(const Stem& stem, const Convolution& conv, const void* image,
   }
   const int64_t channels = stem.out_channels / 2;
   const auto convolved = [&](int64_t row) { return scratch.convolved.from(row % kPoolRows * channels); };
-  int64_t next = first_row;
+  int64_t next = rows.begin;
   for (int64_t row = row_begin; row < row_end; ++row, to += stem.out_width()) {
     const int64_t rows_end = std::min(stem.conv_height(), 2 * row + 2);
     for (; next < rows_end; ++next) convolve(next, convolved(next));
@@ -135,7 +116,7 @@ void run_pair_stem(const Stem& stem, const Convolution& conv, const void* image,
         const int64_t r = 2 * row - 1 + i;
         from[i] = r < 0 || r >= stem.conv_height() ? nullptr : convolved(r).channel(c);
       }
-      max_pool_row(from, stem.conv_width(), stem.out_width(), to + c * result_plane);
+      max_pool_row<PooledPairs>(from, stem.conv_width(), stem.out_width(), to + c * result_plane);
     }
   }
 }

@@ -1,18 +1,27 @@
 // A network's stem, written once over Simd<A>. Included behind unit_kernel.h, whose tiles it uses.
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-// Pixels of a sorted row: of the convolution's, and those over which its window reaches.
-inline int64_t sorted_pitch(const Stem& stem) { return stem.conv_width() + (stem.kernel_size - 1) / stem.stride; }
+// Pixels, or rows, of sorted ones over which the window reaches.
+inline int64_t sorted_reach(const Stem& stem) { return (stem.kernel_size - 1) / stem.stride; }
+// Pixels of a sorted row.
+inline int64_t sorted_pitch(const Stem& stem) { return stem.conv_width() + sorted_reach(stem); }
+
+// The rows of the convolution that some rows of the result are computed from.
+struct ConvolvedRows {
+  ConvolvedRows(const Stem& stem, int64_t row_begin, int64_t row_end)
+      : begin(stem.max_pool ? std::max<int64_t>(0, 2 * row_begin - 1) : row_begin),
+        end(stem.max_pool ? std::min(stem.conv_height(), 2 * row_end) : row_end) {}
+  int64_t begin, end;
+};
 
 // The rows that some rows of the stem's result need. Rows and columns of x, with its padding, are sorted by their
 // remainder modulo the stride into stride x stride planes a channel, so that each tap of the window reads consecutive
 // pixels: the convolution is then a pointwise one whose depth are the taps. Its rows run together; the last columns of
 // each, as many as the window reaches over, are of no use.
-struct StemRows {
+struct StemRows : ConvolvedRows {
   StemRows(const Stem& stem, int64_t row_begin, int64_t row_end)
-      : reach((stem.kernel_size - 1) / stem.stride),
-        begin(stem.max_pool ? std::max<int64_t>(0, 2 * row_begin - 1) : row_begin),
-        end(stem.max_pool ? std::min(stem.conv_height(), 2 * row_end) : row_end),
+      : ConvolvedRows(stem, row_begin, row_end),
+        reach(sorted_reach(stem)),
         pitch(sorted_pitch(stem)),
         sorted_rows(end - begin + reach),
         pixels((end - begin - 1) * pitch + stem.conv_width()),
@@ -26,7 +35,6 @@ struct StemRows {
   static constexpr int64_t kLeastWindowRows = 10, kWindowElements = 32 * 1024;
   static_assert(kLeastWindowRows >= 4, "three rows and the vectors' reach must fit");
   int64_t reach;
-  int64_t begin, end;   // of the convolution
   int64_t pitch;        // pixels from row to row
   int64_t sorted_rows;  // of each plane of x
   int64_t pixels;       // of the convolution
@@ -154,34 +162,52 @@ void sort_rows(const Stem& stem, const StemRows& rows, int64_t first, int64_t en
   }
 }
 
-// The largest of up to three rows from some column on, zero past the width; NaN where one is. Null rows lie outside.
-// All values are at least 0 or NaN, so zeros can stand for the padding, and a sum of them is NaN where one of them is.
+// What the max pool takes the largest of, a vector at a time. All values are at least 0 or NaN: so zeros can stand for
+// the padding, and a sum is NaN where one of its terms is.
 template <class A>
-typename Simd<A>::V largest_of_rows(const A* const (&from)[3], int64_t column, int64_t width) {
-  using S = Simd<A>;
-  typename S::V largest = {}, sum = {};
-  if (column >= width) return largest;
+struct PooledElements {
+  using Element = A;
+  using Lane = A;
+  using V = typename Simd<A>::V;
+  static V load(const A* p) { return Simd<A>::load(p); }
+  static V load(const A* p, typename Simd<A>::Mask m) { return Simd<A>::load(p, m); }
+  static void store(A* p, V v, typename Simd<A>::Mask m) { Simd<A>::store(p, v, m); }
+  static V largest(V a, V b) { return Simd<A>::max_or_nan(a, b); }
+  static V largest(V a, V b, V c) {
+    const V sum = a + b + c;
+    return sum == sum ? Simd<A>::max(Simd<A>::max(a, b), c) : sum;
+  }
+};
+
+inline constexpr int64_t kPoolRows = 3;
+
+// The largest of up to three rows from some column on, zero past the width; NaN where one is. Null rows lie outside.
+template <class Values>
+typename Values::V largest_of_rows(const typename Values::Element* const (&from)[kPoolRows], int64_t column,
+                                   int64_t width) {
+  using S = Simd<typename Values::Lane>;
+  typename Values::V values[kPoolRows] = {};
+  if (column >= width) return values[0];
   const bool whole = column + S::kLanes <= width;
   const auto tail = S::first(width - column);
 #pragma GCC unroll 3
-  for (int i = 0; i < 3; ++i) {
-    if (!from[i]) continue;
-    const auto value = whole ? S::load(from[i] + column) : S::load(from[i] + column, tail);
-    largest = S::max(largest, value);
-    sum += value;
+  for (int i = 0; i < kPoolRows; ++i) {
+    if (from[i]) values[i] = whole ? Values::load(from[i] + column) : Values::load(from[i] + column, tail);
   }
-  return sum == sum ? largest : sum;
+  return Values::largest(values[0], values[1], values[2]);
 }
 
 // A row of the max pool.
-template <class A>
-void max_pool_row(const A* const (&from)[3], int64_t width, int64_t out_width, A* to) {
-  using S = Simd<A>;
-  StridedColumns<A> columns;
+template <class Values>
+void max_pool_row(const typename Values::Element* const (&from)[kPoolRows], int64_t width, int64_t out_width,
+                  typename Values::Element* to) {
+  using S = Simd<typename Values::Lane>;
+  StridedColumns<typename Values::Lane> columns;
   for (int64_t column = 0; column < out_width; column += S::kLanes) {
-    columns.next(largest_of_rows(from, 2 * column, width), largest_of_rows(from, 2 * column + S::kLanes, width));
-    const auto largest = S::max_or_nan(S::max_or_nan(columns.left, columns.centre), columns.right);
-    S::store(to + column, largest, S::first(out_width - column));
+    columns.next(
+        largest_of_rows<Values>(from, 2 * column, width), largest_of_rows<Values>(from, 2 * column + S::kLanes, width));
+    const auto largest = Values::largest(Values::largest(columns.left, columns.centre), columns.right);
+    Values::store(to + column, largest, S::first(out_width - column));
   }
 }
 
@@ -259,7 +285,8 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
       };
       A* const to = static_cast<A*>(result) + c * result_plane + (row - row_begin) * out_width;
       if (stem.max_pool) {
-        max_pool_row<A>({convolved(first), convolved(first + 1), convolved(first + 2)}, width, out_width, to);
+        max_pool_row<PooledElements<A>>(
+            {convolved(first), convolved(first + 1), convolved(first + 2)}, width, out_width, to);
       } else {
         std::copy_n(convolved(row), out_width, to);
       }

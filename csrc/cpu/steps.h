@@ -390,8 +390,8 @@ inline void add_phases(const Steps& steps, const Batch& batch, Phases& phases) {
     });
   }
   char* const buffers = shared_buffers.reserve(strips * shared_bytes);
-  for (int64_t i = 0; i < batch.images.shared; ++i) {
-    each_step(batch.images.alone + i, true, shared_images, [&](size_t i, const char* from, char* to) {
+  for (int64_t image = batch.images.alone; image < batch.images.alone + batch.images.shared; ++image) {
+    each_step(image, true, shared_images, [&](size_t i, const char* from, char* to) {
       steps[i]->share({static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), strip_bytes, buffers,
                        shared_bytes, phases});
     });
