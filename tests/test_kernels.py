@@ -69,6 +69,24 @@ def test_channels_at_the_tile(isa, slice_channels, layout, dtype):
     unit.check(unit.tensors(dtype, layout))
 
 
+# The kernels sum up to 64 terms one behind the other, deeper sums in blocks.
+@each_dtype
+@pytest.mark.parametrize("depth", [63, 64, 65, 128, 129, 300])
+def test_depths_at_the_blocks(isa, depth, dtype):
+    unit = Unit(groups=1, in_channels=depth, mid_channels=depth + 1)
+    unit.check(unit.tensors(dtype))
+
+
+def test_rounding_errors_of_deep_sums_do_not_grow_with_the_depth(isa):
+    unit = Unit("pointwise_shuffle_depthwise", groups=1, in_channels=4096, bias=False)
+    tensors = unit.tensors()
+    tensors[1:] = [tensor if tensor is None else tensor.abs() for tensor in tensors[1:]]  # nothing cancels out
+    tensors[0] = tensors[0].abs()
+    exact = unit.exact(tensors)
+    error = (unit.native(tensors).double() / exact - 1).square().mean().sqrt()
+    assert error < 2 * torch.finfo(torch.float32).eps  # 0.6; as one sum, 4.0
+
+
 @each_op
 @each_stride
 @pytest.mark.parametrize(("conv1_groups", "groups"), [(1, 3), (3, 1), (2, 3), (3, 2), (6, 4), (4, 6), (12, 1), (1, 12)])
