@@ -22,21 +22,7 @@
 
 #define SHUFFLENET_ISA amx
 #include "simd_avx512.h"
-//
-#include "simd.h"
-//
-#include "unit_kernel.h"
-//
-#include "stem_kernel.h"
-//
-#include "pairs.h"
-//
 #include "pair_product_amx.h"
-//
-#include "pair_unit.h"
-//
-#include "pair_stem.h"
-//
 #include "pair_network.h"
 
 #if defined(__clang__)

@@ -12,13 +12,7 @@
 
 #define SHUFFLENET_ISA avx2
 #include "simd_avx2.h"
-//
-#include "simd.h"
-//
 #include "unit_kernel.h"
-//
-#include "stem_kernel.h"
-//
 #include "network_kernel.h"
 
 #if defined(__clang__)

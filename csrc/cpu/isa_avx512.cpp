@@ -13,13 +13,7 @@
 
 #define SHUFFLENET_ISA avx512
 #include "simd_avx512.h"
-//
-#include "simd.h"
-//
 #include "unit_kernel.h"
-//
-#include "stem_kernel.h"
-//
 #include "network_kernel.h"
 
 #if defined(__clang__)

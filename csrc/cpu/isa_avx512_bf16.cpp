@@ -14,21 +14,7 @@
 
 #define SHUFFLENET_ISA avx512_bf16
 #include "simd_avx512.h"
-//
-#include "simd.h"
-//
-#include "unit_kernel.h"
-//
-#include "stem_kernel.h"
-//
-#include "pairs.h"
-//
 #include "pair_product.h"
-//
-#include "pair_unit.h"
-//
-#include "pair_stem.h"
-//
 #include "pair_network.h"
 
 #if defined(__clang__)

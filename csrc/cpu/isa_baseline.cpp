@@ -3,13 +3,7 @@
 
 #define SHUFFLENET_ISA baseline
 #include "simd_baseline.h"
-//
-#include "simd.h"
-//
 #include "unit_kernel.h"
-//
-#include "stem_kernel.h"
-//
 #include "network_kernel.h"
 
 namespace shufflenet::cpu {

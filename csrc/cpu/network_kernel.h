@@ -1,4 +1,8 @@
-// A network's head, and its table of kernels, written once over Simd<A>. Included behind stem_kernel.h.
+// A network's head, and its table of kernels, written once over Simd<A>.
+#pragma once
+
+#include "stem_kernel.h"
+
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 // ---- Head -----------------------------------------------------------------------------------------------------------

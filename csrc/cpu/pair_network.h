@@ -1,4 +1,8 @@
-// What is around the units of a program in bfloat16, and its table of kernels. Included behind pair_stem.h.
+// What is around the units of a program in bfloat16, and its table of kernels.
+#pragma once
+
+#include "pair_stem.h"
+
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 inline int64_t image_scratch_bytes(const TensorImage& image) {

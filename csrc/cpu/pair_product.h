@@ -1,4 +1,9 @@
-// Products of pairs by AVX512-BF16, in the tiles of unit_kernel.h's pointwise convolution.
+// Products of pairs by AVX512-BF16, in the tiles of pointwise_tile.h.
+#pragma once
+
+#include "pairs.h"
+#include "pointwise_tile.h"
+
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 inline constexpr int64_t kProductRows = kTileChannels, kProductVectors = kTileVectors;

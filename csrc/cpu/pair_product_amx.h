@@ -1,5 +1,9 @@
 // Products of pairs by AMX, whose tiles are 16 rows of 64 bytes: weights as they lie are tiles of 16 x 32, and 16
 // pixels of 16 pairs, from planes, are tiles as well.
+#pragma once
+
+#include "pairs.h"
+
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 inline constexpr int64_t kTileRows = 16;

@@ -1,9 +1,13 @@
-// The stem of a program in bfloat16: products of pairs whose depth are the taps of the window. Included behind
-// stem_kernel.h, which sorts rows of x, and pair_unit.h.
+// The stem of a program in bfloat16: products of pairs whose depth are the taps of the window.
 //
 // A row of x becomes stem_row_pairs planes of a row's pairs: pixel j of a plane holds what two taps of the window's row
 // read for column j of the convolution. The planes of consecutive rows follow each other, so that those of a window are
 // one matrix, whose rows a product takes as they lie.
+#pragma once
+
+#include "pair_unit.h"
+#include "stem_kernel.h"
+
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 template <class T>

@@ -1,7 +1,12 @@
 // Units on bfloat16, with weights as they are and images between the steps as planes of pairs of channels. Pointwise
 // convolutions are products of pairs, summed in float; y1, and what the depthwise convolution and the pool work on, are
 // planes of float. Scales are expected folded into the weights. Behind an image's planes, up to a vector is read whose
-// values are not used.
+// values are not used. Included behind an ISA's pair_product*.h.
+#pragma once
+
+#include "pairs.h"
+#include "unit_strips.h"
+
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 inline int64_t pairs_of(int64_t channels) { return ceil_div(channels, 2); }

@@ -1,5 +1,9 @@
 // Pairs: the bfloat16 values of two neighbouring channels at a pixel, the first in the lower half of 32 bits, as the
 // dot products of AVX512-BF16 and AMX take them.
+#pragma once
+
+#include "simd.h"
+
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 struct Pair {

@@ -1,6 +1,8 @@
 // Vectors of the accumulator type A, and conversion of the stored dtypes to and from them. Written once over the few
 // Intrinsics of an ISA's simd_*.h; SHUFFLENET_ISA names its namespace, so that no inline function compiled for one ISA
 // can be picked by the linker for another.
+#pragma once
+
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 struct BFloat16 {

@@ -1,5 +1,7 @@
 // AVX2 and FMA: 16 registers; a mask is a vector of integers, all ones where a lane is kept.
 // Included inside a region compiled for this ISA; see isa_avx2.cpp.
+#pragma once
+
 namespace shufflenet::cpu::avx2 {
 
 inline constexpr int kVectorBytes = 32;

@@ -1,5 +1,7 @@
 // AVX-512 (F, BW, DQ, VL): 32 registers, masked loads and stores that never touch a masked-out lane.
 // Included inside a region compiled for it or for an ISA that has it too; see isa_avx512.cpp.
+#pragma once
+
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 inline constexpr int kVectorBytes = 64;

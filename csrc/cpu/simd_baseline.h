@@ -1,5 +1,7 @@
 // The compiler's vector extension at 16 bytes: what every x86-64 has (SSE2), and any other processor but AArch64, whose
 // baseline is NEON.
+#pragma once
+
 namespace shufflenet::cpu::baseline {
 
 inline constexpr int kVectorBytes = 16;

@@ -1,6 +1,8 @@
 // NEON: 32 registers. It has no masked access, so a mask is a bit a lane. With all of them set, as most often, that is
 // one access; otherwise one for each kept lane, behind branches that a loop over the depth takes alike each time.
 // Included inside a region compiled for this ISA; see isa_neon.cpp.
+#pragma once
+
 namespace shufflenet::cpu::neon {
 
 inline constexpr int kVectorBytes = 16;

@@ -1,4 +1,10 @@
-// A network's stem, written once over Simd<A>. Included behind unit_kernel.h, whose tiles it uses.
+// A network's stem, written once over Simd<A>.
+#pragma once
+
+#include "depthwise.h"
+#include "pointwise.h"
+#include "staging.h"
+
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 // Pixels, or rows, of sorted ones over which the window reaches.
