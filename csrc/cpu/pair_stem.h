@@ -48,18 +48,6 @@ void pair_taps(const Stem& stem, const RowSorter<T>& sorter, int64_t y, const Pa
   }
 }
 
-// Without their signs, bfloat16 of at least 0 are in order as integers, and NaN is the largest.
-struct PooledPairs {
-  using Element = Pair;
-  using Lane = float;
-  using V = Pairs::V;
-  static V load(const Pair* p) { return Pairs::load(p); }
-  static V load(const Pair* p, Simd<float>::Mask m) { return Pairs::load(p, m); }
-  static void store(Pair* p, V v, Simd<float>::Mask m) { Pairs::store(p, v, m); }
-  static V largest(V a, V b) { return Pairs::largest(a, b); }
-  static V largest(V a, V b, V c) { return largest(largest(a, b), c); }
-};
-
 template <class T>
 int64_t pair_stem_scratch_bytes(const Stem& stem, int64_t, int64_t) {
   return PairStemScratch<T>(stem, nullptr).bytes;
@@ -110,17 +98,16 @@ void run_pair_stem(const Stem& stem, const Convolution& conv, const void* image,
   }
   const int64_t channels = stem.out_channels / 2;
   const auto convolved = [&](int64_t row) { return scratch.convolved.from(row % kPoolRows * channels); };
+  const auto lanes = [](Planes<Pair> row, int64_t c) { return reinterpret_cast<const float*>(row.channel(c)); };
   int64_t next = rows.begin;
   for (int64_t row = row_begin; row < row_end; ++row, to += stem.out_width()) {
     const int64_t rows_end = std::min(stem.conv_height(), 2 * row + 2);
     for (; next < rows_end; ++next) convolve(next, convolved(next));
+    const int64_t middle = 2 * row;
+    const auto first = convolved(std::max<int64_t>(0, middle - 1)), last = convolved(rows_end - 1);
     for (int64_t c = 0; c < channels; ++c) {
-      const Pair* from[kPoolRows];
-      for (int64_t i = 0; i < kPoolRows; ++i) {
-        const int64_t r = 2 * row - 1 + i;
-        from[i] = r < 0 || r >= stem.conv_height() ? nullptr : convolved(r).channel(c);
-      }
-      max_pool_row<PooledPairs>(from, stem.conv_width(), stem.out_width(), to + c * result_plane);
+      MaxPool<float, int16_t>::row({lanes(first, c), lanes(convolved(middle), c), lanes(last, c)}, stem.conv_width(),
+                                   stem.out_width(), reinterpret_cast<float*>(to + c * result_plane));
     }
   }
 }

@@ -26,12 +26,6 @@ struct Pairs {
 
   static V first(V pairs) { return reinterpret_cast<V>(reinterpret_cast<Word>(pairs) << 16); }
   static V second(V pairs) { return reinterpret_cast<V>(reinterpret_cast<Word>(pairs) & 0xffff0000); }
-  // Of each half the larger one, as integers, without its sign.
-  static V largest(V a, V b) {
-    const __m512i signless = _mm512_set1_epi16(0x7fff);
-    const __m512i first = reinterpret_cast<__m512i>(a) & signless, second = reinterpret_cast<__m512i>(b) & signless;
-    return reinterpret_cast<V>(_mm512_maskz_max_epi16(0xffffffff, first, second));
-  }
   static V pack(V first, V second) {
     const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));  // all of `first`, then
     alignas(64) static constexpr uint16_t kInterleaved[32] = {

@@ -35,9 +35,6 @@ struct Simd : Intrinsics<A> {
   static constexpr uint32_t first_bits(int64_t n) { return n >= kLanes ? kAllBits : (uint32_t{1} << n) - 1; }
   static Mask first(int64_t n) { return Intrinsics<A>::mask(first_bits(n)); }
 
-  // The larger of two, NaN where either is.
-  static V max_or_nan(V a, V b) { return a == a ? Intrinsics<A>::max(a, b) : a; }
-
   // By halves, each of which is added to the other: as deep as the logarithm of the lanes.
   static A sum(V v) { return sum_of_first<kLanes>(v); }
 

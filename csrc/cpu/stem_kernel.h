@@ -168,54 +168,57 @@ void sort_rows(const Stem& stem, const StemRows& rows, int64_t first, int64_t en
   }
 }
 
-// What the max pool takes the largest of, a vector at a time. All values are at least 0 or NaN: so zeros can stand for
-// the padding, and a sum is NaN where one of its terms is.
-template <class A>
-struct PooledElements {
-  using Element = A;
-  using Lane = A;
-  using V = typename Simd<A>::V;
-  static V load(const A* p) { return Simd<A>::load(p); }
-  static V load(const A* p, typename Simd<A>::Mask m) { return Simd<A>::load(p, m); }
-  static void store(A* p, V v, typename Simd<A>::Mask m) { Simd<A>::store(p, v, m); }
-  static V largest(V a, V b) { return Simd<A>::max_or_nan(a, b); }
-  static V largest(V a, V b, V c) {
-    const V sum = a + b + c;
-    return sum == sum ? Simd<A>::max(Simd<A>::max(a, b), c) : sum;
+inline constexpr int64_t kPoolRows = 3;
+
+// The max pool. All values are at least 0 or NaN: without their signs they are in order as integers of their size, NaN
+// the largest, and zeros can stand for the padding. A lane of A can so be a value, or two of bfloat16.
+template <class A, class Integer>
+class MaxPool {
+  using S = Simd<A>;
+  using V = typename S::V;
+  using Rows = const A* [kPoolRows];
+  typedef Integer Bits __attribute__((vector_size(kVectorBytes)));
+
+ public:
+  // A row of results. One of the rows that lies outside of the image can be any of the others once more.
+  static void row(const Rows& from, int64_t width, int64_t out_width, A* to) {
+    StridedColumns<A> columns;
+    for (int64_t column = 0; column < out_width; column += S::kLanes) {
+      const int64_t first = 2 * column, second = first + S::kLanes;
+      if (second + S::kLanes <= width) {
+        columns.next(largest(from, first), largest(from, second));
+      } else {
+        columns.next(largest_inside(from, first, width), largest_inside(from, second, width));
+      }
+      const V result = largest(largest(columns.left, columns.centre), columns.right);
+      S::store(to + column, result, S::first(out_width - column));
+    }
+  }
+
+ private:
+  static V signless(V v) {
+    return reinterpret_cast<V>(reinterpret_cast<Bits>(v) & std::numeric_limits<Integer>::max());
+  }
+  static V largest(V a, V b) {
+    const Bits first = reinterpret_cast<Bits>(a), second = reinterpret_cast<Bits>(b);
+    return reinterpret_cast<V>(first > second ? first : second);
+  }
+  static V largest(const Rows& from, int64_t column) {
+    V result = signless(S::load(from[0] + column));
+    for (int i = 1; i < kPoolRows; ++i) result = largest(result, signless(S::load(from[i] + column)));
+    return result;
+  }
+  // Of the columns before the row's end.
+  static V largest_inside(const Rows& from, int64_t column, int64_t width) {
+    const auto inside = S::first(std::max<int64_t>(0, width - column));
+    V result = {};
+    for (const A* row : from) result = largest(result, signless(S::load(row + column, inside)));
+    return result;
   }
 };
 
-inline constexpr int64_t kPoolRows = 3;
-
-// The largest of up to three rows from some column on, zero past the width; NaN where one is. Null rows lie outside.
-template <class Values>
-typename Values::V largest_of_rows(const typename Values::Element* const (&from)[kPoolRows], int64_t column,
-                                   int64_t width) {
-  using S = Simd<typename Values::Lane>;
-  typename Values::V values[kPoolRows] = {};
-  if (column >= width) return values[0];
-  const bool whole = column + S::kLanes <= width;
-  const auto tail = S::first(width - column);
-#pragma GCC unroll 3
-  for (int i = 0; i < kPoolRows; ++i) {
-    if (from[i]) values[i] = whole ? Values::load(from[i] + column) : Values::load(from[i] + column, tail);
-  }
-  return Values::largest(values[0], values[1], values[2]);
-}
-
-// A row of the max pool.
-template <class Values>
-void max_pool_row(const typename Values::Element* const (&from)[kPoolRows], int64_t width, int64_t out_width,
-                  typename Values::Element* to) {
-  using S = Simd<typename Values::Lane>;
-  StridedColumns<typename Values::Lane> columns;
-  for (int64_t column = 0; column < out_width; column += S::kLanes) {
-    columns.next(
-        largest_of_rows<Values>(from, 2 * column, width), largest_of_rows<Values>(from, 2 * column + S::kLanes, width));
-    const auto largest = Values::largest(Values::largest(columns.left, columns.centre), columns.right);
-    Values::store(to + column, largest, S::first(out_width - column));
-  }
-}
+template <class A>
+using MaxPoolOfElements = MaxPool<A, std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
 
 template <class T>
 int64_t stem_scratch_bytes(const Stem& stem, int64_t row_begin, int64_t row_end) {
@@ -282,19 +285,19 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
 
   const int64_t width = stem.conv_width(), out_width = stem.out_width();
   for (int64_t row = row_begin; row < row_end; ++row) {
-    const int64_t first = stem.max_pool ? 2 * row - 1 : row, end = stem.max_pool ? 2 * row + 2 : row + 1;
-    convolve(std::max(rows.begin, first) - rows.begin, std::min(rows.end, end) - rows.begin);
+    const int64_t middle = stem.max_pool ? 2 * row : row;
+    const int64_t first = stem.max_pool ? std::max(rows.begin, middle - 1) : row;
+    const int64_t last = stem.max_pool ? std::min(rows.end, middle + 2) - 1 : row;
+    convolve(first - rows.begin, last + 1 - rows.begin);
     for (int64_t c = 0; c < stem.out_channels; ++c) {
-      const auto convolved = [&](int64_t r) -> const A* {
-        if (r < rows.begin || r >= rows.end) return nullptr;
-        return scratch.convolved.channel(c) + ((r - rows.begin) * rows.pitch - base);
-      };
+      const A* const window = scratch.convolved.channel(c) - (rows.begin * rows.pitch + base);
       A* const to = static_cast<A*>(result) + c * result_plane + (row - row_begin) * out_width;
       if (stem.max_pool) {
-        max_pool_row<PooledElements<A>>(
-            {convolved(first), convolved(first + 1), convolved(first + 2)}, width, out_width, to);
+        MaxPoolOfElements<A>::row(
+            {window + first * rows.pitch, window + middle * rows.pitch, window + last * rows.pitch}, width, out_width,
+            to);
       } else {
-        std::copy_n(convolved(row), out_width, to);
+        std::copy_n(window + row * rows.pitch, out_width, to);
       }
     }
   }
