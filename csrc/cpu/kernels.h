@@ -81,11 +81,11 @@ struct UnitKernel {
 struct StemKernel {
   int64_t element_bytes;         // of the result
   int64_t channels_per_element;  // 2: planes of pairs; see PairKernel
-  int64_t (*scratch_bytes)(const Stem&, int64_t row_begin, int64_t row_end);
+  int64_t (*scratch_bytes)(const Stem&);
   // Rows of the result of an image, the first of which goes to `result`; result_plane elements lie between its planes.
   void (*run)(const Stem&, const Convolution&, const void* image, int64_t row_begin, int64_t row_end, void* result,
               int64_t result_plane, void* scratch);
-  Tile (*tile)(const Stem&, int64_t row_begin, int64_t row_end);
+  Tile (*tile)(const Stem&);
 };
 
 // A network's stem and head. Planes and means are of the accumulator type.

@@ -41,15 +41,13 @@ class StemStep final : public Step {
   RunDescription describe(int64_t strips) const {
     RunDescription run;
     run.cut = cut_into(strips, stem_.max_pool ? "strips with halo" : "strips");
-    run.tiles = {kernel_.tile(stem_, begin(strips - 1, strips), stem_.out_height())};
-    for (int64_t i = 0; i < strips; ++i) {
-      run.bytes = std::max(run.bytes, kernel_.scratch_bytes(stem_, begin(i, strips), begin(i + 1, strips)));
-    }
+    run.tiles = {kernel_.tile(stem_)};
+    run.bytes = kernel_.scratch_bytes(stem_);
     return run;
   }
 
   void run_rows(const void* from, void* to, int64_t row_begin, int64_t row_end) const {
-    void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(stem_, row_begin, row_end));
+    void* const scratch = thread_scratch.reserve(kernel_.scratch_bytes(stem_));
     char* const result = static_cast<char*>(to) + row_begin * stem_.out_width() * kernel_.element_bytes;
     kernel_.run(stem_, conv_, from, row_begin, row_end, result, result_plane_, scratch);
   }

@@ -49,13 +49,11 @@ void pair_taps(const Stem& stem, const RowSorter<T>& sorter, int64_t y, const Pa
 }
 
 template <class T>
-int64_t pair_stem_scratch_bytes(const Stem& stem, int64_t, int64_t) {
+int64_t pair_stem_scratch_bytes(const Stem& stem) {
   return PairStemScratch<T>(stem, nullptr).bytes;
 }
 
-inline Tile pair_stem_tile(const Stem& stem, int64_t, int64_t) {
-  return product_tile_of(stem.out_channels, stem.conv_width(), 0);
-}
+inline Tile pair_stem_tile(const Stem& stem) { return product_tile_of(stem.out_channels, stem.conv_width(), 0); }
 
 template <class T>
 void run_pair_stem(const Stem& stem, const Convolution& conv, const void* image, int64_t row_begin, int64_t row_end,

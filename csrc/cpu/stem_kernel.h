@@ -1,16 +1,11 @@
 // A network's stem, written once over Simd<A>.
 #pragma once
 
-#include "depthwise.h"
+#include "max_pool.h"
 #include "pointwise.h"
 #include "staging.h"
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
-
-// Pixels, or rows, of sorted ones over which the window reaches.
-inline int64_t sorted_reach(const Stem& stem) { return (stem.kernel_size - 1) / stem.stride; }
-// Pixels of a sorted row.
-inline int64_t sorted_pitch(const Stem& stem) { return stem.conv_width() + sorted_reach(stem); }
 
 // The rows of the convolution that some rows of the result are computed from.
 struct ConvolvedRows {
@@ -20,47 +15,42 @@ struct ConvolvedRows {
   int64_t begin, end;
 };
 
-// The rows that some rows of the stem's result need. Rows and columns of x, with its padding, are sorted by their
-// remainder modulo the stride into stride x stride planes a channel, so that each tap of the window reads consecutive
-// pixels: the convolution is then a pointwise one whose depth are the taps. Its rows run together; the last columns of
-// each, as many as the window reaches over, are of no use.
-struct StemRows : ConvolvedRows {
-  StemRows(const Stem& stem, int64_t row_begin, int64_t row_end)
-      : ConvolvedRows(stem, row_begin, row_end),
-        reach(sorted_reach(stem)),
-        pitch(sorted_pitch(stem)),
-        sorted_rows(end - begin + reach),
-        pixels((end - begin - 1) * pitch + stem.conv_width()),
-        window_rows(std::clamp(
-            kWindowElements / (stem.out_channels * pitch), kLeastWindowRows, std::max(kLeastWindowRows, end - begin))) {
-  }
-  // Of the convolution and of what it reads, the last rows are kept, in windows that are moved down where they end. A
-  // result is computed from three rows at most, and the next ones are convolved in whole vectors, which reach into a
-  // fourth; the more rows there are, the less is moved (with 4 rows, at 224x224, that took 13 % of the stem), and the
-  // less of the windows is in the L1 cache.
-  static constexpr int64_t kLeastWindowRows = 10, kWindowElements = 32 * 1024;
-  static_assert(kLeastWindowRows >= 4, "three rows and the vectors' reach must fit");
-  int64_t reach;
-  int64_t pitch;        // pixels from row to row
-  int64_t sorted_rows;  // of each plane of x
-  int64_t pixels;       // of the convolution
-  int64_t window_rows;
-};
+// The convolution is a pointwise one whose depth are the taps of its window: of each there is a plane, of the pixels of
+// x that it reads for consecutive pixels of the convolution. Taps that are a multiple of the stride of rows apart share
+// a plane, of some more rows. So many rows of the convolution are computed at a time, their pixels run together: enough
+// of them for whole tiles, and few enough for the L1 cache, where their taps and results are then (at 224x224 two rows;
+// with windows of twelve rows a stem took 1.2 times as long).
+inline int64_t rows_at_once(const Stem& stem) {
+  constexpr int64_t kPixels = 256;
+  const int64_t rows = std::min(std::max<int64_t>(1, kPixels / stem.conv_width()), stem.conv_height());
+  return stem.max_pool ? ceil_div(rows, 2) * 2 : rows;
+}
+// Rows of a plane of taps beyond those of the convolution, and pixels of a sorted row beyond them.
+inline int64_t taps_reach(const Stem& stem) { return (stem.kernel_size - 1) / stem.stride; }
+inline int64_t sorted_pitch(const Stem& stem) { return stem.conv_width() + taps_reach(stem); }
+// Rows of x in the window that a step of the convolution by a row passes over.
+inline int64_t rows_passed(const Stem& stem) { return std::min(stem.kernel_size, stem.stride); }
 
 template <class T>
 struct StemScratch {
   using A = accumulator_t<T>;
-  StemScratch(const Stem& stem, const StemRows& rows, void* memory) {
+  StemScratch(const Stem& stem, void* memory) {
+    const int64_t width = stem.conv_width(), rows = rows_at_once(stem);
     Arena arena(memory);
-    const int64_t window = rows.window_rows * rows.pitch + 2 * Simd<A>::kLanes;
-    sorted = arena.planes<A>(stem.in_channels * stem.stride * stem.stride, window + (rows.reach + 1) * rows.pitch);
-    convolved = arena.planes<A>(stem.out_channels, window);
     row = arena.take<T>(stem.width);
+    sorted = arena.planes<A>(stem.in_channels * stem.stride, sorted_pitch(stem));
+    const int64_t planes = stem.in_channels * rows_passed(stem) * stem.kernel_size;
+    taps = arena.planes<A>(planes, (rows + taps_reach(stem)) * width);
+    if (stem.max_pool) {
+      convolved = arena.planes<A>(kTileChannels, rows * width);
+      last_row = arena.planes<A>(stem.out_channels, width);
+    }
     work = {arena, stem.out_channels, stem.taps()};
     bytes = arena.bytes();
   }
-  Planes<A> sorted, convolved;
   T* row;
+  Planes<A> sorted, taps;
+  Planes<A> convolved, last_row;  // of the channels of a tile; of each channel, from the time before
   PointwiseScratch<A> work;
   int64_t bytes;
 };
@@ -106,7 +96,8 @@ struct SortedColumns {
   int64_t plane, start, count, after;
 };
 
-// Sorts rows of x, each into `stride` rows of `pitch` pixels.
+// Sorts the pixels of a row of x, with its padding, by the remainder of their columns modulo the stride, into a row of
+// `pitch` pixels for each: there the pixels that a tap reads follow each other.
 template <class T>
 class RowSorter {
  public:
@@ -151,154 +142,122 @@ class RowSorter {
   SortedColumns even_, odd_;
 };
 
-// Rows [first, end) of the sorted planes, whose memory begins with pixel `base`.
+// Whole vectors: up to one past the last of the n.
+template <class A>
+void copy_vectors(const A* from, int64_t n, A* to) {
+  for (int64_t i = 0; i < n; i += Simd<A>::kLanes) Simd<A>::store(to + i, Simd<A>::load(from + i));
+}
+
+// The planes of taps, while rows of the convolution are gone through.
 template <class T>
-void sort_rows(const Stem& stem, const StemRows& rows, int64_t first, int64_t end, int64_t base, const T* image,
-               const StemScratch<T>& scratch) {
-  const int64_t s = stem.stride;
-  const RowSorter<T> sorter(stem, rows.pitch, image, scratch.row);
-  for (int64_t i = first; i < end; ++i) {
-    for (int64_t remainder = 0; remainder < s; ++remainder) {
-      const int64_t y = (rows.begin + i) * s + remainder - stem.padding;
-      for (int64_t c = 0; c < stem.in_channels; ++c) {
-        const auto planes = scratch.sorted.from((c * s + remainder) * s);
-        sorter.sort(c, y, {planes.data + (i * rows.pitch - base), planes.stride});
+class StemTaps {
+ public:
+  using A = accumulator_t<T>;
+  StemTaps(const Stem& stem, const T* image, const StemScratch<T>& scratch, int64_t first_row)
+      : stem_(stem),
+        sorter_(stem, sorted_pitch(stem), image, scratch.row),
+        sorted_(scratch.sorted),
+        taps_(scratch.taps),
+        begin_(first_row),
+        end_(first_row) {}
+
+  // From x at pixel 0 of the convolution's rows: where a tap's plane begins with what it reads.
+  void offsets(int64_t* offset) const {
+    const int64_t k = stem_.kernel_size, s = stem_.stride;
+    for (int64_t c = 0; c < stem_.in_channels; ++c) {
+      for (int64_t ky = 0; ky < k; ++ky) {
+        for (int64_t kx = 0; kx < k; ++kx) *offset++ = tap(c, ky % s, kx, ky / s) - taps_.data;
       }
     }
   }
-}
 
-inline constexpr int64_t kPoolRows = 3;
-
-// The max pool. All values are at least 0 or NaN: without their signs they are in order as integers of their size, NaN
-// the largest, and zeros can stand for the padding. A lane of A can so be a value, or two of bfloat16.
-template <class A, class Integer>
-class MaxPool {
-  using S = Simd<A>;
-  using V = typename S::V;
-  using Rows = const A* [kPoolRows];
-  typedef Integer Bits __attribute__((vector_size(kVectorBytes)));
-
- public:
-  // A row of results. One of the rows that lies outside of the image can be any of the others once more.
-  static void row(const Rows& from, int64_t width, int64_t out_width, A* to) {
-    StridedColumns<A> columns;
-    for (int64_t column = 0; column < out_width; column += S::kLanes) {
-      const int64_t first = 2 * column, second = first + S::kLanes;
-      if (second + S::kLanes <= width) {
-        columns.next(largest(from, first), largest(from, second));
-      } else {
-        columns.next(largest_inside(from, first, width), largest_inside(from, second, width));
-      }
-      const V result = largest(largest(columns.left, columns.centre), columns.right);
-      S::store(to + column, result, S::first(out_width - column));
+  // Rows [row, end) of the convolution become the first ones; they are later ones than those of the call before.
+  void move_to(int64_t row, int64_t end) {
+    const int64_t width = stem_.conv_width(), kept = std::max<int64_t>(0, end_ - row);
+    for (int64_t c = 0; row > begin_ && c < stem_.in_channels * rows_passed(stem_) * stem_.kernel_size; ++c) {
+      A* const plane = taps_.channel(c);
+      std::memmove(plane, plane + (row - begin_) * width, kept * width * sizeof(A));
+    }
+    begin_ = row;
+    for (end_ = row + kept; end_ < end + taps_reach(stem_); ++end_) {
+      for (int64_t remainder = 0; remainder < rows_passed(stem_); ++remainder) make(remainder);
     }
   }
 
  private:
-  static V signless(V v) {
-    return reinterpret_cast<V>(reinterpret_cast<Bits>(v) & std::numeric_limits<Integer>::max());
+  A* tap(int64_t c, int64_t remainder, int64_t kx, int64_t row) const {
+    return taps_.channel((c * rows_passed(stem_) + remainder) * stem_.kernel_size + kx) + row * stem_.conv_width();
   }
-  static V largest(V a, V b) {
-    const Bits first = reinterpret_cast<Bits>(a), second = reinterpret_cast<Bits>(b);
-    return reinterpret_cast<V>(first > second ? first : second);
+
+  // Row end_ of the planes that have so many rows of x above them.
+  void make(int64_t remainder) const {
+    const int64_t s = stem_.stride, y = end_ * s + remainder - stem_.padding;
+    for (int64_t c = 0; c < stem_.in_channels; ++c) sorter_.sort(c, y, sorted_.from(c * s));
+    for (int64_t c = 0; c < stem_.in_channels; ++c) {
+      for (int64_t kx = 0; kx < stem_.kernel_size; ++kx) {
+        const A* const from = sorted_.channel(c * s + kx % s) + kx / s;
+        copy_vectors(from, stem_.conv_width(), tap(c, remainder, kx, end_ - begin_));
+      }
+    }
   }
-  static V largest(const Rows& from, int64_t column) {
-    V result = signless(S::load(from[0] + column));
-    for (int i = 1; i < kPoolRows; ++i) result = largest(result, signless(S::load(from[i] + column)));
-    return result;
-  }
-  // Of the columns before the row's end.
-  static V largest_inside(const Rows& from, int64_t column, int64_t width) {
-    const auto inside = S::first(std::max<int64_t>(0, width - column));
-    V result = {};
-    for (const A* row : from) result = largest(result, signless(S::load(row + column, inside)));
-    return result;
-  }
+
+  const Stem& stem_;
+  RowSorter<T> sorter_;
+  Planes<A> sorted_, taps_;
+  int64_t begin_, end_;  // the rows of the planes
 };
 
-template <class A>
-using MaxPoolOfElements = MaxPool<A, std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
-
 template <class T>
-int64_t stem_scratch_bytes(const Stem& stem, int64_t row_begin, int64_t row_end) {
-  return StemScratch<T>(stem, StemRows(stem, row_begin, row_end), nullptr).bytes;
+int64_t stem_scratch_bytes(const Stem& stem) {
+  return StemScratch<T>(stem, nullptr).bytes;
 }
 
 template <class A>
-Tile stem_tile(const Stem& stem, int64_t row_begin, int64_t row_end) {
-  const StemRows rows(stem, row_begin, row_end);
-  return largest_tile(stem.out_channels, PixelTiles<A>(std::min(rows.pixels, (stem.max_pool ? 2 : 1) * rows.pitch)));
+Tile stem_tile(const Stem& stem) {
+  return largest_tile(stem.out_channels, PixelTiles<A>(rows_at_once(stem) * stem.conv_width()));
 }
 
-// Rows of the stem's result, as planes of the accumulator type. What a row needs is sorted and convolved just before
-// it, as far as that has not been done for the rows above: so it is still near.
+// The rows of the max pool that end in rows [row, end) of the convolution, of the channels of a tile. `result` is that
+// of the stem's row 0.
+template <class T>
+void pool_rows(const Stem& stem, const RowTile& tile, int64_t row, int64_t end, const StemScratch<T>& scratch,
+               Planes<accumulator_t<T>> result) {
+  using A = accumulator_t<T>;
+  const int64_t width = stem.conv_width(), out_width = stem.out_width();
+  for (int64_t c = 0; c < tile.rows; ++c) {
+    const A* const convolved = scratch.convolved.channel(c);
+    A* const last_row = scratch.last_row.channel(tile.row + c);
+    for (int64_t r = ceil_div(row, 2); 2 * r < end; ++r) {
+      const A* const middle = convolved + (2 * r - row) * width;
+      const A* const above = 2 * r > row ? middle - width : row > 0 ? last_row : middle;
+      const A* const below = 2 * r + 1 < end ? middle + width : middle;
+      MaxPoolOfElements<A>::row({above, middle, below}, width, out_width, result.channel(tile.row + c) + r * out_width);
+    }
+    copy_vectors(convolved + (end - 1 - row) * width, width, last_row);
+  }
+}
+
+// Rows of the stem's result, as planes of the accumulator type.
 template <class T>
 void run_stem(const Stem& stem, const Convolution& conv, const void* image, int64_t row_begin, int64_t row_end,
               void* result, int64_t result_plane, void* memory) {
   using A = accumulator_t<T>;
-  const StemRows rows(stem, row_begin, row_end);
-  const StemScratch<T> scratch(stem, rows, memory);
-  int64_t* offset = scratch.work.offsets;
-  for (int64_t c = 0; c < stem.in_channels; ++c) {
-    for (int64_t ky = 0; ky < stem.kernel_size; ++ky) {
-      for (int64_t kx = 0; kx < stem.kernel_size; ++kx) {
-        const int64_t plane = (c * stem.stride + ky % stem.stride) * stem.stride + kx % stem.stride;
-        *offset++ = plane * scratch.sorted.stride + ky / stem.stride * rows.pitch + kx / stem.stride;
-      }
-    }
-  }
-  scratch.work.fill_weight_offsets(stem.taps());
-  int64_t count = 0;
-  for (int64_t row = 0; row < stem.out_channels; row += scratch.work.row_tiles[count++].rows) {
-    scratch.work.row_tiles[count] = {row, next_channels(stem.out_channels - row), 0};
-  }
-
-  int64_t sorted_rows = 0, convolved_pixels = 0;  // so far
-  int64_t base = 0;                               // the pixel with which the windows begin
-  const auto move_windows = [&](int64_t first_row) {
-    const int64_t first = first_row * rows.pitch / Simd<A>::kLanes * Simd<A>::kLanes;
-    const auto move = [&](Planes<A> planes, int64_t n, int64_t end) {
-      for (int64_t i = 0; i < n; ++i) {
-        std::memmove(planes.channel(i), planes.channel(i) + (first - base), (end - first) * sizeof(A));
-      }
-    };
-    move(scratch.convolved, stem.out_channels, convolved_pixels);
-    move(scratch.sorted, stem.in_channels * stem.stride * stem.stride, sorted_rows * rows.pitch);
-    base = first;
-  };
-  // Rows [first_row, end_row) of the convolution are in the window afterwards.
-  const auto convolve = [&](int64_t first_row, int64_t end_row) {
-    // Whole vectors, which reach into the next row.
-    const int64_t end = std::min(rows.pixels, ceil_div(end_row * rows.pitch, Simd<A>::kLanes) * Simd<A>::kLanes);
-    if (end <= convolved_pixels) return;
-    if (end - base > rows.window_rows * rows.pitch) move_windows(first_row);
-    const int64_t sorted_end = std::min(rows.sorted_rows, ceil_div(end, rows.pitch) + rows.reach);
-    sort_rows<T>(stem, rows, sorted_rows, sorted_end, base, static_cast<const T*>(image), scratch);
-    sorted_rows = sorted_end;
-    const int64_t done = convolved_pixels - base;
-    pointwise<A>({conv, stem.taps(), scratch.work.row_tiles, count, 0, end - convolved_pixels},
-                 {scratch.sorted.data + done, scratch.sorted.stride}, {},
-                 {scratch.convolved.data + done, scratch.convolved.stride}, false, scratch.work);
-    convolved_pixels = end;
-  };
-
-  const int64_t width = stem.conv_width(), out_width = stem.out_width();
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const int64_t middle = stem.max_pool ? 2 * row : row;
-    const int64_t first = stem.max_pool ? std::max(rows.begin, middle - 1) : row;
-    const int64_t last = stem.max_pool ? std::min(rows.end, middle + 2) - 1 : row;
-    convolve(first - rows.begin, last + 1 - rows.begin);
-    for (int64_t c = 0; c < stem.out_channels; ++c) {
-      const A* const window = scratch.convolved.channel(c) - (rows.begin * rows.pitch + base);
-      A* const to = static_cast<A*>(result) + c * result_plane + (row - row_begin) * out_width;
-      if (stem.max_pool) {
-        MaxPoolOfElements<A>::row(
-            {window + first * rows.pitch, window + middle * rows.pitch, window + last * rows.pitch}, width, out_width,
-            to);
-      } else {
-        std::copy_n(window + row * rows.pitch, out_width, to);
-      }
+  const ConvolvedRows rows(stem, row_begin, row_end);
+  const StemScratch<T> scratch(stem, memory);
+  StemTaps<T> taps(stem, static_cast<const T*>(image), scratch, rows.begin);
+  taps.offsets(scratch.work.offsets);
+  const Planes<A> from_row_0 = {static_cast<A*>(result) - row_begin * stem.out_width(), result_plane};
+  for (int64_t row = rows.begin, end; row < rows.end; row = end) {
+    const bool is_halo = stem.max_pool && row % 2 != 0;  // the halo of strips
+    end = std::min(rows.end, row + (is_halo ? 1 : rows_at_once(stem)));
+    taps.move_to(row, end);
+    for (int64_t c = 0; c < stem.out_channels;) {
+      const RowTile tile = {c, next_channels(stem.out_channels - c), 0};
+      const Planes<A> in_result = {from_row_0.channel(c) + row * stem.conv_width(), result_plane};
+      pointwise<A>({conv, stem.taps(), &tile, 1, c, (end - row) * stem.conv_width()}, read_only(scratch.taps), {},
+                   stem.max_pool ? scratch.convolved : in_result, false, scratch.work);
+      if (stem.max_pool) pool_rows(stem, tile, row, end, scratch, from_row_0);
+      c += tile.rows;
     }
   }
 }

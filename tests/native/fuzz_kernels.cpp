@@ -471,7 +471,8 @@ static StemCase random_stem() {
   s.stride = uniform(1, 2);
   s.padding = uniform(0, s.kernel_size - 1);
   const int64_t least = std::max<int64_t>(1, s.kernel_size - 2 * s.padding);
-  s.height = least + (uniform(0, 3) ? uniform(0, 20) : uniform(40, 90));  // now and then some windows of rows
+  s.height =
+      least + (uniform(0, 3) ? uniform(0, 20) : uniform(40, 90));  // now and then more rows than are computed at once
   s.width = least + uniform(0, 75);
   s.max_pool = uniform(0, 1);
   s.layout = static_cast<Layout>(uniform(0, 1));
@@ -557,7 +558,7 @@ static void check_stem(Dtype dtype, const Isa& isa) {
   std::vector<A> result((s.out_channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
   const StemKernel kernel = isa.network_kernel(dtype).stem;
   in_shares(s.out_height(), 1, [&](Channels rows) {
-    const Buffer scratch(kernel.scratch_bytes(s, rows.begin, rows.end));
+    const Buffer scratch(kernel.scratch_bytes(s));
     A* const first = result.data() + rows.begin * s.out_width();
     kernel.run(s, pointers, x.data(), rows.begin, rows.end, first, plane, scratch.get());
   });
@@ -590,7 +591,7 @@ static void check_pair_stem(const Isa& isa) {
   std::vector<uint16_t> result(2 * ((s.out_channels / 2 - 1) * plane + pixels), 0xffff);
   const StemKernel kernel = isa.pair_kernel(dtype).stem;
   in_shares(s.out_height(), 1, [&](Channels rows) {
-    const Buffer scratch(kernel.scratch_bytes(s, rows.begin, rows.end));
+    const Buffer scratch(kernel.scratch_bytes(s));
     uint16_t* const first = result.data() + 2 * rows.begin * s.out_width();
     kernel.run(s, {weights.data(), nullptr, bias.data()}, x.data(), rows.begin, rows.end, first, plane, scratch.get());
   });
