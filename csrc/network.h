@@ -5,6 +5,9 @@
 
 namespace shufflenet {
 
+// Of a stem. What its kernels need of memory grows with the square.
+inline constexpr int64_t kMostKernelSize = 11;
+
 // A square convolution with ReLU and, in the paper's networks, a max pool (3x3, stride 2, padding 1).
 struct Stem {
   int64_t in_channels = 0;

@@ -136,7 +136,10 @@ class ProgramReader {
     stem.height = sizes_[2];
     stem.width = sizes_[3];
     stem.out_channels = positive("out_channels", o[0]);
-    stem.kernel_size = positive("kernel_size", o[1]);
+    stem.kernel_size = o[1];
+    if (stem.kernel_size < 1 || stem.kernel_size > kMostKernelSize) {
+      fail("program: got kernel_size ", stem.kernel_size, ", expected 1 to ", kMostKernelSize);
+    }
     stem.stride = stride(o[2]);
     stem.padding = o[3];
     stem.max_pool = o[4] != 0;
@@ -149,8 +152,7 @@ class ProgramReader {
       const int64_t least = stem.kernel_size - 2 * stem.padding;
       fail("x: got ", shape_of(x_), ", expected at least ", least, " x ", least, " pixels");
     }
-    if (stem.kernel_size > weights_ / stem.kernel_size ||
-        stem.in_channels > weights_ / (stem.kernel_size * stem.kernel_size)) {
+    if (stem.in_channels > weights_ / (stem.kernel_size * stem.kernel_size)) {
       fail("weights: got ", weights_, " elements, expected more: a row of the stem alone has more");
     }
     sizes_ = {sizes_[0], stem.out_channels, stem.out_height(), stem.out_width()};

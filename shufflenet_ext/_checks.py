@@ -94,6 +94,7 @@ def check_unit(
         )
 
 
+_MOST_KERNEL_SIZE = 11  # of a stem; csrc/network.h
 # How many integers follow the kind of a step: a stem, a unit, a head, the unit before again.
 _STEP_LENGTHS = {0: 5, 1: 7, 2: 2, 3: 1}
 
@@ -129,7 +130,9 @@ def check_step(kind: int, step: list[int], channels: int, height: int, width: in
     """ValueError unless a program's step fits images of these sizes."""
     if kind == 0:
         out_channels, size, stride, padding, _ = step
-        _check_positive(out_channels=out_channels, kernel_size=size)
+        _check_positive(out_channels=out_channels)
+        if not 1 <= size <= _MOST_KERNEL_SIZE:
+            raise ValueError(f"program: got kernel_size {size}, expected 1 to {_MOST_KERNEL_SIZE}")
         if stride not in (1, 2):
             raise ValueError(f"program: got stride {stride}, expected 1 or 2")
         if not 0 <= padding < size:

@@ -69,7 +69,7 @@ def test_channels_at_the_tile(isa, slice_channels, layout, dtype):
     unit.check(unit.tensors(dtype, layout))
 
 
-# The kernels sum up to 64 terms one behind the other, deeper sums in blocks.
+# Tiles sum up to 64 terms one behind the other, and more in blocks.
 @each_dtype
 @pytest.mark.parametrize("depth", [63, 64, 65, 128, 129, 300])
 def test_depths_at_the_blocks(isa, depth, dtype):

@@ -106,7 +106,7 @@ struct TensorImage {
 
 // A program's steps in bfloat16. The images between them are planes of pairs, as dot products of bfloat16 take them:
 // element i of plane c holds channels 2 c and 2 c + 1 at pixel i. Weights are bfloat16, in rows of an even depth (the
-// depthwise convolution's float), biases float. Needs what has_pairs asks of the stem and each unit.
+// depthwise convolution's float), biases float. Needs what has_pairs asks of each unit.
 struct PairKernel {
   UnitKernel unit;
   StemKernel stem;  // whose weights are as stem_row_pairs says
@@ -124,9 +124,6 @@ inline constexpr int64_t kPairsSlackBytes = 64;  // behind an image's planes of 
 
 // Whether pairs neither straddle the groups that conv1 reads nor what the result is put together from.
 inline bool has_pairs(const Unit& unit) { return unit.conv1_depth() % 2 == 0 && unit.out_channels % 2 == 0; }
-
-// Taps of a stem's window take memory by the square of its size.
-inline bool has_pairs(const Stem& stem) { return stem.kernel_size <= 11; }
 
 // PairKernel's stem has for each row of its window the taps of all columns, channel by channel, in so many pairs: where
 // they are an odd number, behind the last of them is a zero.

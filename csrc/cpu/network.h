@@ -21,9 +21,8 @@ class StemStep final : public Step {
 
   void run(const void* from, void* to, bool) const override { run_rows(from, to, 0, stem_.out_height()); }
   void share(const Sharers& s) const override {
-    s.phases.add(s.step, strips_, [this, from = s.from, to = s.to](int64_t i) {
-      run_rows(from, to, begin(i, strips_), begin(i + 1, strips_));
-    });
+    s.phases.add(
+        s.step, strips_, [this, from = s.from, to = s.to](int64_t i) { run_rows(from, to, begin(i), begin(i + 1)); });
   }
 
   StepDescription describe() const override {
@@ -36,7 +35,7 @@ class StemStep final : public Step {
   }
 
  private:
-  int64_t begin(int64_t strip, int64_t strips) const { return stem_.out_height() * strip / strips; }
+  int64_t begin(int64_t strip) const { return stem_.out_height() * strip / strips_; }
 
   RunDescription describe(int64_t strips) const {
     RunDescription run;

@@ -35,8 +35,8 @@ static_assert(kLinearClasses * kLinearImages + kLinearClasses + 1 <= kRegisters,
 
 // Adds the products of a vector of channels, the first of which are at `weights` and `means`.
 template <class A, bool HasTail, int Images>
-inline void add_products(const A* const* weights, const A* const* means, int64_t channel, typename Simd<A>::Mask tail,
-                         typename Simd<A>::V (&sums)[kLinearClasses][Images]) {
+inline void add_linear_products(const A* const* weights, const A* const* means, int64_t channel,
+                                typename Simd<A>::Mask tail, typename Simd<A>::V (&sums)[kLinearClasses][Images]) {
   using S = Simd<A>;
   typename S::V w[kLinearClasses];
 #pragma GCC unroll 4
@@ -65,9 +65,11 @@ void linear_tile(const Head& head, const Convolution& layer, const accumulator_t
   typename S::V sums[kLinearClasses][Images] = {};
   int64_t channel = 0;
   for (; channel + S::kLanes <= head.channels; channel += S::kLanes) {
-    add_products<A, false>(weights, means, channel, S::first(S::kLanes), sums);
+    add_linear_products<A, false>(weights, means, channel, S::first(S::kLanes), sums);
   }
-  if (channel < head.channels) add_products<A, true>(weights, means, channel, S::first(head.channels - channel), sums);
+  if (channel < head.channels) {
+    add_linear_products<A, true>(weights, means, channel, S::first(head.channels - channel), sums);
+  }
 #pragma GCC unroll 4
   for (int c = 0; c < kLinearClasses; ++c) {
 #pragma GCC unroll 4

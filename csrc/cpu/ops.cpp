@@ -131,7 +131,7 @@ static void run_steps(const Program& program, const PackedData<A>& data, const T
 // Otherwise a program in bfloat16 is computed in float, from weights that each call widens.
 static bool runs_pairs(const Program& program, Dtype weights) {
   const auto& units = program.units;
-  return isa().pair_kernel && weights == Dtype::bfloat16 && (!program.stem || has_pairs(program.stem->stem)) &&
+  return isa().pair_kernel && weights == Dtype::bfloat16 &&
          std::all_of(units.begin(), units.end(), [](const PackedUnit& packed) { return has_pairs(packed.unit); });
 }
 

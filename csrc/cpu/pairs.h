@@ -16,8 +16,6 @@ struct Pairs {
   using Word = Stored<BFloat16>::Word;
 
   static V load(const Pair* p) { return S::load(reinterpret_cast<const float*>(p)); }
-  static V load(const Pair* p, S::Mask m) { return S::load(reinterpret_cast<const float*>(p), m); }
-  static void store(Pair* p, V pairs, S::Mask m) { S::store(reinterpret_cast<float*>(p), pairs, m); }
   static V broadcast(const BFloat16* p) {
     uint32_t bits;
     std::memcpy(&bits, p, sizeof bits);

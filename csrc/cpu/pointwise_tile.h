@@ -18,7 +18,7 @@ struct PointwiseTile {
   const A* x;
   const int64_t* offsets;  // from x to the pixels of each of the depth's planes
   int64_t depth;
-  int64_t block;    // of the depth; see kMostTerms
+  int64_t block;    // of the depth, at most the whole of it; see kMostTerms
   const A* weight;  // a row of depth for each channel of the tile
   // Cache lines that a later tile works on, one for each step of the depth, which are prefetched (HasAhead). They may
   // lie past the end of what is there.
@@ -89,10 +89,10 @@ inline void add_products(const PointwiseTile<A>& t, const A* const (&weights)[Ch
   }
 }
 
-// Terms that are summed one behind the other: a deeper sum is one of equal blocks of at most so many, as its rounding
-// errors would grow with the square root of the depth. Errors of the paper's units against float64 are so 0.97 times
-// eager PyTorch's, geometric mean of their root mean squares; 1.17 times with one sum, 0.93 with blocks of 40. It takes
-// 0.5 to 1 % of a unit's time; with blocks of 40, 2 %.
+// Terms that are summed one behind the other: a deeper sum is one of nearly equal blocks of at most so many, as its
+// rounding errors would grow with the square root of the depth. Errors of the paper's units against float64 are so 0.97
+// times eager PyTorch's, geometric mean of their root mean squares; 1.17 times with one sum, 0.93 with blocks of 40. It
+// takes 0.5 to 1 % of a unit's time; with blocks of 40, 2 %. (pointwise_pixel has a sum for each lane.)
 inline constexpr int64_t kMostTerms = 64;
 
 // y = relu(scale * (weight x) + bias + residual) for Channels x Vectors. Each pixel sums over the depth in the same
@@ -107,7 +107,7 @@ void pointwise_tile(const PointwiseTile<A>& t) {
 #pragma GCC unroll 8
   for (int c = 0; c < Channels; ++c) weights[c] = t.weight + c * t.depth;
   V sum[Channels][Vectors] = {};
-  add_products<A, Channels, Vectors, HasTail, HasAhead>(t, weights, 0, std::min(t.block, t.depth), sum);
+  add_products<A, Channels, Vectors, HasTail, HasAhead>(t, weights, 0, t.block, sum);
   for (int64_t k = t.block; k < t.depth; k += t.block) {
     V before[Channels][Vectors];
 #pragma GCC unroll 8

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "max_pool.h"
+#include "planes.h"
 #include "pointwise.h"
-#include "staging.h"
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
@@ -15,11 +15,11 @@ struct ConvolvedRows {
   int64_t begin, end;
 };
 
-// The convolution is a pointwise one whose depth are the taps of its window: of each there is a plane, of the pixels of
-// x that it reads for consecutive pixels of the convolution. Taps that are a multiple of the stride of rows apart share
-// a plane, of some more rows. So many rows of the convolution are computed at a time, their pixels run together: enough
-// of them for whole tiles, and few enough for the L1 cache, where their taps and results are then (at 224x224 two rows;
-// with windows of twelve rows a stem took 1.2 times as long).
+// The convolution is a pointwise one whose depth are the taps of its window (im2col): of each there is a plane, of the
+// pixels of x that it reads for consecutive pixels of the convolution. Taps that are a multiple of the stride of rows
+// apart share a plane, of some more rows. So many rows of the convolution are computed at a time, their pixels run
+// together: enough of them for whole tiles, and at 224x224, where they are two, few enough for taps and results to be
+// in the L1 cache (with twelve, a stem took 1.1 times as long).
 inline int64_t rows_at_once(const Stem& stem) {
   constexpr int64_t kPixels = 256;
   const int64_t rows = std::min(std::max<int64_t>(1, kPixels / stem.conv_width()), stem.conv_height());
@@ -28,8 +28,8 @@ inline int64_t rows_at_once(const Stem& stem) {
 // Rows of a plane of taps beyond those of the convolution, and pixels of a sorted row beyond them.
 inline int64_t taps_reach(const Stem& stem) { return (stem.kernel_size - 1) / stem.stride; }
 inline int64_t sorted_pitch(const Stem& stem) { return stem.conv_width() + taps_reach(stem); }
-// Rows of x in the window that a step of the convolution by a row passes over.
-inline int64_t rows_passed(const Stem& stem) { return std::min(stem.kernel_size, stem.stride); }
+// Remainders modulo the stride that the rows of a window have.
+inline int64_t row_phases(const Stem& stem) { return std::min(stem.kernel_size, stem.stride); }
 
 template <class T>
 struct StemScratch {
@@ -39,13 +39,13 @@ struct StemScratch {
     Arena arena(memory);
     row = arena.take<T>(stem.width);
     sorted = arena.planes<A>(stem.in_channels * stem.stride, sorted_pitch(stem));
-    const int64_t planes = stem.in_channels * rows_passed(stem) * stem.kernel_size;
+    const int64_t planes = stem.in_channels * row_phases(stem) * stem.kernel_size;
     taps = arena.planes<A>(planes, (rows + taps_reach(stem)) * width);
     if (stem.max_pool) {
       convolved = arena.planes<A>(kTileChannels, rows * width);
       last_row = arena.planes<A>(stem.out_channels, width);
     }
-    work = {arena, stem.out_channels, stem.taps()};
+    work = {arena, 0, stem.taps()};
     bytes = arena.bytes();
   }
   T* row;
@@ -142,7 +142,7 @@ class RowSorter {
   SortedColumns even_, odd_;
 };
 
-// Whole vectors: up to one past the last of the n.
+// In whole vectors, the last of which may reach past the n.
 template <class A>
 void copy_vectors(const A* from, int64_t n, A* to) {
   for (int64_t i = 0; i < n; i += Simd<A>::kLanes) Simd<A>::store(to + i, Simd<A>::load(from + i));
@@ -161,7 +161,7 @@ class StemTaps {
         begin_(first_row),
         end_(first_row) {}
 
-  // From x at pixel 0 of the convolution's rows: where a tap's plane begins with what it reads.
+  // Of each tap: where in the planes its pixels for the first row of the convolution begin.
   void offsets(int64_t* offset) const {
     const int64_t k = stem_.kernel_size, s = stem_.stride;
     for (int64_t c = 0; c < stem_.in_channels; ++c) {
@@ -171,25 +171,25 @@ class StemTaps {
     }
   }
 
-  // Rows [row, end) of the convolution become the first ones; they are later ones than those of the call before.
+  // Rows [row, end) of the convolution become the first ones. They follow those of the call before.
   void move_to(int64_t row, int64_t end) {
-    const int64_t width = stem_.conv_width(), kept = std::max<int64_t>(0, end_ - row);
-    for (int64_t c = 0; row > begin_ && c < stem_.in_channels * rows_passed(stem_) * stem_.kernel_size; ++c) {
+    const int64_t width = stem_.conv_width(), kept = end_ - row;
+    for (int64_t c = 0; c < stem_.in_channels * row_phases(stem_) * stem_.kernel_size; ++c) {
       A* const plane = taps_.channel(c);
       std::memmove(plane, plane + (row - begin_) * width, kept * width * sizeof(A));
     }
     begin_ = row;
-    for (end_ = row + kept; end_ < end + taps_reach(stem_); ++end_) {
-      for (int64_t remainder = 0; remainder < rows_passed(stem_); ++remainder) make(remainder);
+    for (; end_ < end + taps_reach(stem_); ++end_) {
+      for (int64_t remainder = 0; remainder < row_phases(stem_); ++remainder) make(remainder);
     }
   }
 
  private:
   A* tap(int64_t c, int64_t remainder, int64_t kx, int64_t row) const {
-    return taps_.channel((c * rows_passed(stem_) + remainder) * stem_.kernel_size + kx) + row * stem_.conv_width();
+    return taps_.channel((c * row_phases(stem_) + remainder) * stem_.kernel_size + kx) + row * stem_.conv_width();
   }
 
-  // Row end_ of the planes that have so many rows of x above them.
+  // Makes row end_ of the taps in rows of this remainder.
   void make(int64_t remainder) const {
     const int64_t s = stem_.stride, y = end_ * s + remainder - stem_.padding;
     for (int64_t c = 0; c < stem_.in_channels; ++c) sorter_.sort(c, y, sorted_.from(c * s));
@@ -214,11 +214,12 @@ int64_t stem_scratch_bytes(const Stem& stem) {
 
 template <class A>
 Tile stem_tile(const Stem& stem) {
-  return largest_tile(stem.out_channels, PixelTiles<A>(rows_at_once(stem) * stem.conv_width()));
+  const int64_t rows = std::min(rows_at_once(stem), stem.conv_height());
+  return largest_tile(stem.out_channels, PixelTiles<A>(rows * stem.conv_width()));
 }
 
-// The rows of the max pool that end in rows [row, end) of the convolution, of the channels of a tile. `result` is that
-// of the stem's row 0.
+// The rows of the max pool whose middle row is among rows [row, end) of the convolution, of the channels of a tile. The
+// first of them goes to `result`.
 template <class T>
 void pool_rows(const Stem& stem, const RowTile& tile, int64_t row, int64_t end, const StemScratch<T>& scratch,
                Planes<accumulator_t<T>> result) {
@@ -227,11 +228,12 @@ void pool_rows(const Stem& stem, const RowTile& tile, int64_t row, int64_t end, 
   for (int64_t c = 0; c < tile.rows; ++c) {
     const A* const convolved = scratch.convolved.channel(c);
     A* const last_row = scratch.last_row.channel(tile.row + c);
-    for (int64_t r = ceil_div(row, 2); 2 * r < end; ++r) {
-      const A* const middle = convolved + (2 * r - row) * width;
-      const A* const above = 2 * r > row ? middle - width : row > 0 ? last_row : middle;
-      const A* const below = 2 * r + 1 < end ? middle + width : middle;
-      MaxPoolOfElements<A>::row({above, middle, below}, width, out_width, result.channel(tile.row + c) + r * out_width);
+    A* to = result.channel(tile.row + c);
+    for (int64_t r = ceil_div(row, 2) * 2; r < end; r += 2, to += out_width) {
+      const A* const middle = convolved + (r - row) * width;
+      const A* const above = r > row ? middle - width : row > 0 ? last_row : middle;
+      const A* const below = r + 1 < end ? middle + width : middle;
+      MaxPoolOfElements<A>::row({above, middle, below}, width, out_width, to);
     }
     copy_vectors(convolved + (end - 1 - row) * width, width, last_row);
   }
@@ -246,17 +248,17 @@ void run_stem(const Stem& stem, const Convolution& conv, const void* image, int6
   const StemScratch<T> scratch(stem, memory);
   StemTaps<T> taps(stem, static_cast<const T*>(image), scratch, rows.begin);
   taps.offsets(scratch.work.offsets);
-  const Planes<A> from_row_0 = {static_cast<A*>(result) - row_begin * stem.out_width(), result_plane};
   for (int64_t row = rows.begin, end; row < rows.end; row = end) {
-    const bool is_halo = stem.max_pool && row % 2 != 0;  // the halo of strips
+    const bool is_halo = stem.max_pool && row % 2 != 0;  // the row above what the first row of a strip is pooled from
     end = std::min(rows.end, row + (is_halo ? 1 : rows_at_once(stem)));
     taps.move_to(row, end);
+    const int64_t first = stem.max_pool ? ceil_div(row, 2) : row;
+    const Planes<A> to = {static_cast<A*>(result) + (first - row_begin) * stem.out_width(), result_plane};
     for (int64_t c = 0; c < stem.out_channels;) {
       const RowTile tile = {c, next_channels(stem.out_channels - c), 0};
-      const Planes<A> in_result = {from_row_0.channel(c) + row * stem.conv_width(), result_plane};
       pointwise<A>({conv, stem.taps(), &tile, 1, c, (end - row) * stem.conv_width()}, read_only(scratch.taps), {},
-                   stem.max_pool ? scratch.convolved : in_result, false, scratch.work);
-      if (stem.max_pool) pool_rows(stem, tile, row, end, scratch, from_row_0);
+                   stem.max_pool ? scratch.convolved : to.from(c), false, scratch.work);
+      if (stem.max_pool) pool_rows(stem, tile, row, end, scratch, to);
       c += tile.rows;
     }
   }

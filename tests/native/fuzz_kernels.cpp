@@ -467,13 +467,13 @@ static StemCase random_stem() {
   Stem& s = c.stem;
   s.in_channels = uniform(1, 5);
   s.out_channels = uniform(1, 20);
-  s.kernel_size = uniform(1, 5);
+  s.kernel_size = uniform(0, 7) ? uniform(1, 5) : uniform(6, kMostKernelSize);
   s.stride = uniform(1, 2);
   s.padding = uniform(0, s.kernel_size - 1);
   const int64_t least = std::max<int64_t>(1, s.kernel_size - 2 * s.padding);
   s.height =
       least + (uniform(0, 3) ? uniform(0, 20) : uniform(40, 90));  // now and then more rows than are computed at once
-  s.width = least + uniform(0, 75);
+  s.width = least + (uniform(0, 7) ? uniform(0, 75) : uniform(200, 600));
   s.max_pool = uniform(0, 1);
   s.layout = static_cast<Layout>(uniform(0, 1));
   c.values = random_values(s.in_channels * s.height * s.width);
