@@ -121,8 +121,8 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
         weights: the steps' weights and biases with batch norm folded in, one behind the other; see
             :func:`pack_weights`. Of x's dtype; or of bfloat16, for an x of float32 and a result of float32.
         program: what the steps are: 0, out_channels, kernel_size (11 at most), stride, padding, max_pool for a stem
-            (first), whose max pool is 3×3 with stride 2; 1, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu,
-            pool_count_include_pad for a unit; 3, times for the unit before so many times more; 2, classes,
+            (first), whose max pool is 3×3 with stride 2; 1, mid_channels, out_channels, conv1_groups, groups, stride,
+            conv2_relu, pool_count_include_pad for a unit; 3, times for the unit before so many times more; 2, classes,
             pool_window for a head (last), which takes the mean of the upper left pool_window × pool_window pixels
             (0: of all). The op takes a stem and a head or neither, around one unit at least.
 
