@@ -467,13 +467,14 @@ static StemCase random_stem() {
   Stem& s = c.stem;
   s.in_channels = uniform(1, 5);
   s.out_channels = uniform(1, 20);
-  s.kernel_size = uniform(0, 7) ? uniform(1, 5) : uniform(6, kMostKernelSize);
+  s.kernel_size = uniform(0, 15) ? uniform(1, 5) : uniform(6, kMostKernelSize);
   s.stride = uniform(1, 2);
   s.padding = uniform(0, s.kernel_size - 1);
   const int64_t least = std::max<int64_t>(1, s.kernel_size - 2 * s.padding);
-  s.height =
-      least + (uniform(0, 3) ? uniform(0, 20) : uniform(40, 90));  // now and then more rows than are computed at once
-  s.width = least + (uniform(0, 7) ? uniform(0, 75) : uniform(200, 600));
+  // Now and then more rows than are computed at once, or rows that are computed one at a time.
+  const int64_t shape = uniform(0, 15);
+  s.height = least + (shape == 0 ? uniform(40, 90) : shape == 1 ? uniform(0, 5) : uniform(0, 20));
+  s.width = least + (shape == 1 ? uniform(200, 600) : uniform(0, 75));
   s.max_pool = uniform(0, 1);
   s.layout = static_cast<Layout>(uniform(0, 1));
   c.values = random_values(s.in_channels * s.height * s.width);
