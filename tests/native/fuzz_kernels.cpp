@@ -1,16 +1,22 @@
 // Fuzzes the kernels without torch: units, stems and heads of random shapes, every ISA, dtype and layout, cut at random
-// into parts, strips and shares of channels, on buffers that end exactly where their contents end, against a naive
-// implementation in double. Run by run_sanitized.sh, under which an access outside of them is an error, but by masked
-// intrinsics and AMX's loads and stores, which sanitizers do not see.
+// into parts, strips and shares of channels, on memory that ends exactly where its contents end, against a naive
+// implementation in double. Behind that memory is a page which no access survives, be it one by a masked intrinsic or
+// by AMX, which sanitizers do not see. run_sanitized.sh also finds what is read or written just before it.
 //
 // Usage: fuzz_kernels [units] [seed]
+#include <sanitizer/asan_interface.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "../../csrc/cpu/kernels.h"
@@ -25,18 +31,52 @@ static int64_t uniform(int64_t lowest, int64_t highest) {
   return std::uniform_int_distribution<int64_t>(lowest, highest)(generator);
 }
 
+// Memory that ends with a page, the next of which cannot be accessed. What the first page has before it is poisoned.
+template <class T>
+struct GuardedAllocator {
+  using value_type = T;
+  GuardedAllocator() = default;
+  template <class U>
+  GuardedAllocator(const GuardedAllocator<U>&) {}
+
+  T* allocate(size_t n) {
+    const size_t pages = page_bytes(n);
+    void* const first =
+        mmap(nullptr, pages + guard_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (first == MAP_FAILED || mprotect(static_cast<char*>(first) + pages, guard_bytes(), PROT_NONE) != 0) {
+      throw std::bad_alloc();
+    }
+    ASAN_POISON_MEMORY_REGION(first, pages - n * sizeof(T));
+    return reinterpret_cast<T*>(static_cast<char*>(first) + pages - n * sizeof(T));
+  }
+  void deallocate(T* p, size_t n) {
+    const size_t pages = page_bytes(n);
+    char* const first = reinterpret_cast<char*>(p + n) - pages;
+    ASAN_UNPOISON_MEMORY_REGION(first, pages);
+    munmap(first, pages + guard_bytes());
+  }
+  bool operator==(const GuardedAllocator&) const { return true; }
+  bool operator!=(const GuardedAllocator&) const { return false; }
+
+ private:
+  static size_t guard_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+  static size_t page_bytes(size_t n) { return (n * sizeof(T) + guard_bytes() - 1) / guard_bytes() * guard_bytes(); }
+};
+
+// What kernels work on. It grows by copies, and ends where its contents do once it is shrunk to fit.
+template <class T>
+using Array = std::vector<T, GuardedAllocator<T>>;
+
 // Memory of exactly n bytes in which every number, of any dtype, is NaN until it is written.
 class Buffer {
  public:
-  explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(kScratchAlignment, bytes)) {
-    std::memset(data_, 0xff, bytes);
+  explicit Buffer(int64_t bytes) : data_(bytes, '\xff') {
+    if (bytes % kScratchAlignment != 0) throw std::logic_error("a buffer's size is a multiple of its alignment");
   }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-  void* get() const { return data_; }
+  void* get() const { return const_cast<char*>(data_.data()); }
 
  private:
-  void* data_;
+  Array<char> data_;
 };
 
 // ---- Numbers of a dtype ---------------------------------------------------------------------------------------------
@@ -61,7 +101,7 @@ static double epsilon(Dtype dtype) {
 static double relu(double value) { return value < 0 ? 0 : value; }  // NaN stays
 
 // Appends a value that every dtype represents exactly, or NaN.
-static void put(Dtype dtype, double value, std::vector<char>& bytes) {
+static void put(Dtype dtype, double value, Array<char>& bytes) {
   const auto append = [&](const void* p, size_t n) {
     bytes.insert(bytes.end(), static_cast<const char*>(p), static_cast<const char*>(p) + n);
   };
@@ -262,7 +302,7 @@ class StripPlanes {
     for (int64_t c = 0; c < channels_; ++c) std::copy_n(from + c * from_plane, pixels_, to + c * to_plane);
   }
   int64_t channels_, pixels_, plane_;
-  std::vector<A> data_;
+  Array<A> data_;
 };
 
 // The image by strips, in random order, each in memory of its own.
@@ -319,11 +359,11 @@ struct Pointers {
         scale(w.scale.begin(), w.scale.end()),
         bias(w.bias.begin(), w.bias.end()) {}
   operator Convolution() const { return {weight.data(), scale.data(), bias.data()}; }
-  std::vector<A> weight, scale, bias;
+  Array<A> weight, scale, bias;
 };
 
 template <class A>
-static std::vector<char> native_result(const Case& c, const Isa& isa) {
+static Array<char> native_result(const Case& c, const Isa& isa) {
   const Unit& u = c.unit;
   std::vector<double> ordered(c.x.size());
   for (int64_t i = 0; i < static_cast<int64_t>(c.x.size()); ++i) {
@@ -331,10 +371,10 @@ static std::vector<char> native_result(const Case& c, const Isa& isa) {
     const int64_t ch = i / (u.width * u.height) % u.in_channels, n = i / (u.width * u.height * u.in_channels);
     ordered[offset(n, ch, row, column, u.in_channels, u.height, u.width, u.layout)] = c.x[i];
   }
-  std::vector<char> x;
+  Array<char> x;
   for (const double value : ordered) put(c.dtype, value, x);
   x.shrink_to_fit();
-  std::vector<char> result(u.batch * u.result_channels() * u.out_height() * u.out_width() * size_of(c.dtype), '\xff');
+  Array<char> result(u.batch * u.result_channels() * u.out_height() * u.out_width() * size_of(c.dtype), '\xff');
 
   const Pointers<A> conv1(c.conv1), conv2(c.conv2), conv3(c.conv3);
   UnitPointers pointers;
@@ -356,7 +396,7 @@ static std::vector<char> native_result(const Case& c, const Isa& isa) {
     const Partition partition = random_partition(image, kernel, lanes, has_strips);
     for (int64_t i = 0; i < partition.strips; ++i) run_part(kernel, image, pointers, partition.part(image, i));
     if (!has_strips) continue;
-    std::vector<char> by_strips(result_bytes, '\xff');
+    Array<char> by_strips(result_bytes, '\xff');
     UnitPointers other = pointers;
     other.result = by_strips.data();
     run_strips<A>(kernel, image, other, {uniform(1, u.out_height()), Sharing::strips});
@@ -377,7 +417,7 @@ static void check(const Case& c, const Isa& isa) {
   std::vector<double> magnitude;
   const std::vector<double> expected = expected_result(c, magnitude);
   const bool is_double = c.dtype == Dtype::float64;
-  const std::vector<char> result = is_double ? native_result<double>(c, isa) : native_result<float>(c, isa);
+  const Array<char> result = is_double ? native_result<double>(c, isa) : native_result<float>(c, isa);
   const double sum_epsilon = epsilon(is_double ? Dtype::float64 : Dtype::float32);
   for (int64_t i = 0; i < static_cast<int64_t>(expected.size()); ++i) {
     const double got = get(c.dtype, result.data(), i);
@@ -483,7 +523,7 @@ static StemCase random_stem() {
 }
 
 // In memory of their exact size, as they lie in a tensor.
-static std::vector<char> image_of(const StemCase& c, Dtype dtype) {
+static Array<char> image_of(const StemCase& c, Dtype dtype) {
   const Stem& s = c.stem;
   std::vector<double> ordered(c.values.size());
   for (int64_t i = 0; i < s.in_channels; ++i) {
@@ -494,7 +534,7 @@ static std::vector<char> image_of(const StemCase& c, Dtype dtype) {
       }
     }
   }
-  std::vector<char> x;
+  Array<char> x;
   for (const double value : ordered) put(dtype, value, x);
   x.shrink_to_fit();
   return x;
@@ -552,11 +592,11 @@ template <class A>
 static void check_stem(Dtype dtype, const Isa& isa) {
   const StemCase c = random_stem();
   const Stem& s = c.stem;
-  const std::vector<char> x = image_of(c, dtype);
+  const Array<char> x = image_of(c, dtype);
   const Pointers<A> conv(c.weights);
   const Convolution pointers = {conv.weight.data(), nullptr, conv.bias.data()};
   const int64_t pixels = s.out_height() * s.out_width(), plane = pixels + uniform(0, 9);
-  std::vector<A> result((s.out_channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
+  Array<A> result((s.out_channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
   const StemKernel kernel = isa.network_kernel(dtype).stem;
   in_shares(s.out_height(), 1, [&](Channels rows) {
     const Buffer scratch(kernel.scratch_bytes(s));
@@ -576,9 +616,9 @@ static void check_pair_stem(const Isa& isa) {
   c.weights = random_weights(s.out_channels, s.taps());
   for (double& weight : c.weights.weight) weight = std::ldexp(std::round(std::ldexp(weight, 4)), -4);
   const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
-  const std::vector<char> x = image_of(c, dtype);
+  const Array<char> x = image_of(c, dtype);
   const int64_t row_taps = 2 * stem_row_pairs(s);
-  std::vector<char> weights;
+  Array<char> weights;
   for (int64_t row = 0; row < s.out_channels * s.kernel_size; ++row) {
     for (int64_t tap = 0; tap < row_taps; ++tap) {
       const int64_t channel = tap / s.kernel_size, ky = row % s.kernel_size, kx = tap % s.kernel_size;
@@ -587,9 +627,10 @@ static void check_pair_stem(const Isa& isa) {
       put(Dtype::bfloat16, is_zero ? 0 : c.weights.weight[(filter + ky) * s.kernel_size + kx], weights);
     }
   }
-  const std::vector<float> bias(c.weights.bias.begin(), c.weights.bias.end());
+  weights.shrink_to_fit();
+  const Array<float> bias(c.weights.bias.begin(), c.weights.bias.end());
   const int64_t pixels = s.out_height() * s.out_width(), plane = pixels + uniform(0, 9);
-  std::vector<uint16_t> result(2 * ((s.out_channels / 2 - 1) * plane + pixels), 0xffff);
+  Array<uint16_t> result(2 * ((s.out_channels / 2 - 1) * plane + pixels), 0xffff);
   const StemKernel kernel = isa.pair_kernel(dtype).stem;
   in_shares(s.out_height(), 1, [&](Channels rows) {
     const Buffer scratch(kernel.scratch_bytes(s));
@@ -618,9 +659,9 @@ static void check_head(Dtype dtype, const Isa& isa) {
   const NetworkKernel kernel = isa.network_kernel(dtype);
   const double sum_epsilon = epsilon(std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
 
-  std::vector<A> means(images * h.channels);
+  Array<A> means(images * h.channels);
   for (int64_t image = 0; image < images; ++image) {
-    std::vector<A> x((h.channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
+    Array<A> x((h.channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
     const std::vector<double> values = random_values(h.channels * pixels);
     for (int64_t i = 0; i < h.channels * pixels; ++i) x[i / pixels * plane + i % pixels] = static_cast<A>(values[i]);
     in_shares(h.channels, 1, [&](Channels share) {
@@ -639,7 +680,7 @@ static void check_head(Dtype dtype, const Isa& isa) {
     }
   }
 
-  std::vector<char> result(images * h.classes * size_of(dtype), '\xff');
+  Array<char> result(images * h.classes * size_of(dtype), '\xff');
   const Convolution pointers = {linear.weight.data(), nullptr, linear.bias.data()};
   in_shares(
       h.classes, 1, [&](Channels share) { kernel.linear(h, pointers, means.data(), images, share, result.data()); });
