@@ -167,13 +167,20 @@ static int64_t offset(int64_t n, int64_t c, int64_t row, int64_t column, int64_t
   return ((n * height + row) * width + column) * channels + c;
 }
 
-// Of the result as in memory. `magnitude` gets, for each element, the sum of the absolute terms: what rounding goes
-// with.
-static std::vector<double> expected_result(const Case& c, std::vector<double>& magnitude) {
+// Of each element of the result, in the order in which they are in memory.
+struct Expected {
+  std::vector<double> value;
+  std::vector<double> magnitude;  // the sum of the absolute terms, of all convolutions: what rounding of sums goes with
+  std::vector<double> of_y2;      // that of conv3's terms: what rounding of y2 goes with
+};
+
+static Expected expected_result(const Case& c) {
   const Unit& u = c.unit;
   const int64_t out_height = u.out_height(), out_width = u.out_width(), channels = u.result_channels();
-  std::vector<double> result(u.batch * channels * out_height * out_width);
-  magnitude.resize(result.size());
+  Expected expected;
+  for (auto* const values : {&expected.value, &expected.magnitude, &expected.of_y2}) {
+    values->resize(u.batch * channels * out_height * out_width);
+  }
   const auto x = [&](int64_t n, int64_t ch, int64_t row, int64_t column) {
     return c.x[((n * u.in_channels + ch) * u.height + row) * u.width + column];
   };
@@ -214,7 +221,7 @@ static std::vector<double> expected_result(const Case& c, std::vector<double>& m
     for (int64_t ch = 0; ch < channels; ++ch) {
       for (int64_t p = 0; p < out_height * out_width; ++p) {
         const int64_t row = p / out_width, column = p % out_width;
-        double value = 0, size = 0;
+        double value = 0, size = 0, of_y2 = 0;
         if (!u.has_conv3()) {
           value = y2[ch * out_height * out_width + p];
           size = size2[ch * out_height * out_width + p];
@@ -222,7 +229,9 @@ static std::vector<double> expected_result(const Case& c, std::vector<double>& m
           const int64_t first = ch / (u.out_channels / u.groups) * u.slice_channels();
           for (int64_t k = 0; k < u.slice_channels(); ++k) {
             const double weight = c.conv3.weight[ch * u.slice_channels() + k];
-            value += weight * y2[(first + k) * out_height * out_width + p];
+            const double term = weight * y2[(first + k) * out_height * out_width + p];
+            value += term;
+            of_y2 += std::abs(c.conv3.scale[ch] * term);
             size += std::abs(weight) * size2[(first + k) * out_height * out_width + p];
           }
           value = c.conv3.scale[ch] * value + c.conv3.bias[ch];
@@ -240,12 +249,13 @@ static std::vector<double> expected_result(const Case& c, std::vector<double>& m
           value = relu(value / static_cast<double>(u.pool_count_include_pad ? 9 : inside));
         }
         const int64_t i = offset(n, ch, row, column, channels, out_height, out_width, u.layout);
-        result[i] = value;
-        magnitude[i] = size + 8;  // x's values are at most 2
+        expected.value[i] = value;
+        expected.magnitude[i] = size + 8;  // x's values are at most 2
+        expected.of_y2[i] = of_y2;
       }
     }
   }
-  return result;
+  return expected;
 }
 
 // ---- The unit, by the kernels -----------------------------------------------------------------------------------------
@@ -271,7 +281,8 @@ static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPoint
     kernel.expand(unit, pointers, part, share, buffers.get(), scratch.get());
   });
   if (!unit.has_conv3() && !kernel.is_staged(unit)) return;
-  in_shares(unit.has_conv3() ? unit.out_channels : unit.mid_channels, 1, [&](Channels share) {
+  const int64_t projected = unit.has_conv3() ? unit.out_channels : unit.mid_channels;
+  in_shares(projected, kernel.project_multiple, [&](Channels share) {
     const Buffer scratch(kernel.scratch_bytes(unit, part, {}));
     kernel.project(unit, pointers, part, share, buffers.get(), scratch.get());
   });
@@ -287,21 +298,21 @@ static Partition random_partition(const Unit& unit, const UnitKernel& kernel, in
 template <class A>
 class StripPlanes {
  public:
-  // The last plane ends with its last pixel.
-  StripPlanes(int64_t channels, int64_t pixels)
-      : channels_(channels),
+  // The last plane ends with its last pixel, behind which there may be some slack.
+  StripPlanes(int64_t planes, int64_t pixels, int64_t slack_bytes = 0)
+      : planes_(planes),
         pixels_(pixels),
         plane_(pixels + uniform(0, 9)),
-        data_((channels - 1) * plane_ + pixels, std::numeric_limits<A>::quiet_NaN()) {}
+        data_((planes - 1) * plane_ + pixels + slack_bytes / sizeof(A), std::numeric_limits<A>::quiet_NaN()) {}
   RowsOfImage rows() { return {data_.data(), plane_}; }
   void copy_from(const A* image, int64_t image_plane) { copy(image, image_plane, data_.data(), plane_); }
   void copy_to(A* image, int64_t image_plane) const { copy(data_.data(), plane_, image, image_plane); }
 
  private:
   void copy(const A* from, int64_t from_plane, A* to, int64_t to_plane) const {
-    for (int64_t c = 0; c < channels_; ++c) std::copy_n(from + c * from_plane, pixels_, to + c * to_plane);
+    for (int64_t c = 0; c < planes_; ++c) std::copy_n(from + c * from_plane, pixels_, to + c * to_plane);
   }
-  int64_t channels_, pixels_, plane_;
+  int64_t planes_, pixels_, plane_;
   Array<A> data_;
 };
 
@@ -309,7 +320,8 @@ class StripPlanes {
 template <class A>
 static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers,
                        const Partition& partition) {
-  const int64_t n = partition.strips;
+  const int64_t n = partition.strips, channels = kernel.channels_per_element;
+  const int64_t x_planes = unit.in_channels / channels, slack = channels > 1 ? kPairsSlackBytes : 0;
   std::vector<Strip> strips(n);
   std::vector<std::unique_ptr<StripPlanes<A>>> x, above, result;
   std::vector<std::unique_ptr<Buffer>> y1, lent;
@@ -320,11 +332,11 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
     strip.part = partition.part(unit, i);
     const int64_t first = strip.part.row_begin * unit.stride;
     const int64_t last = std::min(strip.part.row_end * unit.stride, unit.height);
-    x.push_back(std::make_unique<StripPlanes<A>>(unit.in_channels, (last - first) * unit.width));
+    x.push_back(std::make_unique<StripPlanes<A>>(x_planes, (last - first) * unit.width, slack));
     x.back()->copy_from(image + first * unit.width, pointers.x_plane);
     strip.x = x.back()->rows();
     const int64_t pixels = (strip.part.row_end - strip.part.row_begin) * unit.out_width();
-    result.push_back(std::make_unique<StripPlanes<A>>(unit.result_channels(), pixels));
+    result.push_back(std::make_unique<StripPlanes<A>>(unit.result_channels() / channels, pixels));
     strip.result = result.back()->rows();
     y1.push_back(std::make_unique<Buffer>(kernel.strip_bytes(unit, strip.part)));
     strip.y1 = y1.back()->get();
@@ -334,7 +346,7 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
     if (i == 0) continue;
     strip.above = &strips[i - 1];
     strips[i - 1].below = &strip;
-    above.push_back(std::make_unique<StripPlanes<A>>(unit.in_channels, unit.width));
+    above.push_back(std::make_unique<StripPlanes<A>>(x_planes, unit.width, slack));
     above.back()->copy_from(image + (first - 1) * unit.width, pointers.x_plane);
     strip.x_above = above.back()->rows();
   }
@@ -413,19 +425,88 @@ static Array<char> native_result(const Case& c, const Isa& isa) {
   return result;
 }
 
+static void check_element(double got, double expected, double tolerance, int64_t i, const Case& c, const Isa& isa) {
+  if (std::isnan(expected) ? std::isnan(got) : std::abs(got - expected) <= tolerance) return;
+  std::fprintf(stderr, "%s: element %lld is %.9g, expected %.9g within %.3g: ", isa.name, static_cast<long long>(i),
+               got, expected, tolerance);
+  fail(c);
+}
+
 static void check(const Case& c, const Isa& isa) {
-  std::vector<double> magnitude;
-  const std::vector<double> expected = expected_result(c, magnitude);
+  const Expected expected = expected_result(c);
   const bool is_double = c.dtype == Dtype::float64;
   const Array<char> result = is_double ? native_result<double>(c, isa) : native_result<float>(c, isa);
   const double sum_epsilon = epsilon(is_double ? Dtype::float64 : Dtype::float32);
-  for (int64_t i = 0; i < static_cast<int64_t>(expected.size()); ++i) {
-    const double got = get(c.dtype, result.data(), i);
-    const double tolerance = epsilon(c.dtype) * std::abs(expected[i]) + 32 * sum_epsilon * magnitude[i];
-    if (std::isnan(expected[i]) ? std::isnan(got) : std::abs(got - expected[i]) <= tolerance) continue;
-    std::fprintf(stderr, "%s: element %lld is %.9g, expected %.9g within %.3g: ", isa.name, static_cast<long long>(i),
-                 got, expected[i], tolerance);
-    fail(c);
+  for (int64_t i = 0; i < static_cast<int64_t>(expected.value.size()); ++i) {
+    const double value = expected.value[i];
+    check_element(get(c.dtype, result.data(), i), value,
+                  epsilon(c.dtype) * std::abs(value) + 32 * sum_epsilon * expected.magnitude[i], i, c, isa);
+  }
+}
+
+// ---- The unit of a program in bfloat16 ------------------------------------------------------------------------------
+
+// Planes of pairs of channels, each so many pixels behind the one before, and the slack behind them.
+static Array<char> pairs_of(const std::vector<double>& values, int64_t channels, int64_t pixels, int64_t plane) {
+  Array<char> pairs;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (int64_t c = 0; c < channels; c += 2) {
+    for (int64_t i = 0; i < (c + 2 < channels ? plane : pixels); ++i) {
+      for (int64_t half = 0; half < 2; ++half) {
+        put(Dtype::bfloat16, i < pixels ? values[(c + half) * pixels + i] : nan, pairs);
+      }
+    }
+  }
+  pairs.resize(pairs.size() + kPairsSlackBytes, '\xff');
+  pairs.shrink_to_fit();
+  return pairs;
+}
+
+// Rows of an even depth, in bfloat16.
+static Array<char> pair_weights(const Weights& w, int64_t depth) {
+  Array<char> weights;
+  for (int64_t i = 0; i < static_cast<int64_t>(w.weight.size()); ++i) {
+    put(Dtype::bfloat16, w.weight[i], weights);
+    if (depth % 2 != 0 && (i + 1) % depth == 0) put(Dtype::bfloat16, 0, weights);
+  }
+  weights.shrink_to_fit();
+  return weights;
+}
+
+// By parts and by strips, which must agree bit for bit.
+static void check_pair_unit(const Case& c, const Isa& isa) {
+  const Unit& u = c.unit;
+  const UnitKernel kernel = isa.pair_kernel(Dtype::bfloat16).unit;
+  const int64_t x_pixels = u.height * u.width, pixels = u.out_height() * u.out_width();
+  UnitPointers pointers;
+  pointers.x_plane = x_pixels + uniform(0, 9);
+  pointers.result_plane = pixels + uniform(0, 9);
+  const Array<char> x = pairs_of(c.x, u.in_channels, x_pixels, pointers.x_plane);
+  const Array<char> weight1 = pair_weights(c.conv1, u.conv1_depth()),
+                    weight3 = pair_weights(c.conv3, u.slice_channels());
+  const Pointers<float> conv1(c.conv1), conv2(c.conv2), conv3(c.conv3);
+  pointers.x = x.data();
+  pointers.conv1 = {weight1.data(), nullptr, conv1.bias.data()};
+  pointers.conv2 = {conv2.weight.data(), nullptr, conv2.bias.data()};
+  pointers.conv3 = {weight3.data(), nullptr, conv3.bias.data()};
+  const int64_t elements = 2 * ((u.result_channels() / 2 - 1) * pointers.result_plane + pixels);
+  Array<uint16_t> by_parts(elements, 0xffff), by_strips(elements, 0xffff);
+
+  pointers.result = by_parts.data();
+  const Partition partition = random_partition(u, kernel, isa.vector_bytes / 4, true);
+  for (int64_t i = 0; i < partition.strips; ++i) run_part(kernel, u, pointers, partition.part(u, i));
+  pointers.result = by_strips.data();
+  run_strips<float>(kernel, u, pointers, {uniform(1, u.out_height()), Sharing::strips});
+
+  const Expected expected = expected_result(c);
+  for (int64_t ch = 0; ch < u.result_channels(); ++ch) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      const int64_t i = ch * pixels + p, element = 2 * (ch / 2 * pointers.result_plane + p) + ch % 2;
+      const double got = get(Dtype::bfloat16, by_parts.data(), element), value = expected.value[i];
+      check_element(get(Dtype::bfloat16, by_strips.data(), element), got, 0, i, c, isa);
+      const double tolerance = epsilon(Dtype::bfloat16) * (std::abs(value) + expected.of_y2[i]);
+      check_element(got, value, tolerance + 32 * epsilon(Dtype::float32) * expected.magnitude[i], i, c, isa);
+    }
   }
 }
 
@@ -476,6 +557,28 @@ static Case random_case() {
   c.conv1 = random_weights(u.mid_channels, u.conv1_depth());
   c.conv2 = random_weights(u.mid_channels, 9);
   if (u.has_conv3()) c.conv3 = random_weights(u.out_channels, u.slice_channels());
+  return c;
+}
+
+// Weights that bfloat16 represents exactly.
+static void round_weights(Weights& w) {
+  for (double& weight : w.weight) weight = std::ldexp(std::round(std::ldexp(weight, 4)), -4);
+}
+
+// A unit of a program in bfloat16: contiguous, with scales folded into its weights.
+static Case random_pair_case() {
+  Case c;
+  do {
+    c = random_case();
+  } while (!c.unit.has_conv3() || !has_pairs(c.unit));
+  Unit& u = c.unit;
+  c.dtype = Dtype::bfloat16;
+  u.layout = Layout::contiguous;
+  u.batch = 1;
+  c.x.resize(u.in_channels * u.height * u.width);
+  for (Weights* const w : {&c.conv1, &c.conv2, &c.conv3}) std::fill(w->scale.begin(), w->scale.end(), 1.0);
+  round_weights(c.conv1);
+  round_weights(c.conv3);
   return c;
 }
 
@@ -614,7 +717,7 @@ static void check_pair_stem(const Isa& isa) {
   Stem& s = c.stem;
   s.out_channels = 2 * uniform(1, 20);
   c.weights = random_weights(s.out_channels, s.taps());
-  for (double& weight : c.weights.weight) weight = std::ldexp(std::round(std::ldexp(weight, 4)), -4);
+  round_weights(c.weights);
   const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
   const Array<char> x = image_of(c, dtype);
   const int64_t row_taps = 2 * stem_row_pairs(s);
@@ -710,11 +813,13 @@ static void check_stem_and_head(const Isa& isa) {
 }
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a line is out before a crash
   const long units = argc > 1 ? std::atol(argv[1]) : 2000;
   generator.seed(argc > 2 ? std::atol(argv[2]) : 0);
   for (const std::string& name : usable_isas()) {
     select_isa(name);
     for (long i = 0; i < units; ++i) check(random_case(), isa());
+    for (long i = 0; isa().pair_kernel && i < units; ++i) check_pair_unit(random_pair_case(), isa());
     for (long i = 0; i < units; ++i) check_stem_and_head(isa());
     std::printf("%s: %ld units, stems and heads\n", name.c_str(), units);
   }
