@@ -152,7 +152,7 @@ def copy_bandwidth(clock: Clock, device: str, traffic: int = _COPIED_BYTES) -> f
 
 def max_autotune(module: nn.Module, x: Tensor) -> Contender:
     """torch.compile at its best, in its own CUDA graphs; channels_last, which spares it conversions."""
-    copied = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    copied = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     return peers.compiled(copied, peers.channels_last(x), mode="max-autotune")
 
 

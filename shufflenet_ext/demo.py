@@ -84,7 +84,7 @@ def train(digits: Digits, epochs: int, console: Console) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     # Channels last only because PyTorch's grouped convolutions train faster in it.
     model = models.ShuffleNetG3().train()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     steps = len(digits.train_labels) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps)
@@ -127,7 +127,7 @@ def compare(model: nn.Module, digits: Digits, console: Console) -> list[Way]:
     """The ways to run the model, the reference first: what they answer on the held-out part, and how fast."""
     # The weights too: the shuffle's copy is contiguous, and only they bring channels_last back.
     channels_last = copy.deepcopy(model)
-    channels_last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     runs = {
         "reference": _through(model, "reference"),
         "reference, channels_last": _through(channels_last, "reference", torch.channels_last),
