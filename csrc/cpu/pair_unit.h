@@ -307,22 +307,44 @@ inline void expand_pair_strip(const Unit& unit, const UnitPointers& pointers, co
   lend_rows(unit, strip, rows);
 }
 
+// What projecting a strip needs.
+struct PairStripScratch {
+  PairStripScratch(const Unit& unit, const Part& part, void* memory) {
+    rows = rows_projected_at_once(part, y2_pairs(unit) * unit.out_width() * static_cast<int64_t>(sizeof(Pair)));
+    const Part largest = {part.row_begin, part.row_begin + rows};
+    const PairBuffers buffers(unit, largest, memory);
+    y2 = buffers.y2;
+    worker = static_cast<char*>(memory) + buffers.bytes;
+    bytes = buffers.bytes + PairScratch(unit, largest, nullptr).bytes;
+  }
+  int64_t rows;
+  Planes<Pair> y2;
+  void* worker;
+  int64_t bytes;
+};
+
 inline int64_t pair_strip_scratch_bytes(const Unit& unit, const Part& part) {
-  return PairBuffers(unit, part, nullptr).bytes + PairScratch(unit, part, nullptr).bytes;
+  return std::max(PairScratch(unit, part, nullptr).bytes, PairStripScratch(unit, part, nullptr).bytes);
 }
 
 inline void project_pair_strip(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) {
-  const Part& part = strip.part;
   const StripRows<float> rows(unit, strip);
   borrow_rows(unit, strip, rows);
-  const PairBuffers buffers(unit, part, memory);
-  const PairScratch scratch(unit, part, static_cast<char*>(memory) + buffers.bytes);
-  fill_edge_masks<float>(unit, part, scratch.masks);
-  depthwise_pairs(unit, part, pointers.conv2, {0, unit.mid_channels}, read_only(rows.y1), buffers.y2, scratch);
+  const PairStripScratch own(unit, strip.part, memory);
   const Planes<const Pair> x = read_only(planes<Pair>(strip.x));
-  conv3_pairs(unit, pointers.conv3, {0, unit.out_channels}, read_only(buffers.y2),
-              (part.row_end - part.row_begin) * unit.out_width(), unit.adds_residual() ? x : Planes<const Pair>{},
-              planes<Pair>(strip.result), scratch.ranges);
+  const Planes<Pair> result = planes<Pair>(strip.result);
+  const int64_t out_width = unit.out_width();
+  project_from_bottom(strip.part, own.rows, [&](const Part& part, int64_t before) {
+    const PairScratch scratch(unit, part, own.worker);
+    fill_edge_masks<float>(unit, part, scratch.masks);
+    const int64_t pixel = before * out_width;
+    depthwise_pairs(unit, part, pointers.conv2, {0, unit.mid_channels}, read_only(rows.from_row(before * unit.stride)),
+                    own.y2, scratch);
+    const Planes<const Pair> residual = {x.data + pixel, x.stride};
+    conv3_pairs(
+        unit, pointers.conv3, {0, unit.out_channels}, read_only(own.y2), (part.row_end - part.row_begin) * out_width,
+        unit.adds_residual() ? residual : Planes<const Pair>{}, {result.data + pixel, result.stride}, scratch.ranges);
+  });
 }
 
 // Shares must not cut a pair of y2, whose halves two workers would write.

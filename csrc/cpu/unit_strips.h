@@ -32,15 +32,26 @@ struct StripRows {
   int64_t bytes, lent_bytes;
 };
 
-// A strip is projected some rows at a time, whose y2 stays in the L2 cache, and from the bottom, as x and y1 may not:
-// their last rows are those that have just been worked on.
+// A strip is projected some rows at a time, whose y2 stays in the L2 cache.
+inline int64_t rows_projected_at_once(const Part& strip, int64_t row_bytes_of_y2) {
+  constexpr int64_t kMostY2Bytes = 256 * 1024;
+  return std::clamp<int64_t>(kMostY2Bytes / row_bytes_of_y2, 1, strip.row_end - strip.row_begin);
+}
+
+// Calls project(part, rows of the strip above it), from the bottom, as x and y1 may not stay in the cache: their last
+// rows are those that have just been worked on.
+template <class Project>
+void project_from_bottom(const Part& strip, int64_t rows_at_once, const Project& project) {
+  for (int64_t i = ceil_div(strip.row_end - strip.row_begin, rows_at_once) - 1; i >= 0; --i) {
+    const int64_t row = strip.row_begin + i * rows_at_once;
+    project(Part{row, std::min(strip.row_end, row + rows_at_once)}, i * rows_at_once);
+  }
+}
+
 template <class A>
 struct StripScratch {
-  static constexpr int64_t kMostY2Bytes = 256 * 1024;
-
   StripScratch(const Unit& unit, const Part& part, void* memory) {
-    const int64_t row_bytes = unit.mid_channels * unit.out_width() * static_cast<int64_t>(sizeof(A));
-    rows = std::clamp<int64_t>(kMostY2Bytes / row_bytes, 1, part.row_end - part.row_begin);
+    rows = rows_projected_at_once(part, unit.mid_channels * unit.out_width() * static_cast<int64_t>(sizeof(A)));
     Arena arena(memory);
     y2 = arena.planes<A>(unit.mid_channels, rows * unit.out_width());
     worker = static_cast<char*>(memory) + arena.bytes();
@@ -130,21 +141,18 @@ void project_strip(const Unit& unit, const UnitPointers& pointers, const Strip& 
   const Planes<const A> x = read_only(planes<A>(strip.x));
   const Planes<A> result = planes<A>(strip.result);
   const int64_t out_width = unit.out_width();
-  const int64_t parts = ceil_div(strip.part.row_end - strip.part.row_begin, own.rows);
-  for (int64_t i = parts - 1; i >= 0; --i) {
-    const int64_t row = strip.part.row_begin + i * own.rows;
-    const Part part = {row, std::min(strip.part.row_end, row + own.rows)};
+  project_from_bottom(strip.part, own.rows, [&](const Part& part, int64_t before) {
     const Scratch<A> scratch(unit, part, {}, own.worker);
     fill_edge_masks<A>(unit, part, scratch.masks);
-    const int64_t before = row - strip.part.row_begin, pixel = before * out_width;
+    const int64_t pixel = before * out_width;
     depthwise<A>(unit, part, pointers.conv2, {0, unit.mid_channels}, scratch.masks,
                  read_only(rows.from_row(before * unit.stride)), own.y2);
     const bool lone_pixel = has_lone_pixel<A>(unit.out_height() * out_width, part.row_end * out_width);
     const Planes<const A> residual = {x.data + pixel, x.stride};
-    conv3<A>(unit, pointers.conv3, {0, unit.out_channels}, read_only(own.y2), (part.row_end - row) * out_width,
-             unit.adds_residual() ? residual : Planes<const A>{}, {result.data + pixel, result.stride}, lone_pixel,
-             scratch.pointwise);
-  }
+    conv3<A>(unit, pointers.conv3, {0, unit.out_channels}, read_only(own.y2),
+             (part.row_end - part.row_begin) * out_width, unit.adds_residual() ? residual : Planes<const A>{},
+             {result.data + pixel, result.stride}, lone_pixel, scratch.pointwise);
+  });
 }
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA
