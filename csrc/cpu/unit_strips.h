@@ -48,6 +48,7 @@ void project_from_bottom(const Part& strip, int64_t rows_at_once, const Project&
   }
 }
 
+// What projecting a strip needs.
 template <class A>
 struct StripScratch {
   StripScratch(const Unit& unit, const Part& part, void* memory) {
