@@ -9,7 +9,7 @@
 
 #define SHUFFLENET_DEVICE __device__ __forceinline__
 #define SHUFFLENET_UNROLL _Pragma("unroll")
-// For loops that share work over the threads: unrolling them takes the registers that accumulators need.
+// Marks loops that share work among threads. Unrolled, they would take the registers that accumulators need.
 #define SHUFFLENET_NO_UNROLL _Pragma("unroll 1")
 
 namespace shufflenet::cuda {
@@ -20,7 +20,8 @@ struct Float16 {
 struct BFloat16 {
   uint16_t bits;
 };
-// A float32 that tensor cores may multiply as TF32 (10 bits behind the point). Memory and sums keep all of it.
+// A float32 that tensor cores may round to TF32 (10 bits of mantissa) before they multiply. In memory and in sums it
+// keeps full precision.
 struct TFloat32 {
   float value;
 };
@@ -38,7 +39,7 @@ SHUFFLENET_DEVICE void narrow(float value, BFloat16& to) { to.bits = __bfloat16_
 
 SHUFFLENET_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 SHUFFLENET_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-// NaN stays NaN, as in PyTorch.
+// Keeps NaN, as PyTorch does.
 SHUFFLENET_DEVICE float relu(float value) {
 #if __CUDA_ARCH__ >= 800
   asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(value));
@@ -70,7 +71,7 @@ SHUFFLENET_DEVICE Shared<T> shared_at(Shared<char> memory, int64_t offset) {
   return reinterpret_cast<T*>(memory + offset);
 }
 
-// The same place as elements of another type.
+// Casts a pointer into shared memory to elements of another type.
 template <class U, class T>
 SHUFFLENET_DEVICE Shared<U> shared_as(Shared<T> p) {
   return reinterpret_cast<U*>(p);
@@ -78,8 +79,8 @@ SHUFFLENET_DEVICE Shared<U> shared_as(Shared<T> p) {
 
 SHUFFLENET_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Copies kBytes, or zeroes them where not `valid`; visible to the thread after wait_copies, to others after a barrier
-// behind that. Before sm_80 it is a plain copy.
+// Starts to copy kBytes, or to zero them if not `valid`. The thread sees the result after wait_copies, other threads
+// after a further barrier. Before sm_80 this is a plain copy.
 template <int kBytes, class T>
 SHUFFLENET_DEVICE void copy_async(Shared<T> to, const T* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
@@ -104,7 +105,7 @@ SHUFFLENET_DEVICE void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits until at most kPending of the thread's committed groups are under way.
+// Waits until at most kPending of the thread's committed groups of copies are unfinished.
 template <int kPending>
 SHUFFLENET_DEVICE void wait_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -112,9 +113,9 @@ SHUFFLENET_DEVICE void wait_copies() {
 #endif
 }
 
-// ldmatrix: 8x8 matrices of 16-bit elements; lane 8 * i + j gives the address of row j of matrix i, and gets, in
-// register i, elements 2 * (lane % 4) and + 1 of row lane / 4 of matrix i (of its transpose if kTransposed). Rows are
-// 16 bytes: of 32-bit elements a lane gets element lane % 4.
+// Loads four 8x8 matrices of 16-bit elements (ldmatrix). Lane 8 * i + j passes the address of row j of matrix i. Each
+// lane receives, in register i, elements 2 * (lane % 4) and 2 * (lane % 4) + 1 of row lane / 4 of matrix i, or of its
+// transpose if kTransposed. A row has 16 bytes, so of 32-bit elements a lane receives element lane % 4.
 template <bool kTransposed, class T>
 SHUFFLENET_DEVICE void load_matrices(uint32_t (&to)[4], Shared<const T> row) {
   if constexpr (kTransposed) {
@@ -129,11 +130,11 @@ SHUFFLENET_DEVICE void load_matrices(uint32_t (&to)[4], Shared<const T> row) {
                  : "memory");
   }
 }
-// Whether the architecture being compiled for multiplies T on tensor cores.
+// Whether the architecture that is compiled for multiplies elements of type T on tensor cores.
 template <class T>
 inline constexpr bool kHasMma = false;
 template <>
-inline constexpr bool kHasMma<Float16> = true;  // from sm_75, the oldest that is built, which has only m16n8k8
+inline constexpr bool kHasMma<Float16> = true;  // sm_75, the oldest that is built, has it too, but only as m16n8k8
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 template <>
 inline constexpr bool kHasMma<BFloat16> = true;
@@ -146,7 +147,7 @@ inline constexpr bool kHasMmaK16 = false;
 
 SHUFFLENET_DEVICE uint32_t bits_of(TFloat32 value) { return __float_as_uint(value.value); }
 
-// What multiply_matrices takes of T's bits: TF32 has to be rounded to, the 16-bit types are as they are.
+// Prepares operands for multiply_matrices: rounds 32-bit ones to TF32, and leaves 16-bit ones as they are.
 template <class T, int kRegisters>
 SHUFFLENET_DEVICE void round_operands(uint32_t (&registers)[kRegisters]) {
 #if __CUDA_ARCH__ >= 800
@@ -157,7 +158,7 @@ SHUFFLENET_DEVICE void round_operands(uint32_t (&registers)[kRegisters]) {
 #endif
 }
 
-// mma.m16n8k16, or mma.m16n8k8 where elements have 32 bits, a row by column: d += a b.
+// Adds the product of matrices a (by rows) and b (by columns) to d: mma.m16n8k16, or mma.m16n8k8 for 32-bit elements.
 SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Float16) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
@@ -185,7 +186,7 @@ SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
-// mma.m16n8k8 in 16 bits.
+// The same with half the depth (mma.m16n8k8 of 16-bit elements), which is all that sm_75 has.
 SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[2], uint32_t b, Float16) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

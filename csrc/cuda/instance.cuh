@@ -1,4 +1,4 @@
-// Compiles unit_kernel.cuh for one dtype: each unit_*.cu includes this and names its own.
+// Makes CUDA kernels of unit_kernel.cuh. Each unit_*.cu includes this file and instantiates the kernels of one dtype.
 #pragma once
 
 #include "kernels.h"

@@ -1,5 +1,5 @@
-// The CUDA runtime's part: device properties and launches, each call checked. Built against the static runtime, so that
-// the library does not depend on the one that torch brings.
+// All calls to the CUDA runtime, for device properties and launches; each is checked. The runtime is linked statically,
+// so that the library does not depend on the version that torch brings.
 #include <cuda_runtime.h>
 
 #include <array>
@@ -24,7 +24,7 @@ std::string version_text(int version) {
 std::string remedy(cudaError_t error) {
   switch (error) {
     case cudaErrorInsufficientDriver: {
-      int driver = 0;  // the newest CUDA that it knows
+      int driver = 0;  // the newest CUDA version that the driver supports
       if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
         return ": there is no NVIDIA driver here; install one, or make it visible to this container";
       }
@@ -42,7 +42,7 @@ std::string remedy(cudaError_t error) {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // errors that are not sticky must not show up in an unrelated call
+  cudaGetLastError();  // clears the error, which would otherwise show up in somebody else's next call
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error) + remedy(error));
 }
 
@@ -62,7 +62,7 @@ const void* kernel_for(Dtype dtype, Layout layout) {
   }
 }
 
-// Beyond 48 KB a kernel must be allowed its shared memory, once on each device.
+// Allows the kernel this much shared memory. CUDA wants to be asked beyond 48 KB, once for each device.
 void allow_shared_memory(const void* kernel, Dtype dtype, Layout layout, int64_t bytes) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (bytes <= kWithoutAsking) return;
@@ -116,7 +116,7 @@ std::string device_error(int index) {
 void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_t shared_bytes, void* stream) {
   const int64_t windows = arguments.tiling.windows(arguments.sizes);
   if (windows == 0) return;
-  // Blocks go on to further windows where there are more than a grid can count.
+  // A grid has at most this many blocks. Where there are more windows, each block goes on to further ones.
   constexpr int64_t kMaxGrid = 0x7fffffff;
   const dim3 grid(static_cast<unsigned>(windows < kMaxGrid ? windows : kMaxGrid));
   const void* const kernel = kernel_for(dtype, layout);

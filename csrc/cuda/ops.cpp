@@ -1,10 +1,12 @@
-// The ops on CUDA: tensors in, KernelArguments out, one launch in torch's current stream. Also the module _C_cuda: what
-// is built in, and how the planner cuts a unit. No tensor passes through pybind11.
+// The ops on CUDA: they turn tensors into KernelArguments and launch one kernel in torch's current stream. Also the
+// Python module _C_cuda, which says what is built in and how the planner cuts a unit. No tensor passes through
+// pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 
 #include "../ops.h"
@@ -13,7 +15,7 @@
 namespace shufflenet::cuda {
 namespace {
 
-// Keeps what the kernel reads: contiguous copies where an argument is not so itself.
+// Holds the tensors that the kernel reads of a convolution: the arguments, or contiguous copies of those that are not.
 class ConvolutionData {
  public:
   explicit ConvolutionData(const ConvolutionArguments& conv) {
@@ -38,10 +40,10 @@ class ConvolutionData {
   std::vector<Tensor> kept_;
 };
 
-// Plans cost some microseconds: each thread keeps those it made.
+// Returns the unit's plan. Making one takes some microseconds, so each thread keeps those that it has made.
 Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
-  using Key = std::array<int64_t, 13>;
-  constexpr size_t kMost = 256;  // shapes that change with every call must not pile up
+  using Key = std::array<int64_t, 12>;
+  constexpr size_t kMost = 256;  // bounds the memory that shapes take which change with every call
   thread_local std::map<Key, Plan> plans;
   const Key key = {
       u.batch,
@@ -55,20 +57,19 @@ Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
       u.stride,
       static_cast<int64_t>(u.layout),
       static_cast<int64_t>(dtype),
-      device_index,
-      0};
+      device_index};
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMost) plans.clear();
   return plans[key] = plan_unit(u, dtype, device_properties(device_index));
 }
 
-// A unit's parameters, in the device's memory.
+// A unit's parameters in the device's memory.
 struct UnitParameters {
   ConvolutionPointers conv1, conv2, conv3;
 };
 
-// On the device of x, which is dense, in its current stream.
+// Launches the unit on the device of x, in that device's current stream. x must be dense.
 void launch_unit(const Unit& unit, const Tensor& x, const UnitParameters& parameters, bool allow_tf32,
                  const Tensor& result) {
   const int32_t device = x.get_device_index();
@@ -111,7 +112,7 @@ Tensor run(const UnitArguments& arguments) {
   return result;
 }
 
-// The units of a program, a launch each.
+// Runs the units of a program, each as a launch of its own.
 Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program, bool allow_tf32) {
   if (program.stem || program.head) fail("program: got a ", program.stem ? "stem" : "head", ", expected units only");
   if (weights.scalar_type() != given_x.scalar_type()) {
@@ -129,7 +130,7 @@ Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& 
   };
   Tensor x = dense(given_x, program.layout);
   for (const PackedUnit& packed : program.units) {
-    Unit unit = packed.unit;  // of one image
+    Unit unit = packed.unit;  // its batch is 1
     unit.batch = x.size(0);
     const Tensor result = empty_result(x, unit);
     if (unit.batch > 0) {
@@ -141,8 +142,8 @@ Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& 
   return x;
 }
 
-// The unit that sizes describe: conv1's weight, conv3's (none where the unit ends before it), conv1_groups, groups,
-// stride.
+// Returns the unit that `sizes` describes: the shape of conv1's weight, that of conv3's (left out where the unit has no
+// conv3), then conv1_groups, groups and stride. Throws std::invalid_argument where they describe none.
 Unit unit_of(const std::vector<int64_t>& x, const std::vector<int64_t>& sizes, bool channels_last) {
   const auto positive = [](int64_t n) { return n > 0; };
   const bool has_conv3 = sizes.size() == 11;
@@ -169,7 +170,8 @@ Unit unit_of(const std::vector<int64_t>& x, const std::vector<int64_t>& sizes, b
   return unit;
 }
 
-// A card of this compute capability, which need not be here.
+// Returns a card of this compute capability, which need not be in this machine. Throws std::invalid_argument where the
+// planner knows none.
 Device named_device(int sm) {
   const Device device = device_of(sm);
   if (device.compute_capability != 0) return device;
@@ -180,8 +182,8 @@ Device named_device(int sm) {
   throw std::invalid_argument("sm: got " + std::to_string(sm) + ", expected one of " + known);
 }
 
-// How a unit is cut on the device of this index or, where `sm` is given, on a card of that compute capability.
-// std::invalid_argument where the sizes are no unit's.
+// Says how a unit is cut on the device of this index or, where `sm` is given, on a card of that compute capability.
+// Throws std::invalid_argument where the sizes describe no unit.
 pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& sizes, bool channels_last,
                     const std::string& dtype, int index, std::optional<int> sm) {
   const Unit unit = unit_of(x, sizes, channels_last);

@@ -36,8 +36,9 @@ inline Device device_of(int compute_capability) {
   }
 }
 
-// Depths of a warp's tile of x that are considered. 160 bytes are the 80 channels of 16 bits that a group has in stage
-// 2 of the paper's network with three groups; fewer leave more memory for the rest.
+// The depths of a warp's tile of x that the planner tries, in bytes of one pixel's channels. 160 bytes hold the 80
+// channels of 16 bits that a group of conv1 reads in stage 2 of the paper's network with three groups. Smaller depths
+// leave more shared memory for the rest.
 inline constexpr int kTileDepthBytes[] = {160, 64, 32};
 
 struct Plan {
@@ -46,7 +47,7 @@ struct Plan {
   int64_t shared_bytes = 0;
   int64_t windows = 0;
   int blocks_per_multiprocessor = 0;
-  double cycles = 0;  // the model's, of the whole launch
+  double cycles = 0;  // predicted for the whole launch, see predicted_cycles
   std::string explanation;
 };
 
@@ -83,12 +84,12 @@ inline Sizes sizes_of(const Unit& unit) {
       unit.pool_count_include_pad};
 }
 
-// The addresses that a launch works on; their alignment bounds the vectors.
+// The addresses that a launch works on. Their alignment limits how wide an access can be.
 struct Addresses {
   uint64_t x = 0, conv1_weight = 0, conv3_weight = 0, result = 0;
 };
 
-// Bytes of an access: 16, or the largest power of two below that divides every distance between accesses.
+// Returns the bytes of an access: the largest power of two, at most 16, that divides every distance between accesses.
 inline int vector_bytes(std::initializer_list<int64_t> distances) {
   int64_t divisor = 16;
   for (int64_t distance : distances) divisor = std::gcd(divisor, distance);
@@ -104,7 +105,8 @@ inline void choose_vectors(const Unit& unit, Dtype dtype, Tiling& t, const Addre
   t.conv3_vector = vector_bytes({unit.slice_channels() * e, address(at.conv3_weight)});
   if (unit.layout == Layout::channels_last) {
     t.x_vector = vector_bytes({unit.in_channels * e, unit.conv1_depth() * e, address(at.x)});
-    // Tiles of conv3 start whole kElements of rows into a group; without conv3, chunks are what is written.
+    // Where a write can start: a tile of conv3 lies a multiple of kElements rows behind the start of its group. Without
+    // conv3, the channels of a chunk are written, and so the distance between chunks counts.
     const int64_t start = unit.has_conv3() ? unit.out_channels / unit.groups * e
                                            : std::gcd(unit.slice_channels() * e * t.slices, int64_t{t.chunk} * e);
     t.result_vector = vector_bytes({unit.result_channels() * e, start, address(at.result), residual});
@@ -116,43 +118,48 @@ inline void choose_vectors(const Unit& unit, Dtype dtype, Tiling& t, const Addre
     t.x_vector = vector_bytes({unit.height * unit.width * e, in_row, address(at.x)});
     t.result_vector = vector_bytes({unit.out_height() * unit.out_width() * e, out_start, address(at.result), residual});
   } else {
-    t.x_vector = t.result_vector = 1;  // a window's pixels do not lie together
+    t.x_vector = t.result_vector = 1;  // the pixels of a window narrower than the image are not contiguous in memory
   }
-  // Element by element where no access of the kernel's is as narrow as that: copies of 4 bytes, writes of 8.
+  // The kernel's narrowest copy has 4 bytes and its narrowest vector write 8. Below these it goes element by element.
   const int element = element_bytes(dtype);
   for (int* vector : {&t.x_vector, &t.conv1_vector, &t.conv3_vector}) *vector = *vector < 4 ? element : *vector;
   for (int* vector : {&t.result_vector, &t.pool_vector}) *vector = *vector < 8 ? element : *vector;
 }
 
 inline int blocks_per_multiprocessor(int64_t shared_bytes, int accumulator, const Device& device) {
-  constexpr int64_t kReservedPerBlock = 1024;  // of shared memory, by the system, from sm_80 on
+  constexpr int64_t kReservedPerBlock = 1024;  // bytes of shared memory that CUDA takes for itself, from sm_80 on
   const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kReservedPerBlock);
   const int64_t by_threads = device.threads_per_multiprocessor / kThreads;
   const int64_t blocks = std::min({by_shared, by_threads, int64_t{blocks_by_registers(accumulator)}});
   return static_cast<int>(std::max<int64_t>(blocks, shared_bytes <= device.shared_per_block ? 1 : 0));
 }
 
-// A warp's instructions, counted in what nvcc 13 makes of unit_kernel.cuh for sm_90.
+// How many instructions a warp executes for each piece of work, counted in the code that nvcc 13 makes of
+// unit_kernel.cuh for sm_90.
 struct Instructions {
-  // Of a product: a step of 16 lines, and of eight places more.
+  // The product of conv1 or conv3, for kStepBytes of the depth: `step` once for the tile's 16 lines, and `eight` for
+  // each eight places that these are multiplied by.
   double step, eight;
-  // Of conv1: a part of the depth, a step of its copies; a tile, and eight rows of its outputs.
+  // conv1: `part` for each tile_depth channels of a tile, `copy` for each step of depth that is copied, `tile` once a
+  // tile, and `outputs` for each eight rows of the tile that are written to y1.
   static constexpr double part = 90, copy = 20, tile = 60, outputs = 45;
-  // Of conv3: 16 x 32 outputs, the product apart. Of the depthwise convolution: a column of a pair of channels, and
-  // each output. Of the pooled shortcut: an output, of as many channels as an access has.
+  // conv3: `outputs3` for 16 x 32 outputs, without their product. The depthwise convolution: `column` for each column
+  // of a pair of channels, `pair` for each output of the pair. The pooled shortcut: `pooled` for an output of as many
+  // channels as one access holds.
   static constexpr double outputs3 = 205, column = 150, pair = 53, pooled = 350;
 };
 inline Instructions instructions_of(Dtype dtype, const Device& device) {
   const int element = element_bytes(dtype);
   if (uses_mma(dtype, device)) return element == 2 ? Instructions{8, 3} : Instructions{14, 5};
-  // FMA, each as many as cycles of its unit: 64-bit ones run at a half or at a 64th of the rate, 16-bit operands have
-  // to be widened. The loads are of 8 bytes: four of a row in a step.
+  // Without tensor cores, an FMA counts as many instructions as it keeps its unit busy for cycles of a 32-bit FMA:
+  // 64-bit FMAs run at half the rate, or at a 64th; 16-bit operands must first be widened. Loads have 8 bytes, so a
+  // step takes four of each row.
   const bool fast_double = device.compute_capability % 10 == 0 && device.compute_capability <= 100;
   const double multiply_add = element == 8 ? (fast_double ? 2 : 64) : element == 2 ? 1.5 : 1;
   return {24, 12 + 4.0 * kStepBytes / element * multiply_add};
 }
 
-// A multiprocessor's share of the memory bandwidth, in bytes a cycle.
+// Returns a multiprocessor's share of the memory bandwidth, in bytes a cycle.
 inline double bandwidth_of(const Device& device) {
   switch (device.compute_capability) {
     case 80: return 12;
@@ -162,13 +169,14 @@ inline double bandwidth_of(const Device& device) {
   }
 }
 
-// Cycles of the launch: round after round of the blocks that fit side by side. A round is bound by instructions or by
-// memory; a block's way to memory and back that nothing hides is added.
+// Predicts the cycles of a launch. Blocks run in rounds, each of as many blocks as fit on the card side by side. A
+// round takes as long as its instructions or its memory traffic, whichever is longer, plus the times that a block waits
+// for memory with nothing else to do.
 inline double predicted_cycles(const Unit& unit, const Tiling& t, Dtype dtype, const Device& device, int blocks,
                                const SharedLayout& layout) {
-  constexpr double kLatency = 1000;        // of a way to memory and the barrier behind it
+  constexpr double kLatency = 1000;        // cycles of a read from memory and the barrier behind it
   constexpr double kWarpInterval = 6;      // cycles from one instruction of a warp to its next
-  constexpr double kMostInstructions = 3;  // in a cycle, of four schedulers
+  constexpr double kMostInstructions = 3;  // instructions a cycle that four schedulers issue in practice, out of 4
   const Sizes s = sizes_of(unit);
   const Instructions count = instructions_of(dtype, device);
   const int element = element_bytes(dtype), step = kStepBytes / element;
@@ -177,7 +185,7 @@ inline double predicted_cycles(const Unit& unit, const Tiling& t, Dtype dtype, c
   const int out_pixels = t.tile_rows * t.tile_columns;
   const double slices = t.slices;
   const int chunks = ceil_div(s.slice_channels * t.slices, t.chunk);
-  // Of all warps together, those that have nothing left included.
+  // Counts tiles as if all warps took equally many: the block waits for the warps that take one more.
   const auto all_warps = [](double tiles) { return std::ceil(tiles / kWarps) * kWarps; };
 
   const int runs = std::min(s.groups, t.chunk), run_rows = ceil_div(t.chunk, runs);
@@ -192,13 +200,15 @@ inline double predicted_cycles(const Unit& unit, const Tiling& t, Dtype dtype, c
   const int lines = planes ? s.group_rows : out_pixels, elements = planes ? out_pixels : s.group_rows;
   const double conv3 = slices * all_warps(double(ceil_div(lines, kLines)) * ceil_div(elements, kElements)) *
                        (count.outputs3 + (count.step + kElements / 8 * count.eight) * ceil_div(s.slice_channels, step));
-  const double share = slices / s.groups;  // of x's and of the result's channels
+  const double share = slices / s.groups;  // the part of x's and of the result's channels that a block works on
   const double pool =
       unit.concatenates_pool() ? share * s.in_channels * out_pixels / 32 * count.pooled * (planes ? 1 : element / 16.0)
                                : 0;
-  // x comes from memory once, for whichever slice's block is first; the others find it in the cache.
+  // Blocks of different slices read the same x. The first of them fetches it from memory, the others find it in the
+  // cache; each is charged its share.
   const double bytes = element * share * (double(in_pixels) * s.in_channels + double(out_pixels) * s.result_channels);
-  // Parameters, conv1's weights and its first tiles; then each part of conv3's weights and the shortcut.
+  // The times that a block waits for memory: for parameters, conv1's weights and its first tiles in each chunk; then
+  // for each part of conv3's weights, and for the shortcut.
   const double waits = 3 * chunks + (s.out_channels ? 1 + slices * ceil_div(s.group_rows, layout.part_rows) : 0);
 
   const double windows = std::max(1.0, static_cast<double>(t.windows(s)));  // an empty batch is cut as one image is

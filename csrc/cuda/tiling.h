@@ -16,30 +16,33 @@
 
 namespace shufflenet::cuda {
 
-// Eight warps, each of which takes tiles of a pointwise convolution on its own, with no barrier between the tiles: 16
-// pixels by up to kTileRows rows of conv1's weights (so output channels), summed over the depth in parts of the
-// planner's choice; 16 x 32 outputs of conv3. 48 rows are 24 accumulators a thread; 40 are what a group of conv1 has in
-// stage 3 of the paper's network with three groups.
+// A block has eight warps. In a pointwise convolution each warp computes tiles on its own, with no barrier between
+// them. A tile of conv1 is 16 pixels by up to kTileRows rows of its weights (a row is an output channel), and is summed
+// over the input channels in parts of `tile_depth`. A tile of conv3 is 16 x 32 outputs. 48 rows take 24 accumulators a
+// thread, and hold the 40 rows that a group of conv1 has in stage 3 of the paper's network with three groups.
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kTilePixels = 16;
 inline constexpr int kTileRows = 48;
-inline constexpr int kRowPadding = 7;  // rows behind the last that are read: tiles are whole eights
-// Bytes of depth that one mma multiplies: m16n8k16 in 16 bits, m16n8k8 in 32. Depths are padded to it with zeros.
+inline constexpr int kRowPadding = 7;  // rows read behind the last one, as a tile's rows are read in eights
+// How many bytes of a row one mma instruction multiplies: 16 elements of 16 bits (m16n8k16) or 8 of 32 bits (m16n8k8).
+// Rows are padded to a multiple of it with zeros.
 inline constexpr int kStepBytes = 32;
-// Lines (the M of mma.m16n8) and elements (four N) of a tile of conv3. Elements are neighbours in the result's memory:
-// rows for channels_last, pixels for contiguous planes; lines are the other.
+// A tile of conv3 has 16 lines (the M of mma.m16n8) of 32 elements (four times its N). Elements are what lies side by
+// side in the result's memory: channels where it is channels_last, pixels where it is contiguous. Lines are the other
+// of the two.
 inline constexpr int kLines = 16;
 inline constexpr int kElements = 32;
-// Blocks that a multiprocessor's 65536 registers hold, by the limit that instance.cuh compiles for: 128 registers a
-// thread, 255 where an accumulator takes two.
+// Returns how many blocks a multiprocessor's 65536 registers hold. instance.cuh compiles the kernel for this limit: 128
+// registers a thread, or 255 where an accumulator takes two registers.
 SHUFFLENET_HOST_DEVICE constexpr int blocks_by_registers(int accumulator) { return accumulator == 8 ? 1 : 2; }
 
-// Elements between depths of a tile of x from contiguous planes. In 16 bits its 16-byte blocks, in 32 the four rows of
-// eight pixels that a fragment's load reads, lie in different banks.
+// The elements from one channel to the next in a tile of x that comes from contiguous planes. With this pitch, what one
+// load of a fragment reads lies in different banks of shared memory: the 16-byte blocks of 16-bit elements, and the
+// four rows of eight pixels of 32-bit elements.
 inline constexpr int kPlanePitch = kTilePixels + 8;
 
-inline constexpr int kBuffers = 2;  // of a warp: a tile of x to fill beside the one being read
+inline constexpr int kBuffers = 2;  // tiles of x that each warp has room for: it fills one while it reads the other
 
 inline constexpr int kTapConstants = 12;  // an intermediate channel's scale1, bias1, bias2 and nine scaled taps
 
@@ -48,14 +51,14 @@ SHUFFLENET_HOST_DEVICE inline int64_t round_up(int64_t n, int64_t multiple) {
 }
 SHUFFLENET_HOST_DEVICE inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// A unit's sizes as the kernel uses them; the planner checks that they fit. Offsets inside an image are 32-bit, of
-// images 64-bit.
+// A unit's sizes as the kernel uses them. Offsets inside an image are counted in 32 bits, which the planner checks;
+// offsets of images in 64.
 struct Sizes {
   int64_t batch;
   int in_channels, height, width, mid_channels, out_channels, conv1_groups, groups, stride;
   int out_height, out_width, result_channels;
-  int slice_channels, conv1_depth, group_rows;  // group_rows: of conv3
-  int in_plane, out_plane;                      // pixels
+  int slice_channels, conv1_depth, group_rows;  // group_rows: output channels of a group of conv3
+  int in_plane, out_plane;                      // pixels of a channel
   bool conv2_relu, pool_count_include_pad;
 };
 
@@ -64,7 +67,8 @@ struct Tiling {
   int slices = 0;
   int chunk = 0;
   int tile_depth = 0;  // channels of x that a warp multiplies at a time
-  // Bytes of an access that every address it is used for is aligned to: 16, 8, 4, or below 4 element by element.
+  // The bytes of an access, to which every address that it is used for is aligned: 16, 8 or 4. A smaller number means
+  // element by element.
   int x_vector = 0, conv1_vector = 0, conv3_vector = 0, result_vector = 0, pool_vector = 0;
 
   SHUFFLENET_HOST_DEVICE int row_tiles(const Sizes& s) const { return ceil_div(s.out_height, tile_rows); }
@@ -75,16 +79,17 @@ struct Tiling {
   }
 };
 
-// A run of conv1's rows that one tile multiplies: where it starts in the weights and among the rows that the block
-// keeps, the first channel of x that it reads, and the first channel that it makes in the shuffled order. Neighbouring
-// rows make channels `groups` apart.
+// A run of consecutive rows of conv1's weights that belong to one tile. `row` is the first one in the weights,
+// `position` the first one among the rows that the block keeps in shared memory. `x_channel` is the first channel of x
+// that they read, `channel` the shuffled place of the channel that the first row computes, counted from the chunk's
+// first. The next row's channel is shuffled to a place `groups` further on.
 struct Run {
   int row, rows, position, x_channel, channel;
 };
 
-// A block's shared memory, as byte offsets. What conv1 works on is dead when the window's last channels have been
-// through the depthwise convolution: conv3's weights take its place, in parts of `part_rows` rows of a slice. Where all
-// channels go at once, y2 takes the place of the tiles of x.
+// A block's shared memory, as byte offsets. When the last channels of a window have been through the depthwise
+// convolution, y1 and conv1's weights are no longer needed: conv3's weights take their place, `part_rows` rows of a
+// slice at a time. Where a block computes all its channels at once, y2 also takes the place of the tiles of x.
 struct SharedLayout {
   SHUFFLENET_HOST_DEVICE SharedLayout(const Sizes& s, const Tiling& t, Layout layout, int element, int accumulator) {
     const auto narrow = [](int64_t n) { return static_cast<int>(n); };
@@ -129,24 +134,26 @@ struct SharedLayout {
     bytes = all_at_once ? end + (y2_bytes > tile_bytes ? y2_bytes : tile_bytes) : end + tile_bytes + y2_bytes;
   }
 
-  // Elements between rows of 16-byte blocks: an odd number of blocks, so that eight rows lie in eight different groups
-  // of banks and reading a fragment of them has no conflict.
+  // Returns the elements from one row to the next: an odd number of 16-byte blocks. Eight rows then lie in eight
+  // different groups of banks, and a fragment of them is read without a conflict.
   SHUFFLENET_HOST_DEVICE static int64_t pitch(int64_t elements, int element) {
     const int64_t blocks = (elements * element + 15) / 16;
     return (blocks % 2 == 1 ? blocks : blocks + 1) * 16 / element;
   }
 
-  int columns;                                                    // of y1: chunk, in pairs
-  int slice_pitch;                                                // of y2: whole steps
-  int y1_pitch, y2_pitch, weight1_pitch, weight3_pitch, x_pitch;  // elements between rows
-  int x_bytes;                                                    // of a warp's tile of x
+  int columns;      // channels of y1: a chunk, rounded up to pairs
+  int slice_pitch;  // channels from one slice of y2 to the next: slice_channels, rounded up to whole steps
+  int y1_pitch, y2_pitch, weight1_pitch, weight3_pitch, x_pitch;  // elements from one row to the next
+  int x_bytes;                                                    // size of one tile of x
   int max_runs, part_rows;
-  int y2_rows, weight3_unit;  // pixels that y2 has, and what conv3's weights are padded to: whole tiles
+  int y2_rows, weight3_unit;  // pixels of y2, and the number whose multiples conv3's rows are padded to: whole tiles
   int taps, affine3, y1, weight1, weight3, tiles, y2;  // offsets
-  int64_t bytes;  // of all: may exceed what the others hold, and every device, in which case they are void
+  // Size of it all. It may be more than any device has, and more than 32 bits hold: then the other members mean
+  // nothing.
+  int64_t bytes;
 };
 
-// One vector of per-channel parameters: of x's dtype or float32 (batch norm under 16-bit convolutions).
+// A parameter for each channel. It has x's dtype, or float32 as batch norms may have beside 16-bit convolutions.
 struct Parameter {
   const void* data = nullptr;
   bool is_float32 = false;
@@ -162,7 +169,7 @@ struct ConvolutionPointers {
 struct KernelArguments {
   Sizes sizes;
   Tiling tiling;
-  SharedLayout layout;  // from the host: constants to the kernel
+  SharedLayout layout;  // computed on the host, so that the kernel reads it as constants
   const void* x;
   ConvolutionPointers conv1, conv2, conv3;
   void* result;

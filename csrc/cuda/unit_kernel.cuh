@@ -1,13 +1,15 @@
 // The unit as one fused pass over a window of an image (tiling.h), written once for every dtype, layout and device:
 // with device.cuh it is a CUDA kernel, with tests/cuda/host_device.h the same code runs on the CPU.
 //
-//   conv1      its weights stay in shared memory; each warp streams tiles of x past them through buffers of its own and
-//              writes relu(affine) of the sums to y1. The shuffle is where a row of conv1 finds its column of y1.
-//   depthwise  y1, with its halo of zeros, to y2, two channels a thread.
-//   conv3      y2 times weights in shared memory; the sums go from registers to the result, with the residual added, in
-//              accesses of up to 16 bytes. Where the unit ends after the depthwise convolution, y2 is what is written.
+//   conv1      keeps its weights in shared memory. Each warp copies tiles of x into buffers of its own, multiplies them
+//   by
+//              the weights, applies bias or batch norm and ReLU, and writes y1. The shuffle takes no step of its own:
+//              it is the column of y1 that a row of conv1 writes to.
+//   depthwise  makes y2 of y1, which has a halo of zeros. Each thread computes two channels.
+//   conv3      multiplies y2 by weights in shared memory. The sums go from registers to the result, with the residual
+//              added, in accesses of up to 16 bytes. Where a unit has no conv3, y2 is written as the result.
 //
-// Intermediates are of x's dtype, as they are in PyTorch; sums and what is done to them are of the accumulator's.
+// y1 and y2 have x's dtype, as in PyTorch. Sums, biases and what else is done to sums have the accumulator's.
 #pragma once
 
 #ifdef SHUFFLENET_TEST_DEVICE
@@ -31,7 +33,7 @@ struct AccumulatorOf<double> {
 template <class T>
 using accumulator_t = typename AccumulatorOf<T>::Type;
 
-// Elements of T: in 16 bytes, and of depth in an mma step.
+// How many elements of T 16 bytes hold (kPerBlock), and how many channels one mma instruction multiplies (kStep).
 template <class T>
 inline constexpr int kPerBlock = 16 / static_cast<int>(sizeof(T));
 template <class T>
@@ -47,23 +49,25 @@ SHUFFLENET_DEVICE int most(int a, int b) { return a > b ? a : b; }
 SHUFFLENET_DEVICE int warp_index() { return thread_index() / 32; }
 SHUFFLENET_DEVICE int lane_index() { return thread_index() % 32; }
 
-// n rows left: how many the next tile takes, such that all tiles are about equal.
+// Returns how many of the n rows that are left the next tile takes, so that all tiles become about equal.
 SHUFFLENET_DEVICE int next_rows(int n) {
   const int even = ceil_div(n, ceil_div(n, kTileRows));
   return least(n, ceil_div(even, 8) * 8);
 }
 
-// Where the e-th element of a result's kElements is multiplied: a lane of the product holds places 8 * j + 2 * (lane %
-// 4) and + 1 for j = 0 ... 3, and these are eight neighbours. Swaps bits 1 and 2 with bits 3 and 4, so it is its own
-// inverse.
+// Returns the place in the product at which element e of the kElements that a warp writes side by side is computed. In
+// the product, a lane holds places 8 * j + 2 * (lane % 4) and the one behind, for j = 0 to 3. This mapping gives each
+// lane eight neighbouring elements instead, which it writes in wide accesses. It swaps bits 1 and 2 of e with bits 3
+// and 4, and so is its own inverse.
 SHUFFLENET_DEVICE int place(int e) { return (e & ~0x1e) | (e >> 3 & 3) << 1 | (e >> 1 & 3) << 3; }
 
-// Divides by a number that is used often. Exact for the pixels of a window, of which shared memory bounds the number:
-// the product of dividend and divisor stays below 2^32.
+// Divides by a number that is used often, by multiplying with its inverse. The quotient is exact while the product of
+// dividend and divisor is below 2^32. It is for the pixels of a window, as shared memory bounds their number.
 struct Divisor {
   SHUFFLENET_DEVICE explicit Divisor(int divisor) : inverse(0xffffffffu / static_cast<uint32_t>(divisor) + 1) {}
   SHUFFLENET_DEVICE int quotient(int n) const {
-    return inverse ? static_cast<int>(static_cast<uint64_t>(n) * inverse >> 32) : n;  // that of 1 does not fit
+    // The inverse of 1 does not fit in 32 bits, and is stored as 0.
+    return inverse ? static_cast<int>(static_cast<uint64_t>(n) * inverse >> 32) : n;
   }
   uint32_t inverse;
 };
@@ -75,7 +79,7 @@ struct Window {
 
   SHUFFLENET_DEVICE int out_pixels() const { return out_rows * out_columns; }
   SHUFFLENET_DEVICE int image_pixels() const { return image_rows * image_columns; }
-  // Where the window's p-th pixel of x or of the result lies in a plane.
+  // Return where the window's p-th pixel lies in a plane of x (image_index) or of the result (out_index).
   SHUFFLENET_DEVICE int image_index(const Sizes& s, int p) const {
     return image_row * s.width + image_column + p +
            (image_columns == s.width ? 0 : by_image_columns.quotient(p) * (s.width - image_columns));
@@ -87,9 +91,9 @@ struct Window {
 
   int64_t image;
   int slice_begin, slice_end;
-  int out_row, out_column, out_rows, out_columns;          // of the result
-  int in_row, in_column, in_rows, in_columns;              // of y1, with its halo
-  int image_row, image_column, image_rows, image_columns;  // the part of that inside the image
+  int out_row, out_column, out_rows, out_columns;          // the window in the result
+  int in_row, in_column, in_rows, in_columns;              // the window in y1, with its halo
+  int image_row, image_column, image_rows, image_columns;  // the part of that which is inside the image
   Divisor by_out_columns, by_in_columns, by_image_columns;
 
  private:
@@ -129,8 +133,8 @@ struct Window {
         by_image_columns(image_columns) {}
 };
 
-// Where channel `c` of a pixel, given as its index in a plane of `pixels`, lies in an image: the planner sees to it
-// that an image's elements are counted in 32 bits.
+// Returns the offset in an image of channel `c` of a pixel, which is given as its index in a plane of `pixels` pixels.
+// The planner has checked that 32 bits hold it.
 template <Layout kLayout>
 SHUFFLENET_DEVICE int image_offset(int channels, int pixels, int c, int pixel) {
   return kLayout == Layout::channels_last ? pixel * channels + c : c * pixels + pixel;
@@ -162,9 +166,9 @@ SHUFFLENET_DEVICE Affine<accumulator_t<T>> affine(const ConvolutionPointers& con
 
 // ---- Global memory to shared memory ---------------------------------------------------------------------------------
 
-// Fills a 16-byte block: its first `valid` elements from from[offset(i)], the others with zeros. Copies of kVector
-// bytes hold neighbours at aligned addresses, and nothing but valid elements or none; where nothing is copied the
-// address must be one all the same: `readable`.
+// Fills a block of 16 bytes: element i with from[offset(i)] while i is below `valid`, the others with zeros. Each copy
+// has kVector bytes from an aligned address, whose elements lie side by side and are either all valid or all not. A
+// copy that reads nothing still needs an address that could be read: `readable`.
 template <class T, int kVector, class Offset>
 SHUFFLENET_DEVICE void copy_vectors(Shared<T> block, const T* from, int valid, const T* readable,
                                     const Offset& offset) {
@@ -177,7 +181,7 @@ SHUFFLENET_DEVICE void copy_vectors(Shared<T> block, const T* from, int valid, c
   }
 }
 
-// The same by copies of `vector` bytes, or, if that is below 4, by plain loads.
+// Does the same by copies of `vector` bytes or, if that is below 4, by plain loads.
 template <class T, class Offset>
 SHUFFLENET_DEVICE void copy_block(Shared<T> block, const T* from, int valid, const T* readable, int vector,
                                   const Offset& offset) {
@@ -193,8 +197,8 @@ SHUFFLENET_DEVICE void copy_block(Shared<T> block, const T* from, int valid, con
   }
 }
 
-// Fills `rows` rows of weights, `pitch` apart, each padded with zeros to whole steps. The first `valid_rows` come from
-// `weight`, the i-th to place_of(i); a warp takes a row at a time.
+// Fills `rows` rows of shared memory, `pitch` elements apart. Row place_of(i) gets the i-th row of `weight`, padded
+// with zeros to whole steps of depth, or zeros alone if i is not below `valid_rows`. A warp copies a row at a time.
 template <class T, class Place>
 SHUFFLENET_DEVICE void stage_weights(Shared<T> to, int pitch, int rows, const T* weight, int valid_rows, int depth,
                                      int vector, const Place& place_of) {
@@ -211,20 +215,20 @@ SHUFFLENET_DEVICE void stage_weights(Shared<T> to, int pitch, int rows, const T*
 
 // ---- Tile products --------------------------------------------------------------------------------------------------
 
-// 16 lines of a product in shared memory: y2, weights, or a tile of x. Depths are neighbours, or lines are
-// (kDepthMajor).
+// The 16 lines of a product's first operand in shared memory: y2, weights, or a tile of x. What lies side by side is
+// the depth of a line or, where an engine is called with kDepthMajor, the lines at one depth.
 template <class T>
 struct Lines {
   Shared<const T> data;
   int pitch;
 };
 
-// A lane's accumulator (j, i) is the sum for line(i) and place(j, i).
+// A lane's accumulator sum[j][i] belongs to line(i) and place(j, i) of the product.
 SHUFFLENET_DEVICE int line(int i) { return lane_index() / 4 + i / 2 * 8; }
 SHUFFLENET_DEVICE int place(int j, int i) { return 8 * j + lane_index() % 4 * 2 + i % 2; }
 
-// FMA, 8 bytes of depth at a time (16 would take more registers than there are): the lanes' loads of lines and of
-// places touch different banks or are broadcast.
+// Multiplies by FMA instructions. It loads 8 bytes of depth at a time, as 16 would take more registers than there are.
+// The lanes' loads touch different banks of shared memory, or the same address, which is read once for all.
 template <class T>
 struct FmaEngine {
   using A = accumulator_t<T>;
@@ -268,8 +272,8 @@ struct FmaEngine {
   }
 };
 
-// Tensor cores: 16 lines (a, 16 x kStep) by eight places at a time (b, kStep x 8). Lanes hold the fragments as the PTX
-// manual draws them for mma.m16n8k16, and for mma.m16n8k8 of TF32.
+// Multiplies on tensor cores: 16 lines (matrix a, 16 x kStep) by eight places at a time (matrix b, kStep x 8). Lanes
+// hold the fragments as the PTX manual draws them for mma.m16n8k16, and for mma.m16n8k8 of TF32.
 template <class T>
 struct MmaEngine {
   template <bool kDepthMajor, int kTiles>
@@ -285,7 +289,7 @@ struct MmaEngine {
           a[i] = bits_of(lines.data[(k + lane % 4 + i / 2 * 4) * lines.pitch + lane / 4 + i % 2 * 8]);
         }
       } else if constexpr (kDepthMajor) {
-        // Matrices of 8 depths x 8 lines, transposed on the way.
+        // In memory these are matrices of 8 depths x 8 lines; the load transposes them.
         load_matrices<true, T>(a, lines.data + ((k + lane % 8 + lane / 16 * 8) * lines.pitch + lane / 8 % 2 * 8));
       } else {
         load_matrices<false, T>(a, lines.data + (lane % 16 * lines.pitch + k + lane / 16 * kPerBlock<T>));
@@ -295,7 +299,8 @@ struct MmaEngine {
       for (int j = 0; j < kTiles; j += 2) {
         if (j >= tiles) break;
         uint32_t b[4];
-        const int at = least(8 * j + lane / 16 * 8 + lane % 8, 8 * tiles - 1);  // of an odd tile, nothing follows
+        // Where the number of tiles is odd, nothing may be read behind the last: its second half reads that row again.
+        const int at = least(8 * j + lane / 16 * 8 + lane % 8, 8 * tiles - 1);
         load_matrices<false, T>(b, elements + (at * pitch + k + lane / 8 % 2 * kPerBlock<T>));
         round_operands<T>(b);
         SHUFFLENET_UNROLL
@@ -366,18 +371,18 @@ struct Block {
       for (int begin = channel_begin; begin < channel_end; begin += t.chunk) {
         const int channels = least(t.chunk, channel_end - begin);
         const int end = begin + channels;
-        barrier();  // all are done with what is overwritten now
+        barrier();  // all threads have finished reading what is overwritten now
         const int run_count = find_runs(begin, end);
         load_taps(begin, channels);
         if (s.out_channels && begin == channel_begin) load_affine3(window);
         clear_halo(window, channels);
-        barrier();  // the runs are known
+        barrier();  // all threads see the runs
         stage_weights1(run_count);
-        barrier();  // weights and taps are there
+        barrier();  // all threads see weights and taps
         conv1(window, run_count);
         barrier();
         if (s.out_channels && begin == channel_begin) {
-          clear_y2();  // where tiles of x may have been
+          clear_y2();  // now, as tiles of x may have been in its place until here
           barrier();
         }
         if (s.stride == 1) {
@@ -400,9 +405,9 @@ struct Block {
     return result + w.image * s.result_channels * s.out_plane;
   }
 
-  // The runs of rows that make channels [begin, end) of the shuffled order. Channel n * groups + r of it is row r *
-  // slice
-  // + n: consecutive rows for each r, cut where a group of conv1 ends. One thread writes them, all count them.
+  // Finds the runs of conv1's rows that compute the shuffled channels [begin, end), and returns their number. Shuffled
+  // channel n * groups + r is row r * slice_channels + n: for each r these rows are consecutive, and a run of them is
+  // cut where a group of conv1 ends. One thread writes the runs; all threads count them.
   SHUFFLENET_DEVICE int find_runs(int begin, int end) const {
     const int group_rows = s.mid_channels / s.conv1_groups;
     int count = 0, position = 0;
@@ -438,7 +443,8 @@ struct Block {
       }
     }
     if (channels % 2 != 0 && thread_index() < kTapConstants - 2) {
-      taps[(2 + thread_index()) * layout.columns + channels] = A{0};  // of what makes the last channel a pair
+      // An odd last channel is computed as a pair whose second channel has zeros for constants.
+      taps[(2 + thread_index()) * layout.columns + channels] = A{0};
     }
   }
 
@@ -451,7 +457,8 @@ struct Block {
     }
   }
 
-  // Padding is zero behind conv1's bias and ReLU, as is the channel that makes the last a pair.
+  // Zeroes the pixels of y1 outside the image, as padding is zero behind conv1's bias and ReLU; and everywhere the
+  // channel that makes a pair of an odd last one.
   SHUFFLENET_DEVICE void clear_halo(const Window& w, int channels) {
     SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < w.in_rows * w.in_columns; i += kThreads) {
@@ -477,7 +484,8 @@ struct Block {
     wait_copies<0>();
   }
 
-  // What a warp's tile of conv1 works on: every kWarps-th pair of 16 pixels and a run, part by part of the depth.
+  // A warp's position in conv1. An item is 16 pixels and a run; a warp takes every kWarps-th item, and goes through its
+  // depth in parts, from channel k on.
   struct Cursor {
     SHUFFLENET_DEVICE bool done(const Window& w) const { return pixel >= w.image_pixels(); }
     int item, pixel, k;
@@ -489,9 +497,10 @@ struct Block {
     if (!cursor.done(w)) cursor.run = runs[item - tile * run_count];
     return cursor;
   }
-  // A lane copies blocks of one pixel (of kPerBlock neighbours, from planes), each an mma step's depth after the other.
+  // Starts to copy a tile of x. A lane copies 16 bytes of each step of depth: channels of one pixel or, from contiguous
+  // planes, neighbouring pixels of one channel.
   SHUFFLENET_DEVICE void stage_x(const Window& w, const Cursor& at, Shared<T> tile) {
-    constexpr int kBlocks = kPlanes ? kTilePixels / kPerBlock<T> : 2;  // of a depth; of a pixel in a step
+    constexpr int kBlocks = kPlanes ? kTilePixels / kPerBlock<T> : 2;  // blocks a channel has; a pixel, in a step
     const int major = lane_index() / kBlocks, minor = lane_index() % kBlocks * kPerBlock<T>;
     const int pixel = at.pixel + (kPlanes ? minor : major);
     const int pixels = w.image_pixels() - pixel;
@@ -518,7 +527,7 @@ struct Block {
     const int tile_elements = layout.x_bytes / static_cast<int>(sizeof(T));
     const Divisor by_runs(run_count);
     Cursor load = cursor_at(w, warp_index(), run_count, by_runs);
-    int buffer = 0;  // of the tile that is multiplied; the next lands in the other
+    int buffer = 0;  // holds the tile that is multiplied, while the next one is copied into the other buffer
     const auto stage_next = [&](int to) {
       if (!load.done(w)) {
         stage_x(w, load, tiles + to * tile_elements);
@@ -537,7 +546,7 @@ struct Block {
       SHUFFLENET_NO_UNROLL
       for (int k = 0; k < s.conv1_depth; k += t.tile_depth, buffer = 1 - buffer) {
         wait_copies<0>();
-        warp_barrier();  // the tile has landed for all lanes, and they are done with the other
+        warp_barrier();  // all lanes see the tile, and have finished reading the other buffer
         stage_next(1 - buffer);
         Engine::template multiply<kPlanes>(
             sum, {tiles + buffer * tile_elements, kPlanes ? kPlanePitch : layout.x_pitch},
@@ -577,7 +586,8 @@ struct Block {
     }
   }
 
-  // Everything that no thread writes is zero: depths behind a slice's last channel, pixels behind the window's last.
+  // Zeroes y2, for the sake of what no thread writes: channels behind the last of a slice, and pixels behind the
+  // window's last, which conv3 reads as well.
   SHUFFLENET_DEVICE void clear_y2() {
     using Block16 = Vector<T, kPerBlock<T>>;
     SHUFFLENET_NO_UNROLL
@@ -586,11 +596,11 @@ struct Block {
     }
   }
 
-  // A thread walks down a column of a pair of channels with the nine values below the taps in registers: row i of y1 is
-  // in value[i % 3].
+  // Computes y2. A thread goes down a column of a pair of channels, and keeps the nine values that the taps multiply in
+  // registers: row i of y1 is in value[i % 3].
   template <int kStride>
   SHUFFLENET_DEVICE void depthwise(const Window& w, int first, int channels) {
-    // Whether the channels of a pair are neighbours in y2, too.
+    // Whether the channels of a pair are side by side in y2 as well.
     const bool together = !s.out_channels || (s.slice_channels % 2 == 0 && first % 2 == 0);
     const int pairs = ceil_div(channels, 2);
     SHUFFLENET_NO_UNROLL
@@ -647,11 +657,12 @@ struct Block {
     }
   }
 
-  // Of the block's c-th channel; each slice starts a step of conv3.
+  // Returns the column of y2 that holds the block's c-th channel. Each slice starts at a whole step, where conv3
+  // begins.
   SHUFFLENET_DEVICE int y2_column(int c) const {
     return c + c / s.slice_channels * (layout.slice_pitch - s.slice_channels);
   }
-  // Pixels are where conv3 wants them.
+  // Returns the row of y2 that holds a pixel: where the product of conv3 takes it, see place().
   SHUFFLENET_DEVICE int y2_row(int pixel) const { return kPlanes && s.out_channels ? place(pixel) : pixel; }
 
   SHUFFLENET_DEVICE void conv3(const Window& w) {
@@ -659,7 +670,7 @@ struct Block {
     for (int slice = w.slice_begin; slice < w.slice_end; ++slice) {
       for (int row = 0; row < s.group_rows; row += layout.part_rows) {
         const int rows = least(layout.part_rows, s.group_rows - row);
-        barrier();  // y2 is complete, and all are done with the weights before these
+        barrier();  // y2 is complete, and all threads have finished reading the weights that were here before
         stage_weights<T>(weight3, layout.weight3_pitch, ceil_div(rows, layout.weight3_unit) * layout.weight3_unit,
                          weight + static_cast<int64_t>(slice * s.group_rows + row) * s.slice_channels, rows,
                          s.slice_channels, t.conv3_vector, [](int i) { return kPlanes ? i : place(i); });
@@ -675,8 +686,8 @@ struct Block {
     }
   }
 
-  // `rows` rows of a slice, from its `first`-th on, for all pixels. Warps share the tiles of lines x elements, whose
-  // number is a multiple of a vector's.
+  // Computes `rows` rows of a slice, from its `first`-th on, for all pixels of the window. Warps share the tiles of
+  // lines x elements. The number of elements is a multiple of those that a vector has.
   template <int kVector>
   SHUFFLENET_DEVICE void multiply_part(const Window& w, int slice, int first, int rows) {
     constexpr int kSize = kVector / static_cast<int>(sizeof(T));
@@ -695,7 +706,7 @@ struct Block {
       const int line_tile = by_element_tiles.quotient(item);
       const int first_line = line_tile * kLines, first_element = (item - line_tile * element_tiles) * kElements;
       const int element = first_element + lane_index() % 4 * 8;
-      int start[2];  // of the lane's elements of a line
+      int start[2];  // offsets of the lane's first element, in its two lines
       SHUFFLENET_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int at_line = first_line + line(2 * half);
@@ -745,8 +756,8 @@ struct Block {
     }
   }
 
-  // Between a line's element `first` and the e-th from there. The pixels of a window narrower than the image, which are
-  // written one by one, lie in several rows.
+  // Returns the distance in memory from element `first` of a line to the e-th behind it. It is e, except for pixels of
+  // a window narrower than the image: these are written one by one, and lie in several rows.
   template <int kVector>
   SHUFFLENET_DEVICE int distance(const Window& w, int first, int e) const {
     if (!kPlanes || kVector > static_cast<int>(sizeof(T)) || w.out_columns == s.out_width) return e;
@@ -780,14 +791,14 @@ struct Block {
     }
   }
 
-  // From channel c and the window's p-th pixel on.
+  // Writes a vector to the result, whose first element is channel c of the window's p-th pixel.
   template <int kSize>
   SHUFFLENET_DEVICE void write_vector(const Vector<T, kSize>& vector, const Window& w, int c, int p) {
     const int at = image_offset<kLayout>(s.result_channels, s.out_plane, c, w.out_index(s, p));
     *reinterpret_cast<Vector<T, kSize>*>(result_image(w) + at) = vector;
   }
 
-  // The shortcut of a stride-2 unit: relu(avg_pool2d(x, 3, 2, 1)), the block's share of x's channels.
+  // Computes the shortcut of a stride-2 unit, relu(avg_pool2d(x, 3, 2, 1)), for the block's share of x's channels.
   SHUFFLENET_DEVICE void pool(const Window& w) {
     switch (t.pool_vector) {
       case 16: pool_vectors<16>(w); break;
@@ -796,7 +807,7 @@ struct Block {
     }
   }
 
-  // A thread's channels are neighbours in memory (one channel, from planes).
+  // A thread pools as many channels at once as a vector holds; one, where channels are contiguous planes.
   template <int kVector>
   SHUFFLENET_DEVICE void pool_vectors(const Window& w) {
     constexpr int kSize = kPlanes ? 1 : kVector / static_cast<int>(sizeof(T));
