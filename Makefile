@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/$(subst =,_,$(subst >,_,$(subst <,_,$(TORCH))))
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
-CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp tests/native/stand_in/torch/csrc/stable/*.h)
+CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard benchmarks/native/*.cpp tests/native/*.cpp tests/native/stand_in/torch/csrc/stable/*.h)
 
 .PHONY: demo test bench bench-cuda sanitize sanitize-cuda test-aarch64 lint format clean
 .DEFAULT_GOAL := demo

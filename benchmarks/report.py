@@ -17,6 +17,7 @@ import torch
 
 import shufflenet_ext as se
 from benchmarks import memory, pictures, profile
+from benchmarks.machine import processor
 from benchmarks.memory import Growth
 from benchmarks.peers import EAGER, FOLDED, OURS
 from benchmarks.profile import Profile, Step
@@ -55,21 +56,12 @@ def machine() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "processor": f"{_processor()}, {os.cpu_count()} cores, torch sees {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{processor()}, {os.cpu_count()} cores, torch sees {torch.backends.cpu.get_cpu_capability()}",
         "shufflenet_ext": f"{info['version']}, {info['cpu_isa']} kernels, built by {info['compiler']}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def load(folder: Path) -> Results:
