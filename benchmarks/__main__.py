@@ -23,7 +23,7 @@ _RESULTS = Path(__file__).parent / "results"
 
 
 class Display:
-    """A pytest plugin in the terminal reporter's place: shows progress, and gathers results and what failed."""
+    """A pytest plugin that shows progress instead of the terminal reporter, and gathers results and failures."""
 
     def __init__(self, console: Console) -> None:
         self.rows: list[Row] = []
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = report.Results(
         machine=machine,
         seconds=seconds,
-        # Of before and after, should one of them have been disturbed.
+        # Measured before and after the rows, in case one of the two was disturbed.
         fma_peaks={threads: max(measured) for threads, *measured in zip(THREADS, before, after, strict=True)},
         copy_bandwidth=peaks.copy_bandwidth(2**29),
         left_out=list(CONVERTED) if options.quick else [],

@@ -1,4 +1,4 @@
-"""The growth of resident memory by a call, of ours and each peer; nothing is timed."""
+"""By how much a call lets resident memory grow, of ours and of each peer. This times nothing."""
 
 import pytest
 

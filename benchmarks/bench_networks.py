@@ -31,14 +31,14 @@ def bench_network(network: NetworkShape, precision: torch.dtype, threads: int, c
     compete(network.suite, network, ours, plain, folded, x, builders, left_out, precision)
 
 
-@lru_cache(maxsize=1)  # for the rows that differ in threads and precision alone, and find their conversions by it
+@lru_cache(maxsize=1)  # rows that differ in threads and precision alone share a module, and so its conversions
 def _built(network: NetworkShape) -> tuple[nn.Module, nn.Module, nn.Module, Tensor]:
     module, x = network.build()
     return module, peers.plain_copy(module), peers.folded_copy(module), x
 
 
 def _left_out(network: NetworkShape, threads: int) -> dict[str, str]:
-    """The peers that have no part in a network's rows, and why."""
+    """The peers that do not take part in a network's rows, and why."""
     reasons: dict[str, str] = {}
     if network.suite != NETWORKS:
         reason = "of the networks only in rows at width 1 and 224²; elsewhere folded stands for PyTorch"

@@ -1,4 +1,4 @@
-"""The steps of the network that the paper has most results for, as the native op's own clock sees them."""
+"""The time of each step of the paper's network with 3 groups, by the native op's own clock."""
 
 import pytest
 

@@ -13,16 +13,16 @@ from benchmarks.peers import Builder, Contender
 from benchmarks.race import Row, outside_of_steps, race, work
 
 QUICK = "g = 3 and two threads only, fewer rounds, only plain PyTorch as peer"
-_SECONDS, _QUICK_SECONDS = 1.5, 0.7  # of timing a row
-# Of a network of ours, to that of eager PyTorch in the same dtype; or so large: eager is now and then exact by luck in
-# the ten numbers of CIFAR's.
+_SECONDS, _QUICK_SECONDS = 1.5, 0.7  # that a row is timed for
+# The error of a network of ours may be so many times that of eager PyTorch in the same dtype. It may always be as large
+# as the second number, as eager's ten outputs of a CIFAR network are now and then exact by luck.
 _MOST_ERROR, _LEAST_LIMIT = 2, 4 * torch.finfo(torch.float32).eps
 
 
 class Compete(Protocol):
     """Times ``ours`` against peers, which are built from ``plain`` or ``folded``, on ``x``; reports a row.
 
-    ``left_out`` has those of ``builders`` that are not to take part, and why.
+    ``left_out`` names those of ``builders`` that are not to take part, and why.
     """
 
     def __call__(
@@ -66,12 +66,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def _conditions(threads: int) -> Iterator[None]:
-    """Inference on the row's threads; a call of ours that is not native raises instead of falling back."""
+    """Runs a row as inference on its threads. A call of ours that would not run native kernels raises."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     with torch.no_grad(), se.use_backend("native"):
         yield
-    torch.compiler.reset()  # else each row's module counts towards the limit of recompilations
+    torch.compiler.reset()  # otherwise each row's module counts towards the limit of recompilations
 
 
 @pytest.fixture

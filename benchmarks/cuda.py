@@ -40,7 +40,7 @@ def machine() -> dict[str, str]:
 def race(
     rows: list[tuple[str, Shape]], precisions: tuple[Precision, ...], track: Track, console: Console
 ) -> tuple[list[cuda_race.CudaRow], list[str]]:
-    """The rows, and what failed: a row that fails does not cost the others theirs."""
+    """Measures the rows, and says which failed. A row that fails does not stop the others."""
     done, failed = [], []
     for i, (precision, (suite, shape)) in enumerate(wanted := list(product(precisions, rows)), 1):
         try:
@@ -55,14 +55,14 @@ def race(
 
 
 def no_model(sm: int) -> str:
-    """Why nothing is predicted for a card; empty where something is."""
+    """Why nothing can be predicted for a card; empty where something can."""
     if sm not in CARDS:
         return f"the model has no card of sm_{sm}"
     return "" if cuda_toolkit.nvcc() else "no nvcc (on PATH, or by CUDA_HOME), for ptxas' figures"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs everything and writes the report; returns an exit code: 1 where nothing can run or a row failed."""
+    """Runs everything, writes the report and returns an exit code: 1 where nothing can run or a row failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="float16 at batch 64 only, which has the targets")
     parser.add_argument("--output", type=Path, default=_RESULTS, help="folder of the results (default: %(default)s)")

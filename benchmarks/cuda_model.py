@@ -1,10 +1,10 @@
 """A model of the CUDA kernels' speed, for the first GPU to refute: ``python -m benchmarks.cuda_model``; needs nvcc.
 
-Of each unit it counts, from the planner's choice and ptxas' figures, what a launch moves and computes, and predicts
+From the planner's choice and what ptxas says, it counts what a launch of each unit moves and computes, and predicts
 
     time = launch + the longest of: DRAM, L2, and the planner's own estimate of a multiprocessor's work
 
-The bounds from tensor cores (or FMA) and from shared memory are floors of the last; they are shown, and not part of it.
+The last cannot be below what tensor cores (or FMA) and shared memory need. These bounds are shown as well.
 """
 
 import argparse
@@ -29,15 +29,16 @@ from benchmarks.shapes import IMAGE_SIZE
 GROUPS = 3
 BATCHES = (1, 16, 64, 256)
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "tfloat32": 4}
-LAUNCH_S = 2.5e-6  # of a kernel in a CUDA graph, from its predecessor's end; measured figures are 2 to 3 µs
+LAUNCH_S = 2.5e-6  # from a kernel's end to its successor's start in a CUDA graph; 2 to 3 µs have been measured
 _OUTPUT = Path(__file__).parent / "results" / "cuda_model.md"
 _TILES = cuda_toolkit.tile_constants()
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card's maker states, without sparsity. FLOP are those of a multiprocessor's cycle: of tensor cores in 16
-    bits with float32 sums, and of FMA in float32. L2 bytes a cycle are stated for the A100 alone, else assumed."""
+    """What a card's maker states, without sparsity. ``tensor_flop`` (of 16 bits, with float32 sums) and ``fma_flop``
+    (of float32) are those of a multiprocessor in one cycle. ``l2_per_cycle`` is stated for the A100 alone, and assumed
+    for the others."""
 
     name: str
     multiprocessors: int
@@ -97,7 +98,7 @@ class Unit:
 
     @property
     def elements(self) -> int:
-        """What has to be moved: x once, the result and the parameters."""
+        """How many elements have to be moved: x, the result and the parameters, each once."""
         height, width = self.out_size
         results = (self.out_channels + self.pool_channels) * height * width
         return self.batch * (self.in_channels * self.height * self.width + results) + self.weights
@@ -118,8 +119,8 @@ class Unit:
 
 @dataclass
 class Counts:
-    """What the blocks of a launch do: elements read from L2 or written to it, multiply-adds with padding and halo, and
-    wavefronts, which are cycles of shared memory if no access meets a bank conflict."""
+    """What the blocks of a launch do: elements read from L2 or written to it; multiply-adds, those on padding and halo
+    included; and wavefronts, which are cycles of shared memory if no access meets a bank conflict."""
 
     l2_elements: int = 0
     multiply_adds: int = 0
@@ -140,12 +141,12 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _next_rows(n: int) -> int:
-    """next_rows in unit_kernel.cuh."""
+    """The same as next_rows in unit_kernel.cuh."""
     return min(n, _round_up(_ceil_div(n, _ceil_div(n, _TILES["kTileRows"])), 8))
 
 
 def _conv1_tiles(unit: Unit, begin: int, end: int) -> Iterator[int]:
-    """Rows of the tiles that make channels [begin, end) of the shuffled order: ShuffledRows in unit_kernel.cuh."""
+    """The rows of each tile that computes shuffled channels [begin, end): the same as find_runs in unit_kernel.cuh."""
     group_rows = unit.mid_channels // unit.conv1_groups
     for r in range(unit.groups):
         row = r * unit.slice_channels + _ceil_div(begin - r, unit.groups)
@@ -157,11 +158,11 @@ def _conv1_tiles(unit: Unit, begin: int, end: int) -> Iterator[int]:
 
 
 def _product(lines: int, places: int, depth: int, element: int, mma: bool, depth_major: bool = False) -> Counts:
-    """Engine::multiply in unit_kernel.cuh, for all tiles of 16 lines: loading fragments, and their product."""
+    """Counts Engine::multiply in unit_kernel.cuh for all tiles of 16 lines: loading fragments, and their product."""
     tiles, eights = _ceil_div(lines, 16), _ceil_div(places, 8)
     step = (_TILES["kStepBytes"] if mma else 8) // element  # the depth that is loaded at a time
     steps = _ceil_div(depth, step)
-    # Of 128 bytes: matrices for tensor cores, 8 bytes a row for FMA.
+    # Loads of 128 bytes each: of matrices for tensor cores, of 8 bytes a row for FMA.
     loads = 4 + 4 * _ceil_div(eights, 2) if mma else 2 * (step if depth_major else 1) + 2 * eights
     return Counts(multiply_adds=tiles * 16 * eights * 8 * steps * step, wavefronts=tiles * steps * loads)
 
@@ -169,7 +170,7 @@ def _product(lines: int, places: int, depth: int, element: int, mma: bool, depth
 def _window(
     unit: Unit, in_pixels: int, out_pixels: int, chunks: list[list[int]], element: int, mma: bool, planes: bool
 ) -> Counts:
-    """A block's work on one window; ``chunks`` holds, of each chunk of channels, the rows of conv1's tiles."""
+    """Counts a block's work on one window. ``chunks`` has, for each chunk of channels, the rows of conv1's tiles."""
     counts = Counts()
     slices = sum(map(sum, chunks)) // unit.slice_channels
     depth, group_rows = unit.in_channels // unit.conv1_groups, unit.out_channels // unit.groups
@@ -200,10 +201,10 @@ def _window(
 
 
 def count(unit: Unit, plan: dict[str, int | str], element: int, mma: bool, layout: str) -> Counts:
-    """Of the whole launch, window by window as the kernel cuts them; windows of the same size are counted once."""
+    """Counts a whole launch, window by window as the kernel cuts them; those of one size are counted together."""
 
     def sizes(length: int, out_length: int, tile: int) -> Counter[tuple[int, int]]:
-        """(input, output) lengths of the windows along one side."""
+        """How many windows there are of each (input, output) length along one side."""
         found: Counter[tuple[int, int]] = Counter()
         for begin in range(0, out_length, tile):
             out = min(tile, out_length - begin)
@@ -266,7 +267,7 @@ class Prediction:
 
 
 def predict(unit: Unit, dtype: str, layout: str, sm: int, plan: dict[str, int | str], kernel: Kernel) -> Prediction:
-    """The model of one launch on ``CARDS[sm]``."""
+    """Predicts one launch on ``CARDS[sm]``."""
     card, element = CARDS[sm], ELEMENT_BYTES[dtype]
     mma = "tensor cores" in str(plan["explanation"])
     counts = count(unit, plan, element, mma, layout)
@@ -335,7 +336,7 @@ def paper_units(batch: int) -> dict[str, Unit]:
 
 
 def in_us(seconds: float) -> str:
-    """To three digits, or to the nearest."""
+    """Formats a time in µs: with three digits, or from 1000 on as a whole number."""
     value = seconds * 1e6
     return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
@@ -386,7 +387,7 @@ def _overview(model: Model, batch: int) -> Iterator[str]:
 
 
 def report(model: Model) -> Iterator[str]:
-    """Lines of Markdown."""
+    """Yields the lines of the report, in Markdown."""
     model.compile(ELEMENT_BYTES, CARDS)
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     yield "# What the CUDA kernels should take: a model"

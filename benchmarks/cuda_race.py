@@ -30,15 +30,15 @@ _ROUNDS = 50
 _COPIED_BYTES = 2**29  # beyond every card's L2 cache
 _FLUSHED_BYTES = 2**28
 
-# Seconds of one call.
+# Returns the seconds of one call.
 Clock = Callable[[Contender], float]
 Wrapper = Callable[[Contender], Contender]
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A dtype, whether float32 may be multiplied as TF32, and how far two contenders' results may be apart, relative
-    to the largest: the peers round intermediate results where the fused unit does not."""
+    """A dtype, and whether float32 may be multiplied as TF32. ``tolerance`` is how far results of contenders may be
+    apart, relative to the largest: peers round intermediate results where the fused unit does not."""
 
     name: str
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class Precision:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """The switches that PyTorch's own convolutions and products obey, and the units with them."""
+        """Sets the switches that PyTorch's own convolutions and products obey, and the fused units with them."""
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = self.allow_tf32
         try:
@@ -91,7 +91,7 @@ class AllUnits:
 
 
 def shapes(batches: tuple[int, ...] = BATCHES) -> Iterator[tuple[str, Shape]]:
-    """Suites and what they measure."""
+    """Yields each suite's name with a shape that it measures."""
     for stage, stride, batch in product((2, 3, 4), (2, 1), batches):
         yield UNITS, UnitShape(GROUPS, stage, stride, batch)
     for batch in batches:
@@ -104,9 +104,9 @@ def shapes(batches: tuple[int, ...] = BATCHES) -> Iterator[tuple[str, Shape]]:
 
 
 class EventClock:
-    """Times a call by CUDA events, behind a write that leaves none of its data in the L2 cache.
+    """Times a call by CUDA events, after a write that clears the L2 cache of the call's data.
 
-    The write also takes long enough for a few launches to be queued behind it, so that those are not waited for.
+    The write takes so long that a few launches are queued behind it meanwhile, and are not waited for.
     """
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class EventClock:
 
 
 def graphed(run: Contender) -> Contender:
-    """The same as a CUDA graph."""
+    """Records a call as a CUDA graph, and returns what replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -151,13 +151,13 @@ def copy_bandwidth(clock: Clock, device: str, traffic: int = _COPIED_BYTES) -> f
 
 
 def max_autotune(module: nn.Module, x: Tensor) -> Contender:
-    """torch.compile at its best, in its own CUDA graphs; channels_last, which spares it conversions."""
+    """torch.compile at its best: with its own CUDA graphs, and in channels_last, which spares it conversions."""
     copied = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     return peers.compiled(copied, peers.channels_last(x), mode="max-autotune")
 
 
 def builders(graph: Wrapper) -> dict[str, Builder]:
-    """The peers; those that are not compiled also get the CUDA graph that ours gets."""
+    """The peers. Those that are not compiled are also run as a CUDA graph, as ours is."""
     return {
         "eager": lambda plain, folded, x: eager(plain, x),
         "eager channels_last": lambda plain, folded, x: eager_channels_last(plain, x),
@@ -170,7 +170,7 @@ def builders(graph: Wrapper) -> dict[str, Builder]:
 
 
 def ours(module: nn.Module, x: Tensor, graph: Wrapper) -> dict[str, Contender]:
-    """This package, optimized for inference, in both memory formats; as it is, and as a CUDA graph."""
+    """This package, optimized for inference, in both memory formats, each called directly and as a CUDA graph."""
     run, run_last = eager(module, x), eager(module, peers.channels_last(x))
     return {OURS: run, OURS_CHANNELS_LAST: run_last, OURS_GRAPH: graph(run), OURS_CHANNELS_LAST_GRAPH: graph(run_last)}
 
@@ -180,8 +180,8 @@ def ours(module: nn.Module, x: Tensor, graph: Wrapper) -> dict[str, Contender]:
 
 @dataclass
 class CudaRow(Row):
-    """``traffic`` is that of the units alone, each moving its input, result and parameters once; ``predicted`` holds
-    seconds by layout, of the units alone, where there is a model for the card."""
+    """A row on CUDA. ``traffic`` counts the units alone, also in a network: the input, result and parameters of each,
+    once. ``predicted`` has the model's seconds of the units for each layout, where there is a model for the card."""
 
     predicted: dict[str, float] | None = None
 
@@ -207,7 +207,7 @@ def units_of(module: nn.Module, x: Tensor) -> list[Unit]:
 
 @dataclass(frozen=True)
 class Track:
-    """Where a race is run, and by what it is timed. Without a model there is no prediction."""
+    """The device that a race runs on, and what times it. Without a model there is no prediction."""
 
     device: str
     clock: Clock
@@ -227,11 +227,11 @@ class Track:
         }
 
     def measure(self, suite: str, shape: Shape, precision: Precision) -> CudaRow:
-        """A row: outputs compared, then rounds of one call of each contender. AssertionError where they differ."""
+        """Measures a row: compares outputs, then times rounds. Raises AssertionError where outputs differ."""
         torch.manual_seed(0)
         module, x = shape.build()
         x = x.to(self.device, precision.dtype)
-        # Batch norm is folded in float32 for all of them, before the weights are rounded.
+        # For all of them batch norm is folded in float32, before the weights are rounded.
         plain, folded, optimized = (
             made.to(self.device, precision.dtype)
             for made in (peers.plain_copy(module), peers.folded_copy(module), se.optimize_for_inference(module))
@@ -243,7 +243,7 @@ class Track:
             check(contenders, contenders[OURS]().clone(), precision.tolerance, OURS)
             samples = self._rounds(contenders)
             flop = work(folded, x)[0]
-        torch.compiler.reset()  # else each row's module counts towards the limit of recompilations
+        torch.compiler.reset()  # otherwise each row's module counts towards the limit of recompilations
         return CudaRow(
             suite,
             shape.label,
@@ -260,7 +260,7 @@ class Track:
         )
 
     def _rounds(self, contenders: dict[str, Contender]) -> dict[str, list[float]]:
-        """Interleaved; each round starts with another contender, so that none always comes behind the same one."""
+        """Times all in turn. Each round starts with another, so that none always comes behind the same one."""
         samples: dict[str, list[float]] = {name: [] for name in contenders}
         order = deque(contenders)
         for run in contenders.values():

@@ -1,4 +1,4 @@
-"""The results of ``make bench-cuda``, and what is written of them: cuda.json, cuda.md and a picture a precision."""
+"""The results of ``make bench-cuda``, and how they are written: cuda.json, cuda.md, a picture for each precision."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -71,7 +71,7 @@ def _draw(rows: list[CudaRow], folder: Path) -> Path:
 
 
 def targets(rows: list[CudaRow]) -> Iterator[tuple[str, str, str]]:
-    """What was aimed at (for an H100), what was measured, and whether that is it, for the rows that are there."""
+    """Yields each target (for an H100), what was measured and whether that meets it, where there are rows for it."""
     for row in rows:
         if (row.precision, row.batch) != ("float16", 64):
             continue

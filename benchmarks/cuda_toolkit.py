@@ -1,4 +1,4 @@
-"""What compilers say of the CUDA kernels where there is no card: ptxas' figures, and the planner's choices.
+"""What can be known of the CUDA kernels without a card: what ptxas says of them, and what the planner chooses.
 
 Only the standard library is imported: tests and the model of the kernels' speed share this.
 """
@@ -35,7 +35,7 @@ class Kernel:
 
 
 def compile_kernels(dtype: str, arch: str, folder: Path) -> tuple[Path, list[Kernel]]:
-    """The two kernels (layouts) of a dtype, and ptxas' figures of them. RuntimeError where nvcc fails."""
+    """Compiles the two kernels of a dtype, one for each layout. Raises RuntimeError where nvcc fails."""
     cubin = folder / f"{dtype}_{arch}.cubin"
     source = KERNEL / f"unit_{dtype}.cu"
     command = [nvcc(), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", cubin, source]
@@ -65,7 +65,7 @@ def _number(pattern: str, text: str, otherwise: int | None = None) -> int:
 
 
 def toolkit_version() -> str:
-    """Of the toolkit that nvcc is part of, such as 13.0."""
+    """The version of the toolkit that nvcc is part of, such as 13.0."""
     text = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release ([\d.]+)", text)
     return found[1] if found else text.strip()
@@ -78,7 +78,7 @@ def tile_constants() -> dict[str, int]:
 
 
 def build_planner(folder: Path) -> Path:
-    """The program of tests/cuda/plan_test.cpp, which answers with plan_unit's choices."""
+    """Compiles tests/cuda/plan_test.cpp, a program that prints what plan_unit chooses."""
     program, sources = folder / "planner", ROOT / "tests" / "cuda"
     compiler = os.environ.get("CXX", "c++").split()[0]
     command = [compiler, "-std=c++17", "-O1", f"-I{KERNEL}", "-o", program, sources / "plan_test.cpp"]
@@ -87,7 +87,7 @@ def build_planner(folder: Path) -> Path:
 
 
 def plans(planner: Path, cases: Iterable[Case]) -> list[dict[str, int | str]]:
-    """The planner's choice for each case: plan_test.cpp's keys."""
+    """What the planner chooses for each case, by the keys that plan_test.cpp prints."""
     lines = [" ".join(f"{key}={value}" for key, value in case.items()) for case in cases]
     done = subprocess.run([planner], input="\n".join(lines) + "\n", capture_output=True, text=True, check=True)
     answers = done.stdout.splitlines()

@@ -1,7 +1,7 @@
 """By how much one call lets resident memory grow: ``python -m benchmarks.memory CONTENDER THREADS``, on Linux.
 
-Of a contender's first call, in a process of its own: what a runtime allocates then and keeps would not be seen later.
-What it allocates while it is built counts as the model's.
+It is measured at a contender's first call, in a process of its own, as a runtime may keep what it allocates then. What
+it allocates while it is built counts as the model's.
 """
 
 import ctypes
@@ -19,14 +19,15 @@ from benchmarks.peers import OURS, Contender
 from benchmarks.shapes import NetworkShape
 
 SHAPE = NetworkShape(groups=3, batch=1, size=(720, 1280))
-CONTENDERS = (OURS, *(name for name in peers.ALL if name != peers.OPENVINO_THROUGHPUT))  # that shares out a batch
+# All but the one that shares out a batch.
+CONTENDERS = (OURS, *(name for name in peers.ALL if name != peers.OPENVINO_THROUGHPUT))
 _STATUS = Path("/proc/self/status")
-_RESET_PEAK = "5"  # to /proc/self/clear_refs: the peak is what is resident now
+_RESET_PEAK = "5"  # written to /proc/self/clear_refs, makes the peak what is resident now
 
 
 @dataclass
 class Growth:
-    """Bytes."""
+    """By how many bytes a contender's call lets memory grow."""
 
     name: str
     threads: int
@@ -34,7 +35,7 @@ class Growth:
 
 
 def measure(name: str, threads: int) -> Growth:
-    """By the named contender on :data:`SHAPE`. RuntimeError with what it printed if the process fails."""
+    """Measures a contender on :data:`SHAPE`. Raises RuntimeError, with what it printed, if the process fails."""
     command = [sys.executable, "-m", "benchmarks.memory", name, str(threads)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     if done.returncode:
@@ -44,7 +45,7 @@ def measure(name: str, threads: int) -> Growth:
 
 def _growth(run: Contender) -> int:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else the call could fill pages that only the building of the model needed
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could reuse pages that only building the model needed
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     before = _resident("VmRSS")
     run()

@@ -11,7 +11,7 @@ _COPY_REPEATS = 12
 
 
 def fma_peak(threads: int) -> float:
-    """FLOP/s in float32 on so many threads: a native loop of FMA on registers, best of many runs."""
+    """FLOP/s in float32 of so many threads, which run a native loop of FMA on registers: the best of many runs."""
     torch.set_num_threads(threads)
     return _native.measure_peak(torch.float32)
 
@@ -19,13 +19,13 @@ def fma_peak(threads: int) -> float:
 def copy_bandwidth(traffic: int) -> float:
     """Bytes a second, read and written, of a copy that moves about ``traffic`` bytes, by torch on its threads.
 
-    A copy that fits a cache measures that cache, as a unit whose tensors fit it would: so it depends on the size.
+    It depends on the size: a copy that fits into a cache is as fast as that cache, as is a unit that fits into it.
     """
     return _copy_bandwidth(max(1, traffic.bit_length() - 1), torch.get_num_threads())
 
 
 @cache
-def _copy_bandwidth(log2_traffic: int, threads: int) -> float:  # torch's threads, as the cache has to tell them apart
+def _copy_bandwidth(log2_traffic: int, threads: int) -> float:  # threads are an argument for the cache's sake
     source = torch.zeros(2**log2_traffic // 8 or 1)
     target = torch.empty_like(source)
     calls = max(1, 2**27 // 2**log2_traffic)

@@ -73,7 +73,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     copied = copy.deepcopy(module)
     for unit in copied.modules():
         if isinstance(unit, se.FusedShuffleBottleneck):
-            # A fused unit is a plain one but for its forward.
+            # A fused unit differs from a plain one in its forward alone.
             unit.__class__ = se.ShuffleBottleneck  # type: ignore[assignment]
     return copied
 
@@ -91,7 +91,7 @@ def folded_copy(module: nn.Module) -> nn.Module:
 
 
 def ours(module: nn.Module, x: Tensor) -> dict[str, Contender]:
-    """This package, optimized for inference, in both memory formats; and its module as it is, in eval mode."""
+    """This package: optimized for inference, in both memory formats, and the module as it is, in eval mode."""
     optimized = se.optimize_for_inference(module)
     return {
         OURS: eager(optimized, x),
@@ -127,12 +127,12 @@ def eager_channels_last(module: nn.Module, x: Tensor) -> Contender:
 def compiled(module: nn.Module, x: Tensor, mode: str = "default") -> Contender:
     """torch.compile with Inductor's freezing."""
     run: Callable[[Tensor], Tensor] = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
-    with inductor_config.patch(freezing=True):  # read when the first call compiles; as an option it has no effect
+    with inductor_config.patch(freezing=True):  # is read when the first call compiles; an option would have no effect
         run(x)
     return eager(run, x)
 
 
-# Conversions do not depend on threads and settings: they are kept for the rows that differ in nothing else.
+# Conversions depend on neither threads nor settings, and are kept for the rows that differ in these alone.
 
 
 @lru_cache(maxsize=1)
@@ -164,7 +164,7 @@ def onnx_runtime(module: nn.Module, x: Tensor) -> Contender:
     return run
 
 
-@lru_cache(maxsize=2)  # the whole batch, and a stream's share
+@lru_cache(maxsize=2)  # one for the whole batch, one for a stream's share
 def _openvino_model(module: nn.Module, shape: torch.Size) -> Any:
     os.environ.setdefault("CI", "true")  # no telemetry
     import openvino as ov
@@ -260,8 +260,8 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-# Name in the report: how it is built from the plain module, from the one with batch norm folded, and an input. Runtimes
-# get the folded module: they would fold it themselves.
+# Builds the peer of a name in the report, from the plain module, the one with batch norm folded, and an input. Runtimes
+# get the folded module, as they would fold it themselves.
 Builder = Callable[[nn.Module, nn.Module, Tensor], Contender]
 _EAGER: dict[str, Builder] = {
     EAGER: lambda plain, folded, x: eager(plain, x),

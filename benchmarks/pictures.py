@@ -16,7 +16,7 @@ from benchmarks.peers import OURS
 from benchmarks.race import Row, best_peer
 from benchmarks.shapes import BATCHES, CIFAR, NETWORKS, SIZES, THREADS
 
-# Colours of Okabe and Ito, apart for every kind of colour vision, and a marker each.
+# Each has a marker, and a colour of Okabe and Ito's, which all kinds of colour vision tell apart.
 _STYLES = {
     OURS: ("*", "#D55E00"),
     peers.EAGER: ("o", "#999999"),
@@ -64,7 +64,7 @@ def _labels(rows: Sequence[Row]) -> list[str]:
 
 
 def latency(rows: Sequence[Row], title: str, styles: Mapping[str, tuple[str, str]] = _STYLES) -> Any:
-    """A panel a batch size, a line a shape, a marker a contender at its median, a bar between its quartiles.
+    """One panel for each batch size, one line for each shape. A marker is a contender's median, its bar the quartiles.
 
     ``styles`` has the marker and the colour of each contender to be shown; stars are drawn larger.
     """
@@ -108,9 +108,9 @@ def _legend(figure: Any, panel: Any, place: str, columns: int) -> None:
 
 
 def _ratios(rows: list[Row]) -> Any:
-    """A panel a precision and batch size, a line a network, a marker a number of threads, a bar between quartiles.
+    """One panel for each precision and batch size, one line for each network, one marker for each number of threads.
 
-    The colour is the best peer's, hollow markers are of one thread.
+    A bar is between quartiles. The colour says which peer is best; a hollow marker is one thread.
     """
     labels, batches = _labels(rows), sorted({row.batch for row in rows})
     precisions = list(dict.fromkeys(row.precision for row in rows))
@@ -151,7 +151,10 @@ def _ratios(rows: list[Row]) -> Any:
 
 
 def _share(rows: list[Row], share_of_peak: Callable[[Row, str], float]) -> Any:
-    """A panel a group count, a line a unit, a marker a batch size; hollow ones are the best peer's."""
+    """One panel for each number of groups, one line for each unit, one marker for each batch size.
+
+    A hollow marker is the best peer.
+    """
 
     def line_of(row: Row) -> str:
         return "whole network" if row.suite == NETWORKS else row.label

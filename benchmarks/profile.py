@@ -1,4 +1,4 @@
-"""Where a call of the 1× network with 3 groups spends its time: each step's, and its share of the FMA peak."""
+"""Where a call of the 1× network with 3 groups spends its time: each step, and its share of the FMA peak."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from benchmarks.shapes import NetworkShape
 
 _GROUPS = 3
 _FILE = "profile.md"
-_REASONS = "## Reasons"  # what stands below this heading is written by hand, and kept
+_REASONS = "## Reasons"  # below this heading the document is written by hand, and kept
 
 
 @dataclass
 class Step:
-    """``seconds`` is the median, over some calls, of what the thread that works longest spent in the step."""
+    """One step. ``seconds`` is the median, over some calls, of the time of the thread that works longest."""
 
     name: str
     flop: int
@@ -30,7 +30,7 @@ class Profile:
 
 
 def measure(batch: int) -> Profile:
-    """On torch's current number of threads."""
+    """Measures the steps of a call on torch's current number of threads."""
     module, x = NetworkShape(_GROUPS, batch).build()
     optimized = se.optimize_for_inference(module)
     settle_and_warm(lambda: optimized(x))
@@ -40,7 +40,7 @@ def measure(batch: int) -> Profile:
 
 
 def write(profiles: list[Profile], fma_peaks: Mapping[int, float], folder: Path) -> Path:
-    """Writes the document anew, but for the reasons in it."""
+    """Writes the document anew, and keeps the reasons in it."""
     path = folder / _FILE
     reasons = path.read_text().partition(_REASONS)[2] if path.is_file() else "\n"
     path.write_text("\n".join(_markdown(profiles, fma_peaks)) + f"\n\n{_REASONS}{reasons}")

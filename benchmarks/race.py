@@ -1,4 +1,4 @@
-"""Times contenders against each other, round by round, so that what the machine does meanwhile meets all of them."""
+"""Times contenders in turn, round by round, so that a change of the machine's speed meets all of them."""
 
 import copy
 import time
@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import EAGER, OURS, Contender, eager_in
 
-_LONG_S = 0.1  # a call of this length warms itself
-_WARM_S = 10e-3  # to the speed of a loop of calls: after a pause, or others' work, the first ones are slower
+_LONG_S = 0.1  # a call of this length needs no warming up
+_WARM_S = 10e-3  # of calls before one is timed: the first ones after a pause, or after others' work, are slower
 _MAX_SETTLE_S = 0.2
 # Longer than a tick of the scheduler, by which some systems count a process's time (4 ms).
 _IDLE_S = 10e-3
-# Of outputs, relative to the largest: peers round intermediate results where ours does not.
+# How far outputs may differ, relative to the largest: peers round intermediate results where ours does not.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 50
 _PROFILED_CALLS = 51
@@ -28,7 +28,7 @@ _PROFILED_CALLS = 51
 
 @dataclass
 class Timing:
-    """Seconds a call, over the rounds, and the rounds' ratios to ours: median and quartiles."""
+    """Seconds a call and the ratio to ours in the same round: median and quartiles over the rounds."""
 
     median: float
     q1: float
@@ -40,9 +40,10 @@ class Timing:
 
 @dataclass
 class Row:
-    """One shape's results. ``flop`` counts the convolutions and linear layers, ``traffic`` the bytes of input, output
-    and weights, which have to be moved whatever the kernel; ``errors`` are the largest ones against float64, relative
-    to the largest output; ``outside`` is the share of a call of ours that is no step's, where that was measured."""
+    """One shape's results. ``flop`` counts the convolutions and linear layers; ``traffic`` the bytes of input, output
+    and weights, which every kernel has to move; ``errors`` are the largest ones against float64, relative to the
+    largest output; ``outside`` is the share of a call of ours that is spent in none of its steps, where that was
+    measured."""
 
     suite: str
     label: str
@@ -50,7 +51,7 @@ class Row:
     batch: int
     flop: int
     traffic: int
-    copy_bandwidth: float  # of a copy with as much traffic
+    copy_bandwidth: float  # that of a copy with as much traffic
     rounds: int = 0
     timings: dict[str, Timing] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Row:
 
 
 def best_peer(row: Row) -> str:
-    """The contender that is not ours of the least ratio."""
+    """The peer with the smallest ratio to ours."""
     return min((name for name in row.timings if not name.startswith(OURS)), key=lambda name: row.timings[name].ratio)
 
 
@@ -73,9 +74,10 @@ def work(plain: nn.Module, x: Tensor) -> tuple[int, int]:
 
 
 def check(contenders: dict[str, Contender], expected: Tensor, tolerance: float, source: str) -> dict[str, float]:
-    """Each one's largest difference from what ``source`` gives, relative to the largest output.
+    """How far each contender's output is at most from the ``expected`` one, relative to the largest output.
 
-    AssertionError, naming the contender, if one is more than ``tolerance``.
+    Raises AssertionError, which names the contender and ``source``, where ``expected`` is from, if one is more than
+    ``tolerance``.
     """
     largest = expected.abs().max().item()
     errors = {name: (run() - expected).abs().max().item() / largest for name, run in contenders.items()}
@@ -86,7 +88,7 @@ def check(contenders: dict[str, Contender], expected: Tensor, tolerance: float, 
 
 @lru_cache(maxsize=1)
 def exact(module: nn.Module, x: Tensor) -> Tensor:
-    """What the module gives in float64. Kept for the next row, which often has the same module and input."""
+    """The module's output in float64. It is kept for the next row, which often has the same module and input."""
     result: Tensor = copy.deepcopy(module).double()(x.double())
     return result
 
@@ -128,7 +130,7 @@ def timed(run: Contender, warm_s: float = _WARM_S) -> float:
 
 
 def timings_of(samples: dict[str, list[float]], base: str) -> dict[str, Timing]:
-    """What the rounds say of each contender, by its seconds of each; ratios are to the contender named ``base``."""
+    """Sums up each contender's seconds of each round; ratios are to the contender named ``base``."""
     timings = {}
     for name, times in samples.items():
         q1, middle, q3 = quantiles(times, method="inclusive")
@@ -148,9 +150,9 @@ def race(
     row: Row,
     seconds: float,
 ) -> None:
-    """Compares all contenders' outputs, times them for about ``s`` seconds and fills in ``row``.
+    """Compares all contenders' outputs, times them for about ``seconds`` and fills in ``row``.
 
-    pytest-benchmark records ours. AssertionError where outputs differ.
+    pytest-benchmark records ours. Raises AssertionError where outputs differ.
     """
     with_eager = contenders if EAGER in contenders else contenders | {EAGER: eager_in(dtype, plain, x)}
     row.errors = check(with_eager, exact(plain, x), _TOLERANCES[dtype], "float64")

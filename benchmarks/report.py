@@ -1,4 +1,4 @@
-"""The results of a run, and what is written of them: results.json, results.md, profile.md and pictures."""
+"""The results of a run, and how they are written: results.json, results.md, profile.md and pictures."""
 
 import json
 import os
@@ -28,8 +28,8 @@ _JSON, _MARKDOWN = "results.json", "results.md"
 
 @dataclass
 class Results:
-    """A whole run. ``fma_peaks`` in FLOP/s, by threads, and ``copy_bandwidth``, from memory, in bytes/s are the
-    machine's."""
+    """A whole run. ``fma_peaks``, in FLOP/s by the number of threads, and ``copy_bandwidth``, of memory, in bytes/s,
+    are the machine's."""
 
     machine: dict[str, str]
     seconds: float
@@ -42,7 +42,7 @@ class Results:
     profiles: list[Profile]
 
     def share_of_peak(self, row: Row, name: str = OURS) -> float:
-        """Of the FMA peak in float32 of the row's threads, counting convolutions and linear layers."""
+        """The share of the float32 FMA peak of the row's threads that its convolutions and linear layers reach."""
         return row.flop / row.timings[name].median / self.fma_peaks[row.threads]
 
 
@@ -89,7 +89,7 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def compact_json(results: dict[str, Any]) -> str:
-    """JSON with a line a row and a line for each other field, so that two runs can be compared by eye."""
+    """JSON with one line for each row and for each other field, so that two runs can be compared by eye."""
     rows = ",\n".join("  " + json.dumps(row) for row in results["rows"])
     fields = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in results.items() if name != "rows"]
     return "{\n" + ",\n".join([*fields, f' "rows": [\n{rows}\n ]']) + "\n}\n"

@@ -22,7 +22,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class UnitShape:
-    """One of the distinct units of the paper's network with ``groups`` groups: a stage's first, or one of the rest."""
+    """A unit of the paper's network with so many groups: a stage's first (stride 2), or one of the rest, all alike."""
 
     groups: int
     stage: int
@@ -77,7 +77,7 @@ class NetworkShape:
 
 
 def with_statistics(module: Module) -> Module:
-    """``module`` in eval mode, with batch norms that do something, as after training."""
+    """Gives the module's batch norms random statistics and parameters, as after training; returns it in eval mode."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             assert norm.running_mean is not None

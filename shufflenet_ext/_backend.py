@@ -15,7 +15,7 @@ Backend = Literal["auto", "native", "reference"]
 
 
 class ReferenceFallbackWarning(UserWarning):
-    """A call that the native kernels do not cover ran the reference."""
+    """Warns of a call that the native kernels do not cover, and that therefore ran the reference."""
 
 
 def _checked(backend: str, source: str) -> str:
@@ -34,9 +34,10 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Selects what runs inside a ``with`` block, in every thread of the process.
 
     ``"auto"`` (the default, or what the environment variable ``SHUFFLENET_EXT_BACKEND`` names) runs the native kernel
-    where it covers the device, the dtype and the unit, else the reference, and warns once of each cause. Under
-    torch.compile and torch.export the choice is made while tracing, for every batch and plane. ``"native"`` raises
-    RuntimeError instead. ``"reference"`` always runs plain PyTorch. ValueError for any other name.
+    where it covers the device, the dtype and the unit. Elsewhere it runs the reference, and warns once of each cause.
+    Under torch.compile and torch.export the choice is made while tracing, for every batch and size of image.
+    ``"native"`` raises RuntimeError where ``"auto"`` would run the reference. ``"reference"`` always runs plain
+    PyTorch. Raises ValueError for any other name.
     """
     global _backend
     previous = _backend
@@ -48,7 +49,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def fall_back(cause: str) -> None:
-    """Accounts for a call that cannot run natively: raises under "native", warns once of each cause under "auto"."""
+    """Reports that a call cannot run natively: raises under "native", warns once of each cause under "auto"."""
     if _backend == "native":
         raise RuntimeError(f"backend 'native' was asked for, but {cause}")
     _warn_once(cause)
@@ -60,14 +61,14 @@ def _warn_once(cause: str) -> None:
         warnings.warn(f"running the PyTorch reference: {cause}", ReferenceFallbackWarning, stacklevel=4)
 
 
-_native.run_while_tracing(_warn_once)  # torch.compile cannot trace a warning
+_native.run_while_tracing(_warn_once)  # as torch.compile cannot trace a warning
 
 
 def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> bool:
     """Whether a call of ``units``, one behind the other, on ``x`` runs the native kernel under the backend in use."""
     if _backend == "reference":
         return False
-    if _native.native_error is None and x.is_cpu and x.dtype in _native.DTYPES:  # a call's shortest way
+    if _native.native_error is None and x.is_cpu and x.dtype in _native.DTYPES:  # asked first, as it is most calls
         return True
     cause = _native.uncovered(x.shape, x.dtype, x.device, units)
     if cause is None:
@@ -77,10 +78,11 @@ def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]
 
 
 class _Settings(ModuleType):
-    """Torch's settings as attributes of a module: of one, torch.compile reads an attribute and guards it.
+    """Torch's settings, as attributes of a module: there torch.compile reads an attribute and guards its value.
 
-    It traces neither a call of the getter nor ``torch.backends.cudnn.conv``. It does trace the older
-    ``torch.backends.cudnn.allow_tf32``, but reading that raises where convolutions and recurrent layers are set apart.
+    It can trace neither a call of the getter nor ``torch.backends.cudnn.conv``. It can trace the older
+    ``torch.backends.cudnn.allow_tf32``, but reading that raises where convolutions and recurrent layers have different
+    settings.
     """
 
     @property
@@ -97,8 +99,8 @@ def allows_tf32(x: torch.Tensor) -> bool:
 
 
 def implementation(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> tuple[Any, dict[str, bool]]:
-    """What runs a call of ``units`` on ``x`` under the backend in use, and the keyword arguments that only it takes."""
+    """The module whose op runs ``units`` on ``x`` under the backend in use, and keyword arguments for that op alone."""
     if runs_native(x, units):
-        # A keyword argument takes its time in the dispatcher.
+        # It is passed only where it says something, as a keyword argument takes time in the dispatcher.
         return torch.ops.shufflenet_ext, {"allow_tf32": True} if allows_tf32(x) else {}
     return reference, {}

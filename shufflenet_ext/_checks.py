@@ -1,4 +1,4 @@
-"""The checks of the ops' arguments for the reference and the fake kernels; csrc/arguments.h holds the kernels' own."""
+"""Checks the ops' arguments for the reference and the fake kernels. csrc/arguments.h does so for the native kernels."""
 
 from collections.abc import Iterator
 
@@ -7,25 +7,25 @@ from torch import Tensor
 
 
 def check_tensor(name: str, value: object) -> None:
-    """TypeError unless ``value`` is a tensor."""
+    """Raises TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
 
 
 def check_int(name: str, value: object) -> None:
-    """TypeError unless ``value`` is an integer (a symbolic one counts, a bool does not)."""
+    """Raises TypeError unless ``value`` is an integer. A symbolic one counts as such, a bool does not."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
 
 
 def check_divides(name: str, divisor: int, what: str, value: int) -> None:
-    """ValueError unless ``divisor`` is positive and divides ``value``, described by ``what``."""
+    """Raises ValueError unless ``divisor`` is positive and divides ``value``, which the message calls ``what``."""
     if divisor < 1 or value % divisor != 0:
         raise ValueError(f"{name}: got {divisor}, expected a positive divisor of {what}, {value}")
 
 
 def check_image(x: Tensor) -> None:
-    """ValueError unless ``x`` is a batch of images."""
+    """Raises ValueError unless ``x`` is a batch of images."""
     if x.dim() != 4 or any(size < 1 for size in x.shape[1:]):
         raise ValueError(
             f"x: got shape {list(x.shape)}, expected (batch, channels, height, width), not empty but for batch"
@@ -62,7 +62,7 @@ def check_unit(
     conv3_bias: Tensor | None = None,
     groups_name: str = "shuffle_groups",
 ) -> None:
-    """TypeError or ValueError, naming the argument, unless the arguments describe a unit."""
+    """Raises TypeError or ValueError, which name the argument, unless the arguments describe a unit."""
     for name, value in (("x", x), ("conv1_weight", conv1_weight), ("conv2_weight", conv2_weight)):
         check_tensor(name, value)
     for name, number in (("conv1_groups", conv1_groups), (groups_name, shuffle_groups), ("stride", stride)):
@@ -94,15 +94,15 @@ def check_unit(
         )
 
 
-_MOST_KERNEL_SIZE = 11  # of a stem; csrc/network.h
-# How many integers follow the kind of a step: a stem, a unit, a head, the unit before again.
+_MOST_KERNEL_SIZE = 11  # the largest convolution of a stem, as in csrc/network.h
+# How many integers follow a step's kind: of a stem (0), a unit (1), a head (2), and the unit before once more (3).
 _STEP_LENGTHS = {0: 5, 1: 7, 2: 2, 3: 1}
 
 
 def split_program(program: list[int]) -> Iterator[tuple[int, list[int]]]:
-    """The kinds and the integers of a program's steps, units that it has again among them.
+    """Yields each step of a program as its kind and its integers. A unit that is repeated comes as often as it runs.
 
-    ValueError unless it is made of whole steps in their order.
+    Raises ValueError unless the program is made of whole steps in their order.
     """
     at, kind = 0, None
     unit: list[int] = []
@@ -127,7 +127,7 @@ def split_program(program: list[int]) -> Iterator[tuple[int, list[int]]]:
 
 
 def check_step(kind: int, step: list[int], channels: int, height: int, width: int) -> None:
-    """ValueError unless a program's step fits images of these sizes."""
+    """Raises ValueError unless a program's step fits images of these sizes."""
     if kind == 0:
         out_channels, size, stride, padding, _ = step
         _check_positive(out_channels=out_channels)

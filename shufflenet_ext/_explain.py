@@ -1,4 +1,4 @@
-"""explain: how a unit would run."""
+"""explain, which says how a unit would run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def explain(
     memory_format: torch.memory_format = torch.contiguous_format,
     sm: int | None = None,
 ) -> dict[str, Any]:
-    """How a unit in eval mode would run on an input, under the backend "auto". Nothing is run.
+    """Says how a unit in eval mode would run on an input, under the backend "auto". It runs nothing.
 
     Args:
         unit: a :class:`FusedShuffleBottleneck`, or a :class:`ShuffleBottleneck`, explained as if it were fused.
@@ -30,11 +30,17 @@ def explain(
         sm: instead of a device, the compute capability of a CUDA card that need not be here: 75, 80, 86, 89, 90, 100
             or 120.
 
-    Returns a dict: ``backend``, "native" or "reference"; ``explanation``, in words, which for "reference" is the cause;
-    on the CPU ``isa``; on CUDA the planner's choice in numbers: ``tile_rows`` and ``tile_columns``, the window of
-    result pixels of a block; ``slices``, groups of conv3 that it computes, and ``chunk``, intermediate channels at
-    once; ``stages`` of its pipeline of copies; ``windows``, blocks; ``shared_bytes``, shared memory of a block;
-    ``blocks_per_multiprocessor``; ``multiprocessors``; ``cycles``, an estimate without a GPU, good only to compare.
+    Returns a dict with these keys:
+
+    - ``backend``: "native" or "reference".
+    - ``explanation``: the same in words; for "reference", the cause.
+    - ``isa``, on the CPU: the instruction set of the kernel.
+    - On CUDA, how the planner cuts the unit: ``tile_rows`` and ``tile_columns``, the window of result pixels that a
+      block computes; ``slices``, the groups of conv3 that it computes; ``chunk``, the intermediate channels that it
+      computes at once; ``tile_depth``, the channels of x that a warp multiplies at once; ``windows``, their number in
+      the whole launch; ``shared_bytes``, the shared memory of a block; ``blocks_per_multiprocessor``, how many run
+      side by side; ``multiprocessors``, the card's; ``cycles``, an estimate that is good only to compare;
+      ``result_shape``.
 
     Raises TypeError or ValueError, naming the argument, for bad arguments; RuntimeError for ``sm`` where no CUDA
     library is loaded, which holds the planner.

@@ -1,4 +1,4 @@
-"""Loads the native libraries and says what they are. No other module imports them."""
+"""Loads the native libraries, which no other module imports, and says what they are and can do."""
 
 import importlib
 import importlib.util
@@ -21,7 +21,7 @@ except ImportError as error:
     native_error = f"the native library is not loaded ({error})"
 
 _C_cuda: ModuleType | None = None
-# Why no CUDA kernel is loaded. That a loaded one can run on a card is another question: see _device_error.
+# Why no CUDA kernel is loaded; None where one is. Whether that can run on a card is asked of _device_error.
 cuda_error: str | None
 if native_error is not None:
     cuda_error = native_error
@@ -42,18 +42,19 @@ else:
         cuda_error = f"the CUDA library is not loaded ({error}); reinstall shufflenet_ext against this torch"
 
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # that there are kernels for
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # those that there are kernels for
 
 
 def run_while_tracing(function: Callable[..., Any]) -> None:
-    """Makes torch.compile run the function itself while it traces, and take its result for a constant.
+    """Makes torch.compile run the function itself while it traces, and take the result as a constant.
 
     This is what torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# A unit for the planner, in one: the shapes of conv1's weight and, if any, of conv3's; conv1_groups, groups, stride.
+# A unit as the planner takes it: the shape of conv1's weight, that of conv3's if there is one, conv1_groups, groups and
+# stride, all in one tuple.
 UnitSizes = tuple[int, ...]
 
 
@@ -77,15 +78,15 @@ def _cuda_error() -> str | None:
     return None if None in errors else errors[0]
 
 
-@lru_cache(maxsize=1024)  # shapes that change with every call must not pile up
+@lru_cache(maxsize=1024)  # bounds the memory that shapes take which change with every call
 def _plan_error(shape: tuple[int, ...], dtype: torch.dtype, index: int, units: tuple[UnitSizes, ...]) -> str | None:
-    """Why the CUDA kernel cannot be cut to one of the units, which stand one behind the other; None where it can."""
+    """Why the CUDA kernel cannot be cut to one of the units, which run one behind the other; None where it can."""
     for sizes in units:
         for channels_last in (False, True):
             try:
                 plan = cuda_plan(shape, sizes, channels_last, dtype, index=index)
             except ValueError:
-                return None  # no unit at all: the op says what is wrong with which argument
+                return None  # These describe no unit. The op will say which argument is wrong.
             if not plan["ok"]:
                 return f"no CUDA kernel can be planned for this unit ({plan['explanation']})"
         shape = plan["result_shape"]
@@ -96,7 +97,7 @@ def _cuda_obstacle(shape: tuple[int, ...], dtype: torch.dtype, index: int, units
     return _device_error(index) or _plan_error(shape, dtype, index, units)
 
 
-# The graph keeps the answer of the time that it was traced.
+# A compiled graph keeps the answer that was given while it was traced.
 run_while_tracing(_cuda_obstacle)
 
 
@@ -114,10 +115,11 @@ def uncovered(
     if device.type == "cuda":
         if cuda_error is not None:
             return cuda_error
-        # A compiled graph may serve any batch and plane. Windows can be as small as a pixel: the channels decide.
+        # A compiled graph may run any batch and any size of image. As a window can be as small as a pixel, it depends
+        # on the channels alone whether there is a plan.
         if torch.compiler.is_compiling():
             shape = (1, *shape[1:2], 1, 1)
-        # A symbolic number of channels, or groups, becomes a fixed one of the graph.
+        # Where channels or groups are symbolic numbers, this fixes them in the graph.
         sizes = tuple(tuple(map(operator.index, unit)) for unit in units())
         return _cuda_obstacle(tuple(map(operator.index, shape)), dtype, device.index, sizes)
     if device.type not in ("cpu", "meta"):
@@ -134,9 +136,9 @@ def cuda_plan(
     index: int = 0,
     sm: int | None = None,
 ) -> dict[str, Any]:
-    """The planner's answer for a unit on input of this shape: on device ``index`` or, if given, on a card of ``sm``.
+    """How the planner cuts a unit for an input of this shape, on device ``index`` or, if given, on a card of ``sm``.
 
-    ValueError if the sizes are no unit's, or the planner knows no card of ``sm``.
+    Raises ValueError if the sizes describe no unit, or if the planner knows no card of ``sm``.
     """
     assert _C_cuda is not None
     plan: dict[str, Any] = _C_cuda.plan(shape, sizes, channels_last, str(dtype).removeprefix("torch."), index, sm)
@@ -144,12 +146,12 @@ def cuda_plan(
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether kernels take x for channels_last, and write their results so: the rule of layout_of in arguments.h."""
+    """Whether kernels treat x, and write their result, as channels_last: the same rule as layout_of in arguments.h."""
     return x.dim() == 4 and not x.is_contiguous() and x.stride(1) == 1
 
 
 def describe(x: torch.Tensor, weights: torch.Tensor, program: Sequence[int], threads: int) -> dict[str, Any]:
-    """How the CPU's shuffle_network would run with so many threads; see csrc/library.cpp. Nothing is run."""
+    """How the CPU's shuffle_network would run on so many threads; see csrc/library.cpp. This runs nothing."""
     assert _C is not None
     dtype, weights_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (x, weights))
     description: dict[str, Any] = _C.describe(
@@ -159,7 +161,7 @@ def describe(x: torch.Tensor, weights: torch.Tensor, program: Sequence[int], thr
 
 
 def profile(call: Callable[[], object]) -> list[float]:
-    """Seconds that each step of the CPU's ops in the call takes, for the thread that works on it longest."""
+    """The seconds that each step of the CPU's ops in the call takes, on the thread that works longest."""
     assert _C is not None
     _C.start_profile()
     try:
@@ -170,7 +172,7 @@ def profile(call: Callable[[], object]) -> list[float]:
 
 
 def measure_peak(dtype: torch.dtype) -> float:
-    """Floating-point operations a second that torch's threads do at most in the ISA in use, on tensors of ``dtype``."""
+    """The floating-point operations a second that torch's threads do at most, by the ISA in use, on ``dtype``."""
     assert _C is not None
     peak: float = _C.measure_peak(str(dtype).removeprefix("torch."))
     return peak
@@ -187,7 +189,7 @@ def cpu_isas() -> list[str]:
 
 
 def select_cpu_isa(isa: str) -> None:
-    """Makes the CPU kernels of ``isa`` the ones that run. ValueError if it is not one of :func:`cpu_isas`."""
+    """Makes the CPU kernels of ``isa`` the ones that run. Raises ValueError if it is not one of :func:`cpu_isas`."""
     if _C is None:
         raise RuntimeError(f"isa: got {isa!r}, but {native_error}")
     _C.select_cpu_isa(isa)

@@ -1,4 +1,4 @@
-"""explain() of what optimize_for_inference makes: how each step of a call runs, and how long it takes."""
+"""explain() of what optimize_for_inference makes. It says how each step of a call runs, and how long it takes."""
 
 import statistics
 import time
@@ -20,10 +20,10 @@ class Run:
     """How some images of a batch go through a step."""
 
     images: int
-    shared: bool  # all threads work on an image; else each has images of its own
-    cut: str  # into what the work on an image is cut
-    tiles: tuple[tuple[int, int], ...]  # the largest of each pointwise convolution: channels, and vectors of pixels
-    buffer_bytes: int  # that a thread works in, beside weights, input and result
+    shared: bool  # whether all threads work on one image; else each thread has images of its own
+    cut: str  # the pieces that the work on an image is cut into
+    tiles: tuple[tuple[int, int], ...]  # the largest tile of each 1×1 convolution: channels, and vectors of pixels
+    buffer_bytes: int  # memory that a thread works in, beside weights, input and result
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Step:
     name: str
     input: tuple[int, ...]
     output: tuple[int, ...]
-    flop: int  # of the convolutions or the linear layer, two a multiply-add, as torch.utils.flop_counter counts them
-    weight_bytes: int  # biases included
+    flop: int  # what torch.utils.flop_counter counts for convolutions and linear layers: two for a multiply-add
+    weight_bytes: int  # those of weights and biases
     runs: tuple[Run, ...]
-    microseconds: float  # of the thread that works longest; median of some calls
+    microseconds: float  # on the thread that works longest; the median of some calls
     gflop_per_second: float
     share_of_peak: float
 
@@ -45,14 +45,14 @@ class Step:
 class Explanation:
     """How a call runs, step by step. Prints as a table; ``dataclasses.asdict`` makes a dict of it."""
 
-    part: str  # name of the part in the model; "" for the model itself
-    shape: tuple[int, ...]  # of the input
+    part: str  # the part's name in the model; "" for the model itself
+    shape: tuple[int, ...]  # that of the input
     dtype: str
     layout: str  # "contiguous" or "channels_last"
     isa: str
     threads: int
-    peak_gflop_per_second: float  # the most that the threads do, measured with multiply-adds in registers
-    call_microseconds: float  # of a whole call, seen from Python; median
+    peak_gflop_per_second: float  # the most that the threads do, measured by multiply-adds on registers
+    call_microseconds: float  # a whole call, seen from Python; the median
     steps: tuple[Step, ...]
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class Explanation:
 
 
 class Explanations(tuple[Explanation, ...]):
-    """Of the parts of a model, in the order in which they are called. Prints as their tables."""
+    """The explanations of a model's parts, in the order in which they are called. Prints as their tables."""
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self))
@@ -128,7 +128,7 @@ def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
 
 
 class _NetworkOp(TorchDispatchMode):
-    """Notes the arguments of the native op, as autocast leaves them."""
+    """Records the arguments that reach the native op, after autocast."""
 
     arguments: tuple[Tensor, Tensor, list[int]] | None = None
 
@@ -140,7 +140,7 @@ class _NetworkOp(TorchDispatchMode):
 
 @torch.no_grad()
 def explain_steps(call: Callable[[Tensor], Tensor], x: Tensor, names: Sequence[str]) -> Explanation:
-    """Explains a call that is one native op, whose steps have these names."""
+    """Explains a call that is one native op. ``names`` are those of its steps that have none of their own."""
     if isinstance(x, Tensor) and x.device.type != "cpu":
         raise ValueError(
             f"x: got a tensor on {str(x.device)!r}, expected one on 'cpu', whose kernels alone have steps "

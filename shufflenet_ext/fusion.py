@@ -1,4 +1,4 @@
-"""fuse: swaps a model's units for fused ones, each swap proved on numbers first."""
+"""fuse, which swaps a model's units for fused ones, after it has compared both on numbers."""
 
 import copy
 import itertools
@@ -12,11 +12,12 @@ from shufflenet_ext._backend import use_backend
 from shufflenet_ext.modules import FusedShuffleBottleneck, ShuffleBottleneck, has_hooks
 
 _PARTS = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
-_TOLERANCE = 1e-9  # of a float64 comparison, relative to the largest output; other units differ by far more
+# The largest difference of equal units in float64, relative to the largest output. Other units differ by far more.
+_TOLERANCE = 1e-9
 
 
 class FuseWarning(UserWarning):
-    """A unit was left as it was."""
+    """Warns of a unit that :func:`fuse` left as it was."""
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -27,8 +28,8 @@ def fuse(model: nn.Module) -> nn.Module:
     on a random float64 input, in eval and in training mode; one that differs is left alone, with a
     :class:`FuseWarning` that names it and the difference. Works on training and eval models.
 
-    Returns the model, swapped in place (the new unit itself, if ``model`` is a unit). TypeError if ``model`` is not a
-    module.
+    Returns the model, swapped in place, or the new unit if ``model`` is a unit itself. Raises TypeError if ``model`` is
+    not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -53,11 +54,11 @@ def _looks_like_unit(module: nn.Module) -> bool:
     return all(hasattr(module, part) for part in (*_PARTS, "stride"))
 
 
-# Units here are Any: modules with the attributes of _looks_like_unit, of any class.
+# Below, a unit is typed Any: it is a module of any class that has the attributes which _looks_like_unit asks for.
 
 
 def _fused_unit(name: str, unit: Any) -> nn.Module:
-    """The fused twin of a unit, or the unit itself, with a warning, where there is none."""
+    """The fused twin of a unit. Where there is none, the unit itself, with a warning."""
     if isinstance(unit, FusedShuffleBottleneck):
         return unit
     cause = _unfit(unit)
@@ -106,7 +107,7 @@ def _unfit(unit: Any) -> str | None:
 
 
 def _shell(unit: Any, groups: int, conv2_relu: bool, include_pad: bool) -> FusedShuffleBottleneck:
-    """A fused unit with the unit's geometry and no memory of its own."""
+    """A fused unit with the unit's geometry, on the meta device: its tensors have no memory."""
     with torch.device("meta"):
         return FusedShuffleBottleneck(
             unit.conv1.in_channels,
@@ -131,7 +132,10 @@ def _twin(unit: Any, groups: int, conv2_relu: bool, include_pad: bool) -> FusedS
 
 @torch.no_grad()
 def _difference(unit: Any, twin: FusedShuffleBottleneck) -> float:
-    """The largest relative difference of float64 copies with random statistics, over both modes and two sizes."""
+    """How far copies of both in float64, with random parameters, differ at most: in both modes, on images of two sizes.
+
+    It is relative to the largest output, and infinite where the unit refuses the input or gives another shape.
+    """
     generator = torch.Generator().manual_seed(0)
     pair = [copy.deepcopy(module).to(device="cpu", dtype=torch.float64) for module in (unit, twin)]
     for part in _PARTS:
@@ -148,7 +152,7 @@ def _difference(unit: Any, twin: FusedShuffleBottleneck) -> float:
             x = torch.randn((3, twin.conv1.in_channels, *size), generator=generator, dtype=torch.float64, device="cpu")
             try:
                 expected, got = (module.train(training)(x) for module in pair)
-            except Exception:  # a foreign unit may refuse what ours takes
+            except Exception:  # a unit of another class may refuse an input that ours takes
                 return float("inf")
             if not isinstance(expected, Tensor) or expected.shape != got.shape:
                 return float("inf")

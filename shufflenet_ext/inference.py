@@ -1,4 +1,4 @@
-"""optimize_for_inference: an eval-only copy of a model, batch norm folded ahead."""
+"""optimize_for_inference, which makes an eval-only copy of a model, with batch norm folded into the weights."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -26,9 +26,9 @@ class _EvalOnly(nn.Module):
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that equals conv followed by norm in eval mode.
+    """Weight and bias of the one convolution that equals conv followed by norm in eval mode.
 
-    Computed in float64, then rounded once, to ``dtype`` or, if None, to that of conv.
+    They are computed in float64, then rounded once: to ``dtype`` or, if that is None, to the dtype of conv.
     """
     weight, bias = torch.nn.utils.fuse_conv_bn_weights(
         conv.weight.double(),
@@ -50,15 +50,15 @@ def _required(statistics: Tensor | None) -> Tensor:
 
 
 class _Steps:
-    """Steps of a program and their weights, as they are put together; see :func:`reference.shuffle_network`."""
+    """Puts together a program and its weights, step by step; :func:`reference.shuffle_network` describes both."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
-        self.dtype = dtype  # of the weights; None: each convolution's
+        self.dtype = dtype  # that the weights get; None leaves each convolution's its own
         self.program: list[int] = []
         self.tensors: list[Tensor] = []
-        self.sizes: list[UnitSizes] = []  # of the units
-        self.unit: list[int] = []  # the last one's numbers
-        self.again = False  # whether the program ends with how many times more it has them
+        self.sizes: list[UnitSizes] = []  # the units, as the planner takes them
+        self.unit: list[int] = []  # the numbers of the last unit
+        self.again = False  # whether the program's last number says how many times more the last unit runs
 
     def add_stem(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, max_pool: bool) -> None:
         padding = conv.padding[0]
@@ -70,7 +70,7 @@ class _Steps:
         (conv1, _), (conv2, _), (conv3, _) = unit.pairs()
         step = [1, conv2.out_channels, conv3.out_channels, conv1.groups, unit.groups, unit.stride]
         step += [unit.conv2_relu, unit.pool_count_include_pad]
-        # Few numbers: each takes some 40 ns on its way through the dispatcher.
+        # A unit like the one before is counted, not repeated: each number takes some 40 ns in the dispatcher.
         if step != self.unit:
             self.unit, self.again = step, False
             self.program += step
@@ -93,7 +93,7 @@ class _Steps:
 
 
 class InferenceUnits(_EvalOnly):
-    """Units one behind the other for inference: one op on packed weights. Made by :func:`optimize_for_inference`."""
+    """Units that run one behind the other, as one op on packed weights. :func:`optimize_for_inference` makes it."""
 
     weights: Tensor
 
@@ -117,9 +117,9 @@ class InferenceUnits(_EvalOnly):
 
 
 class InferenceNetwork(_EvalOnly):
-    """One of this package's networks for inference: one op on packed weights. Made by :func:`optimize_for_inference`.
+    """One of this package's networks, as one op on packed weights. :func:`optimize_for_inference` makes it.
 
-    On a GPU the units are one op; the stem and the head are PyTorch's.
+    On a GPU only the units are one op; the stem and the head are PyTorch's.
     """
 
     weights: Tensor
@@ -163,13 +163,14 @@ class InferenceNetwork(_EvalOnly):
 
 
 def _for_cuda(x: Tensor, weights: Tensor) -> Tensor:
-    """x as an op takes it on CUDA: of the weights' dtype."""
+    """x in the dtype that the op takes on CUDA, which is that of the weights."""
     return x.bfloat16() if x.dtype == torch.float32 and weights.dtype == torch.bfloat16 else x
 
 
-# A call of a network takes a millisecond, in which the processor's caches forget all of Python and PyTorch: what is
-# passed through on the way to the op then costs ten times what a loop of it shows. So modules' attributes are read
-# where they are, not by nn.Module.__getattr__ (15 us each), and nothing is entered or converted without need (30 us).
+# A call of a network takes some milliseconds, after which the processor's caches hold little of Python and PyTorch. So
+# each line on the way to the op costs ten times as much as in a loop of such lines. Therefore attributes of modules are
+# read where they are stored, not through nn.Module.__getattr__ (15 us each), and nothing is converted and no context
+# entered without need (30 us).
 def _weights(module: InferenceUnits | InferenceNetwork) -> Tensor:
     weights = module._buffers["weights"]
     assert weights is not None
@@ -184,7 +185,7 @@ def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes])
 
 
 class InferenceModel(_EvalOnly):
-    """A model for inference. Made by :func:`optimize_for_inference`."""
+    """A model for inference. :func:`optimize_for_inference` makes it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -200,7 +201,7 @@ class InferenceModel(_EvalOnly):
             return model(*args, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanations:
-        """How the parts of the model that are native ops run, step by step, on the CPU. Some calls are run and timed.
+        """Runs some calls on the CPU, and says how long each step takes of the parts of the model that are native ops.
 
         Args:
             As for a call of the model.
@@ -210,8 +211,8 @@ class InferenceModel(_EvalOnly):
         name, the input's and output's shapes, useful floating-point operations, the bytes of weights, how threads share
         the work, tiles and buffers, microseconds, and what that is of the most that these threads can do.
 
-        RuntimeError if no such part was called, or one ran the reference. ValueError if one was called on another
-        device, or on an empty batch.
+        Raises RuntimeError if no such part was called, or if one ran the reference; ValueError if one was called on
+        another device, or on an empty batch.
         """
         parts = {
             part: name
@@ -233,7 +234,7 @@ class InferenceModel(_EvalOnly):
 
 
 def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> InferenceModel:
-    """An eval-only copy of ``model`` whose units have their batch norm folded into their weights.
+    """Makes an eval-only copy of ``model`` whose units have their batch norm folded into their weights.
 
     Every unit that :func:`shufflenet_ext.fuse` swaps becomes one op on folded weights; this package's networks become
     a chain of a folded stem, those ops and the linear layer. ``model`` itself is left as it is. The copy computes no
@@ -243,7 +244,8 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     summed in float32, what is handed from layer to layer is rounded. They take images of float32 or bfloat16, and
     return the same. All else in the model stays in its own dtype.
 
-    TypeError if ``model`` is not a module, or ``dtype`` no torch.dtype; ValueError if it is another than bfloat16.
+    Raises TypeError if ``model`` is not a module or ``dtype`` not a torch.dtype; ValueError if ``dtype`` is not
+    bfloat16.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -256,11 +258,11 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
 
 
 def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    """What takes the module's place; ``twins`` has those made so far, as a module used twice stays one."""
+    """What takes the module's place. ``twins`` has those made so far, so that a module used twice stays one module."""
     if module in twins:
         return twins[module]
     units = _chain(module)
-    # Only what these classes' own code does between the modules is known; a subclass may do something else.
+    # The type is compared exactly: a subclass may do something else between its modules.
     if type(module) is ShuffleNetCifar or type(module) is ShuffleNetV1:
         stages = [_chain(stage) for stage in (module.layer1, module.layer2, module.layer3)]
         if all(stages) and _plain_ends(module):
@@ -277,7 +279,7 @@ def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn
 
 
 def _plain_ends(network: ShuffleNetCifar | ShuffleNetV1) -> bool:
-    """Whether the network's stem and head are what the op has, and no more than their weights."""
+    """Whether the op can compute the network's stem and head: they are of its kinds, and do nothing besides."""
     conv, ends = network.conv1, (network.conv1, network.bn1, network.linear)
     if tuple(map(type, ends)) != (nn.Conv2d, nn.BatchNorm2d, nn.Linear) or any(map(has_hooks, (network, *ends))):
         return False
@@ -288,12 +290,12 @@ def _plain_ends(network: ShuffleNetCifar | ShuffleNetV1) -> bool:
 
 
 def _chain(module: nn.Module) -> list[FusedShuffleBottleneck]:
-    """The units that the module is: itself, or those of a Sequential of nothing else; none for other modules."""
+    """The units that a module consists of: itself, or all children of a Sequential. Empty for any other module."""
     children = list(module) if type(module) is nn.Sequential and not has_hooks(module) else [module]
     units = [child for child in children if type(child) is FusedShuffleBottleneck and _foldable(child)]
     return units if len(units) == len(children) else []
 
 
 def _foldable(unit: FusedShuffleBottleneck) -> bool:
-    """Whether the unit is no more than its folded weights. What is not stays a module of its own."""
+    """Whether the unit can be replaced by its folded weights. One that cannot stays a module of its own."""
     return not has_hooks(unit) and all(unfusable(conv, norm) is None for conv, norm in unit.pairs())

@@ -33,7 +33,7 @@ class ShuffleNetCifar(nn.Module):
         self.linear = nn.Linear(out_channels[2], 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) to logits (N, 10)."""
+        """Takes images (N, 3, 32, 32) and returns logits (N, 10)."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(F.avg_pool2d(x, 4).flatten(1))
@@ -56,7 +56,8 @@ class ShuffleNetV1(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
-        # Table 1's multiply-adds follow from a quarter of a stage's channels as the bottleneck of its first unit too.
+        # In a stage's first unit, too, the bottleneck has a quarter of the stage's channels: only so do the
+        # multiply-adds become those of Table 1.
         mid_channels = [channels // 4 for channels in out_channels]
         self.layer1 = _stage(STEM_CHANNELS, out_channels[0], REPEATS[0], groups, mid_channels[0])
         self.layer2 = _stage(out_channels[0], out_channels[1], REPEATS[1], groups, mid_channels[1])
@@ -64,7 +65,7 @@ class ShuffleNetV1(nn.Module):
         self.linear = nn.Linear(out_channels[2], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) to logits (N, num_classes)."""
+        """Takes images (N, 3, H, W) and returns logits (N, num_classes)."""
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
@@ -79,7 +80,7 @@ def shufflenet_v1(groups: int = 3, width: float = 1.0, num_classes: int = 1000) 
             bottleneck, the groups divide.
         num_classes: outputs of the linear layer.
 
-    ValueError for other groups, a width that is not positive or fewer than one class.
+    Raises ValueError for other groups, a width that is not positive or fewer than one class.
     """
     check_int("groups", groups)
     check_int("num_classes", num_classes)

@@ -9,7 +9,7 @@ from shufflenet_ext._backend import allows_tf32, fall_back, runs_native
 from shufflenet_ext._checks import check_divides, check_int, check_tensor
 from shufflenet_ext._native import UnitSizes
 
-# Stage 2's first unit, behind the stem of 24 channels, does not group its first convolution (section 3.2).
+# The channels of a network's stem. The unit behind it does not group its first convolution (section 3.2).
 STEM_CHANNELS = 24
 
 
@@ -105,7 +105,7 @@ class ShuffleBottleneck(nn.Module):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the module's own call runs more than its forward."""
+    """Whether a call of the module runs more than its forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
@@ -116,7 +116,7 @@ def _pads_to_same_size(conv: nn.Conv2d) -> bool:
 
 
 def unfusable(conv: nn.Module, norm: nn.Module) -> str | None:
-    """Why the op cannot stand for what was put in a convolution's and a norm's place; None where it can."""
+    """Why the op cannot compute these two, if a user has put other modules in their place; None where it can."""
     if not isinstance(conv, nn.Conv2d) or conv.bias is not None or not _pads_to_same_size(conv):
         return f"a convolution was replaced: {conv}"
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.weight is None:
@@ -127,7 +127,7 @@ def unfusable(conv: nn.Module, norm: nn.Module) -> str | None:
 
 
 def unit_sizes(unit: ShuffleBottleneck) -> list[UnitSizes]:
-    """The unit for the planner; none where something other than a convolution stands in for one (see unfusable)."""
+    """The unit as the planner takes it, in a list; an empty one where conv1 or conv3 is not a convolution."""
     conv1, conv3 = unit.conv1, unit.conv3
     if not isinstance(conv1, nn.Conv2d) or not isinstance(conv3, nn.Conv2d):
         return []
@@ -139,8 +139,8 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
 
     Same arguments, state_dict, results and gradients. In eval mode a call is one op, which reads the parameters and the
     statistics as they are at that moment: there is no folded copy that could be stale. In training mode, where batch
-    norm needs the whole batch's statistics between the convolutions, it is the plain unit. The op runs under the
-    backend in use (:func:`shufflenet_ext.use_backend`).
+    norm needs the whole batch's statistics between the convolutions, it runs as the plain unit. The backend in use
+    (:func:`shufflenet_ext.use_backend`) decides what runs the op.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fused ops: what a user calls, and their fake kernels, autograd and autocast. Schemas: csrc/library.cpp."""
+"""The fused ops: what a user calls, and their fake kernels, autograd and autocast. csrc/library.cpp has the schemas."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,8 +40,9 @@ def pointwise_shuffle_depthwise(
         stride: of the depthwise convolution, 1 or 2.
         conv2_relu: whether a ReLU follows the depthwise convolution.
 
-    Returns (N, M, ceil(H / stride), ceil(W / stride)) in x's dtype and memory format. TypeError, ValueError or
-    RuntimeError for arguments that are not as above, naming the argument.
+    Returns (N, M, ceil(H / stride), ceil(W / stride)) in x's dtype and memory format.
+
+    Raises TypeError, ValueError or RuntimeError, which name the argument, for arguments that are not as above.
     """
     _check_types(
         {"x": x, "conv1_weight": conv1_weight, "conv2_weight": conv2_weight},
@@ -99,7 +100,9 @@ def shuffle_bottleneck(
         pool_count_include_pad: as in avg_pool2d, for stride 2.
 
     Returns (N, K, H, W) for stride 1, (N, K + C, ceil(H / 2), ceil(W / 2)) for stride 2, in x's dtype and memory
-    format. TypeError, ValueError or RuntimeError for arguments that are not as above, naming the argument.
+    format.
+
+    Raises TypeError, ValueError or RuntimeError, which name the argument, for arguments that are not as above.
     """
     _check_types(
         {"x": x, "conv1_weight": conv1_weight, "conv2_weight": conv2_weight, "conv3_weight": conv3_weight},
@@ -137,16 +140,16 @@ def _check_types(tensors: dict[str, object], optional_tensors: dict[str, object]
 
 
 def _register_autograd(name: str) -> None:
-    """Gives an op whose positional arguments are tensors its backward, from the reference of the same name."""
+    """Gives an op the backward pass of the reference of its name. All its positional arguments must be tensors."""
     run_reference: Callable[..., Tensor] = getattr(reference, name)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        # The reference's convolutions look torch's setting up themselves.
+        # The backward pass runs the reference, whose convolutions read torch's setting themselves.
         ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "allow_tf32"}
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Nothing but the inputs was kept: the intermediates are computed once more, by the reference.
+        # Only the inputs were kept, so the reference computes the intermediate tensors again.
         inputs = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
 
@@ -176,7 +179,7 @@ def _register_autocast(name: str, *, casts_vectors: bool) -> None:
     op = getattr(torch.ops.shufflenet_ext, name)
 
     def autocast(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # As for convolutions: float32 and 16-bit tensors are cast to the dtype in force, float64 is left alone.
+        # The same as for torch's convolutions: float32 and 16-bit tensors are cast to the dtype in force, float64 not.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device)
 
@@ -199,5 +202,5 @@ if _native.native_error is None:
         _register_autograd(_name)
         # Batch norm keeps its own dtype under autocast, as in PyTorch.
         _register_autocast(_name, casts_vectors=_name != "shuffle_bottleneck_batch_norm")
-    _register_fake("shuffle_network")  # for inference: it has no backward
+    _register_fake("shuffle_network")  # This op is for inference, and has no backward pass.
     _register_autocast("shuffle_network", casts_vectors=True)

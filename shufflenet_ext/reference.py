@@ -1,7 +1,7 @@
 """The ops in plain PyTorch: the fallback, and the ground truth of the equivalence tests.
 
-The unit is that of ShuffleNet (Zhang et al. 2017, arXiv:1707.01083, section 3.2 and figure 2). Batch norm, where a
-function does not take it, is expected folded into the weights and biases.
+The unit is that of ShuffleNet (Zhang et al. 2017, arXiv:1707.01083, section 3.2 and figure 2). Functions that take no
+batch norm expect it to be folded into the weights and biases.
 """
 
 import math
@@ -28,7 +28,7 @@ def shuffle_channels(x: Tensor, groups: int) -> Tensor:
         x: (N, C, H, W), any dtype.
         groups: a divisor of C.
 
-    Returns a new tensor of x's shape; TypeError or ValueError for arguments that are not as above.
+    Returns a new tensor of x's shape. Raises TypeError or ValueError for arguments that are not as above.
     """
     check_tensor("x", x)
     check_int("groups", groups)
@@ -114,7 +114,7 @@ def shuffle_bottleneck(
 
 
 def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
-    """Units one behind the other, with or without a network's stem and head (Table 1), for inference.
+    """Runs units one behind the other, with or without a network's stem and head (Table 1), for inference.
 
     Args:
         x: (N, C, H, W).
@@ -126,7 +126,7 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
             pool_window for a head (last), which takes the mean of the upper left pool_window × pool_window pixels
             (0: of all). The op takes a stem and a head or neither, around one unit at least.
 
-    ValueError for arguments that are not as above.
+    Raises ValueError for arguments that are not as above.
     """
     check_tensor("x", x)
     check_tensor("weights", weights)
@@ -147,7 +147,7 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
             out_channels, size, stride, padding, max_pool = step
             x = F.conv2d(x, *packed.take(out_channels, channels, size, size), stride=stride, padding=padding)
             if max_pool:
-                x = F.max_pool2d(x, 3, stride=2, padding=1)  # before the ReLU, which has a quarter to do: they commute
+                x = F.max_pool2d(x, 3, stride=2, padding=1)  # the same as behind the ReLU, which then has less to do
             x = F.relu(x)
         elif kind == 1:
             mid, out, conv1_groups, groups, stride, conv2_relu, include_pad = step
@@ -170,17 +170,17 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
     return x.to(dtype)
 
 
-# Elements to whole multiples of which arrays are padded, as in csrc/program.h.
+# Packed arrays are padded to a multiple of so many elements, as in csrc/program.h.
 _PACKED_ALIGNMENT = 16
 
 
 def pack_weights(tensors: list[Tensor]) -> Tensor:
-    """The tensors' elements in one tensor, each padded with zeros to a multiple of 16: :func:`shuffle_network`'s."""
+    """Packs tensors for :func:`shuffle_network`: one behind the other, each padded with zeros to a multiple of 16."""
     return torch.cat([F.pad(tensor.flatten(), (0, -tensor.numel() % _PACKED_ALIGNMENT)) for tensor in tensors])
 
 
 class _Packed:
-    """Takes weights and biases from their packed form, in turn."""
+    """Takes weights and biases out of their packed form, one after the other."""
 
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
@@ -203,7 +203,7 @@ class _Packed:
 
 
 def add_shortcut(y: Tensor, x: Tensor, *, stride: int, pool_count_include_pad: bool) -> Tensor:
-    """The unit's end (figure 2 b and c): the sum with x for stride 1, concatenation with the pooled x for stride 2."""
+    """Ends a unit (figure 2 b and c): adds x for stride 1, or concatenates the pooled x for stride 2, and a ReLU."""
     if stride == 1:
         return F.relu(y + x)
     pooled = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=pool_count_include_pad)
@@ -237,7 +237,7 @@ def shuffle_bottleneck_batch_norm(
     conv2_relu: bool = False,
     pool_count_include_pad: bool = True,
 ) -> Tensor:
-    """The unit with its batch norms in inference mode: what a FusedShuffleBottleneck in eval mode runs."""
+    """Runs a unit with its batch norms in inference mode, as a FusedShuffleBottleneck does in eval mode."""
     check_unit(
         x,
         conv1_weight,
