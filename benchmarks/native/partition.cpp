@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int kRounds = 101;
+constexpr int kRounds = 41;
 constexpr int64_t kLineBytes = 64;
 // The images of stage 3, whose planes start at a cache line.
 constexpr int64_t kPlanes = 480, kPlaneLines = 13;
@@ -142,31 +142,28 @@ std::vector<double> foreign_rate(const int (&cores)[2]) {
   return samples;
 }
 
-// Returns how many seconds longer it takes to write to a line if the other thread writes to its other half. A unit does
-// so in each plane that it cuts inside a line, and adds its residual there.
-std::vector<double> shared_line_seconds(const int (&cores)[2]) {
+// Returns the seconds that a thread takes to add to half a line, after the other thread has added to the other half of
+// the same line or, if not `shared`, to a line of its own. A unit does so in each plane that it cuts inside a line.
+std::vector<double> line_seconds(const int (&cores)[2], bool shared) {
   using Half [[gnu::vector_size(kLineBytes / 2)]] = uint32_t;
   struct Halves {
     alignas(kLineBytes) Half half[2];
   };
-  const std::unique_ptr<Halves[]> images(new Halves[3 * kPlanes * kPlaneLines]());
+  const std::unique_ptr<Halves[]> images(new Halves[2 * kPlanes * kPlaneLines]());
   std::vector<double> samples;
-  Meeting start, end;
+  Meeting others_turn, round_end;
   on_both(cores, [&](int worker) {
+    Halves* const image = &images[shared ? 0 : worker * kPlanes * kPlaneLines];
     for (int round = 0; round < kRounds; ++round) {
-      double seconds[2];
-      for (int shared = 0; shared < 2; ++shared) {
-        Halves* const image = &images[(shared ? 2 : worker) * kPlanes * kPlaneLines];
-        start.wait();
-        const auto begin = Clock::now();
-        for (int64_t plane = 0; plane < kPlanes; ++plane) {
-          image[plane * kPlaneLines].half[worker] += 1;
-          use_memory();
-        }
-        seconds[shared] = seconds_since(begin) / kPlanes;
-        end.wait();
+      if (worker == 0) others_turn.wait();
+      const auto begin = Clock::now();
+      for (int64_t plane = 0; plane < kPlanes; ++plane) {
+        image[plane * kPlaneLines].half[worker] += 1;
+        use_memory();
       }
-      if (worker == 0) samples.push_back(seconds[1] - seconds[0]);
+      if (worker == 0) samples.push_back(seconds_since(begin) / kPlanes);
+      if (worker == 1) others_turn.wait();
+      round_end.wait();
     }
   });
   return samples;
@@ -202,7 +199,7 @@ std::vector<double> read_rate(const int (&cores)[2], int64_t bytes, bool togethe
 // loads and nine multiply-adds a vector. The kernel's masks at the ends of rows are left out.
 std::vector<double> depthwise_seconds() {
   using Floats [[gnu::vector_size(kLineBytes)]] = float;
-  constexpr int64_t kLanes = kLineBytes / 4, kWidth = 28, kPixels = kWidth * kWidth, kTimes = 2000;
+  constexpr int64_t kLanes = kLineBytes / 4, kWidth = 28, kPixels = kWidth * kWidth, kTimes = 500;
   std::vector<float> x(kPixels + 2 * kWidth + 2, 1.0F), y(kPixels);
   Floats weight[9];
   for (int i = 0; i < 9; ++i) weight[i] = Floats{} + static_cast<float>(i);
@@ -238,7 +235,8 @@ int main(int count, char** arguments) {
   print("depthwise", depthwise_seconds());
   print("wait", wait_seconds(cores));
   print("foreign", foreign_rate(cores));
-  print("shared line", shared_line_seconds(cores));
+  print("own line", line_seconds(cores, false));
+  print("shared line", line_seconds(cores, true));
   print("weights", read_rate(cores, 8 << 20, true));
   for (int64_t kib = 128; kib <= 4096; kib *= 2) {
     for (int64_t bytes : {kib * 1024, kib * 1536}) {
