@@ -112,7 +112,7 @@ def extensions() -> list[Extension]:
         return []
     with_cuda, reason = cuda_decision()
     print(f"shufflenet_ext: building {'with' if with_cuda else 'without'} CUDA: {reason}")
-    sources = ["csrc/library.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+    sources = ["csrc/library.cpp", *sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp"))]
     library = cpp_extension.CppExtension(
         "shufflenet_ext._C",
         sources,

@@ -3,9 +3,9 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/describe.h"
-#include "cpu/kernels.h"
-#include "cpu/phases.h"
+#include "cpu/isa/isa.h"
+#include "cpu/schedule/phases.h"
+#include "cpu/schedule/plan.h"
 
 // Every op ends in allow_tf32, which the Python layer fills from torch's setting: whether float32 tensors on CUDA may
 // be multiplied as TF32. It changes nothing else.
@@ -35,18 +35,21 @@ namespace {
 namespace py = pybind11;
 using namespace shufflenet;
 
-py::dict to_dict(const cpu::RunDescription& run) {
+py::dict to_dict(const cpu::PassDescription& pass) {
   py::list tiles;
-  for (const cpu::Tile& tile : run.tiles) tiles.append(py::make_tuple(tile.channels, tile.vectors));
-  return py::dict(py::arg("cut") = run.cut, py::arg("tiles") = py::tuple(tiles), py::arg("buffer_bytes") = run.bytes);
+  for (const cpu::Tile& tile : pass.tiles) tiles.append(py::make_tuple(tile.channels, tile.vectors));
+  return py::dict(
+      py::arg("cut") = pass.cut, py::arg("tiles") = py::tuple(tiles), py::arg("buffer_bytes") = pass.bytes);
 }
 
-// How shuffle_network would run on x of these sizes with so many elements of weights.
+// Says how shuffle_network would run on x of these sizes with so many elements of weights.
 py::dict describe(const Sizes& x, bool channels_last, const std::string& dtype, int64_t weights,
                   const std::string& weights_dtype, const std::vector<int64_t>& program, int64_t threads) {
   const Layout layout = channels_last ? Layout::channels_last : Layout::contiguous;
-  const cpu::Description description = cpu::describe(
-      ProgramReader(x, layout, weights, program).read(), dtype_named(dtype), dtype_named(weights_dtype), x[0], threads);
+  const Program read = ProgramReader(x, layout, weights, program).read();
+  check_ends(read);
+  const cpu::Call call = {nullptr, nullptr, dtype_named(dtype), x[0]};
+  const cpu::Description description = cpu::describe_program(read, dtype_named(weights_dtype), call, threads);
   py::list steps;
   for (const cpu::StepDescription& step : description.steps) {
     steps.append(py::dict(
@@ -73,7 +76,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = "gcc " __VERSION__;
 #endif
   shufflenet::cpu::isa();  // an unusable SHUFFLENET_EXT_CPU_ISA is an error here, not in the first call
-  m.def("cpu_isa", [] { return shufflenet::cpu::isa().name; });
+  m.def("cpu_isa", [] { return shufflenet::cpu::isa().name(); });
   m.def("cpu_isas", &shufflenet::cpu::usable_isas);
   m.def("describe", &describe, py::arg("x"), py::arg("channels_last"), py::arg("dtype"), py::arg("weights"),
         py::arg("weights_dtype"), py::arg("program"), py::arg("threads"));

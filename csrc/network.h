@@ -5,7 +5,7 @@
 
 namespace shufflenet {
 
-// Of a stem. What its kernels need of memory grows with the square.
+// The most that a stem's may be: what its kernels need of memory grows with the square.
 inline constexpr int64_t kMostKernelSize = 11;
 
 // A square convolution with ReLU and, in the paper's networks, a max pool (3x3, stride 2, padding 1).
@@ -19,6 +19,8 @@ struct Stem {
   int64_t padding = 0;
   bool max_pool = false;
   Layout layout = Layout::contiguous;
+
+  Activation activation() const { return kRelu; }
 
   int64_t conv_height() const { return (height + 2 * padding - kernel_size) / stride + 1; }
   int64_t conv_width() const { return (width + 2 * padding - kernel_size) / stride + 1; }

@@ -44,6 +44,13 @@ struct Program {
   Sizes sizes;    // of the units' result
 };
 
+// What the kernels of one op need: CPUs have no others yet.
+inline void check_ends(const Program& program) {
+  if (program.stem.has_value() != program.head.has_value()) {
+    fail("program: got a ", program.stem ? "stem" : "head", " alone, expected a stem and a head or neither");
+  }
+}
+
 class ProgramReader {
  public:
   // For x of these sizes, and so many elements of weights.

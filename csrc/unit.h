@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace shufflenet {
 
@@ -11,6 +12,12 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 enum class Dtype { float32, float64, bfloat16, float16, tfloat32 };
 inline constexpr int kDtypes = 5;
 enum class Layout { contiguous, channels_last };
+
+// What becomes of a value, by its bounds: one that lies below `lower` becomes `lower`.
+struct Activation {
+  double lower = -std::numeric_limits<double>::infinity();
+};
+inline constexpr Activation kNoActivation, kRelu = {0};
 
 // Sizes as checked by arguments.h; kernels trust them.
 struct Unit {
@@ -31,6 +38,16 @@ struct Unit {
   bool adds_residual() const { return has_conv3() && stride == 1; }
   bool concatenates_pool() const { return has_conv3() && stride == 2; }
 
+  // Behind conv1, the depthwise convolution and conv3 (the residual added), and of the pooled shortcut.
+  Activation conv1_activation() const { return kRelu; }
+  Activation conv2_activation() const { return conv2_relu ? kRelu : kNoActivation; }
+  Activation conv3_activation() const { return kRelu; }
+  Activation pool_activation() const { return kRelu; }
+
+  // Where conv3's channels begin in the result, and where those of the pooled shortcut do.
+  int64_t first_conv3_channel() const { return 0; }
+  int64_t first_pooled_channel() const { return out_channels; }
+
   // A 3x3 window with padding 1.
   int64_t out_height() const { return (height - 1) / stride + 1; }
   int64_t out_width() const { return (width - 1) / stride + 1; }
@@ -46,7 +63,7 @@ struct Unit {
   int64_t conv1_depth() const { return in_channels / conv1_groups; }
   int64_t conv1_group_rows() const { return mid_channels / conv1_groups; }
 
-  // Of one image.
+  // What one image takes.
   int64_t multiply_adds() const {
     return mid_channels * (height * width * conv1_depth() + out_height() * out_width() * 9) +
            out_channels * out_height() * out_width() * slice_channels();
@@ -56,7 +73,7 @@ struct Unit {
   }
 };
 
-// y = scale * (weight (*) x) + bias, per output channel. The arrays hold the kernel's accumulator type.
+// y = scale * (weight (*) x) + bias, for each output channel. The arrays hold the kernel's accumulator type.
 struct Convolution {
   const void* weight = nullptr;
   const void* scale = nullptr;  // null: 1
@@ -67,7 +84,7 @@ struct UnitPointers {
   const void* x = nullptr;
   Convolution conv1, conv2, conv3;
   void* result = nullptr;
-  // Elements from plane to plane, in the contiguous layout.
+  // How many elements lie between planes, in the contiguous layout.
   int64_t x_plane = 0, result_plane = 0;
 };
 

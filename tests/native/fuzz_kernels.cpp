@@ -19,8 +19,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../csrc/cpu/kernels.h"
-#include "../../csrc/cpu/partition.h"
+#include "../../csrc/cpu/isa/isa.h"
+#include "../../csrc/cpu/schedule/partition.h"
 
 using namespace shufflenet;
 using namespace shufflenet::cpu;
@@ -71,7 +71,7 @@ using Array = std::vector<T, GuardedAllocator<T>>;
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) : data_(bytes, '\xff') {
-    if (bytes % kScratchAlignment != 0) throw std::logic_error("a buffer's size is a multiple of its alignment");
+    if (bytes % kMemoryAlignment != 0) throw std::logic_error("a buffer's size is a multiple of its alignment");
   }
   void* get() const { return const_cast<char*>(data_.data()); }
 
@@ -267,35 +267,36 @@ static Expected expected_result(const Case& c) {
 // Cuts n into random ranges and calls f with each, in random order: none may depend on another.
 template <class F>
 static void in_shares(int64_t n, int64_t multiple, const F& f) {
-  std::vector<Channels> shares;
+  std::vector<Range> shares;
   for (int64_t begin = 0; begin < n;) {
     const int64_t end = uniform(0, 1) ? n : std::min(n, begin + multiple * uniform(1, (n - begin) / multiple + 1));
     shares.push_back({begin, end});
     begin = end;
   }
   std::shuffle(shares.begin(), shares.end(), generator);
-  for (const Channels& share : shares) f(share);
+  for (const Range& share : shares) f(share);
 }
 
-static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers, const Part& part) {
-  const Buffer buffers(kernel.buffer_bytes(unit, part));
-  in_shares(unit.in_channels, 16, [&](Channels share) { kernel.stage(unit, pointers, part, share, buffers.get()); });
-  in_shares(unit.mid_channels, kernel.expand_multiple(unit), [&](Channels share) {
-    const Buffer scratch(kernel.scratch_bytes(unit, part, share));
-    kernel.expand(unit, pointers, part, share, buffers.get(), scratch.get());
+static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers, Range rows) {
+  const Buffer buffers(kernel.buffer_bytes(unit, rows));
+  const UnitPart part = {unit, pointers, rows, buffers.get()};
+  in_shares(unit.in_channels, 16, [&](Range share) { kernel.copy_in(part, share); });
+  in_shares(unit.mid_channels, kernel.mid_multiple(unit), [&](Range share) {
+    const Buffer workspace(kernel.workspace_bytes(unit, rows, share.count()));
+    kernel.conv1_and_depthwise(part, share, workspace.get());
   });
-  if (!unit.has_conv3() && !kernel.is_staged(unit)) return;
-  const int64_t projected = unit.has_conv3() ? unit.out_channels : unit.mid_channels;
-  in_shares(projected, kernel.project_multiple, [&](Channels share) {
-    const Buffer scratch(kernel.scratch_bytes(unit, part, {}));
-    kernel.project(unit, pointers, part, share, buffers.get(), scratch.get());
+  if (!unit.has_conv3() && !kernel.is_copied(unit)) return;
+  const int64_t channels = unit.has_conv3() ? unit.out_channels : unit.mid_channels;
+  in_shares(channels, kernel.out_multiple(), [&](Range share) {
+    const Buffer workspace(kernel.workspace_bytes(unit, rows, 0));
+    kernel.conv3(part, share, workspace.get());
   });
 }
 
-// Any number of strips, or what the op itself would choose for some number of threads.
-static Partition random_partition(const Unit& unit, const UnitKernel& kernel, int64_t lanes, bool has_strips) {
+// Any number of parts, or what the op itself would choose for some number of threads.
+static Partition random_partition(const Unit& unit, const UnitKernel& kernel, bool has_strips) {
   if (uniform(0, 1)) return {uniform(1, unit.out_height()), Sharing::whole_parts};
-  return choose_partition(unit, kernel, lanes, uniform(1, 6), has_strips);
+  return choose_partition(unit, kernel, uniform(1, 6), has_strips);
 }
 
 // Any number of strips; of a large plane often one, so that it is projected some rows at a time.
@@ -314,7 +315,7 @@ class StripPlanes {
         pixels_(pixels),
         plane_(pixels + uniform(0, 9)),
         data_((planes - 1) * plane_ + pixels + slack_bytes / sizeof(A), std::numeric_limits<A>::quiet_NaN()) {}
-  RowsOfImage rows() { return {data_.data(), plane_}; }
+  ImageRows rows() { return {data_.data(), plane_}; }
   void copy_from(const A* image, int64_t image_plane) { copy(image, image_plane, data_.data(), plane_); }
   void copy_to(A* image, int64_t image_plane) const { copy(data_.data(), plane_, image, image_plane); }
 
@@ -330,7 +331,7 @@ class StripPlanes {
 template <class A>
 static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPointers& pointers,
                        const Partition& partition) {
-  const int64_t n = partition.strips, channels = kernel.channels_per_element;
+  const int64_t n = partition.parts, channels = kernel.channels_per_element();
   const int64_t x_planes = unit.in_channels / channels, slack = channels > 1 ? kPairsSlackBytes : 0;
   std::vector<Strip> strips(n);
   std::vector<std::unique_ptr<StripPlanes<A>>> x, above, result;
@@ -339,18 +340,18 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
   std::vector<int64_t> order;
   for (int64_t i = 0; i < n; ++i) {
     Strip& strip = strips[i];
-    strip.part = partition.part(unit, i);
-    const int64_t first = strip.part.row_begin * unit.stride;
-    const int64_t last = std::min(strip.part.row_end * unit.stride, unit.height);
+    strip.rows = partition.rows(unit, i);
+    const int64_t first = strip.rows.begin * unit.stride;
+    const int64_t last = std::min(strip.rows.end * unit.stride, unit.height);
     x.push_back(std::make_unique<StripPlanes<A>>(x_planes, (last - first) * unit.width, slack));
     x.back()->copy_from(image + first * unit.width, pointers.x_plane);
     strip.x = x.back()->rows();
-    const int64_t pixels = (strip.part.row_end - strip.part.row_begin) * unit.out_width();
+    const int64_t pixels = strip.rows.count() * unit.out_width();
     result.push_back(std::make_unique<StripPlanes<A>>(unit.result_channels() / channels, pixels));
     strip.result = result.back()->rows();
-    y1.push_back(std::make_unique<Buffer>(kernel.strip_bytes(unit, strip.part)));
+    y1.push_back(std::make_unique<Buffer>(kernel.strip_y1_bytes(unit, strip.rows)));
     strip.y1 = y1.back()->get();
-    lent.push_back(std::make_unique<Buffer>(kernel.lent_bytes(unit, strip.part)));
+    lent.push_back(std::make_unique<Buffer>(kernel.lent_bytes(unit, strip.rows)));
     strip.lent = lent.back()->get();
     order.push_back(i);
     if (i == 0) continue;
@@ -360,15 +361,15 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
     above.back()->copy_from(image + (first - 1) * unit.width, pointers.x_plane);
     strip.x_above = above.back()->rows();
   }
-  for (const auto phase : {kernel.expand_strip, kernel.project_strip}) {
+  for (const auto phase : {&UnitKernel::strip_conv1, &UnitKernel::strip_depthwise_and_conv3}) {
     std::shuffle(order.begin(), order.end(), generator);
     for (const int64_t i : order) {
-      const Buffer scratch(kernel.strip_scratch_bytes(unit, strips[i].part));
-      phase(unit, pointers, strips[i], scratch.get());
+      const Buffer workspace(kernel.strip_workspace_bytes(unit, strips[i].rows));
+      (kernel.*phase)(unit, pointers, strips[i], workspace.get());
     }
   }
   for (int64_t i = 0; i < n; ++i) {
-    A* const to = static_cast<A*>(pointers.result) + strips[i].part.row_begin * unit.out_width();
+    A* const to = static_cast<A*>(pointers.result) + strips[i].rows.begin * unit.out_width();
     result[i]->copy_to(to, pointers.result_plane);
   }
 }
@@ -405,9 +406,8 @@ static Array<char> native_result(const Case& c, const Isa& isa) {
   pointers.conv3 = conv3;
   pointers.x_plane = u.height * u.width;
   pointers.result_plane = u.out_height() * u.out_width();
-  const UnitKernel kernel = isa.unit_kernel(c.dtype);
-  const bool has_strips = u.has_conv3() && !kernel.is_staged(u);
-  const int64_t lanes = isa.vector_bytes / static_cast<int64_t>(sizeof(A));
+  const UnitKernel& kernel = isa.kernels(c.dtype).unit();
+  const bool has_strips = u.has_conv3() && !kernel.is_copied(u);
   const int64_t x_bytes = static_cast<int64_t>(x.size()) / u.batch;
   const int64_t result_bytes = static_cast<int64_t>(result.size()) / u.batch;
   Unit image = u;
@@ -415,8 +415,8 @@ static Array<char> native_result(const Case& c, const Isa& isa) {
   for (int64_t n = 0; n < u.batch; ++n) {
     pointers.x = x.data() + n * x_bytes;
     pointers.result = result.data() + n * result_bytes;
-    const Partition partition = random_partition(image, kernel, lanes, has_strips);
-    for (int64_t i = 0; i < partition.strips; ++i) run_part(kernel, image, pointers, partition.part(image, i));
+    const Partition partition = random_partition(image, kernel, has_strips);
+    for (int64_t i = 0; i < partition.parts; ++i) run_part(kernel, image, pointers, partition.rows(image, i));
     if (!has_strips) continue;
     Array<char> by_strips(result_bytes, '\xff');
     UnitPointers other = pointers;
@@ -427,7 +427,7 @@ static Array<char> native_result(const Case& c, const Isa& isa) {
                                                                            static_cast<const A*>(pointers.result);
     for (int64_t i = 0; i < result_bytes / static_cast<int64_t>(sizeof(A)); ++i) {
       if (got[i] == expected[i] || (std::isnan(got[i]) && std::isnan(expected[i]))) continue;
-      std::fprintf(stderr, "%s: element %lld is %.17g by strips, %.17g by whole parts: ", isa.name,
+      std::fprintf(stderr, "%s: element %lld is %.17g by strips, %.17g by whole parts: ", isa.name(),
                    static_cast<long long>(i), static_cast<double>(got[i]), static_cast<double>(expected[i]));
       fail(c);
     }
@@ -437,7 +437,7 @@ static Array<char> native_result(const Case& c, const Isa& isa) {
 
 static void check_element(double got, double expected, double tolerance, int64_t i, const Case& c, const Isa& isa) {
   if (agrees(got, expected, tolerance)) return;
-  std::fprintf(stderr, "%s: element %lld is %.9g, expected %.9g within %.3g: ", isa.name, static_cast<long long>(i),
+  std::fprintf(stderr, "%s: element %lld is %.9g, expected %.9g within %.3g: ", isa.name(), static_cast<long long>(i),
                got, expected, tolerance);
   fail(c);
 }
@@ -486,7 +486,7 @@ static Array<char> pair_weights(const Weights& w, int64_t depth) {
 // By parts and by strips, which must agree bit for bit.
 static void check_pair_unit(const Case& c, const Isa& isa) {
   const Unit& u = c.unit;
-  const UnitKernel kernel = isa.pair_kernel(Dtype::bfloat16).unit;
+  const UnitKernel& kernel = isa.pair_kernels(Dtype::bfloat16)->unit();
   const int64_t x_pixels = u.height * u.width, pixels = u.out_height() * u.out_width();
   UnitPointers pointers;
   pointers.x_plane = x_pixels + uniform(0, 9);
@@ -503,8 +503,8 @@ static void check_pair_unit(const Case& c, const Isa& isa) {
   Array<uint16_t> by_parts(elements, 0xffff), by_strips(elements, 0xffff);
 
   pointers.result = by_parts.data();
-  const Partition partition = random_partition(u, kernel, isa.vector_bytes / 4, true);
-  for (int64_t i = 0; i < partition.strips; ++i) run_part(kernel, u, pointers, partition.part(u, i));
+  const Partition partition = random_partition(u, kernel, true);
+  for (int64_t i = 0; i < partition.parts; ++i) run_part(kernel, u, pointers, partition.rows(u, i));
   pointers.result = by_strips.data();
   run_strips<float>(kernel, u, pointers, random_strips(u));
 
@@ -596,7 +596,7 @@ static Case random_pair_case() {
 
 static void check_value(double got, double expected, double tolerance, const char* what, int64_t i, const Isa& isa) {
   if (agrees(got, expected, tolerance)) return;
-  std::fprintf(stderr, "%s: %s: element %lld is %.9g, expected %.9g within %.3g\n", isa.name, what,
+  std::fprintf(stderr, "%s: %s: element %lld is %.9g, expected %.9g within %.3g\n", isa.name(), what,
                static_cast<long long>(i), got, expected, tolerance);
   std::exit(1);
 }
@@ -710,11 +710,11 @@ static void check_stem(Dtype dtype, const Isa& isa) {
   const Convolution pointers = {conv.weight.data(), nullptr, conv.bias.data()};
   const int64_t pixels = s.out_height() * s.out_width(), plane = pixels + uniform(0, 9);
   Array<A> result((s.out_channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
-  const StemKernel kernel = isa.network_kernel(dtype).stem;
-  in_shares(s.out_height(), 1, [&](Channels rows) {
-    const Buffer scratch(kernel.scratch_bytes(s));
+  const StemKernel& kernel = isa.kernels(dtype).stem();
+  in_shares(s.out_height(), 1, [&](Range rows) {
+    const Buffer workspace(kernel.workspace_bytes(s));
     A* const first = result.data() + rows.begin * s.out_width();
-    kernel.run(s, pointers, x.data(), rows.begin, rows.end, first, plane, scratch.get());
+    kernel.run(s, pointers, x.data(), rows, first, plane, workspace.get());
   });
   const double sum_epsilon = epsilon(std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
   check_stem_result(c, plane, 0, sum_epsilon, isa,
@@ -744,11 +744,11 @@ static void check_pair_stem(const Isa& isa) {
   const Array<float> bias(c.weights.bias.begin(), c.weights.bias.end());
   const int64_t pixels = s.out_height() * s.out_width(), plane = pixels + uniform(0, 9);
   Array<uint16_t> result(2 * ((s.out_channels / 2 - 1) * plane + pixels), 0xffff);
-  const StemKernel kernel = isa.pair_kernel(dtype).stem;
-  in_shares(s.out_height(), 1, [&](Channels rows) {
-    const Buffer scratch(kernel.scratch_bytes(s));
+  const StemKernel& kernel = isa.pair_kernels(dtype)->stem();
+  in_shares(s.out_height(), 1, [&](Range rows) {
+    const Buffer workspace(kernel.workspace_bytes(s));
     uint16_t* const first = result.data() + 2 * rows.begin * s.out_width();
-    kernel.run(s, {weights.data(), nullptr, bias.data()}, x.data(), rows.begin, rows.end, first, plane, scratch.get());
+    kernel.run(s, {weights.data(), nullptr, bias.data()}, x.data(), rows, first, plane, workspace.get());
   });
   const auto last = [&](int64_t channel, int64_t p) { return channel / 2 == s.out_channels / 2 - 1 && p >= pixels; };
   check_stem_result(c, plane, epsilon(Dtype::bfloat16), epsilon(Dtype::float32), isa, [&](int64_t channel, int64_t p) {
@@ -769,7 +769,7 @@ static void check_head(Dtype dtype, const Isa& isa) {
   const int64_t images = uniform(1, 9), pixels = h.height * h.width, plane = pixels + uniform(0, 9);
   const Weights w = random_weights(h.classes, h.channels);
   const Pointers<A> linear(w);
-  const NetworkKernel kernel = isa.network_kernel(dtype);
+  const HeadKernel& kernel = isa.kernels(dtype).head();
   const double sum_epsilon = epsilon(std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32);
 
   Array<A> means(images * h.channels);
@@ -777,9 +777,8 @@ static void check_head(Dtype dtype, const Isa& isa) {
     Array<A> x((h.channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
     const std::vector<double> values = random_values(h.channels * pixels);
     for (int64_t i = 0; i < h.channels * pixels; ++i) x[i / pixels * plane + i % pixels] = static_cast<A>(values[i]);
-    in_shares(h.channels, 1, [&](Channels share) {
-      kernel.window_means(h, x.data(), plane, share, means.data() + image * h.channels);
-    });
+    in_shares(h.channels, 1,
+              [&](Range share) { kernel.means(h, images, x.data(), plane, share, means.data() + image * h.channels); });
     for (int64_t c = 0; c < h.channels; ++c) {
       double sum = 0;
       for (int64_t row = 0; row < h.window_height; ++row) {
@@ -795,8 +794,7 @@ static void check_head(Dtype dtype, const Isa& isa) {
 
   Array<char> result(images * h.classes * size_of(dtype), '\xff');
   const Convolution pointers = {linear.weight.data(), nullptr, linear.bias.data()};
-  in_shares(
-      h.classes, 1, [&](Channels share) { kernel.linear(h, pointers, means.data(), images, share, result.data()); });
+  in_shares(h.classes, 1, [&](Range share) { kernel.linear(h, images, pointers, means.data(), share, result.data()); });
   for (int64_t i = 0; i < images * h.classes; ++i) {
     const int64_t row = i % h.classes;
     double expected = w.bias[row], terms = std::abs(expected);
@@ -819,7 +817,7 @@ static void check_stem_and_head(const Isa& isa) {
     check_stem<float>(dtype, isa);
     check_head<float>(dtype, isa);
   }
-  if (isa.pair_kernel) check_pair_stem(isa);
+  if (isa.pair_kernels(Dtype::bfloat16)) check_pair_stem(isa);
 }
 
 int main(int argc, char** argv) {
@@ -829,7 +827,7 @@ int main(int argc, char** argv) {
   for (const std::string& name : usable_isas()) {
     select_isa(name);
     for (long i = 0; i < units; ++i) check(random_case(), isa());
-    for (long i = 0; isa().pair_kernel && i < units; ++i) check_pair_unit(random_pair_case(), isa());
+    for (long i = 0; isa().pair_kernels(Dtype::bfloat16) && i < units; ++i) check_pair_unit(random_pair_case(), isa());
     for (long i = 0; i < units; ++i) check_stem_and_head(isa());
     std::printf("%s: %ld units, stems and heads\n", name.c_str(), units);
   }

@@ -16,7 +16,7 @@ build=$root/build/aarch64
 mkdir -p "$build"
 
 aarch64-linux-gnu-g++ -std=c++17 -O3 -Wall -Wextra -Werror -Wno-unknown-pragmas -static \
-  "$here/fuzz_kernels.cpp" "$root/csrc/cpu/dispatch.cpp" "$root"/csrc/cpu/isa_*.cpp -o "$build/fuzz_kernels"
+  "$here/fuzz_kernels.cpp" "$root"/csrc/cpu/isa/*.cpp -o "$build/fuzz_kernels"
 qemu-aarch64 "$build/fuzz_kernels" "$@"
 
 # The leak checker traces the process, which qemu does not emulate.

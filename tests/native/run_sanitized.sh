@@ -11,7 +11,7 @@ mkdir -p "$build"
 
 objects=
 pids=
-for source in "$here/fuzz_kernels.cpp" "$root/csrc/cpu/dispatch.cpp" "$root"/csrc/cpu/isa_*.cpp; do
+for source in "$here/fuzz_kernels.cpp" "$root"/csrc/cpu/isa/*.cpp; do
   object=$build/$(basename "$source" .cpp).o
   "${CXX:-c++}" -std=c++17 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi \
     -fsanitize=address,undefined -fno-sanitize-recover=all -c "$source" -o "$object" &

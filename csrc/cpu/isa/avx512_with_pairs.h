@@ -1,0 +1,17 @@
+// AVX-512 with dot products of bfloat16: for programs in bfloat16. All else is done by AVX-512's kernels.
+#pragma once
+
+#include "isa.h"
+
+namespace shufflenet::cpu {
+
+class Avx512WithPairs : public Isa {
+ public:
+  const Kernels& kernels(Dtype dtype) const override { return avx512_isa.kernels(dtype); }
+  void to_accumulator(Dtype dtype, const void* from, void* to, int64_t n) const override {
+    avx512_isa.to_accumulator(dtype, from, to, n);
+  }
+  int64_t multiply_add(Dtype dtype, int64_t rounds) const override { return avx512_isa.multiply_add(dtype, rounds); }
+};
+
+}  // namespace shufflenet::cpu

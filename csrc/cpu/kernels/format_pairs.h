@@ -1,0 +1,234 @@
+// Units on planes of pairs of bfloat16, with weights as they are. Pointwise convolutions are products of pairs, summed
+// in float; y1, and what the depthwise convolution and the pool work on, are planes of float. Behind an image's planes,
+// up to a vector is read whose values are not used. See unit.h.
+#pragma once
+
+#include "average_pool.h"
+#include "pairs.h"
+
+namespace shufflenet::cpu::SHUFFLENET_ISA {
+
+// ---- Pointwise convolution ------------------------------------------------------------------------------------------
+
+// Consecutive rows of a convolution that share their inputs, any number of them.
+struct RowRange {
+  int64_t row, rows, group;
+  int64_t y_channel;  // of the first row's results, where they go to planes of float
+};
+
+struct PairConvolution {
+  const Convolution& conv;
+  int64_t pairs;  // of a group's depth
+  const RowRange* ranges;
+  int64_t range_count;
+  int64_t pixels;
+};
+
+// Sums all rows, one block of pixels after the other: finish(range, row, rows, sums, pixel, n) takes those of some
+// rows of a range and n pixels. A range's tiles are all of one number of rows, so that AMX is prepared once: the last
+// of them may begin with rows that the one before has, which are left out. Who multiplies often, as the stem does for
+// each row, prepares it but once with its own `products`.
+template <class Finish>
+void multiply(const PairConvolution& c, Planes<const Pair> x, Products& products, Finish& finish) {
+  alignas(kMemoryAlignment) float sums[kProductRows * kProductPixels];
+  PairProduct p;
+  p.pairs = c.pairs;
+  p.x_plane = x.stride;
+  p.sums = sums;
+  const int64_t vectors = ceil_div(c.pixels, Simd<float>::kLanes), blocks = ceil_div(vectors, kProductVectors);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = vectors * block / blocks, pixel = first * Simd<float>::kLanes;
+    p.vectors = vectors * (block + 1) / blocks - first;
+    const int64_t n = std::min(c.pixels - pixel, p.vectors * Simd<float>::kLanes);
+    for (const RowRange* range = c.ranges; range != c.ranges + c.range_count; ++range) {
+      p.rows = ceil_div(range->rows, ceil_div(range->rows, kProductRows));
+      p.x = x.channel(range->group * c.pairs) + pixel;
+      products.prepare(p.rows, p.pairs);
+      for (int64_t done = 0; done < range->rows;) {
+        const int64_t row = std::min(done, range->rows - p.rows), end = row + p.rows;
+        p.weight = static_cast<const BFloat16*>(c.conv.weight) + (range->row + row) * 2 * c.pairs;
+        products.run(p);
+        finish(*range, done, end - done, sums + (done - row) * kProductPixels, pixel, n);
+        done = end;
+      }
+    }
+  }
+}
+
+// Computes y = activation(sum + bias), to planes of float.
+struct FinishPlanes {
+  const float* bias;
+  float lower;           // the activation's bound
+  int64_t channel_step;  // between the channels of y that neighbouring rows go to
+  Planes<float> y;
+
+  void operator()(const RowRange& range, int64_t first, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
+    using S = Simd<float>;
+    for (int64_t row = first; row < first + rows; ++row, sums += kProductPixels) {
+      const auto row_bias = S::broadcast(bias[range.row + row]), bound = S::broadcast(lower);
+      float* const to = y.channel(range.y_channel + row * channel_step) + pixel;
+      for (int64_t i = 0; i < n; i += S::kLanes) {
+        store_pixels(to + i, S::max(bound, S::load(sums + i) + row_bias), n - i);
+      }
+    }
+  }
+};
+
+// Computes y = activation(sum + bias + residual), to pairs of rows, the first of which is an even one. A row whose
+// partner is in the next tile or group, and so comes later, is kept until then.
+struct FinishPairs {
+  const float* bias;
+  float lower;  // the activation's bound
+  Planes<const Pair> residual;
+  Planes<Pair> y;
+  float kept[kProductPixels];
+
+  void operator()(const RowRange& range, int64_t begin, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
+    const int64_t end = range.row + begin + rows;
+    int64_t row = range.row + begin;
+    if (row % 2 != 0) {
+      finish(row - 1, kept, sums, pixel, n);
+      ++row;
+      sums += kProductPixels;
+    }
+    for (; row + 1 < end; row += 2, sums += 2 * kProductPixels) finish(row, sums, sums + kProductPixels, pixel, n);
+    if (row < end) std::copy_n(sums, n, kept);
+  }
+
+ private:
+  void finish(int64_t row, const float* first, const float* second, int64_t pixel, int64_t n) const {
+    using S = Simd<float>;
+    const auto first_bias = S::broadcast(bias[row]), second_bias = S::broadcast(bias[row + 1]);
+    const auto bound = S::broadcast(lower);
+    Pair* const to = y.channel(row / 2) + pixel;
+    const Pair* const added = residual.data ? residual.channel(row / 2) + pixel : nullptr;
+    for (int64_t i = 0; i < n; i += S::kLanes) {
+      auto a = S::load(first + i) + first_bias, b = S::load(second + i) + second_bias;
+      if (added) {
+        const auto pairs = Pairs::load(added + i);
+        a += Pairs::first(pairs);
+        b += Pairs::second(pairs);
+      }
+      store_pairs(to + i, S::max(bound, a), S::max(bound, b), n - i);
+    }
+  }
+};
+
+// ---- The format -----------------------------------------------------------------------------------------------------
+
+struct PairFormat {
+  using A = float;       // what y1 is in
+  using Element = Pair;  // what x, y2 and the result are in
+  static constexpr int64_t kTensorBytes = sizeof(Pair);
+  static constexpr int64_t kChannelsPerElement = 2;
+
+  // Shares must not cut a pair of y2, whose halves two workers would write.
+  static int64_t mid_multiple(const Unit& unit) {
+    return unit.slice_channels() % 2 == 0 ? 2 * unit.groups : unit.mid_channels;
+  }
+  // Each slice of y2 begins with a pair of its own.
+  static int64_t y2_planes(const Unit& unit) { return unit.groups * pairs_of(unit.slice_channels()); }
+
+  // Tensors' images are converted by steps of their own (head_pairs.h).
+  static constexpr bool is_copied(const Unit&) { return false; }
+  static void copy_in(const UnitPart&, Range, Range, Planes<Pair>) {}
+  static void copy_out(const UnitPart&, Range, Range, Planes<const Pair>) {}
+
+  // The largest product for so many channels; a plane's last pixels make no difference.
+  static Tile tile(int64_t channels, int64_t pixels, int64_t = 0) {
+    const int64_t vectors = ceil_div(pixels, Simd<float>::kLanes);
+    return {
+        ceil_div(channels, ceil_div(channels, kProductRows)), ceil_div(vectors, ceil_div(vectors, kProductVectors))};
+  }
+
+  // Cuts a worker's memory, which has room for the y1 of so many intermediate channels.
+  PairFormat(const UnitPart& part, int64_t mid_channels, void* memory)
+      : unit(part.unit), pointers(part.pointers), rows(part.rows) {
+    Arena arena(memory);
+    const int64_t in_pixels = InputRows(unit, rows).halo.count() * unit.width;
+    masks = arena.take<EdgeMasks<float>>(edge_vectors<float>(unit, rows));
+    y1 = arena.planes<float>(mid_channels, in_pixels);
+    ranges = arena.take<RowRange>(unit.groups + unit.conv1_groups);
+    in_planes = arena.planes<float>(2, in_pixels);
+    out_planes = arena.planes<float>(2, rows.count() * unit.out_width());
+    bytes = arena.bytes();
+  }
+
+  // Computes intermediate channels `mid` for some rows of x, to channels from 0 on: in shuffled order, as pairs of y2
+  // are. Channel n * groups + r is row r * slice_channels + n of conv1, so that each r needs consecutive rows, and
+  // writes them `groups` channels apart.
+  void conv1(Range mid, Planes<const Pair> x, Range x_rows, Planes<float> to) const {
+    const int64_t slice = unit.slice_channels(), group_rows = unit.conv1_group_rows();
+    int64_t count = 0;
+    for (int64_t r = 0; r < unit.groups; ++r) {
+      const int64_t row_end = r * slice + ceil_div(mid.end - r, unit.groups);
+      for (int64_t row = r * slice + ceil_div(mid.begin - r, unit.groups); row < row_end; row += ranges[count++].rows) {
+        const int64_t group = row / group_rows, n = std::min(row_end, (group + 1) * group_rows) - row;
+        ranges[count] = {row, n, group, (row - r * slice) * unit.groups + r - mid.begin};
+      }
+    }
+    Products products;
+    FinishPlanes finish = {static_cast<const float*>(pointers.conv1.bias),
+                           static_cast<float>(unit.conv1_activation().lower), unit.groups, to};
+    multiply({pointers.conv1, unit.conv1_depth() / 2, ranges, count, x_rows.count() * unit.width}, x, products, finish);
+  }
+
+  // Computes two channels at a time.
+  void depthwise(Range mid, Planes<const float> from, Planes<Pair> y2) const {
+    const int64_t slice = unit.slice_channels(), pixels = rows.count() * unit.out_width();
+    for (int64_t c = mid.begin, n; c < mid.end; c += n) {
+      const int64_t in_slice = c % slice;
+      n = std::min<int64_t>(2, slice - in_slice);
+      for (int64_t i = 0; i < n; ++i) {
+        const float* const plane = from.channel(c + i - mid.begin);
+        depthwise_channel<float>(unit, rows, pointers.conv2, c + i, masks, plane, out_planes.channel(i));
+      }
+      if (n == 1) std::fill_n(out_planes.channel(1), pixels, 0.0f);
+      Pair* const pairs = y2.channel(c / slice * pairs_of(slice) + in_slice / 2);
+      pack(out_planes.channel(0), out_planes.channel(1), pixels, pairs);
+    }
+  }
+
+  void pool(Range channels, Planes<const Pair> x, int64_t x_row, Planes<const Pair> x_above,
+            Planes<Pair> result) const {
+    const int64_t above = x_above.data ? unit.width : 0;
+    const int64_t in_pixels = (std::min(unit.height, 2 * rows.end) - x_row) * unit.width;
+    const Planes<float> in = in_planes, out = out_planes;
+    for (int64_t pair = channels.begin / 2; pair < channels.end / 2; ++pair) {
+      if (above) unpack(x_above.channel(pair), above, in.channel(0), in.channel(1));
+      unpack(x.channel(pair), in_pixels, in.channel(0) + above, in.channel(1) + above);
+      average_pool<float>(unit, rows, {0, 2}, masks, read_only(in), x_row - (above ? 1 : 0), {}, out);
+      pack(out.channel(0), out.channel(1), rows.count() * unit.out_width(), result.channel(pair));
+    }
+  }
+
+  // Computes channels from an even one on.
+  void conv3(Range channels, Planes<const Pair> y2, Planes<const Pair> residual, Planes<Pair> result) const {
+    const int64_t group_rows = unit.out_channels / unit.groups;
+    int64_t count = 0;
+    for (int64_t row = channels.begin; row < channels.end; row += ranges[count++].rows) {
+      const int64_t group = row / group_rows;
+      ranges[count] = {row, std::min(channels.end, (group + 1) * group_rows) - row, group, row};
+    }
+    Products products;
+    FinishPairs finish = {
+        static_cast<const float*>(pointers.conv3.bias),
+        static_cast<float>(unit.conv3_activation().lower),
+        residual,
+        result,
+        {}};
+    const int64_t pixels = rows.count() * unit.out_width();
+    multiply({pointers.conv3, pairs_of(unit.slice_channels()), ranges, count, pixels}, y2, products, finish);
+  }
+
+  const Unit& unit;
+  const UnitPointers& pointers;
+  Range rows;
+  EdgeMasks<float>* masks;
+  Planes<float> y1;
+  RowRange* ranges;
+  Planes<float> in_planes, out_planes;  // of two channels
+  int64_t bytes;
+};
+
+}  // namespace shufflenet::cpu::SHUFFLENET_ISA

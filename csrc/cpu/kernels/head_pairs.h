@@ -1,0 +1,108 @@
+// A network's head on planes of pairs, and the conversion of tensors' images to them and back.
+#pragma once
+
+#include "format_pairs.h"
+#include "image.h"
+
+namespace shufflenet::cpu::SHUFFLENET_ISA {
+
+// Finishes rows of the linear layer for all images, whose means are the pixels of a product.
+template <class T>
+struct FinishClasses {
+  const float* bias;
+  T* result;
+  int64_t classes;
+
+  void operator()(const RowRange& range, int64_t first, int64_t rows, const float* sums, int64_t image, int64_t n) {
+    for (int64_t row = range.row + first; row < range.row + first + rows; ++row, sums += kProductPixels) {
+      for (int64_t i = 0; i < n; ++i) {
+        store_first(result + (image + i) * classes + row, Simd<float>::broadcast(sums[i] + bias[row]), 1);
+      }
+    }
+  }
+};
+
+// The means of a batch are planes of pairs, in which each image is a pixel. Planes end with images that are none: their
+// means are computed with, and so must be there, but not used.
+template <class T>
+class PairHead final : public HeadKernel {
+ public:
+  int64_t means_bytes(const Head& head, int64_t images) const override {
+    return head.channels / 2 * plane(images) * means_step(head);
+  }
+  int64_t means_step(const Head&) const override { return sizeof(Pair); }
+
+  void means(const Head& head, int64_t images, const void* x, int64_t x_plane, Range channels,
+             void* means) const override {
+    using S = Simd<float>;
+    const float pixels = static_cast<float>(head.window_height * head.window_width);
+    for (int64_t pair = channels.begin / 2; pair < channels.end / 2; ++pair) {
+      S::V first = {}, second = {};
+      for (int64_t row = 0; row < head.window_height; ++row) {
+        const Pair* const from = static_cast<const Pair*>(x) + pair * x_plane + row * head.width;
+        for (int64_t column = 0; column < head.window_width; column += S::kLanes) {
+          const auto inside = S::first(head.window_width - column);
+          const auto pairs = S::keep(Pairs::load(from + column), inside);
+          first += Pairs::first(pairs);
+          second += Pairs::second(pairs);
+        }
+      }
+      store_pairs(static_cast<Pair*>(means) + pair * plane(images), S::broadcast(S::sum(first) / pixels),
+                  S::broadcast(S::sum(second) / pixels), 1);
+    }
+  }
+
+  void linear(const Head& head, int64_t images, const Convolution& layer, const void* means, Range classes,
+              void* result) const override {
+    const RowRange range = {classes.begin, classes.count(), 0, 0};
+    Products products;
+    FinishClasses<T> finish = {static_cast<const float*>(layer.bias), static_cast<T*>(result), head.classes};
+    multiply({layer, head.channels / 2, &range, 1, images}, {static_cast<const Pair*>(means), plane(images)}, products,
+             finish);
+  }
+
+ private:
+  // Pairs from plane to plane: whole cache lines.
+  static int64_t plane(int64_t images) { return padded_plane(images); }
+};
+
+template <class T>
+class PairImages final : public ImageKernel {
+ public:
+  int64_t workspace_bytes(const TensorImage& image) const override {
+    Arena arena(nullptr);
+    arena.planes<float>(kImageChannels, image.pixels);
+    return arena.bytes();
+  }
+
+  void read(const TensorImage& image, const void* from, Range channels, void* to, int64_t plane,
+            void* workspace) const override {
+    const Planes<float> planes = Arena(workspace).planes<float>(kImageChannels, image.pixels);
+    image_to_planes<T>(some_channels<const T>(image, from, channels), 0, image.pixels, {0, channels.count()}, planes);
+    for (int64_t c = 0; c < channels.count(); c += 2) {
+      Pair* const pairs = static_cast<Pair*>(to) + (channels.begin + c) / 2 * plane;
+      pack(planes.channel(c), planes.channel(c + 1), image.pixels, pairs);
+    }
+  }
+
+  void write(const TensorImage& image, const void* from, int64_t plane, Range channels, void* to,
+             void* workspace) const override {
+    const Planes<float> planes = Arena(workspace).planes<float>(kImageChannels, image.pixels);
+    for (int64_t c = 0; c < channels.count(); c += 2) {
+      const Pair* const pairs = static_cast<const Pair*>(from) + (channels.begin + c) / 2 * plane;
+      unpack(pairs, image.pixels, planes.channel(c), planes.channel(c + 1));
+    }
+    planes_to_image<T>(
+        some_channels<T>(image, to, channels), 0, image.pixels, {0, channels.count()}, read_only(planes));
+  }
+
+ private:
+  // Some channels, kImageChannels at most, of a tensor's image, as if it had no others.
+  template <class U, class Data>
+  static Image<U> some_channels(const TensorImage& image, Data* data, Range channels) {
+    const int64_t step = image.layout == Layout::contiguous ? image.pixels : 1;
+    return {static_cast<U*>(data) + channels.begin * step, image.layout, image.channels, image.pixels};
+  }
+};
+
+}  // namespace shufflenet::cpu::SHUFFLENET_ISA

@@ -1,0 +1,204 @@
+// Grouped pointwise convolutions, cut into tiles: conv1 and conv3 of a unit, and a stem's over its taps.
+#pragma once
+
+#include "planes.h"
+#include "pointwise_tile.h"
+
+namespace shufflenet::cpu::SHUFFLENET_ISA {
+
+// n channels left: how many the next tile takes, such that all tiles are about equal (20 as 7, 7, 6).
+inline int64_t next_channels(int64_t n) { return ceil_div(n, ceil_div(n, kTileChannels)); }
+
+// A run of pixels cut into tiles of nearly equal numbers of vectors. Divides once: a division for each tile would show.
+template <class A>
+struct PixelTiles {
+  explicit PixelTiles(int64_t pixels)
+      : pixels(pixels),
+        vectors(ceil_div(pixels, Simd<A>::kLanes)),
+        count(ceil_div(vectors, kTileVectors)),
+        least(vectors / std::max<int64_t>(1, count)),  // none where a lone pixel is all there is
+        larger(vectors - least * count) {}
+  int64_t begin(int64_t tile) const { return tile * least + std::min(tile, larger); }
+  int64_t tile_vectors(int64_t tile) const { return least + (tile < larger ? 1 : 0); }
+  int64_t pixel(int64_t tile) const { return begin(tile) * Simd<A>::kLanes; }
+  // Pixels in the tile's last vector.
+  int64_t tail(int64_t tile) const {
+    return std::min<int64_t>(Simd<A>::kLanes, pixels - (begin(tile + 1) - 1) * Simd<A>::kLanes);
+  }
+  int64_t pixels, vectors, count;
+  int64_t least;   // vectors of a tile
+  int64_t larger;  // tiles, the first ones, have one more
+};
+
+// A plane's last pixel, where it would have a vector for itself: a 7x7 plane, of every vector's length. Such a plane's
+// tiles would fill 49 of 64 lanes; the pixel as one dot product a channel, along the depth, costs a tenth of that
+// vector (measured: units of stage 4 19 % faster). Which pixel it is depends on the plane alone, so that a result
+// does not depend on the part in which it is computed.
+template <class A>
+bool has_lone_pixel(int64_t plane, int64_t pixel_end) {
+  return pixel_end == plane && plane > Simd<A>::kLanes && plane % Simd<A>::kLanes == 1;
+}
+
+// Copies a pixel's column through the planes, followed by zeros to the end of a vector.
+template <class A>
+void gather_column(const A* x, const int64_t* offsets, int64_t depth, A* column) {
+  for (int64_t k = 0; k < depth; ++k) column[k] = x[offsets[k]];
+  std::fill(column + depth, column + ceil_div(depth, Simd<A>::kLanes) * Simd<A>::kLanes, A{0});
+}
+
+template <class A>
+Tile largest_tile(int64_t channels, const PixelTiles<A>& tiles) {
+  return {next_channels(channels), tiles.count ? ceil_div(tiles.vectors, tiles.count) : 0};
+}
+
+template <class A>
+Tile tile(int64_t channels, int64_t pixels, int64_t plane) {
+  return largest_tile(channels, PixelTiles<A>(has_lone_pixel<A>(plane, plane) ? pixels - 1 : pixels));
+}
+
+// Consecutive rows of a grouped pointwise convolution that share their inputs.
+struct RowTile {
+  int64_t row, rows, group;
+};
+
+// What of a pointwise convolution's operands, apart from its weights, is in planes of an image that no cache holds.
+enum class Far { nothing, x, y };
+
+template <class A>
+struct Pointwise {
+  const Convolution& conv;
+  Activation activation;
+  int64_t depth;  // of a group
+  const RowTile* row_tiles;
+  int64_t row_tile_count;
+  int64_t y_row;  // the row whose results are channel 0 of y
+  int64_t pixels;
+  Far far = Far::nothing;
+};
+
+// The work lists of a pointwise convolution, in a worker's memory.
+template <class A>
+struct PointwiseLists {
+  PointwiseLists() = default;
+  PointwiseLists(Arena& arena, int64_t rows, int64_t depth)
+      : row_tiles(arena.take<RowTile>(rows)),
+        offsets(arena.take<int64_t>(depth)),
+        weight_offsets(arena.take<int64_t>(depth)),
+        y_offsets(arena.take<int64_t>(depth)),
+        column(arena.take<A>(depth + Simd<A>::kLanes)) {}
+  RowTile* row_tiles;
+  int64_t* offsets;  // to the pixels of each of the depth's planes
+  // To lines that later tiles work on, in the order in which a tile's steps prefetch them.
+  int64_t *weight_offsets, *y_offsets;
+  A* column;
+
+  void fill_weight_offsets(int64_t depth) const {
+    for (int64_t k = 0; k < depth; ++k) weight_offsets[k] = k * kTileChannels;
+  }
+  void fill_y_offsets(int64_t depth, int64_t y_stride) const {
+    for (int64_t k = 0; k < depth; ++k) {
+      const int64_t line = std::min<int64_t>(k, kTileChannels * kTileVectors - 1);
+      y_offsets[k] = line % kTileChannels * y_stride + line / kTileChannels * Simd<A>::kLanes;
+    }
+  }
+};
+
+// Pixels of a group's inputs that stay in the L1 cache while all row tiles work on them: half of the cache.
+inline constexpr int64_t kBlockBytes = 24 * 1024;
+
+// Of the row tiles, each works on a block of pixel tiles. What a tile waits for, because no cache has it and the
+// processor does not see it coming, another prefetches a line at a time (all at once, they would hold up the loads of
+// the tile itself): the weights of the next rows, as its own prefetching ends with a page, which is a tile or two; and
+// of planes that are far, of which it would have to follow too many, those pixels of x on which the next block works, a
+// vector by each of a group's first row tiles, or the lines of y to which the next tile adds (units of stage 2 at
+// 720x1280: 1.1 times as fast).
+//
+// Offsets and row tiles are in `lists`; `has_lone_pixel` says that there is one behind the other pixels.
+template <class A>
+void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residual, Planes<A> y, bool has_lone_pixel,
+               const PointwiseLists<A>& lists) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  const PixelTiles<A> tiles(has_lone_pixel ? p.pixels - 1 : p.pixels);
+  const auto weight_of = [&](const RowTile& rows) { return static_cast<const A*>(p.conv.weight) + rows.row * p.depth; };
+  const auto x_of = [&](const RowTile& rows, int64_t pixel) { return x.channel(rows.group * p.depth) + pixel; };
+  const auto y_of = [&](const RowTile& rows, int64_t pixel) { return y.channel(rows.row - p.y_row) + pixel; };
+  PointwiseTile<A> t;
+  t.offsets = lists.offsets;
+  t.depth = p.depth;
+  t.block = ceil_div(p.depth, ceil_div(p.depth, kMostTerms));
+  t.residual_stride = residual.stride;
+  t.lower = static_cast<A>(p.activation.lower);
+  t.y_stride = y.stride;
+  const auto point_to = [&](const RowTile& rows, int64_t pixel) {
+    t.weight = weight_of(rows);
+    t.scale = p.conv.scale ? static_cast<const A*>(p.conv.scale) + rows.row : nullptr;
+    t.bias = static_cast<const A*>(p.conv.bias) + rows.row;
+    t.x = x_of(rows, pixel);
+    t.residual = residual.data ? residual.channel(rows.row) + pixel : nullptr;
+    t.y = y_of(rows, pixel);
+  };
+  const int64_t block = std::max<int64_t>(1, kBlockBytes / (p.depth * kTileVectors * kVectorBytes));
+  int64_t gathered = -1;  // the group whose column is there
+  int64_t begin = 0, end = 0;
+  do {  // once where a lone pixel is all there is
+    end = std::min(tiles.count, begin + block);
+    int64_t tile_of_group = 0;
+    for (int64_t i = 0; i < p.row_tile_count; ++i) {
+      const RowTile& rows = p.row_tiles[i];
+      const bool is_last = i + 1 == p.row_tile_count;
+      const RowTile& next_rows = p.row_tiles[is_last ? 0 : i + 1];
+      for (int64_t tile = begin; tile < end; ++tile) {
+        t.ahead = nullptr;
+        if (p.far == Far::x && tile + block < tiles.count && tile_of_group < tiles.tile_vectors(tile + block)) {
+          t.ahead = x_of(rows, tiles.pixel(tile + block) + tile_of_group * kLanes);
+          t.ahead_offsets = t.offsets;
+        } else if (p.far == Far::y) {
+          const int64_t next = tile + 1 < end ? tile + 1 : is_last ? end : begin;
+          if (next < tiles.count) t.ahead = y_of(tile + 1 < end ? rows : next_rows, tiles.pixel(next));
+          t.ahead_offsets = lists.y_offsets;
+        } else if (tile == 0 && !is_last) {
+          t.ahead = weight_of(next_rows);
+          t.ahead_offsets = lists.weight_offsets;
+        }
+        const int64_t tail = tiles.tail(tile);
+        t.tail = Simd<A>::first(tail);
+        point_to(rows, tiles.pixel(tile));
+        run_pointwise_tile(rows.rows, tiles.tile_vectors(tile), tail != kLanes, t);
+      }
+      if (has_lone_pixel && end == tiles.count) {  // now, while the rows' weights are in the L1 cache
+        point_to(rows, tiles.pixels);
+        if (rows.group != gathered) gather_column(t.x, t.offsets, p.depth, lists.column);
+        gathered = rows.group;
+        pointwise_pixel(t, rows.rows, lists.column);
+      }
+      tile_of_group = next_rows.group == rows.group ? tile_of_group + 1 : 0;
+    }
+    begin = end;
+  } while (begin < tiles.count);
+}
+
+// A grouped pointwise convolution, of whose rows some are computed.
+struct GroupedPointwise {
+  const Convolution& conv;
+  Activation activation;
+  int64_t depth, group_rows;  // of a group
+};
+
+// Computes some rows of it, the first of which goes to channel 0 of y where `y_row` names it.
+template <class A>
+void grouped_pointwise(const GroupedPointwise& p, Range rows, Planes<const A> x, int64_t pixels,
+                       Planes<const A> residual, Planes<A> y, int64_t y_row, bool lone_pixel,
+                       const PointwiseLists<A>& lists, Far far) {
+  int64_t count = 0;
+  for (int64_t row = rows.begin; row < rows.end; row += lists.row_tiles[count++].rows) {
+    const int64_t group = row / p.group_rows;
+    lists.row_tiles[count] = {row, next_channels(std::min(rows.end, (group + 1) * p.group_rows) - row), group};
+  }
+  for (int64_t k = 0; k < p.depth; ++k) lists.offsets[k] = k * x.stride;
+  lists.fill_weight_offsets(p.depth);
+  if (far == Far::y) lists.fill_y_offsets(p.depth, y.stride);
+  pointwise<A>(
+      {p.conv, p.activation, p.depth, lists.row_tiles, count, y_row, pixels, far}, x, residual, y, lone_pixel, lists);
+}
+
+}  // namespace shufflenet::cpu::SHUFFLENET_ISA

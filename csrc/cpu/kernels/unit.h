@@ -1,0 +1,303 @@
+// The unit, written once over a Format: planes of floats (format_floats.h) or of pairs (format_pairs.h). Pixels lie
+// along the vectors and weights are broadcast, so any number of channels and groups fills the lanes. A unit works on
+// some rows of its result, in three phases, each of which can be split by channels (table.h):
+//
+//   copy_in               copies the rows of x to planes, where they are not such planes already
+//   conv1_and_depthwise   conv1 from x to y1; then the depthwise convolution from y1, with its halo rows, to y2 (or to
+//                         the result, where the unit ends here), the shuffle being no more than the order of channels;
+//                         with stride 2 also the pooled shortcut, from x to the result
+//   conv3                 conv3 from y2, adding the residual, to the result
+//
+// Planes of the result that are not the tensor's own are copied out at the end of a phase. The phases of strips, whose
+// halo rows are had from the strips beside them, follow below.
+#pragma once
+
+#include "depthwise.h"
+
+namespace shufflenet::cpu::SHUFFLENET_ISA {
+
+// What the phases hand on to each other.
+template <class Format>
+struct UnitBuffers {
+  using Element = typename Format::Element;
+
+  UnitBuffers(const Unit& unit, Range rows, void* memory) : in(unit, rows) {
+    const int64_t out_pixels = rows.count() * unit.out_width();
+    Arena arena(memory);
+    if (unit.has_conv3()) y2 = arena.planes<Element>(Format::y2_planes(unit), out_pixels);
+    if (Format::is_copied(unit)) {
+      copied_x = arena.planes<Element>(unit.in_channels, in.image.count() * unit.width);
+      if (!unit.adds_residual()) result = arena.planes<Element>(unit.result_channels(), out_pixels);
+    }
+    bytes = arena.bytes();
+  }
+
+  InputRows in;
+  Planes<Element> y2, copied_x, result;
+  int64_t bytes;
+};
+
+// The same with the planes that the phases read from and write to, be they in the buffers or the tensors' own.
+template <class Format>
+struct UnitPlanes : UnitBuffers<Format> {
+  using Element = typename Format::Element;
+
+  explicit UnitPlanes(const UnitPart& part) : UnitBuffers<Format>(part.unit, part.rows, part.buffers) {
+    const auto& [unit, pointers, rows, buffers] = part;
+    const Range image = this->in.image;
+    in_pixels = {image.begin * unit.width, image.end * unit.width};
+    out_pixels = {rows.begin * unit.out_width(), rows.end * unit.out_width()};
+    const int64_t before = (rows.begin - image.begin) * unit.width;  // what of x lies before the residual
+    if (Format::is_copied(unit)) {
+      x = read_only(this->copied_x);
+      // A residual is added where it lies: conv1 is done with x by then.
+      if (unit.adds_residual()) this->result = this->copied_x.behind(before);
+    } else {
+      x = {static_cast<const Element*>(pointers.x) + in_pixels.begin, pointers.x_plane};
+      this->result = {static_cast<Element*>(pointers.result) + out_pixels.begin, pointers.result_plane};
+    }
+    if (unit.adds_residual()) residual = x.behind(before);
+  }
+
+  Range in_pixels, out_pixels;  // of the images
+  Planes<const Element> x, residual;
+};
+
+// ---- Strips ---------------------------------------------------------------------------------------------------------
+
+// A strip's rows of y1: the row above its own, its own, and with stride 1 the row below. Copies of its first and last
+// own row are for its neighbours: in lines of their own, few and one behind the other, which nobody writes meanwhile.
+template <class A>
+struct StripRows {
+  StripRows(const Unit& unit, const Strip& strip) : StripRows(unit, strip.rows, strip.y1, strip.lent) {}
+  StripRows(const Unit& unit, Range rows, void* y1_memory, void* lent_memory)
+      : in(unit, rows),
+        own{rows.begin * unit.stride, std::min(rows.end * unit.stride, unit.height)},
+        width(unit.width) {
+    Arena arena(y1_memory), lent(lent_memory);
+    y1 = arena.planes<A>(unit.mid_channels, in.halo.count() * width);
+    first_row = {lent.take<A>(unit.mid_channels * width), width};
+    last_row = {lent.take<A>(unit.mid_channels * width), width};
+    bytes = arena.bytes();
+    lent_bytes = lent.bytes();
+  }
+  // From row 0, the one above the strip's own.
+  Planes<A> from_row(int64_t row) const { return y1.behind(row * width); }
+
+  InputRows in;
+  Range own;
+  int64_t width;
+  Planes<A> y1, first_row, last_row;
+  int64_t bytes, lent_bytes;
+};
+
+template <class A>
+void copy_row(const Unit& unit, Planes<A> to, Planes<A> from) {
+  for (int64_t c = 0; c < unit.mid_channels; ++c) std::copy_n(from.channel(c), unit.width, to.channel(c));
+}
+
+template <class A>
+void clear_row(const Unit& unit, Planes<A> row) {
+  for (int64_t c = 0; c < unit.mid_channels; ++c) std::fill_n(row.channel(c), unit.width, A{0});
+}
+
+// Copies what the strips above and below need of y1.
+template <class A>
+void lend_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
+  if (strip.above) copy_row(unit, rows.first_row, rows.from_row(1));
+  if (strip.below) copy_row(unit, rows.last_row, rows.from_row(rows.own.count()));
+}
+
+// Fills the rows around a strip's own: from where another strip has them, or with zeros outside the image.
+template <class A>
+void borrow_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
+  if (strip.above) {
+    copy_row(unit, rows.y1, StripRows<A>(unit, *strip.above).last_row);
+  } else {
+    clear_row(unit, rows.y1);
+  }
+  if (rows.in.halo.end == rows.own.end) return;
+  const Planes<A> below = rows.from_row(rows.own.count() + 1);
+  if (strip.below) {
+    copy_row(unit, below, StripRows<A>(unit, *strip.below).first_row);
+  } else {
+    clear_row(unit, below);
+  }
+}
+
+// A strip's second phase goes through it some rows at a time, whose y2 stays in the L2 cache.
+template <class Format>
+struct StripWorkspace {
+  StripWorkspace(const UnitPart& strip, void* memory) {
+    using Element = typename Format::Element;
+    constexpr int64_t kMostY2Bytes = 256 * 1024;
+    const int64_t planes = Format::y2_planes(strip.unit), width = strip.unit.out_width();
+    const int64_t row_bytes = planes * width * static_cast<int64_t>(sizeof(Element));
+    at_once = std::clamp<int64_t>(kMostY2Bytes / row_bytes, 1, strip.rows.count());
+    Arena arena(memory);
+    y2 = arena.planes<Element>(planes, at_once * width);
+    rest = memory ? static_cast<char*>(memory) + arena.bytes() : nullptr;
+    const Range most = {strip.rows.begin, strip.rows.begin + at_once};
+    bytes = arena.bytes() + Format({strip.unit, strip.pointers, most}, 0, nullptr).bytes;
+  }
+  int64_t at_once;  // rows
+  Planes<typename Format::Element> y2;
+  void* rest;  // what a worker needs for these rows
+  int64_t bytes;
+};
+
+// ---- The kernel -----------------------------------------------------------------------------------------------------
+
+template <class Format>
+class UnitOf final : public UnitKernel {
+ public:
+  using A = typename Format::A;
+  using Element = typename Format::Element;
+  static constexpr int64_t kChannels = Format::kChannelsPerElement;
+
+  int64_t element_bytes() const override { return Format::kTensorBytes; }
+  int64_t channels_per_element() const override { return kChannels; }
+  int64_t lanes() const override { return Simd<A>::kLanes; }
+  int64_t mid_multiple(const Unit& unit) const override { return Format::mid_multiple(unit); }
+  int64_t out_multiple() const override { return kChannels; }
+  Tile tile(int64_t channels, int64_t pixels, int64_t plane) const override {
+    return Format::tile(channels, pixels, plane);
+  }
+
+  int64_t buffer_bytes(const Unit& unit, Range rows) const override {
+    return UnitBuffers<Format>(unit, rows, nullptr).bytes;
+  }
+  int64_t workspace_bytes(const Unit& unit, Range rows, int64_t mid_channels) const override {
+    return Format({unit, {}, rows}, mid_channels, nullptr).bytes;
+  }
+
+  bool is_copied(const Unit& unit) const override { return Format::is_copied(unit); }
+  void copy_in(const UnitPart& part, Range channels) const override {
+    if (!Format::is_copied(part.unit)) return;
+    const UnitPlanes<Format> planes(part);
+    Format::copy_in(part, planes.in_pixels, channels, planes.copied_x);
+  }
+
+  void conv1_and_depthwise(const UnitPart& part, Range mid, void* workspace) const override {
+    const Unit& unit = part.unit;
+    const UnitPlanes<Format> planes(part);
+    const Format own(part, mid.count(), workspace);
+    clear_outside(unit, planes.in, mid.count(), own.y1);
+    const int64_t rows_above = planes.in.image.begin - planes.in.halo.begin;
+    own.conv1(mid, planes.x, planes.in.image, own.y1.behind(rows_above * unit.width));
+    fill_edge_masks<A>(unit, part.rows, own.masks);
+    own.depthwise(mid, read_only(own.y1), unit.has_conv3() ? planes.y2 : planes.result);
+    if (unit.concatenates_pool()) {
+      const Range pooled = pooled_with(unit, mid);
+      own.pool(pooled, planes.x, planes.in.image.begin, {}, pooled_result(unit, planes.result));
+      copy_out(part, planes, pooled, unit.first_pooled_channel());
+    }
+  }
+
+  void conv3(const UnitPart& part, Range channels, void* workspace) const override {
+    const Unit& unit = part.unit;
+    const UnitPlanes<Format> planes(part);
+    if (unit.has_conv3()) {
+      const Planes<Element> result = conv3_result(unit, planes.result);
+      Format(part, 0, workspace).conv3(channels, read_only(planes.y2), planes.residual, result);
+    }
+    copy_out(part, planes, channels, unit.first_conv3_channel());
+  }
+
+  int64_t strip_y1_bytes(const Unit& unit, Range rows) const override {
+    return StripRows<A>(unit, rows, nullptr, nullptr).bytes;
+  }
+  int64_t lent_bytes(const Unit& unit, Range rows) const override {
+    return StripRows<A>(unit, rows, nullptr, nullptr).lent_bytes;
+  }
+  int64_t strip_workspace_bytes(const Unit& unit, Range rows) const override {
+    return std::max(workspace_bytes(unit, rows, 0), StripWorkspace<Format>({unit, {}, rows}, nullptr).bytes);
+  }
+
+  void strip_conv1(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) const override {
+    const StripRows<A> rows(unit, strip);
+    const Format own({unit, pointers, strip.rows}, 0, memory);
+    const Planes<const Element> x = read_only(planes(strip.x));
+    own.conv1({0, unit.mid_channels}, x, rows.own, rows.from_row(1));
+    if (unit.concatenates_pool()) {
+      fill_edge_masks<A>(unit, strip.rows, own.masks);
+      own.pool({0, unit.in_channels}, x, rows.own.begin, read_only(planes(strip.x_above)),
+               pooled_result(unit, planes(strip.result)));
+    }
+    lend_rows(unit, strip, rows);
+  }
+
+  // Begins at the bottom, as x and y1 may not stay in the cache: their last rows are those that have just been used.
+  void strip_depthwise_and_conv3(const Unit& unit, const UnitPointers& pointers, const Strip& strip,
+                                 void* memory) const override {
+    const StripRows<A> y1(unit, strip);
+    borrow_rows(unit, strip, y1);
+    const StripWorkspace<Format> work({unit, pointers, strip.rows}, memory);
+    const Planes<const Element> x = read_only(planes(strip.x));
+    for (int64_t i = ceil_div(strip.rows.count(), work.at_once) - 1; i >= 0; --i) {
+      const int64_t above = i * work.at_once, first = strip.rows.begin + above, pixel = above * unit.out_width();
+      const Range rows = {first, std::min(strip.rows.end, first + work.at_once)};
+      const Format own({unit, pointers, rows}, 0, work.rest);
+      fill_edge_masks<A>(unit, rows, own.masks);
+      own.depthwise({0, unit.mid_channels}, read_only(y1.from_row(above * unit.stride)), work.y2);
+      own.conv3({0, unit.out_channels}, read_only(work.y2),
+                unit.adds_residual() ? x.behind(pixel) : Planes<const Element>{},
+                conv3_result(unit, planes(strip.result).behind(pixel)));
+    }
+  }
+
+ private:
+  static Planes<Element> planes(const ImageRows& rows) { return {static_cast<Element*>(rows.data), rows.plane}; }
+  static Planes<Element> conv3_result(const Unit& unit, Planes<Element> result) {
+    return result.from(unit.first_conv3_channel() / kChannels);
+  }
+  static Planes<Element> pooled_result(const Unit& unit, Planes<Element> result) {
+    return result.from(unit.first_pooled_channel() / kChannels);
+  }
+
+  // Fills the rows of y1 that lie outside of the image with zeros.
+  static void clear_outside(const Unit& unit, const InputRows& in, int64_t channels, Planes<A> y1) {
+    for (int64_t c = 0; c < channels; ++c) {
+      std::fill_n(y1.channel(c), (in.image.begin - in.halo.begin) * unit.width, A{0});
+      A* const end = y1.channel(c) + in.halo.count() * unit.width;
+      std::fill(end - (in.halo.end - in.image.end) * unit.width, end, A{0});
+    }
+  }
+
+  // The channels of the shortcut that go with some intermediate channels to a worker.
+  static Range pooled_with(const Unit& unit, Range mid) {
+    const int64_t n = unit.in_channels / kChannels;
+    return {n * mid.begin / unit.mid_channels * kChannels, n * mid.end / unit.mid_channels * kChannels};
+  }
+
+  // Copies some of the channels that begin with `first` from their planes to the tensor, where these are not its own.
+  static void copy_out(const UnitPart& part, const UnitPlanes<Format>& planes, Range channels, int64_t first) {
+    if (!Format::is_copied(part.unit)) return;
+    const Range in_result = {first + channels.begin, first + channels.end};
+    Format::copy_out(part, planes.out_pixels, in_result, read_only(planes.result));
+  }
+};
+
+// The kernels of a format, by their classes; Image is void where tensors are not converted.
+template <class Unit, class Stem, class Head, class Image = void>
+class KernelsOf final : public Kernels {
+ public:
+  const UnitKernel& unit() const override { return kUnit; }
+  const StemKernel& stem() const override { return kStem; }
+  const HeadKernel& head() const override { return kHead; }
+  const ImageKernel* image() const override {
+    if constexpr (std::is_void_v<Image>) {
+      return nullptr;
+    } else {
+      static constexpr Image kImage{};
+      return &kImage;
+    }
+  }
+
+ private:
+  static constexpr Unit kUnit{};
+  static constexpr Stem kStem{};
+  static constexpr Head kHead{};
+};
+
+}  // namespace shufflenet::cpu::SHUFFLENET_ISA
