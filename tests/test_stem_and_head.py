@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, Network, Unit, autocast, network_op
+from support import DTYPES, LAYOUTS, Network, Unit, autocast, each_program_kernel, network_op
 from torch import Tensor, nn
 
 import shufflenet_ext as se
@@ -26,7 +26,7 @@ NETWORK = Network(UNITS, PAPER_STEM, (10, 0), in_channels=3, plane=(31, 38))
 
 
 @each_layout
-@each_dtype
+@each_program_kernel
 @pytest.mark.parametrize("plane", [(64, 64), (31, 38), (9, 5), (5, 67)], ids=str)
 @pytest.mark.parametrize("stem", [PAPER_STEM, CIFAR_STEM, (24, 3, 1, 1, 0), (24, 5, 2, 2, 1)], ids=str)
 def test_stems(isa, stem, plane, dtype, layout):
@@ -46,7 +46,7 @@ def test_kernels_paddings_and_tiny_images(isa, size, stride, max_pool, layout):
             network.check(*network.arguments(layout=layout))
 
 
-@each_dtype
+@each_program_kernel
 @each_layout
 @pytest.mark.parametrize(("in_channels", "out_channels"), [(1, 1), (2, 7), (5, 9), (17, 25)])
 def test_channels_of_the_stem(isa, in_channels, out_channels, layout, dtype):
@@ -55,7 +55,7 @@ def test_channels_of_the_stem(isa, in_channels, out_channels, layout, dtype):
     network.check(*network.arguments(dtype, layout))
 
 
-@each_dtype
+@each_program_kernel
 @pytest.mark.parametrize("plane", [(4, 4), (7, 5), (4, 7)], ids=str)
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("classes", [1, 10, 33])
@@ -64,7 +64,7 @@ def test_heads(isa, classes, window, plane, dtype):
     network.check(*network.arguments(dtype))
 
 
-@each_dtype
+@each_program_kernel
 @pytest.mark.parametrize("channels", [1, 3, 15, 16, 17, 63, 64, 65, 131])
 def test_channels_of_the_head(isa, channels, dtype):
     # The linear layer takes whole vectors of channels, then the rest of one, for four images at a time, then for one.
@@ -86,7 +86,7 @@ def test_the_head_takes_no_pixel_outside_its_window(isa):
 
 
 @each_layout
-@each_dtype
+@each_program_kernel
 @pytest.mark.parametrize("plane", [(1, 1), (2, 31), (31, 38), (112, 96), (107, 90)], ids=str)
 @pytest.mark.parametrize("stem", [PAPER_STEM, (24, 3, 1, 1, 0)], ids=str)
 def test_results_depend_on_neither_threads_nor_batch(isa, stem, plane, dtype, layout):
@@ -164,12 +164,14 @@ class Model(nn.Module):
         return network_op(x, self.weights, self.program).softmax(1)
 
 
+@pytest.mark.covering(1)
 @each_layout
-def test_compile_whole_graph(layout):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_whole_graph(backend, layout):
     torch._dynamo.reset()
     x, weights, program = NETWORK.arguments(layout=layout)
     model = Model(weights, program)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
 
 
 def test_export_with_a_dynamic_batch():
