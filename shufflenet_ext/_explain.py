@@ -34,8 +34,8 @@ def explain(
     on the CPU ``isa``, the instruction set of the kernel; on CUDA the planner's choice in numbers: ``tile_rows`` and
     ``tile_columns``, the window of result pixels that a block computes; ``slices``, the groups of conv3 that it
     computes, and ``chunk``, the intermediate channels that it holds at once; ``tile_depth``, the channels of x that a
-    warp multiplies at a time; ``shared_bytes``, the shared memory of a block; ``windows``, the blocks that the whole input
-    takes; ``blocks_per_multiprocessor``; ``multiprocessors``; ``cycles``, an estimate without a GPU, good only to
+    warp multiplies at a time; ``shared_bytes``, the shared memory of a block; ``windows``, the blocks that the whole
+    input takes; ``blocks_per_multiprocessor``; ``multiprocessors``; ``cycles``, an estimate without a GPU, good only to
     compare; ``result_shape``, (N, channels, H, W).
 
     Raises TypeError or ValueError, naming the argument, for bad arguments; RuntimeError for ``sm`` where no CUDA
