@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ISAS, Network, Unit, covering, network_op
+from support import DTYPES, ISAS, Network, Unit, covering, network_op, selected_isa
 from torch import Tensor
 
 from shufflenet_ext import _backend, _native, use_backend
@@ -73,11 +73,23 @@ def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this processor can run and that has kernels of its own for all ops, selected."""
-    previous = _native.build_info()["cpu_isa"]
-    _native.select_cpu_isa(request.param)
-    assert _native.build_info()["cpu_isa"] == request.param
-    yield request.param
-    _native.select_cpu_isa(previous)
+    with selected_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((isa, dtype), id=f"{isa}-{dtype}")
+        for isa in _native.cpu_isas()
+        for dtype in DTYPES
+        if isa in ISAS or dtype == torch.bfloat16
+    ]
+)
+def program_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Each dtype of a program's x and weights, with every instruction set that has kernels of its own for it, selected."""
+    isa, dtype = request.param
+    with selected_isa(isa):
+        yield dtype
 
 
 @pytest.fixture(autouse=True)

@@ -25,14 +25,19 @@ network_op = torch.ops.shufflenet_ext.shuffle_network
 FORWARDING_ISAS = ("avx512_bf16", "amx")
 ISAS = [isa for isa in _native.cpu_isas() if isa not in FORWARDING_ISAS]
 each_isa_for_bfloat16 = pytest.mark.parametrize("isa", _native.cpu_isas(), indirect=True)
-# The kernels for a program whose weights have x's dtype.
-each_program_kernel = pytest.mark.parametrize(
-    ("isa", "dtype"),
-    [(isa, dtype) for isa in _native.cpu_isas() for dtype in DTYPES if isa in ISAS or dtype == torch.bfloat16],
-    ids=str,
-    indirect=["isa"],
-)
 VECTOR_BYTES = {"baseline": 16, "neon": 16, "avx2": 32, "avx512": 64}
+
+
+@contextmanager
+def selected_isa(isa: str) -> Iterator[None]:
+    """Runs the block with the kernels of one of the CPU's instruction sets."""
+    previous = _native.build_info()["cpu_isa"]
+    _native.select_cpu_isa(isa)
+    assert _native.build_info()["cpu_isa"] == isa
+    try:
+        yield
+    finally:
+        _native.select_cpu_isa(previous)
 
 
 def sizes_at_the_tile(isa: str, dtype: torch.dtype) -> list[int]:

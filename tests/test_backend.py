@@ -20,6 +20,7 @@ from support import (
     assert_ran_reference,
     network_op,
     randomize,
+    selected_isa,
 )
 
 import shufflenet_ext as se
@@ -152,11 +153,10 @@ def test_every_isa_runs_code_of_its_own():
     # Fused multiply-adds round once: the last bits tell them from x86-64's baseline, or the choice has no effect.
     unit = Unit(plane=(14, 14), in_channels=48, mid_channels=24)
     tensors = unit.tensors()
-    previous, results = se.build_info()["cpu_isa"], {}
+    results = {}
     for isa in _native.cpu_isas():
-        _native.select_cpu_isa(isa)
-        results[isa] = unit.native(tensors)
-    _native.select_cpu_isa(previous)
+        with selected_isa(isa):
+            results[isa] = unit.native(tensors)
     least, *others = results
     for isa in others:
         assert not torch.equal(results[isa], results[least]), isa
@@ -182,15 +182,14 @@ def test_all_but_programs_in_bfloat16_are_avx512s(dtype, layout):
     arguments = network.arguments(dtype, layout)
 
     def results(isa):
-        _native.select_cpu_isa(isa)
-        return [unit.native(tensors) for unit, tensors in calls] + [network_op(*arguments)] * (dtype != torch.bfloat16)
+        with selected_isa(isa):
+            results = [unit.native(tensors) for unit, tensors in calls]
+            return results if dtype == torch.bfloat16 else [*results, network_op(*arguments)]
 
-    previous = _native.build_info()["cpu_isa"]
     expected = results("avx512")
     for isa in forwarding_isas():
         for got, wanted in zip(results(isa), expected, strict=True):
             assert torch.equal(got, wanted), isa
-    _native.select_cpu_isa(previous)
 
 
 def python(code, **environment):
