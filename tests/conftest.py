@@ -86,7 +86,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     ]
 )
 def program_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    """Each dtype of a program's x and weights, with each instruction set that has kernels of its own for it, selected."""
+    """Each dtype of a program's x and weights, with each instruction set that has kernels of its own for it."""
     isa, dtype = request.param
     with selected_isa(isa):
         yield dtype
