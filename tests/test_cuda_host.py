@@ -20,7 +20,7 @@ from benchmarks.cuda_toolkit import KERNEL, ROOT, build_planner, plans
 SOURCES = ROOT / "tests" / "cuda"
 CXX = os.environ.get("CXX", "g++").split()[0]
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"]
-SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
 pytestmark = pytest.mark.skipif(
