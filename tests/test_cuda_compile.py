@@ -31,22 +31,20 @@ def cuobjdump() -> str | None:
     return found
 
 
-pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc (on PATH, or by CUDA_HOME)")
+pytestmark = [
+    pytest.mark.skipif(nvcc() is None, reason="needs nvcc (on PATH, or by CUDA_HOME)"),
+    pytest.mark.long,  # all is compiled first, which takes minutes
+]
 
 
 @pytest.fixture(scope="session")
-def compiled(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], tuple[Path, list[Kernel]]]:
-    """The kernels of every dtype and architecture that a test of this run asks for."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, list[Kernel]]]:
     folder = tmp_path_factory.mktemp("cubins")
-    given = [item.callspec.params for item in request.session.items if item.path == Path(__file__)]
-    wanted = sorted({(params["dtype"], params["arch"]) for params in given})
+    wanted = [(dtype, arch) for dtype in DTYPES for arch in ARCHS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(wanted, pool.map(lambda pair: compile_kernels(*pair, folder), wanted), strict=True))
 
 
-@pytest.mark.covering(1)  # a compilation takes seconds
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_registers_are_as_the_planner_assumes(
@@ -62,7 +60,6 @@ def test_registers_are_as_the_planner_assumes(
 
 
 @pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
-@pytest.mark.covering(1)  # a compilation takes seconds
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_assembly_has_the_instructions_it_should(

@@ -57,6 +57,14 @@ def run(program: Path, cases: list[Case]) -> subprocess.CompletedProcess[str]:
 
 
 def failures(program: Path, cases: list[Case]) -> list[str]:
+    """What went wrong, by case. The cases are shared by as many processes as there are cores."""
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        found = pool.map(lambda core: failures_of_a_process(program, cases[core::cores]), range(min(cores, len(cases))))
+        return [failure for failures in found for failure in failures]
+
+
+def failures_of_a_process(program: Path, cases: list[Case]) -> list[str]:
     """What went wrong, by case; the harness ends the program at an access or a barrier that is not allowed."""
     done = run(program, cases)
     answers = done.stdout.splitlines()
@@ -161,7 +169,7 @@ def test_sizes_around_the_tiles(programs: dict[str, Path], program: str) -> None
     assert failures(programs[program], cases) == []
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("layout", ["nhwc", pytest.param("nchw", marks=pytest.mark.long)])
 def test_a_stage_4_unit_of_the_paper(programs: dict[str, Path], layout: str) -> None:
     unit: Case = {"in": 960, "mid": 240, "out": 960, "h": 7, "w": 7, "layout": layout, "dtype": "float16", "norm": 1}
     assert failures(programs["mma"], [unit]) == []
