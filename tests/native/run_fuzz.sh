@@ -12,8 +12,8 @@ build=${BUILD_DIR:-build/fuzz}
 units=${1:-2000}
 seed=${2:-0}
 cores=$(getconf _NPROCESSORS_ONLN)
-rm -rf "$build"
 mkdir -p "$build"
+rm -f "$build"/*.o  # of files that are no more
 
 # The ops alone need torch. GCC knows neither clang's pragmas nor its warnings, and says so of the pragmas only.
 for source in tests/native/fuzz_kernels.cpp $(find csrc/cpu -name '*.cpp' ! -name ops.cpp); do
