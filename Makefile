@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/$(subst =,_,$(subst >,_,$(subst <,_,$(TORCH))))
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
-CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard benchmarks/native/*.cpp tests/native/*.cpp tests/native/stand_in/torch/csrc/stable/*.h)
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(shell find benchmarks tests/native -name "*.cpp" -o -name "*.h")
 
-.PHONY: demo test bench bench-cuda sanitize sanitize-cuda test-aarch64 lint format clean
+.PHONY: demo test test-all bench bench-cuda sanitize sanitize-cuda test-aarch64 lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMPS)/built $(STAMPS)/extra-demo
@@ -20,6 +20,10 @@ demo: $(STAMPS)/built $(STAMPS)/extra-demo
 
 test: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
 	$(BIN)/python -m pytest
+
+# The same with what is marked long: every value of each test's matrix beside every other, and what takes a minute to build.
+test-all: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
+	$(BIN)/python -m pytest -m ""
 
 bench: $(STAMPS)/built $(STAMPS)/extra-bench
 	$(BIN)/python -m benchmarks

@@ -1,22 +1,66 @@
 """What the tests share: units with random arguments, the measure of accuracy, and a record of what ran."""
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shufflenet_ext as se
-from shufflenet_ext import reference
+from shufflenet_ext import _native, reference
 
 OPS = ("pointwise_shuffle_depthwise", "shuffle_bottleneck", "shuffle_bottleneck_batch_norm")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 network_op = torch.ops.shufflenet_ext.shuffle_network
+
+# These instruction sets have kernels of their own for programs in bfloat16 alone and leave all else to AVX-512's:
+# test_backend.py shows that they do, so no other test repeats AVX-512's results under their names.
+FORWARDING_ISAS = ("avx512_bf16", "amx")
+ISAS = [isa for isa in _native.cpu_isas() if isa not in FORWARDING_ISAS]
+each_isa_for_bfloat16 = pytest.mark.parametrize("isa", _native.cpu_isas(), indirect=True)
+VECTOR_BYTES = {"baseline": 16, "neon": 16, "avx2": 32, "avx512": 64}
+
+
+@contextmanager
+def selected_isa(isa: str) -> Iterator[None]:
+    """Runs the block with the kernels of one of the CPU's instruction sets."""
+    previous = _native.build_info()["cpu_isa"]
+    _native.select_cpu_isa(isa)
+    assert _native.build_info()["cpu_isa"] == isa
+    try:
+        yield
+    finally:
+        _native.select_cpu_isa(previous)
+
+
+def sizes_at_the_tile(isa: str, dtype: torch.dtype) -> list[int]:
+    """One less than a vector of the ISA holds, as many and one more; the same for three vectors, the largest tile."""
+    lanes = VECTOR_BYTES[isa] // (8 if dtype == torch.float64 else 4)  # sums of all dtypes but float64 are float32
+    return [size for tile in (lanes, 3 * lanes) for size in (tile - 1, tile, tile + 1)]
+
+
+def covering(cases: Sequence[Sequence[Hashable]], axes: int) -> set[int]:
+    """Indices of cases that have, together, every combination of values of so many axes that any of the cases has.
+
+    Each case is its value on every axis. The choice is greedy: always the first case with the most combinations that
+    are still missing.
+    """
+    combinations = [set(itertools.combinations(enumerate(case), min(axes, len(case)))) for case in cases]
+    missing = set().union(*combinations)
+    chosen = set()
+    for most in range(max(map(len, combinations), default=0), 0, -1):
+        for i, combination in enumerate(combinations):
+            if len(combination & missing) >= most:
+                missing -= combination
+                chosen.add(i)
+    return chosen
 
 
 @dataclass(frozen=True)

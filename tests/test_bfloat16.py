@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support import LAYOUTS, Network, Unit, randomize
+from support import LAYOUTS, Network, Unit, each_isa_for_bfloat16, randomize
 
 import shufflenet_ext as se
 from shufflenet_ext import reference
@@ -43,6 +43,7 @@ def error(got, expected):
     return float((got.double() - expected).abs().max() / expected.abs().max())
 
 
+@each_isa_for_bfloat16
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("plane", [(1, 1), (7, 7), (13, 1), (20, 33)], ids=str)
@@ -63,6 +64,7 @@ def test_unit_is_as_accurate_as_eager(isa, poison, name, plane, dtype, layout):
     assert all(torch.equal(result, got) for result in results[1:])
 
 
+@each_isa_for_bfloat16
 @pytest.mark.parametrize("name", UNITS)
 def test_nan_reaches_what_depends_on_it(isa, name):
     x, weights, steps = program(UNITS[name], torch.bfloat16)
@@ -83,6 +85,7 @@ STEMS = (
 )
 
 
+@each_isa_for_bfloat16
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("plane", [(7, 7), (31, 38), (8, 131)], ids=str)
@@ -102,6 +105,7 @@ def test_stem_is_as_accurate_as_eager(isa, poison, stem, in_channels, plane, dty
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
+@each_isa_for_bfloat16
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("stem", [(24, 3, 2, 1, 1), (24, 3, 2, 0, 1), (24, 3, 1, 1, 1), (24, 1, 1, 0, 0)], ids=str)
 def test_nan_and_inf_reach_what_depends_on_them(isa, stem, special):
@@ -121,6 +125,7 @@ def test_nan_and_inf_reach_what_depends_on_them(isa, stem, special):
         assert torch.equal(kind(got), kind(expected)), kind.__name__
 
 
+@each_isa_for_bfloat16
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_network_is_as_accurate_as_eager(isa, groups, dtype):
@@ -201,6 +206,7 @@ def trained():
     units = (se.FusedShuffleBottleneck(24, 36, 2, 3), se.FusedShuffleBottleneck(60, 60, 1, 3))
     head = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(60, 10))
     model = torch.nn.Sequential(*stem, *units, *head)
+    torch.set_num_threads(1)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=10 * 23)
     with se.use_backend("reference"):
@@ -214,6 +220,7 @@ def trained():
     return model.eval(), images[:360], labels[:360]
 
 
+@each_isa_for_bfloat16
 def test_a_trained_network_answers_the_same(isa, trained):
     model, images, labels = trained
     exact = se.optimize_for_inference(model)(images).argmax(1)

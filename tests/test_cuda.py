@@ -22,9 +22,10 @@ if (cuda_error := _native.build_info()["cuda_error"]) is not None:
 
 pytestmark = pytest.mark.cuda
 
+OF_THE_CPU = ("test_every_isa_of_this_architecture_is_tested", "test_planes_at_the_tile")
 for module in (test_kernels, test_dispatcher, test_network, test_properties):
     for name, test in list(vars(module).items()):
-        if name.startswith("test_") and name != "test_every_isa_of_this_architecture_is_tested":
+        if name.startswith("test_") and name not in OF_THE_CPU:
             globals()[f"{module.__name__}_{name.removeprefix('test_')}"] = test
 
 
@@ -39,6 +40,11 @@ def device() -> Iterator[None]:
 def isa() -> str:
     """In the place of the CPU's instruction sets, which are many."""
     return "cuda"
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def program_dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
 
 
 @pytest.fixture(autouse=True)

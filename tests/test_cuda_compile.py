@@ -31,7 +31,10 @@ def cuobjdump() -> str | None:
     return found
 
 
-pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc (on PATH, or by CUDA_HOME)")
+pytestmark = [
+    pytest.mark.skipif(nvcc() is None, reason="needs nvcc (on PATH, or by CUDA_HOME)"),
+    pytest.mark.long,  # all is compiled first, which takes minutes
+]
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from benchmarks.cuda_toolkit import KERNEL, ROOT, build_planner, plans
 SOURCES = ROOT / "tests" / "cuda"
 CXX = os.environ.get("CXX", "g++").split()[0]
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"]
-SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
 pytestmark = pytest.mark.skipif(
@@ -57,6 +57,14 @@ def run(program: Path, cases: list[Case]) -> subprocess.CompletedProcess[str]:
 
 
 def failures(program: Path, cases: list[Case]) -> list[str]:
+    """What went wrong, by case. The cases are shared by as many processes as there are cores."""
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        found = pool.map(lambda core: failures_of_a_process(program, cases[core::cores]), range(min(cores, len(cases))))
+        return [failure for failures in found for failure in failures]
+
+
+def failures_of_a_process(program: Path, cases: list[Case]) -> list[str]:
     """What went wrong, by case; the harness ends the program at an access or a barrier that is not allowed."""
     done = run(program, cases)
     answers = done.stdout.splitlines()
@@ -134,10 +142,11 @@ def random_cases(program: str, seed: int, count: int) -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.long) for first in range(12, 60, 12))])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("program", DTYPES)
-def test_units_of_all_kinds(programs: dict[str, Path], program: str, seed: int) -> None:
-    assert failures(programs[program], random_cases(program, 100 * seed, 60)) == []
+def test_units_of_all_kinds(programs: dict[str, Path], program: str, seed: int, first: int) -> None:
+    assert failures(programs[program], random_cases(program, 100 * seed, 60)[first : first + 12]) == []
 
 
 @pytest.mark.parametrize("program", DTYPES)
@@ -160,7 +169,7 @@ def test_sizes_around_the_tiles(programs: dict[str, Path], program: str) -> None
     assert failures(programs[program], cases) == []
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("layout", ["nhwc", pytest.param("nchw", marks=pytest.mark.long)])
 def test_a_stage_4_unit_of_the_paper(programs: dict[str, Path], layout: str) -> None:
     unit: Case = {"in": 960, "mid": 240, "out": 960, "h": 7, "w": 7, "layout": layout, "dtype": "float16", "norm": 1}
     assert failures(programs["mma"], [unit]) == []
@@ -227,6 +236,7 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         return dict(zip(MUTATIONS, pool.map(build_mutant, MUTATIONS), strict=True))
 
 
+@pytest.mark.long  # the mutants take a minute to build
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_planted_bug_is_caught(mutants: dict[str, Path], name: str) -> None:
     dtype = "tfloat32" if "TF32" in name else "float16"

@@ -3,6 +3,7 @@
 Where no CUDA library is loaded a planner of the test's own takes its place; tests of the real one are skipped.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -184,6 +185,26 @@ def test_explain_on_the_cpu(isa: str) -> None:
             "explanation": f"one op on the CPU, by its {isa} kernel",
             "isa": isa,
         }
+
+
+def documented_keys() -> set[str]:
+    """The keys that explain's docstring promises, those of CUDA included."""
+    text = str(se.explain.__doc__)
+    return set(re.findall(r"``(\w+)``", text[text.index("Returns a dict:") : text.index("Raises")]))
+
+
+CPU_KEYS = {"backend", "explanation", "isa"}
+
+
+def test_explains_keys_on_the_cpu_are_documented() -> None:
+    assert set(se.explain(se.FusedShuffleBottleneck(24, 24, 1, 3), (1, 24, 5, 5), device="cpu")) == CPU_KEYS
+    assert documented_keys() > CPU_KEYS
+
+
+@needs_library
+def test_explains_keys_on_cuda_are_documented() -> None:
+    answer = se.explain(se.FusedShuffleBottleneck(24, 24, 1, 3), (1, 24, 5, 5), sm=90)
+    assert set(answer) | CPU_KEYS == documented_keys()
 
 
 def test_explain_asks_the_planner_about_a_device(planner: Planner) -> None:

@@ -26,6 +26,7 @@ def with_gradients(unit, *args, **kwargs):
     return tensors
 
 
+@pytest.mark.covering(1)
 @each_op
 @each_stride
 @each_layout
@@ -79,6 +80,7 @@ def test_no_gradient_is_computed_for_what_needs_none():
     assert [tensor.grad is not None for tensor in tensors] == [False, False, False, True, False, False, False]
 
 
+@pytest.mark.covering(1)
 @each_op
 @each_stride
 @each_layout

@@ -4,7 +4,7 @@ import platform
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, OPS, Unit, assert_strides_of_layout
+from support import DTYPES, LAYOUTS, OPS, Unit, assert_strides_of_layout, sizes_at_the_tile
 
 from shufflenet_ext import _native
 
@@ -50,6 +50,15 @@ def test_groups(isa, groups, dtype, layout, stride, op):
 def test_planes(isa, plane, dtype, layout, stride):
     unit = Unit(plane=plane, stride=stride, in_channels=6, mid_channels=6)
     unit.check(unit.tensors(dtype, layout))
+
+
+@each_stride
+@each_layout
+@each_dtype
+def test_planes_at_the_tile(isa, dtype, layout, stride):
+    for size in sizes_at_the_tile(isa, dtype):
+        unit = Unit(plane=(2, stride * size), stride=stride, in_channels=6, mid_channels=6)
+        unit.check(unit.tensors(dtype, layout))
 
 
 @each_stride

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from support import OPS
 
 MEBIBYTE = 1 << 20
 THREADS = 2
@@ -50,16 +51,12 @@ linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 
 
 @linux_only
+@pytest.mark.covering(1)  # a new interpreter takes seconds
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_extra_memory_is_at_most_2_mib_a_thread(dtype, layout):
-    assert peak_beyond_result("native", "shuffle_bottleneck", dtype, layout) <= 2 * MEBIBYTE * THREADS
-
-
-@linux_only
-@pytest.mark.parametrize("op", ["pointwise_shuffle_depthwise", "shuffle_bottleneck_batch_norm"])
-def test_extra_memory_of_the_other_ops(op):
-    assert peak_beyond_result("native", op, "float32", "contiguous_format") <= 2 * MEBIBYTE * THREADS
+@pytest.mark.parametrize("op", OPS)
+def test_extra_memory_is_at_most_2_mib_a_thread(op, dtype, layout):
+    assert peak_beyond_result("native", op, dtype, layout) <= 2 * MEBIBYTE * THREADS
 
 
 @linux_only

@@ -63,37 +63,33 @@ def check_equals_its_units(network, dtype, layout):
 
 
 @each_layout
-@each_dtype
 @pytest.mark.parametrize("plane", [(28, 28), (1, 1), (9, 14), (7, 7), (14, 14), (2, 31)], ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 2, 5])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_equals_its_units_one_by_one(isa, threads, batch, plane, dtype, layout):
+def test_equals_its_units_one_by_one(threads, batch, plane, program_dtype, layout):
     torch.set_num_threads(threads)
-    check_equals_its_units(replace(MIXED, batch=batch, plane=plane), dtype, layout)
+    check_equals_its_units(replace(MIXED, batch=batch, plane=plane), program_dtype, layout)
 
 
-@each_dtype
 @pytest.mark.parametrize("plane", [(56, 56), (24, 40), (27, 56), (54, 30), (30, 55), (53, 29)], ids=str)
 @pytest.mark.parametrize("threads", [2, 3, 4, 7])
-def test_strips_equal_its_units_one_by_one(isa, threads, plane, dtype):
+def test_strips_equal_its_units_one_by_one(threads, plane, program_dtype):
     torch.set_num_threads(threads)
-    check_equals_its_units(replace(STRIPS, batch=1, plane=plane), dtype, LAYOUTS[0])
+    check_equals_its_units(replace(STRIPS, batch=1, plane=plane), program_dtype, LAYOUTS[0])
 
 
 @each_layout
-@each_dtype
 @pytest.mark.parametrize("plane", [(1, 1), (2, 31), (9, 14), (17, 1)], ids=str)
-def test_more_threads_than_rows(isa, plane, dtype, layout):
+def test_more_threads_than_rows(plane, program_dtype, layout):
     torch.set_num_threads(16)
     for batch in (1, 17):
-        check_equals_its_units(replace(MIXED, batch=batch, plane=plane), dtype, layout)
+        check_equals_its_units(replace(MIXED, batch=batch, plane=plane), program_dtype, layout)
 
 
 @each_layout
-@each_dtype
 @pytest.mark.parametrize("network", [MIXED, STRIPS], ids=["mixed", "strips"])
-def test_as_accurate_as_pytorch(isa, network, dtype, layout):
-    network.check(*network.arguments(dtype, layout))
+def test_as_accurate_as_pytorch(network, program_dtype, layout):
+    network.check(*network.arguments(program_dtype, layout))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -158,6 +154,7 @@ def test_opcheck(layout):
     torch.library.opcheck(network_op.default, replace(MIXED, plane=(9, 7)).arguments(layout=layout))
 
 
+@pytest.mark.covering(1)
 @each_layout
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_whole_graph(backend, layout):

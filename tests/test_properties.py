@@ -5,7 +5,7 @@ import math
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import DTYPES, LAYOUTS, OPS, Unit, assert_ran
+from support import DTYPES, LAYOUTS, OPS, Unit, assert_ran, selected_isa
 
 from shufflenet_ext import _native, ops
 
@@ -44,14 +44,12 @@ dtypes, layouts = st.sampled_from(DTYPES), st.sampled_from(LAYOUTS)
 @check
 @given(unit=units(), dtype=dtypes, layout=layouts, isa=st.sampled_from(_native.cpu_isas()), threads=st.integers(1, 3))
 def test_as_accurate_as_pytorch(unit, dtype, layout, isa, threads):
-    previous = _native.build_info()["cpu_isa"]
-    _native.select_cpu_isa(isa)
     torch.set_num_threads(threads)
     try:
-        unit.check(unit.tensors(dtype, layout))
+        with selected_isa(isa):
+            unit.check(unit.tensors(dtype, layout))
     finally:
         torch.set_num_threads(1)
-        _native.select_cpu_isa(previous)
 
 
 @check

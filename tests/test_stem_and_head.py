@@ -26,12 +26,11 @@ NETWORK = Network(UNITS, PAPER_STEM, (10, 0), in_channels=3, plane=(31, 38))
 
 
 @each_layout
-@each_dtype
 @pytest.mark.parametrize("plane", [(64, 64), (31, 38), (9, 5), (5, 67)], ids=str)
 @pytest.mark.parametrize("stem", [PAPER_STEM, CIFAR_STEM, (24, 3, 1, 1, 0), (24, 5, 2, 2, 1)], ids=str)
-def test_stems(isa, stem, plane, dtype, layout):
+def test_stems(stem, plane, program_dtype, layout):
     network = replace(NETWORK, stem=stem, plane=plane)
-    network.check(*network.arguments(dtype, layout))
+    network.check(*network.arguments(program_dtype, layout))
 
 
 @each_layout
@@ -46,31 +45,28 @@ def test_kernels_paddings_and_tiny_images(isa, size, stride, max_pool, layout):
             network.check(*network.arguments(layout=layout))
 
 
-@each_dtype
 @each_layout
 @pytest.mark.parametrize(("in_channels", "out_channels"), [(1, 1), (2, 7), (5, 9), (17, 25)])
-def test_channels_of_the_stem(isa, in_channels, out_channels, layout, dtype):
+def test_channels_of_the_stem(in_channels, out_channels, layout, program_dtype):
     unit = Unit(groups=1, in_channels=out_channels, mid_channels=5)
     network = Network((unit,), (out_channels, 3, 2, 1, 1), (10, 0), in_channels=in_channels, plane=(13, 35))
-    network.check(*network.arguments(dtype, layout))
+    network.check(*network.arguments(program_dtype, layout))
 
 
-@each_dtype
 @pytest.mark.parametrize("plane", [(4, 4), (7, 5), (4, 7)], ids=str)
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("classes", [1, 10, 33])
-def test_heads(isa, classes, window, plane, dtype):
+def test_heads(classes, window, plane, program_dtype):
     network = Network(UNITS[1:], (60, 1, 1, 0, 0), (classes, window), in_channels=3, plane=plane)
-    network.check(*network.arguments(dtype))
+    network.check(*network.arguments(program_dtype))
 
 
-@each_dtype
 @pytest.mark.parametrize("channels", [1, 3, 15, 16, 17, 63, 64, 65, 131])
-def test_channels_of_the_head(isa, channels, dtype):
+def test_channels_of_the_head(channels, program_dtype):
     # The linear layer takes whole vectors of channels, then the rest of one, for four images at a time, then for one.
     network = Network((Unit(groups=1, in_channels=channels, mid_channels=2),), (channels, 1, 1, 0, 0), (7, 0), 3, 5)
     network = replace(network, plane=(3, 3))
-    network.check(*network.arguments(dtype))
+    network.check(*network.arguments(program_dtype))
 
 
 def test_the_head_takes_no_pixel_outside_its_window(isa):
@@ -86,12 +82,11 @@ def test_the_head_takes_no_pixel_outside_its_window(isa):
 
 
 @each_layout
-@each_dtype
 @pytest.mark.parametrize("plane", [(1, 1), (2, 31), (31, 38), (112, 96), (107, 90)], ids=str)
 @pytest.mark.parametrize("stem", [PAPER_STEM, (24, 3, 1, 1, 0)], ids=str)
-def test_results_depend_on_neither_threads_nor_batch(isa, stem, plane, dtype, layout):
+def test_results_depend_on_neither_threads_nor_batch(stem, plane, program_dtype, layout):
     network = Network((*UNITS, replace(UNITS[1], conv2_relu=True)), stem, (10, 0), batch=5, in_channels=3, plane=plane)
-    x, weights, program = network.arguments(dtype, layout)
+    x, weights, program = network.arguments(program_dtype, layout)
     expected = network_op(x, weights, program)
     for threads in (1, 2, 3, 5, 16):
         torch.set_num_threads(threads)
@@ -164,12 +159,14 @@ class Model(nn.Module):
         return network_op(x, self.weights, self.program).softmax(1)
 
 
+@pytest.mark.covering(1)
 @each_layout
-def test_compile_whole_graph(layout):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_whole_graph(backend, layout):
     torch._dynamo.reset()
     x, weights, program = NETWORK.arguments(layout=layout)
     model = Model(weights, program)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(x), model(x))
 
 
 def test_export_with_a_dynamic_batch():

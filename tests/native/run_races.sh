@@ -7,19 +7,21 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$here/../..
 build=$root/build/races
-mkdir -p "$build/planted/csrc/cpu/schedule" "$build/planted/tests/native"
+phases=$(cd "$root" && find csrc -name phases.h)
+folder=$(dirname "$phases")
+mkdir -p "$build/planted/$folder" "$build/planted/tests/native"
 
 compile() {
   "${CXX:-c++}" -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -pthread \
-    -I"$here/stand_in" -I"$root/csrc/cpu/schedule" "$1" -o "$2"
+    -I"$here/stand_in" -I"$root/$folder" "$1" -o "$2"
 }
 
 compile "$here/race_phases.cpp" "$build/race_phases"
 "$build/race_phases" "$@"
 
 cp "$here/race_phases.cpp" "$build/planted/tests/native"
-sed 's/progress\[p\]\.done\.load(.*) < phase\.tasks/false/' "$root/csrc/cpu/schedule/phases.h" > "$build/planted/csrc/cpu/schedule/phases.h"
-if cmp -s "$root/csrc/cpu/schedule/phases.h" "$build/planted/csrc/cpu/schedule/phases.h"; then
+sed 's/progress\[p\]\.done\.load(.*) < phase\.tasks/false/' "$root/$phases" > "$build/planted/$phases"
+if cmp -s "$root/$phases" "$build/planted/$phases"; then
   echo "phases.h has no wait that could be taken out" >&2
   exit 1
 fi
