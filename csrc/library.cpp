@@ -38,8 +38,7 @@ using namespace shufflenet;
 py::dict to_dict(const cpu::PassDescription& pass) {
   py::list tiles;
   for (const cpu::Tile& tile : pass.tiles) tiles.append(py::make_tuple(tile.channels, tile.vectors));
-  return py::dict(
-      py::arg("cut") = pass.cut, py::arg("tiles") = py::tuple(tiles), py::arg("buffer_bytes") = pass.bytes);
+  return py::dict(py::arg("cut") = pass.cut, py::arg("tiles") = py::tuple(tiles), py::arg("buffer_bytes") = pass.bytes);
 }
 
 // Says how shuffle_network would run on x of these sizes with so many elements of weights.

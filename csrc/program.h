@@ -1,12 +1,13 @@
 // A chain of units for inference, with or without a network's stem and head around it, as the op shuffle_network takes
-// it: integers that say what the steps are, and their weights and biases one behind the other in one tensor.
+// it: integers that say what the steps are, and their weights and biases one behind the other in one tensor. The format
+// is described in shufflenet_ext/_program.py.
 #pragma once
 
 #include "arguments.h"
 
 namespace shufflenet {
 
-// Offsets into the weights. Each array is padded to a whole multiple of kPackedAlignment elements.
+// Offsets into the weights, where each array is padded to a whole multiple of kPackedAlignment elements.
 struct PackedConvolution {
   int64_t weight = 0, bias = 0;
 };
@@ -27,15 +28,9 @@ struct PackedHead {
   PackedConvolution linear;
 };
 
-// Weights of bfloat16 also go with an x, and a result, of float32.
-//
-// The steps as their integers name them; weights are in the order in which a step names its convolutions, each of them
-// weight then bias, with batch norm folded in.
-//   0, out_channels, kernel_size, stride, padding, max_pool     a stem, first
-//   1, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu, pool_count_include_pad     a unit
-//   3, times     the unit before, so many times more, with weights of its own each time
-//   2, classes, pool_window     a head, last: the mean of the plane's upper left pool_window x pool_window pixels (0:
-//                               of all), and a linear layer
+// The first integer of each step.
+enum class StepKind : int64_t { stem = 0, unit = 1, head = 2, again = 3 };
+
 struct Program {
   std::optional<PackedStem> stem;
   std::vector<PackedUnit> units;
@@ -44,7 +39,7 @@ struct Program {
   Sizes sizes;    // of the units' result
 };
 
-// What the kernels of one op need: CPUs have no others yet.
+// Refuses what the CPU has no steps for.
 inline void check_ends(const Program& program) {
   if (program.stem.has_value() != program.head.has_value()) {
     fail("program: got a ", program.stem ? "stem" : "head", " alone, expected a stem and a head or neither");
@@ -53,7 +48,7 @@ inline void check_ends(const Program& program) {
 
 class ProgramReader {
  public:
-  // For x of these sizes, and so many elements of weights.
+  // Reads a program for x of these sizes, and so many elements of weights.
   ProgramReader(const Sizes& x, Layout layout, int64_t weights, const std::vector<int64_t>& program)
       : x_(x), layout_(layout), weights_(weights), program_(program), sizes_(x) {}
 
@@ -63,25 +58,25 @@ class ProgramReader {
     result.units.reserve(16);            // the paper's
     const int64_t* last_unit = nullptr;  // its integers
     bool ended = program_.empty();
-    if (!ended && program_[0] == 0) result.stem = read_stem(result.layout);
+    if (!ended && StepKind(program_[0]) == StepKind::stem) result.stem = read_stem(result.layout);
     while (!ended && at_ < program_.size()) {
-      const int64_t kind = program_[at_];
+      const StepKind kind{program_[at_]};
       const Layout layout = result.stem ? Layout::contiguous : result.layout;
-      if (kind == 1) {
+      if (kind == StepKind::unit) {
         last_unit = take(7);
         result.units.push_back(read_unit(last_unit, layout));
-      } else if (kind == 3 && last_unit) {
+      } else if (kind == StepKind::again && last_unit) {
         const int64_t times = positive("times", take(1)[0]);
         for (int64_t i = 0; i < times; ++i) {
           result.units.push_back(read_unit(last_unit, layout));
           if (used_ > weights_) fail("weights: got ", weights_, " elements, expected more for ", times, " more units");
         }
-      } else if (kind == 2 && !result.units.empty()) {
+      } else if (kind == StepKind::head && !result.units.empty()) {
         result.sizes = sizes_;
         result.head = read_head();
         ended = true;
       } else {
-        fail("program: got step ", kind, " at element ", at_,
+        fail("program: got step ", program_[at_], " at element ", at_,
              ", expected 0 (stem) first, 1 (unit), 3 (again) behind a unit or 2 (head) last");
       }
     }

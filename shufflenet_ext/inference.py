@@ -12,6 +12,7 @@ from shufflenet_ext import reference
 from shufflenet_ext._backend import implementation
 from shufflenet_ext._checks import check_tensor
 from shufflenet_ext._native import UnitSizes
+from shufflenet_ext._program import StepKind
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
@@ -63,12 +64,12 @@ class _Steps:
     def add_stem(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, max_pool: bool) -> None:
         padding = conv.padding[0]
         assert isinstance(padding, int)
-        self.program += [0, conv.out_channels, conv.kernel_size[0], conv.stride[0], padding, max_pool]
+        self.program += [StepKind.STEM.value, conv.out_channels, conv.kernel_size[0], conv.stride[0], padding, max_pool]
         self.tensors += _folded(conv, norm, self.dtype)
 
     def add_unit(self, unit: FusedShuffleBottleneck) -> None:
         (conv1, _), (conv2, _), (conv3, _) = unit.pairs()
-        step = [1, conv2.out_channels, conv3.out_channels, conv1.groups, unit.groups, unit.stride]
+        step = [StepKind.UNIT.value, conv2.out_channels, conv3.out_channels, conv1.groups, unit.groups, unit.stride]
         step += [unit.conv2_relu, unit.pool_count_include_pad]
         # A unit like the one before is counted, not repeated: each number takes some 40 ns in the dispatcher.
         if step != self.unit:
@@ -77,14 +78,14 @@ class _Steps:
         elif self.again:
             self.program[-1] += 1
         else:
-            self.program += [3, 1]
+            self.program += [StepKind.AGAIN.value, 1]
             self.again = True
         for conv, norm in unit.pairs():
             self.tensors += _folded(conv, norm, self.dtype)
         self.sizes += unit_sizes(unit)
 
     def add_head(self, linear: nn.Linear, *, pool_window: int) -> None:
-        self.program += [2, linear.out_features, pool_window]
+        self.program += [StepKind.HEAD.value, linear.out_features, pool_window]
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
         self.tensors += [tensor.detach().to(self.dtype or tensor.dtype) for tensor in (linear.weight, bias)]
 

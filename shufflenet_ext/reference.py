@@ -14,11 +14,10 @@ from shufflenet_ext._checks import (
     check_divides,
     check_image,
     check_int,
-    check_step,
     check_tensor,
     check_unit,
-    split_program,
 )
+from shufflenet_ext._program import StepKind, check_step, split_program
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
@@ -120,11 +119,7 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
         x: (N, C, H, W).
         weights: the steps' weights and biases with batch norm folded in, one behind the other; see
             :func:`pack_weights`. Of x's dtype; or of bfloat16, for an x of float32 and a result of float32.
-        program: what the steps are: 0, out_channels, kernel_size (11 at most), stride, padding, max_pool for a stem
-            (first), whose max pool is 3×3 with stride 2; 1, mid_channels, out_channels, conv1_groups, groups, stride,
-            conv2_relu, pool_count_include_pad for a unit; 3, times for the unit before so many times more; 2, classes,
-            pool_window for a head (last), which takes the mean of the upper left pool_window × pool_window pixels
-            (0: of all). The op takes a stem and a head or neither, around one unit at least.
+        program: what the steps are; see ``shufflenet_ext._program``.
 
     Raises ValueError for arguments that are not as above.
     """
@@ -143,13 +138,13 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
     for kind, step in split_program(program):
         channels, height, width = x.shape[1:]
         check_step(kind, step, channels, height, width)
-        if kind == 0:
+        if kind is StepKind.STEM:
             out_channels, size, stride, padding, max_pool = step
             x = F.conv2d(x, *packed.take(out_channels, channels, size, size), stride=stride, padding=padding)
             if max_pool:
                 x = F.max_pool2d(x, 3, stride=2, padding=1)  # the same as behind the ReLU, which then has less to do
             x = F.relu(x)
-        elif kind == 1:
+        elif kind is StepKind.UNIT:
             mid, out, conv1_groups, groups, stride, conv2_relu, include_pad = step
             x = shuffle_bottleneck(
                 x,

@@ -170,3 +170,12 @@ def test_shuffle_channels():
         se.shuffle_channels([1], 3)
     with pytest.raises(TypeError, match="groups: got float, expected an int"):
         se.shuffle_channels(x, 3.0)
+
+
+@pytest.mark.parametrize("name", [name for name in TENSORS["shuffle_bottleneck_batch_norm"] if name.startswith("bn")])
+def test_norms_of_float32_go_with_16_bit_images_only(name):
+    unit = Unit("shuffle_bottleneck_batch_norm")
+    tensors = dict(zip(TENSORS[unit.op], unit.tensors(torch.float64), strict=True))
+    tensors[name] = tensors[name].float()
+    with pytest.raises(RuntimeError, match=f"{name}: got dtype float32, expected x's, float64"):
+        unit.native(list(tensors.values()))

@@ -15,7 +15,7 @@ from support import DTYPES, LAYOUTS, Network, Unit, assert_as_accurate, autocast
 
 import shufflenet_ext as se
 from shufflenet_ext import reference
-from shufflenet_ext._checks import split_program
+from shufflenet_ext._program import split_program
 
 pytestmark = pytest.mark.usefixtures("poison")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -349,9 +349,9 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
     const int64_t pixels = strip.rows.count() * unit.out_width();
     result.push_back(std::make_unique<StripPlanes<A>>(unit.result_channels() / channels, pixels));
     strip.result = result.back()->rows();
-    y1.push_back(std::make_unique<Buffer>(kernel.strip_y1_bytes(unit, strip.rows)));
+    y1.push_back(std::make_unique<Buffer>(kernel.strip_bytes(unit, strip.rows).y1));
     strip.y1 = y1.back()->get();
-    lent.push_back(std::make_unique<Buffer>(kernel.lent_bytes(unit, strip.rows)));
+    lent.push_back(std::make_unique<Buffer>(kernel.strip_bytes(unit, strip.rows).lent));
     strip.lent = lent.back()->get();
     order.push_back(i);
     if (i == 0) continue;
@@ -364,7 +364,7 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
   for (const auto phase : {&UnitKernel::strip_conv1, &UnitKernel::strip_depthwise_and_conv3}) {
     std::shuffle(order.begin(), order.end(), generator);
     for (const int64_t i : order) {
-      const Buffer workspace(kernel.strip_workspace_bytes(unit, strips[i].rows));
+      const Buffer workspace(kernel.strip_bytes(unit, strips[i].rows).workspace);
       (kernel.*phase)(unit, pointers, strips[i], workspace.get());
     }
   }
