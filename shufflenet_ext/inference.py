@@ -296,4 +296,6 @@ def _chain(module: nn.Module) -> list[FusedShuffleBottleneck]:
 
 def _foldable(unit: FusedShuffleBottleneck) -> bool:
     """Whether the unit is no more than its folded weights. What is not stays a module of its own."""
-    return not has_hooks(unit) and all(unfusable(conv, norm) is None for conv, norm in unit.pairs())
+    return (
+        not has_hooks(unit) and not unit.variant() and all(unfusable(conv, norm) is None for conv, norm in unit.pairs())
+    )
