@@ -1,0 +1,205 @@
+"""A unit of any class that runs fused: the module stays the object that it was, and only its class changes."""
+
+import copyreg
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shufflenet_ext import _native, ops, reference
+from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, unit_variant
+from shufflenet_ext._match import Stage, Unit
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (int, float, bool, str, tuple, list, type(None))
+
+
+class _Snapshot:
+    """A module's settings and children at the time of the proof, which must still be there at a call."""
+
+    def __init__(self, module: nn.Module, *, hooks: bool) -> None:
+        self.module = module
+        self.type = type(module) if hooks else None  # a fused class is made anew where it is unpickled
+        values = {name: value for name, value in vars(module).items() if type(value) in _PLAIN}
+        values |= {"training": False, "_modules": dict(module._modules)}
+        if hooks:
+            values |= {name: {} for name in _HOOKS}
+        self.values = values
+        self.parameters = [value is None for value in module._parameters.values()]
+
+    def holds(self) -> bool:
+        module = self.module
+        return (
+            self.values.items() <= vars(module).items()
+            and (self.type is None or type(module) is self.type)
+            and [value is None for value in module._parameters.values()] == self.parameters
+        )
+
+
+class _Adopted:
+    """What a fused module knows of itself as a unit."""
+
+    def __init__(self, module: nn.Module, unit: Unit) -> None:
+        self.unit = unit
+        self.paths = [_paths(stage) for stage in unit.stages]
+        self.orders = [[order and torch.tensor(order) for order in (s.order, s.norm_order)] for s in unit.stages]
+        self.snapshots = [_Snapshot(m, hooks=m is not module) for m in module.modules()]
+
+    def training(self) -> bool:
+        return any(snapshot.module.training for snapshot in self.snapshots)
+
+    def unchanged(self) -> bool:
+        return all(snapshot.holds() for snapshot in self.snapshots)
+
+
+def _paths(stage: Stage) -> list[list[str] | None]:
+    norm = stage.norm
+    names = [stage.weight, stage.bias]
+    names += [None] * 4 if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
+    return [None if name is None else name.split(".") for name in names]
+
+
+def _read(module: Any, path: list[str]) -> Any:
+    for name in path[:-1]:
+        module = module._modules[name]
+    return getattr(module, path[-1])
+
+
+def stage_tensors(module: nn.Module, unit: Unit) -> list[list[Tensor | None]]:
+    """Of each convolution: weight, bias, and the norm's weight, bias, mean, variance; in the unit's order."""
+    return [
+        [
+            None if path is None else _reordered(_read(module, path), order)
+            for path, order in zip(_paths(stage), [stage.order] * 2 + [stage.norm_order] * 4, strict=True)
+        ]
+        for stage in unit.stages
+    ]
+
+
+def _reordered(tensor: Tensor, order: Any) -> Tensor:
+    return tensor if order is None else tensor[order if isinstance(order, Tensor) else list(order)]
+
+
+def fold(stage: Stage, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution that equals a stage in eval mode."""
+    weight, bias, gamma, beta, mean, var = tensors
+    assert weight is not None
+    if stage.norm is None:
+        return weight, bias
+    assert mean is not None and var is not None
+    scale = torch.rsqrt(var + stage.norm.eps)
+    scale = scale if gamma is None else scale * gamma
+    shift = -mean if bias is None else bias - mean
+    shift = shift * scale if beta is None else torch.addcmul(beta, shift, scale)
+    return weight * scale.to(weight.dtype).view(-1, 1, 1, 1), shift.to(weight.dtype)
+
+
+def plain_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]], *, training: bool) -> Tensor:
+    """What a unit computes, in plain PyTorch, with or without its batch norms in training mode."""
+
+    def stage(y: Tensor, index: int, **options: Any) -> Tensor:
+        (weight, bias, gamma, beta, mean, var), norm = tensors[index], unit.stages[index].norm
+        assert weight is not None
+        y = F.conv2d(y, weight, bias, **options)
+        return y if norm is None else F.batch_norm(y, mean, var, gamma, beta, training, 0.0, norm.eps)
+
+    y = F.relu(stage(x, 0, groups=unit.conv1_groups))
+    y = reference.shuffle_channels(y, unit.shuffle_groups)
+    y = stage(y, 1, stride=unit.stride, padding=1, groups=unit.mid_channels)
+    y = stage(F.relu(y) if unit.conv2_relu else y, 2, groups=unit.groups)
+    return reference.add_shortcut(
+        y,
+        x,
+        stride=unit.stride,
+        pool_count_include_pad=unit.pool_count_include_pad,
+        shortcut_first=unit.shortcut_first,
+        shortcut_relu=unit.shortcut_relu,
+    )
+
+
+class FusedUnit(nn.Module):
+    """The mixin by which :func:`shufflenet_ext.fuse` makes a module of any class run fused in eval mode.
+
+    In training mode, and wherever the module is not what it was at the time of :func:`shufflenet_ext.fuse`, it runs its
+    own class's code.
+    """
+
+    _adopted: _Adopted
+
+    @property
+    def fused_unit(self) -> Unit:
+        """The unit that it is: its geometry, and which of its tensors are whose."""
+        return self._adopted.unit
+
+    def _run(self, x: Tensor) -> Tensor | None:
+        """The unit's result by the native op; None where the module's own code is to run."""
+        adopted = self._adopted
+        if not adopted.unchanged():
+            if not adopted.training():
+                fall_back(f"a fused {type(self).__name__} is not what it was when fuse() proved it")
+            return None
+        unit = adopted.unit
+        variant = unit_variant(unit.groups, unit.shuffle_groups, unit.shortcut_first, unit.shortcut_relu, unit.stride)
+        sizes = (unit.mid_channels, unit.in_channels // unit.conv1_groups, 1, 1)
+        sizes += (unit.out_channels, unit.mid_channels // unit.groups, 1, 1)
+        sizes += (unit.conv1_groups, unit.groups, unit.stride)
+        if not runs_native(x, lambda: [sizes], variant):
+            return None
+        tensors = [
+            [
+                None if path is None else _reordered(_read(self, path), order)
+                for path, order in zip(paths, [orders[0]] * 2 + [orders[1]] * 4, strict=True)
+            ]
+            for paths, orders in zip(adopted.paths, adopted.orders, strict=True)
+        ]
+        options = {name: value for name, value in unit.options.items() if name not in _VARIANT} | variant
+        if all(t[1] is None and None not in [id(v) if v is not None else None for v in t[2:]] for t in tensors):
+            norms = [stage.norm for stage in unit.stages]
+            eps = {f"bn{i}_eps": norm.eps for i, norm in enumerate(norms, 1) if norm is not None}
+            flat = [tensor for t in tensors for tensor in (t[0], *t[2:])]
+            op = torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm
+            return op(x, *flat, **eps, **options, allow_tf32=allows_tf32(x))  # type: ignore[no-any-return]
+        folded = [tensor for stage, t in zip(unit.stages, tensors, strict=True) for tensor in fold(stage, t)]
+        return ops.shuffle_bottleneck(x, *folded, **options)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        create, args, *rest = super().__reduce_ex__(protocol)
+        if create is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return create, args, *rest
+        return _new, (type(self).__mro__[2], *args[1:]), *rest
+
+
+_VARIANT = ("shuffle_groups", "shortcut_first", "shortcut_relu")
+
+
+def _new(base: type[nn.Module], *args: Any) -> nn.Module:
+    created: nn.Module = copyreg.__newobj__(_fused_class(base), *args)  # type: ignore[attr-defined]
+    return created
+
+
+@functools.cache
+def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The class whose objects are those of ``base``, fused."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() == 4:
+            result = self._run(args[0])
+            if result is not None:
+                return result
+        return base.forward(self, *args, **kwargs)
+
+    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "forward": forward}
+    return type(f"Fused{base.__name__}", (FusedUnit, base), namespace)
+
+
+def adopt(module: nn.Module, unit: Unit) -> None:
+    """Makes a module run fused. It keeps its tensors, children, hooks and everything else that it has."""
+    module.__class__ = _fused_class(type(module))
+    adopted = _Adopted(module, unit)
+    object.__setattr__(module, "_adopted", adopted)
+
+
+_native.run_while_tracing(_Adopted.unchanged)
