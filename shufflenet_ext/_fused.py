@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 from shufflenet_ext import _native, ops, reference
 from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, unit_variant
-from shufflenet_ext._match import Stage, Unit
+from shufflenet_ext._match import Norm, Stage, Unit
+from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (int, float, bool, str, tuple, list, type(None))
+
+
+_Paths = list[list[str] | None]  # of a stage's tensors, as stage_tensors has them
+_Orders = list[Tensor | None]
 
 
 class _Snapshot:
@@ -21,7 +26,7 @@ class _Snapshot:
 
     def __init__(self, module: nn.Module, *, hooks: bool) -> None:
         self.module = module
-        self.type = type(module) if hooks else None  # a fused class is made anew where it is unpickled
+        self.type: Any = type(module) if hooks else None  # a fused class is made anew where it is unpickled
         values = {name: value for name, value in vars(module).items() if type(value) in _PLAIN}
         values |= {"training": False, "_modules": dict(module._modules)}
         if hooks:
@@ -44,7 +49,7 @@ class _Adopted:
     def __init__(self, module: nn.Module, unit: Unit) -> None:
         self.unit = unit
         self.paths = [_paths(stage) for stage in unit.stages]
-        self.orders = [[order and torch.tensor(order) for order in (s.order, s.norm_order)] for s in unit.stages]
+        self.orders = [_orders(stage) for stage in unit.stages]
         self.snapshots = [_Snapshot(m, hooks=m is not module) for m in module.modules()]
 
     def training(self) -> bool:
@@ -54,9 +59,9 @@ class _Adopted:
         return all(snapshot.holds() for snapshot in self.snapshots)
 
 
-def _paths(stage: Stage) -> list[list[str] | None]:
+def _paths(stage: Stage) -> _Paths:
     norm = stage.norm
-    names = [stage.weight, stage.bias]
+    names: list[str | None] = [stage.weight, stage.bias]
     names += [None] * 4 if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
     return [None if name is None else name.split(".") for name in names]
 
@@ -69,17 +74,28 @@ def _read(module: Any, path: list[str]) -> Any:
 
 def stage_tensors(module: nn.Module, unit: Unit) -> list[list[Tensor | None]]:
     """Of each convolution: weight, bias, and the norm's weight, bias, mean, variance; in the unit's order."""
+    return _read_all(module, [_paths(stage) for stage in unit.stages], [_orders(stage) for stage in unit.stages])
+
+
+def _read_all(module: nn.Module, paths: list[_Paths], orders: list[_Orders]) -> list[list[Tensor | None]]:
     return [
         [
             None if path is None else _reordered(_read(module, path), order)
-            for path, order in zip(_paths(stage), [stage.order] * 2 + [stage.norm_order] * 4, strict=True)
+            for path, order in zip(stage_paths, stage_orders, strict=True)
         ]
-        for stage in unit.stages
+        for stage_paths, stage_orders in zip(paths, orders, strict=True)
     ]
 
 
-def _reordered(tensor: Tensor, order: Any) -> Tensor:
-    return tensor if order is None else tensor[order if isinstance(order, Tensor) else list(order)]
+def _orders(stage: Stage) -> _Orders:
+    def index(order: tuple[int, ...] | None) -> Tensor | None:
+        return None if order is None else torch.tensor(order)
+
+    return [index(stage.order)] * 2 + [index(stage.norm_order)] * 4
+
+
+def _reordered(tensor: Tensor, order: Tensor | None) -> Tensor:
+    return tensor if order is None else tensor[order]
 
 
 def fold(stage: Stage, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +104,8 @@ def fold(stage: Stage, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor | N
     assert weight is not None
     if stage.norm is None:
         return weight, bias
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
     scale = torch.rsqrt(var + stage.norm.eps)
     scale = scale if gamma is None else scale * gamma
     shift = -mean if bias is None else bias - mean
@@ -142,36 +159,27 @@ class FusedUnit(nn.Module):
             return None
         unit = adopted.unit
         variant = unit_variant(unit.groups, unit.shuffle_groups, unit.shortcut_first, unit.shortcut_relu, unit.stride)
-        sizes = (unit.mid_channels, unit.in_channels // unit.conv1_groups, 1, 1)
-        sizes += (unit.out_channels, unit.mid_channels // unit.groups, 1, 1)
-        sizes += (unit.conv1_groups, unit.groups, unit.stride)
-        if not runs_native(x, lambda: [sizes], variant):
+        if not runs_native(x, lambda: [unit.sizes], variant):
             return None
-        tensors = [
-            [
-                None if path is None else _reordered(_read(self, path), order)
-                for path, order in zip(paths, [orders[0]] * 2 + [orders[1]] * 4, strict=True)
-            ]
-            for paths, orders in zip(adopted.paths, adopted.orders, strict=True)
-        ]
-        options = {name: value for name, value in unit.options.items() if name not in _VARIANT} | variant
-        if all(t[1] is None and None not in [id(v) if v is not None else None for v in t[2:]] for t in tensors):
+        tensors = _read_all(self, adopted.paths, adopted.orders)
+        options = {name: value for name, value in unit.options.items() if name not in VARIANT} | variant
+        if all(t[1] is None and all(tensor is not None for tensor in t[2:]) for t in tensors):
             norms = [stage.norm for stage in unit.stages]
             eps = {f"bn{i}_eps": norm.eps for i, norm in enumerate(norms, 1) if norm is not None}
             flat = [tensor for t in tensors for tensor in (t[0], *t[2:])]
             op = torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm
-            return op(x, *flat, **eps, **options, allow_tf32=allows_tf32(x))  # type: ignore[no-any-return]
+            return op(x, *flat, **eps, **options, allow_tf32=allows_tf32(x))
         folded = [tensor for stage, t in zip(unit.stages, tensors, strict=True) for tensor in fold(stage, t)]
         return ops.shuffle_bottleneck(x, *folded, **options)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        create, args, *rest = super().__reduce_ex__(protocol)
-        if create is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return create, args, *rest
-        return _new, (type(self).__mro__[2], *args[1:]), *rest
+        reduced: Any = super().__reduce_ex__(protocol)
+        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return _new, (type(self).__mro__[2], *reduced[1][1:]), *reduced[2:]
 
 
-_VARIANT = ("shuffle_groups", "shortcut_first", "shortcut_relu")
+VARIANT = ("shuffle_groups", "shortcut_first", "shortcut_relu")
 
 
 def _new(base: type[nn.Module], *args: Any) -> nn.Module:
@@ -179,9 +187,13 @@ def _new(base: type[nn.Module], *args: Any) -> nn.Module:
     return created
 
 
-@functools.cache
-def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
+_fused_classes: dict[Any, type[nn.Module]] = {}  # by the classes that they were made from
+
+
+def _fused_class(base: Any) -> type[nn.Module]:
     """The class whose objects are those of ``base``, fused."""
+    if base in _fused_classes:
+        return _fused_classes[base]
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +204,8 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         return base.forward(self, *args, **kwargs)
 
     namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "forward": forward}
-    return type(f"Fused{base.__name__}", (FusedUnit, base), namespace)
+    created = type(f"Fused{base.__name__}", (FusedUnit, base), namespace)
+    return _fused_classes.setdefault(base, created)
 
 
 def adopt(module: nn.Module, unit: Unit) -> None:
@@ -203,3 +216,38 @@ def adopt(module: nn.Module, unit: Unit) -> None:
 
 
 _native.run_while_tracing(_Adopted.unchanged)
+
+
+def foldable_unit(module: nn.Module) -> Unit | None:
+    """The unit that a fused module is, where it is no more than its tensors; None where it is not."""
+    if has_hooks(module):
+        return None
+    if isinstance(module, FusedUnit):
+        return module.fused_unit if module._adopted.unchanged() else None
+    if type(module) is not FusedShuffleBottleneck:
+        return None
+    pairs = module.pairs()
+    if any(unfusable(conv, norm) is not None or norm.running_mean is None for conv, norm in pairs):
+        return None
+    stages = tuple(
+        Stage(
+            f"conv{i}.weight",
+            None if conv.bias is None else f"conv{i}.bias",
+            Norm(f"bn{i}.weight", f"bn{i}.bias", f"bn{i}.running_mean", f"bn{i}.running_var", norm.eps),
+        )
+        for i, (conv, norm) in enumerate(pairs, 1)
+    )
+    return Unit(
+        in_channels=module.conv1.in_channels,
+        mid_channels=module.conv1.out_channels,
+        out_channels=module.conv3.out_channels,
+        conv1_groups=module.conv1.groups,
+        groups=module.groups,
+        shuffle_groups=module.shuffle_groups,
+        stride=module.stride,
+        conv2_relu=module.conv2_relu,
+        pool_count_include_pad=module.pool_count_include_pad,
+        shortcut_first=module.shortcut_first,
+        shortcut_relu=module.shortcut_relu,
+        stages=stages,  # type: ignore[arg-type]  # three of them
+    )

@@ -14,17 +14,27 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 # ATen operations that change no element. They are run on the numbers.
-_MOVES = frozenset(
-    """view reshape _unsafe_view view_as reshape_as permute transpose t movedim moveaxis swapaxes swapdims flatten
-    unflatten squeeze unsqueeze expand expand_as contiguous clone detach alias lift_fresh_copy channel_shuffle
-    native_channel_shuffle pixel_shuffle pixel_unshuffle chunk split split_with_sizes tensor_split unbind slice narrow
-    select index_select index gather take_along_dim cat concat concatenate stack hstack roll flip rot90 repeat
-    as_strided copy unsafe_chunk unsafe_split unsafe_split_with_sizes""".split()
-)
+# fmt: off
+_MOVES = frozenset((
+    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "permute", "transpose", "t", "movedim",
+    "moveaxis", "swapaxes", "swapdims", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as",
+    "contiguous", "clone", "detach", "alias", "lift_fresh_copy", "channel_shuffle", "native_channel_shuffle",
+    "pixel_shuffle", "pixel_unshuffle", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "slice",
+    "narrow", "select", "index_select", "index", "gather", "take_along_dim", "cat", "concat", "concatenate",
+    "stack", "hstack", "roll", "flip", "rot90", "repeat", "as_strided", "copy", "unsafe_chunk", "unsafe_split",
+    "unsafe_split_with_sizes",
+))
+# fmt: on
 # Nor do these, but for their result alone: they read shapes, or check something.
-_QUERIES = frozenset("sym_size sym_numel sym_stride size".split())
+_QUERIES = frozenset(("sym_size", "sym_numel", "sym_stride", "size"))
 _CHECKS = frozenset(
-    "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size".split()
+    (
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "_assert_async",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    )
 )
 
 
@@ -84,7 +94,7 @@ class _Scrambled:
 
 
 class TraceError(Exception):
-    """The module's graph cannot be had."""
+    """The graph has something in it that cannot be followed."""
 
 
 @dataclass
@@ -104,13 +114,9 @@ class Graph:
 def trace(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None) -> Graph:
     """The graph of ``module`` called with ``args``, in the mode that it is in.
 
-    TraceError, with the cause, where torch.export does not take it.
+    TraceError for a graph that cannot be followed; else whatever torch.export raises for a module that it does not take.
     """
-    try:
-        program = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:  # whatever a user's code may raise
-        raise TraceError(f"torch.export does not take it ({str(error).strip().splitlines()[0][:200]})") from error
-    return _Tracer(program).run()
+    return _Tracer(torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)).run()
 
 
 class _Tracer:

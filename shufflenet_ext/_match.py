@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shufflenet_ext._graph import Graph, Operation, Parameter, Wire
+from shufflenet_ext._native import UnitSizes
 
 Order = tuple[int, ...]
 
@@ -50,6 +51,13 @@ class Unit:
     stages: tuple[Stage, Stage, Stage]
 
     @property
+    def sizes(self) -> UnitSizes:
+        """The unit for the planner."""
+        conv1 = (self.mid_channels, self.in_channels // self.conv1_groups, 1, 1)
+        conv3 = (self.out_channels, self.mid_channels // self.groups, 1, 1)
+        return (*conv1, *conv3, self.conv1_groups, self.groups, self.stride)
+
+    @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of :func:`shufflenet_ext.ops.shuffle_bottleneck`."""
         names = (
@@ -67,7 +75,7 @@ class Found:
     operations: list[Operation] = field(default_factory=list)  # all that it takes the place of
 
 
-class Miss(Exception):
+class NearMiss(Exception):  # noqa: N818 (it is no error)
     """What was looked at is no unit; ``depth`` tells how near it came."""
 
     def __init__(self, depth: int, cause: str) -> None:
@@ -76,23 +84,23 @@ class Miss(Exception):
 
 
 def unit_of(graph: Graph) -> Unit:
-    """The unit that a traced module is. Miss, with the cause, where it is none."""
+    """The unit that a traced module is. NearMiss, with the cause, where it is none."""
     if len(graph.outputs) != 1 or not isinstance(graph.outputs[0], Wire):
-        raise Miss(0, "it does not return one tensor made of whole channels")
+        raise NearMiss(0, "it does not return one tensor made of whole channels")
     if len(graph.inputs) != 1:
-        raise Miss(0, "it does not take one tensor")
+        raise NearMiss(0, "it does not take one tensor")
     found = unit_at(graph.outputs[0])
     if found.input.only() is not graph.inputs[0]:
-        raise Miss(6, "its first convolution does not read its input as it is")
+        raise NearMiss(6, "its first convolution does not read its input as it is")
     taken = {id(operation) for operation in [*found.operations, *graph.inputs]}
     for operation in graph.operations:
         if id(operation) not in taken:
-            raise Miss(6, f"it computes more than a unit: {operation.name}")
+            raise NearMiss(6, f"it computes more than a unit: {operation.name}")
     return found.unit
 
 
 def unit_at(end: Wire) -> Found:
-    """The unit whose result a wire holds. Miss where it is none's."""
+    """The unit whose result a wire holds. NearMiss where it is none's."""
     main, shortcut, operations, options = _end(end)
     conv3, norm3, order3 = _stage(main, operations)
     _expect_in_order(order3, "the last convolution's result")
@@ -104,20 +112,22 @@ def unit_at(end: Wire) -> Found:
     stride = _depthwise_stride(conv2)
     between = _whole(conv2.arguments["input"], 4, "what the depthwise convolution reads")
     if between[0].name != "relu":
-        raise Miss(4, f"{between[0].name} stands between the first convolution and the depthwise one, expected relu")
+        raise NearMiss(
+            4, f"{between[0].name} stands between the first convolution and the depthwise one, expected relu"
+        )
     conv1, norm1, order1 = _stage(_past_relu(between, operations), operations)
     stage1 = _named(conv1, norm1, "the first convolution")
     for conv, which in ((conv1, "first"), (conv3, "last")):
         if _square(conv) != (1, 1, 0, 1):
-            raise Miss(5, f"the {which} convolution is not 1x1 with stride 1 and no padding")
+            raise NearMiss(5, f"the {which} convolution is not 1x1 with stride 1 and no padding")
     mid = conv2.channels
     shuffle = tuple(order1[channel] for channel in order2)
     shuffle_groups = _shuffle_groups(shuffle)
     x = conv1.arguments["input"]
     if not isinstance(x, Wire) or x != shortcut:
-        raise Miss(6, "the first convolution and the shortcut do not read the same tensor")
+        raise NearMiss(6, "the first convolution and the shortcut do not read the same tensor")
     if options["stride"] != stride:
-        raise Miss(6, f"a depthwise convolution of stride {stride} does not go with {options['end']}")
+        raise NearMiss(6, f"a depthwise convolution of stride {stride} does not go with {options['end']}")
     stage2 = _named(conv2, norm2, "the depthwise convolution")
     unit = Unit(
         in_channels=sum(len(channels) for _, channels in x.runs),
@@ -141,7 +151,7 @@ def unit_at(end: Wire) -> Found:
         tensor for stage in unit.stages for tensor in (stage.weight, stage.bias, *_norm_names(stage.norm)) if tensor
     ]
     if len(set(names)) < len(names):
-        raise Miss(6, "two of its convolutions or norms share a tensor")
+        raise NearMiss(6, "two of its convolutions or norms share a tensor")
     return Found(unit, x, operations)
 
 
@@ -156,19 +166,19 @@ def _end(end: Wire) -> tuple[Wire, Wire, list[Operation], dict[str, Any]]:
         last = end.only()
         if last is None or last.name != "relu":
             name = "a shuffle" if last is None else last.name
-            raise Miss(0, f"it ends in {name}, expected the ReLU of a sum, or a concatenation")
+            raise NearMiss(0, f"it ends in {name}, expected the ReLU of a sum, or a concatenation")
         operations.append(last)
         inside = last.arguments["self"]
         if not isinstance(inside, Wire):
-            raise Miss(0, "the last ReLU reads something that is not made of whole channels")
+            raise NearMiss(0, "the last ReLU reads something that is not made of whole channels")
         total = inside.only()
         if total is not None:
             if total.name != "add" or total.arguments.get("alpha", 1) != 1:
-                raise Miss(0, f"the last ReLU reads {total.name}, expected a sum or a concatenation")
+                raise NearMiss(0, f"the last ReLU reads {total.name}, expected a sum or a concatenation")
             operations.append(total)
             parts = [total.arguments["self"], total.arguments["other"]]
             if not all(isinstance(part, Wire) for part in parts):
-                raise Miss(0, "the last sum is not one of two tensors")
+                raise NearMiss(0, "the last sum is not one of two tensors")
             # The main branch is the one with the convolution in it.
             first_is_main = _is_normed_convolution(parts[0]) and not (
                 _is_normed_convolution(parts[1]) and _reaches(parts[0], parts[1])
@@ -177,11 +187,11 @@ def _end(end: Wire) -> tuple[Wire, Wire, list[Operation], dict[str, Any]]:
             return main, shortcut, operations, {"stride": 1, "end": "a sum"}
         end = inside
     if len(end.runs) != 2:
-        raise Miss(0, f"its result is put together of {len(end.runs)} tensors, expected 2")
+        raise NearMiss(0, f"its result is put together of {len(end.runs)} tensors, expected 2")
     halves = [Wire((run,)) for run in end.runs]
     pools = [_pool(half, operations, peel=not relus) for half in halves]
     if sum(pool is not None for pool in pools) != 1:
-        raise Miss(0, "its result is not put together of a pooled input and another tensor")
+        raise NearMiss(0, "its result is not put together of a pooled input and another tensor")
     first = pools[0] is not None
     main = halves[first]
     pool, pool_relu = pools[0] or pools[1] or (None, False)
@@ -189,12 +199,12 @@ def _end(end: Wire) -> tuple[Wire, Wire, list[Operation], dict[str, Any]]:
     if not relus:
         last = main.only()
         if last is None or last.name != "relu":
-            raise Miss(1, "no ReLU follows the last convolution")
+            raise NearMiss(1, "no ReLU follows the last convolution")
         operations.append(last)
         main = last.arguments["self"]
     shortcut = pool.arguments["self"]
     if not isinstance(main, Wire) or not isinstance(shortcut, Wire):
-        raise Miss(1, "its last part is not made of whole channels")
+        raise NearMiss(1, "its last part is not made of whole channels")
     return (
         main,
         shortcut,
@@ -221,7 +231,7 @@ def _pool(half: Wire, operations: list[Operation], *, peel: bool) -> tuple[Opera
     a = pool.arguments
     size, stride, padding = _pair(a["kernel_size"]), _pair(a["stride"] or a["kernel_size"]), _pair(a["padding"])
     if (size, stride, padding) != ((3, 3), (2, 2), (1, 1)) or a["ceil_mode"] or a["divisor_override"] is not None:
-        raise Miss(1, "its average pool is not 3x3 with stride 2, padding 1, floor mode and the usual divisor")
+        raise NearMiss(1, "its average pool is not 3x3 with stride 2, padding 1, floor mode and the usual divisor")
     operations += [relu, pool] if own_relu else [pool]
     return pool, own_relu
 
@@ -248,7 +258,7 @@ def _reaches(wire: Wire, target: Wire) -> bool:
 def _whole(wire: Any, depth: int, what: str) -> tuple[Operation, list[int]]:
     whole = wire.whole() if isinstance(wire, Wire) else None
     if whole is None:
-        raise Miss(depth, f"{what} is not a permutation of one tensor's channels")
+        raise NearMiss(depth, f"{what} is not a permutation of one tensor's channels")
     return whole
 
 
@@ -269,12 +279,12 @@ def _stage(wire: Wire, operations: list[Operation]) -> tuple[Operation, _NormAt 
     if operation.name == "batch_norm":
         operations.append(operation)
         if operation.arguments["training"]:
-            raise Miss(3, "a batch norm has no running statistics")
+            raise NearMiss(3, "a batch norm has no running statistics")
         source, before = _whole(operation.arguments["input"], 3, "what a batch norm reads")
         norm = operation, before
         operation, order = source, [before[channel] for channel in order]
     if operation.name != "conv2d":
-        raise Miss(3, f"{operation.name} stands where a convolution, or its batch norm, was expected")
+        raise NearMiss(3, f"{operation.name} stands where a convolution, or its batch norm, was expected")
     operations.append(operation)
     return operation, norm, order
 
@@ -284,10 +294,10 @@ def _depthwise_stride(conv: Operation) -> int:
     size, stride, padding, dilation = _square(conv)
     depthwise = isinstance(weight, Parameter) and conv.arguments["groups"] == conv.channels == weight.shape[0]
     if not depthwise or weight.shape[1] != 1:
-        raise Miss(4, "the second convolution is not depthwise")
+        raise NearMiss(4, "the second convolution is not depthwise")
     if (size, padding, dilation) != (3, 1, 1) or stride not in (1, 2):
         geometry = f"kernel_size {size}, stride {stride}, padding {padding}, dilation {dilation}"
-        raise Miss(4, f"the depthwise convolution has {geometry}, expected 3, 1 or 2, 1, 1")
+        raise NearMiss(4, f"the depthwise convolution has {geometry}, expected 3, 1 or 2, 1, 1")
     return stride
 
 
@@ -295,7 +305,7 @@ def _square(conv: Operation) -> tuple[int, int, int, int]:
     """Kernel size, stride, padding and dilation of a convolution; -1 for one that differs by direction."""
     weight, a = conv.arguments["weight"], conv.arguments
     if not isinstance(weight, Parameter) or len(weight.shape) != 4:
-        raise Miss(3, "a convolution's weight is not a parameter or buffer")
+        raise NearMiss(3, "a convolution's weight is not a parameter or buffer")
     padding = a["padding"]
     if isinstance(padding, str):
         same = [(size - 1) * d // 2 for size, d in zip(weight.shape[2:], _pair(a["dilation"]), strict=True)]
@@ -315,7 +325,7 @@ def _named(conv: Operation, norm: _NormAt | None, what: str) -> tuple[str, str |
         if value is None:
             return None
         if not isinstance(value, Parameter):
-            raise Miss(5, f"{what}, or its norm, has a tensor that is not a parameter or buffer")
+            raise NearMiss(5, f"{what}, or its norm, has a tensor that is not a parameter or buffer")
         return value.name
 
     weight = name(conv.arguments["weight"])
@@ -325,7 +335,7 @@ def _named(conv: Operation, norm: _NormAt | None, what: str) -> tuple[str, str |
     a = norm[0].arguments
     mean, var = name(a["running_mean"]), name(a["running_var"])
     if mean is None or var is None:
-        raise Miss(5, "a batch norm has no running statistics")
+        raise NearMiss(5, "a batch norm has no running statistics")
     return weight, name(conv.arguments["bias"]), Norm(name(a["weight"]), name(a["bias"]), mean, var, a["eps"])
 
 
@@ -341,12 +351,12 @@ def _shuffle_groups(order: Order) -> int:
             source == c % groups * (mid // groups) + c // groups for c, source in enumerate(order)
         ):
             return groups
-    raise Miss(5, "between its first and last convolution the channels are in an order that is no shuffle")
+    raise NearMiss(5, "between its first and last convolution the channels are in an order that is no shuffle")
 
 
 def _expect_in_order(order: list[int], what: str) -> None:
     if order != sorted(order):
-        raise Miss(2, f"{what} is shuffled")
+        raise NearMiss(2, f"{what} is shuffled")
 
 
 def _none_if_same(order: list[int]) -> Order | None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shufflenet_ext._fused import FusedUnit, adopt, plain_unit, stage_tensors
-from shufflenet_ext._graph import TraceError, trace
-from shufflenet_ext._match import Miss, Unit, unit_of
+from shufflenet_ext._graph import trace
+from shufflenet_ext._match import NearMiss, Unit, unit_of
 from shufflenet_ext.modules import FusedShuffleBottleneck, ShuffleBottleneck, has_hooks
 
 _TOLERANCE = 1e-9  # of a float64 comparison, relative to the largest output; other units differ by far more
@@ -26,14 +26,14 @@ def fuse(model: nn.Module) -> nn.Module:
     """Makes every ShuffleNet unit of ``model`` run fused, whatever its class, names and style.
 
     A unit is recognised by what it computes: a module of three convolutions is traced (torch.export), and its graph
-    compared with the unit of :func:`shufflenet_ext.ops.shuffle_bottleneck`, biases, norms and any way to write a shuffle
-    included. It is swapped only if that unit then gives the same results on random float64 inputs, in eval and in
-    training mode. The module stays the same object, with its tensors, names, hooks and attributes; its class becomes a
-    subclass of the one that it has, with another forward for eval mode. A :class:`ShuffleBottleneck` becomes a
+    compared with the unit of :func:`shufflenet_ext.ops.shuffle_bottleneck`, biases, norms and any way to write a
+    shuffle included. It is swapped only if that unit then gives the same results on random float64 inputs, in eval
+    and in training mode. The module stays the same object, with its tensors, names, hooks and attributes; its class
+    becomes a subclass of the one that it has, with another forward for eval mode. A :class:`ShuffleBottleneck` becomes a
     :class:`FusedShuffleBottleneck`. Works on training and eval models.
 
-    Returns the model. TypeError if ``model`` is not a module. Where nothing was swapped, and nothing was fused before, a
-    :class:`FuseWarning` says what came nearest to a unit and why it was left.
+    Returns the model. TypeError if ``model`` is not a module. A :class:`FuseWarning` names each module that has a
+    unit's convolutions and was left all the same, and why. Where no unit was found, it says what came nearest.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -45,15 +45,15 @@ def fuse(model: nn.Module) -> nn.Module:
         fused = search.visit("", model)
     finally:
         torch.set_num_threads(threads)
-    if not search.fused:
-        warnings.warn(f"fuse found no ShuffleNet unit: {search.nearest()}", FuseWarning, stacklevel=2)
+    for message in search.warnings():
+        warnings.warn(message, FuseWarning, stacklevel=2)
     return fused
 
 
 class _Search:
     def __init__(self) -> None:
         self.fused = 0
-        self.misses: list[tuple[int, str, nn.Module, str]] = []  # how near, where, what, why
+        self.misses: list[tuple[str, nn.Module, NearMiss]] = []
         self.seen: dict[int, nn.Module] = {}  # a module used twice stays one
         # Units by how their modules look: those that look alike are traced once. Each is proved all the same.
         self.alike: dict[Any, Unit] = {}
@@ -80,12 +80,12 @@ class _Search:
             try:
                 adopt(module, self.proved_unit(module))
                 self.fused += 1
-            except Miss as miss:
-                self.misses.append((miss.depth, name, module, str(miss)))
+            except NearMiss as miss:
+                self.misses.append((name, module, miss))
         return module
 
     def proved_unit(self, module: nn.Module) -> Unit:
-        """The unit that a module is. Miss, with the cause, if it is none or its results are not the unit's."""
+        """The unit that a module is. NearMiss, with the cause, if it is none or its results are not the unit's."""
         copied = _float64_copy(module)
         looks = type(module), repr(module), tuple((name, t.shape) for name, t in copied.state_dict().items())
         unit = self.alike.get(looks)
@@ -93,11 +93,19 @@ class _Search:
             unit = self.alike[looks] = _traced_unit(copied)
         return unit
 
-    def nearest(self) -> str:
-        if not self.misses:
-            return "no module of it holds three convolutions, and no more"
-        _, name, module, cause = max(self.misses, key=lambda miss: miss[0])
-        return f"what came nearest is '{name}' ({type(module).__name__}), but {cause}"
+    def warnings(self) -> list[str]:
+        """What was left, and why."""
+        if not self.misses and not self.fused:
+            return ["fuse found no ShuffleNet unit: no module of the model holds three convolutions and no more"]
+        told = [(name, module, miss) for name, module, miss in self.misses if _has_convolutions_of_a_unit(module)]
+        if not told and not self.fused:
+            told = [max(self.misses, key=lambda left: left[2].depth)]
+        return [f"fuse left '{name}' ({type(module).__name__}) as it is: {miss}" for name, module, miss in told]
+
+
+def _has_convolutions_of_a_unit(module: nn.Module) -> bool:
+    kernels = sorted((p.shape[2], p.shape[1] == 1) for p in module.parameters() if p.dim() == 4)
+    return kernels[0][0] == kernels[1][0] == 1 and kernels[2][0] > 1 and kernels[2][1]
 
 
 def _own_twin(unit: ShuffleBottleneck) -> FusedShuffleBottleneck:
@@ -108,16 +116,16 @@ def _own_twin(unit: ShuffleBottleneck) -> FusedShuffleBottleneck:
 
 
 def _float64_copy(module: nn.Module) -> nn.Module:
-    """A copy to trace and to run. Miss for a module whose call is more than its class's code."""
+    """A copy to trace and to run. NearMiss for a module whose call is more than its class's code."""
     for child in module.modules():
         if child is not module and has_hooks(child):
-            raise Miss(5, f"its {type(child).__name__} has hooks")
+            raise NearMiss(5, f"its {type(child).__name__} has hooks")
         if isinstance(child, torch.jit.ScriptModule):
-            raise Miss(0, "it is a ScriptModule")
+            raise NearMiss(0, "it is a ScriptModule")
     try:
         copied = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
     except Exception as error:
-        raise Miss(0, f"it cannot be copied ({error})") from error
+        raise NearMiss(0, f"it cannot be copied ({error})") from error
     # Its own hooks are not part of what it computes: they go on around the fused one.
     for hooks in (copied._forward_hooks, copied._forward_pre_hooks, copied._backward_hooks, copied._backward_pre_hooks):
         hooks.clear()
@@ -125,24 +133,25 @@ def _float64_copy(module: nn.Module) -> nn.Module:
 
 
 def _traced_unit(copied: nn.Module) -> Unit:
-    """The unit that a module is. Miss, with the cause, if it is none or its results are not the unit's."""
-    causes: list[Miss] = []
+    """The unit that a module is. NearMiss, with the cause, if it is none or its results are not the unit's."""
+    causes: list[NearMiss] = []
     for channels in _possible_channels(copied):
+        x = torch.zeros(2, channels, 6, 7, dtype=torch.float64, device="cpu")
         try:
             with torch.random.fork_rng(devices=[]):
-                graph = trace(copied, (torch.zeros(2, channels, 6, 7, dtype=torch.float64, device="cpu"),))
-            unit = unit_of(graph)
-        except TraceError as error:
-            causes.append(Miss(0, str(error)))
-            continue
-        except Miss as miss:
+                copied(x)  # other channels than its own are refused here at once, and without a word in torch's log
+                unit = unit_of(trace(copied, (x,)))
+        except NearMiss as miss:
             causes.append(miss)
+            continue
+        except Exception as error:  # whatever a user's code may raise
+            causes.append(NearMiss(0, f"it cannot be traced ({str(error).strip().splitlines()[:1]})"))
             continue
         difference = _difference(copied, unit)
         if difference <= _TOLERANCE:
             return unit
-        causes.append(Miss(7, f"its results differ from the fused unit's by {difference:.3g} of the largest"))
-    raise max(causes, key=lambda miss: miss.depth) if causes else Miss(0, "it has no convolution")
+        causes.append(NearMiss(7, f"its results differ from the fused unit's by {difference:.3g} of the largest"))
+    raise max(causes, key=lambda miss: miss.depth) if causes else NearMiss(0, "it has no convolution")
 
 
 def _possible_channels(module: nn.Module) -> list[int]:

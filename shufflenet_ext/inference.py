@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from shufflenet_ext import reference
-from shufflenet_ext._backend import implementation
+from shufflenet_ext._backend import implementation, unit_variant
 from shufflenet_ext._checks import check_tensor
+from shufflenet_ext._fused import VARIANT, fold, foldable_unit, stage_tensors
+from shufflenet_ext._match import Unit
 from shufflenet_ext._native import UnitSizes
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
-from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable, unit_sizes
+from shufflenet_ext.modules import has_hooks
 
 
 class _EvalOnly(nn.Module):
@@ -66,9 +68,8 @@ class _Steps:
         self.program += [0, conv.out_channels, conv.kernel_size[0], conv.stride[0], padding, max_pool]
         self.tensors += _folded(conv, norm, self.dtype)
 
-    def add_unit(self, unit: FusedShuffleBottleneck) -> None:
-        (conv1, _), (conv2, _), (conv3, _) = unit.pairs()
-        step = [1, conv2.out_channels, conv3.out_channels, conv1.groups, unit.groups, unit.stride]
+    def add_unit(self, module: nn.Module, unit: Unit) -> None:
+        step = [1, unit.mid_channels, unit.out_channels, unit.conv1_groups, unit.groups, unit.stride]
         step += [unit.conv2_relu, unit.pool_count_include_pad]
         # Few numbers: each takes some 40 ns on its way through the dispatcher.
         if step != self.unit:
@@ -79,9 +80,13 @@ class _Steps:
         else:
             self.program += [3, 1]
             self.again = True
-        for conv, norm in unit.pairs():
-            self.tensors += _folded(conv, norm, self.dtype)
-        self.sizes += unit_sizes(unit)
+        for stage, tensors in zip(unit.stages, stage_tensors(module, unit), strict=True):
+            doubles = [None if tensor is None else tensor.detach().double() for tensor in tensors]
+            weight, bias = fold(stage, doubles)
+            dtype = self.dtype or (tensors[0] if tensors[0] is not None else weight).dtype
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
+            self.tensors += [weight.to(dtype), bias.to(dtype)]
+        self.sizes.append(unit.sizes)
 
     def add_head(self, linear: nn.Linear, *, pool_window: int) -> None:
         self.program += [2, linear.out_features, pool_window]
@@ -97,11 +102,11 @@ class InferenceUnits(_EvalOnly):
 
     weights: Tensor
 
-    def __init__(self, units: Iterable[FusedShuffleBottleneck], dtype: torch.dtype | None) -> None:
+    def __init__(self, units: Iterable[tuple[nn.Module, Unit]], dtype: torch.dtype | None) -> None:
         super().__init__()
         steps = _Steps(dtype)
         for unit in units:
-            steps.add_unit(unit)
+            steps.add_unit(*unit)
         self.register_buffer("weights", steps.packed())
         self.program = steps.program
         self.sizes = steps.sizes
@@ -127,7 +132,7 @@ class InferenceNetwork(_EvalOnly):
     def __init__(
         self,
         network: ShuffleNetCifar | ShuffleNetV1,
-        stages: Sequence[Sequence[FusedShuffleBottleneck]],
+        stages: Sequence[Sequence[tuple[nn.Module, Unit]]],
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
@@ -136,7 +141,7 @@ class InferenceNetwork(_EvalOnly):
         stem.add_stem(network.conv1, network.bn1, max_pool=not for_cifar)
         for stage in stages:
             for unit in stage:
-                chain.add_unit(unit)
+                chain.add_unit(*unit)
         units = [f"unit {i}.{j}" for i, stage in enumerate(stages, 1) for j in range(1, len(stage) + 1)]
         self.step_names = ["stem", *units, "means", "linear"]
         head.add_head(network.linear, pool_window=4 if for_cifar else 0)
@@ -287,15 +292,17 @@ def _plain_ends(network: ShuffleNetCifar | ShuffleNetV1) -> bool:
     return plain and square and stride[0] in (1, 2) and int(padding[0]) < size[0]
 
 
-def _chain(module: nn.Module) -> list[FusedShuffleBottleneck]:
+def _chain(module: nn.Module) -> list[tuple[nn.Module, Unit]]:
     """The units that the module is: itself, or those of a Sequential of nothing else; none for other modules."""
     children = list(module) if type(module) is nn.Sequential and not has_hooks(module) else [module]
-    units = [child for child in children if type(child) is FusedShuffleBottleneck and _foldable(child)]
+    units = [(child, unit) for child in children if (unit := _foldable(child)) is not None]
     return units if len(units) == len(children) else []
 
 
-def _foldable(unit: FusedShuffleBottleneck) -> bool:
-    """Whether the unit is no more than its folded weights. What is not stays a module of its own."""
-    return (
-        not has_hooks(unit) and not unit.variant() and all(unfusable(conv, norm) is None for conv, norm in unit.pairs())
-    )
+def _foldable(module: nn.Module) -> Unit | None:
+    """The unit of a fused module that is no more than its folded weights. What is not stays a module of its own."""
+    unit = foldable_unit(module)
+    if unit is None:
+        return None
+    o = unit.options
+    return None if unit_variant(*(o[name] for name in ("groups", *VARIANT, "stride"))) else unit
