@@ -72,6 +72,11 @@ def _read(module: Any, path: list[str]) -> Any:
     return getattr(module, path[-1])
 
 
+def raw_tensors(module: nn.Module, unit: Unit) -> list[list[Tensor | None]]:
+    """As :func:`stage_tensors`, each as the module has it."""
+    return _read_all(module, [_paths(stage) for stage in unit.stages], [[None] * 6] * len(unit.stages))
+
+
 def stage_tensors(module: nn.Module, unit: Unit) -> list[list[Tensor | None]]:
     """Of each convolution: weight, bias, and the norm's weight, bias, mean, variance; in the unit's order."""
     return _read_all(module, [_paths(stage) for stage in unit.stages], [_orders(stage) for stage in unit.stages])

@@ -114,7 +114,7 @@ class Graph:
 def trace(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None) -> Graph:
     """The graph of ``module`` called with ``args``, in the mode that it is in.
 
-    TraceError for a graph that cannot be followed; else whatever torch.export raises for a module that it does not take.
+    TraceError for a graph that cannot be followed; else whatever torch.export raises for a module that it refuses.
     """
     return _Tracer(torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)).run()
 

@@ -147,11 +147,6 @@ def unit_at(end: Wire) -> Found:
             Stage(*stage3, None, _composed(_inverse(norm3), None)),
         ),
     )
-    names = [
-        tensor for stage in unit.stages for tensor in (stage.weight, stage.bias, *_norm_names(stage.norm)) if tensor
-    ]
-    if len(set(names)) < len(names):
-        raise NearMiss(6, "two of its convolutions or norms share a tensor")
     return Found(unit, x, operations)
 
 
@@ -337,10 +332,6 @@ def _named(conv: Operation, norm: _NormAt | None, what: str) -> tuple[str, str |
     if mean is None or var is None:
         raise NearMiss(5, "a batch norm has no running statistics")
     return weight, name(conv.arguments["bias"]), Norm(name(a["weight"]), name(a["bias"]), mean, var, a["eps"])
-
-
-def _norm_names(norm: Norm | None) -> list[str | None]:
-    return [] if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
 
 
 def _shuffle_groups(order: Order) -> int:

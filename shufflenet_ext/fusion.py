@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shufflenet_ext._fused import FusedUnit, adopt, plain_unit, stage_tensors
+from shufflenet_ext._fused import FusedUnit, adopt, plain_unit, raw_tensors, stage_tensors
 from shufflenet_ext._graph import trace
 from shufflenet_ext._match import NearMiss, Unit, unit_of
 from shufflenet_ext.modules import FusedShuffleBottleneck, ShuffleBottleneck, has_hooks
@@ -29,8 +29,8 @@ def fuse(model: nn.Module) -> nn.Module:
     compared with the unit of :func:`shufflenet_ext.ops.shuffle_bottleneck`, biases, norms and any way to write a
     shuffle included. It is swapped only if that unit then gives the same results on random float64 inputs, in eval
     and in training mode. The module stays the same object, with its tensors, names, hooks and attributes; its class
-    becomes a subclass of the one that it has, with another forward for eval mode. A :class:`ShuffleBottleneck` becomes a
-    :class:`FusedShuffleBottleneck`. Works on training and eval models.
+    becomes a subclass of the one that it has, with another forward for eval mode. A :class:`ShuffleBottleneck`
+    becomes a :class:`FusedShuffleBottleneck`. Works on training and eval models.
 
     Returns the model. TypeError if ``model`` is not a module. A :class:`FuseWarning` names each module that has a
     unit's convolutions and was left all the same, and why. Where no unit was found, it says what came nearest.
@@ -42,7 +42,8 @@ def fuse(model: nn.Module) -> nn.Module:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        fused = search.visit("", model)
+        with torch.device("cpu"):
+            fused = search.visit("", model)
     finally:
         torch.set_num_threads(threads)
     for message in search.warnings():
@@ -53,7 +54,7 @@ def fuse(model: nn.Module) -> nn.Module:
 class _Search:
     def __init__(self) -> None:
         self.fused = 0
-        self.misses: list[tuple[str, nn.Module, NearMiss]] = []
+        self.misses: dict[Any, tuple[str, nn.Module, NearMiss]] = {}  # by the convolutions that they have
         self.seen: dict[int, nn.Module] = {}  # a module used twice stays one
         # Units by how their modules look: those that look alike are traced once. Each is proved all the same.
         self.alike: dict[Any, Unit] = {}
@@ -76,12 +77,16 @@ class _Search:
                 replacement = self.visit(f"{name}.{child_name}" if name else child_name, child)
                 if replacement is not child:
                     setattr(module, child_name, replacement)
-        if self.fused == before and sum(p.dim() == 4 for p in module.parameters()) == _CONVOLUTIONS:
+        convolutions = tuple(id(p) for p in module.parameters() if p.dim() == 4)
+        if self.fused == before and len(convolutions) == _CONVOLUTIONS:
             try:
                 adopt(module, self.proved_unit(module))
                 self.fused += 1
+                self.misses.pop(convolutions, None)
             except NearMiss as miss:
-                self.misses.append((name, module, miss))
+                # A module and one around it are told of once.
+                if convolutions not in self.misses or miss.depth > self.misses[convolutions][2].depth:
+                    self.misses[convolutions] = name, module, miss
         return module
 
     def proved_unit(self, module: nn.Module) -> Unit:
@@ -91,15 +96,20 @@ class _Search:
         unit = self.alike.get(looks)
         if unit is None or _difference(copied, unit) > _TOLERANCE:
             unit = self.alike[looks] = _traced_unit(copied)
+        tensors = [id(tensor) for stage in raw_tensors(module, unit) for tensor in stage if tensor is not None]
+        if len(set(tensors)) < len(tensors):
+            raise NearMiss(6, "two of its convolutions or norms share a tensor")
         return unit
 
     def warnings(self) -> list[str]:
         """What was left, and why."""
         if not self.misses and not self.fused:
             return ["fuse found no ShuffleNet unit: no module of the model holds three convolutions and no more"]
-        told = [(name, module, miss) for name, module, miss in self.misses if _has_convolutions_of_a_unit(module)]
+        told = [
+            (name, module, miss) for name, module, miss in self.misses.values() if _has_convolutions_of_a_unit(module)
+        ]
         if not told and not self.fused:
-            told = [max(self.misses, key=lambda left: left[2].depth)]
+            told = [max(self.misses.values(), key=lambda left: left[2].depth)]
         return [f"fuse left '{name}' ({type(module).__name__}) as it is: {miss}" for name, module, miss in told]
 
 
@@ -136,7 +146,7 @@ def _traced_unit(copied: nn.Module) -> Unit:
     """The unit that a module is. NearMiss, with the cause, if it is none or its results are not the unit's."""
     causes: list[NearMiss] = []
     for channels in _possible_channels(copied):
-        x = torch.zeros(2, channels, 6, 7, dtype=torch.float64, device="cpu")
+        x = torch.zeros(2, channels, 6, 7, dtype=torch.float64)
         try:
             with torch.random.fork_rng(devices=[]):
                 copied(x)  # other channels than its own are refused here at once, and without a word in torch's log
@@ -145,7 +155,7 @@ def _traced_unit(copied: nn.Module) -> Unit:
             causes.append(miss)
             continue
         except Exception as error:  # whatever a user's code may raise
-            causes.append(NearMiss(0, f"it cannot be traced ({str(error).strip().splitlines()[:1]})"))
+            causes.append(NearMiss(0, f"it cannot be traced ({str(error).partition(chr(10))[0]})"))
             continue
         difference = _difference(copied, unit)
         if difference <= _TOLERANCE:
@@ -173,13 +183,13 @@ def _difference(module: nn.Module, unit: Unit) -> float:
     state: dict[str, Tensor] = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
     for value in state.values():
         if value.is_floating_point():
-            value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5)
+            value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5)
             if value.dim() == 4:
                 value.sub_(1)
     worst = 0.0
     for training, shape in itertools.product((False, True), ((3, 6, 7), (1, 5, 4), (2, 11, 9))):
         batch, *size = shape
-        x = torch.randn((batch, unit.in_channels, *size), generator=generator, dtype=torch.float64, device="cpu")
+        x = torch.randn((batch, unit.in_channels, *size), generator=generator, dtype=torch.float64)
         expected = plain_unit(x, unit, stage_tensors(module, unit), training=training)
         try:
             got: Any = module.train(training)(x.clone())

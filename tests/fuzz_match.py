@@ -16,7 +16,7 @@ from shufflenet_ext._fused import FusedUnit, plain_unit, stage_tensors
 
 
 def check(seed: int) -> tuple[str | None, bool]:
-    """Fuses a random module, and compares it with its copy. Returns its near miss, if it is one, and whether it was swapped."""
+    """Fuses a random module, and compares it with a copy. Returns its near miss, if any, and whether it was swapped."""
     near_miss = NEAR_MISSES[seed // 2 % len(NEAR_MISSES)] if seed % 2 else None
     style = random_style(seed, near_miss)
     unit = random_unit(style)

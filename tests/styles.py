@@ -1,4 +1,4 @@
-"""Units and near misses in every style that people write them in, at random: what fuse must take, and what it must not."""
+"""Units and near misses in every style that people write them in, at random: what fuse takes, and what not."""
 
 import random
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def random_style(seed: int, near_miss: str | None = None) -> Style:
         shortcut_first=rng.random() < 0.5,
         relu_on_both=rng.random() < 0.6,
         bias=rng.random() < 0.4,
-        norms=rng.random() < 0.9,
+        norms=rng.random() < 0.9 or near_miss == "tied",
         affine=rng.random() < 0.9,
         writing=writing,
         shuffle=rng.choice(SHUFFLES),
@@ -226,9 +226,6 @@ class RandomUnit(nn.Module):
         if miss in middle:
             parts.insert(rng.randrange(3, len(parts)), middle[miss])
         parts += [conv(s.out_channels, s.mid_channels, 1, s.groups), *norm(s.out_channels)]
-        if miss == "tied" and s.norms:
-            norms = [part for part in parts if isinstance(part, nn.BatchNorm2d)]
-            norms[1].running_mean = norms[0].running_mean
         if miss == "hooked":
             rng.choice(parts).register_forward_hook(lambda module, args, y: None)
         if s.writing == "sequential":
@@ -301,4 +298,7 @@ def random_unit(style: Style) -> RandomUnit:
                 for tensor in (module.bias, module.running_mean):
                     if tensor is not None:
                         tensor.data.normal_()
+        if style.near_miss == "tied":
+            norms = [module for module in unit.modules() if isinstance(module, nn.BatchNorm2d)]
+            norms[1].running_mean = norms[0].running_mean
     return unit
