@@ -118,6 +118,23 @@ def fold(stage: Stage, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor | N
     return weight * scale.to(weight.dtype).view(-1, 1, 1, 1), shift.to(weight.dtype)
 
 
+def folded(module: nn.Module, stage: Stage, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a stage of the module in eval mode: computed in float64, rounded once to dtype or its own."""
+    (tensors,) = _read_all(module, [_paths(stage)], [_orders(stage)])
+    assert tensors[0] is not None
+    weight, bias = fold(stage, [None if tensor is None else tensor.detach().double() for tensor in tensors])
+    dtype = dtype or tensors[0].dtype
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return weight.to(dtype), bias.to(dtype)
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name in the module's state."""
+    tensor = _read(module, name.split("."))
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
 def plain_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]], *, training: bool) -> Tensor:
     """What a unit computes, in plain PyTorch, with or without its batch norms in training mode."""
 

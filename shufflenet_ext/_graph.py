@@ -111,16 +111,19 @@ class Graph:
         return [operation for operation in self.operations if operation.name == "input"]
 
 
-def trace(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None) -> Graph:
+def trace(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None, *, training_too: bool = True) -> Graph:
     """The graph of ``module`` called with ``args``, in the mode that it is in.
+
+    With ``training_too=False`` a dropout that drops nothing is taken for what it then is.
 
     TraceError for a graph that cannot be followed; else whatever torch.export raises for a module that it refuses.
     """
-    return _Tracer(torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)).run()
+    return _Tracer(torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False), training_too).run()
 
 
 class _Tracer:
-    def __init__(self, program: Any) -> None:
+    def __init__(self, program: Any, training_too: bool) -> None:
+        self.training_too = training_too
         self.program = program
         self.operations: list[Operation] = []
         self.starts: list[int] = []  # of the operations' numbers
@@ -182,6 +185,8 @@ class _Tracer:
         if base in _QUERIES:
             return target(*args, **kwargs)
         if base in ("to", "_to_copy", "type_as") and not _changes_dtype(node):
+            return args[0]
+        if base in ("dropout", "feature_dropout") and not self.training_too and not args[2]:
             return args[0]
         if base == "arange" and not node.meta["val"].is_floating_point():
             return target(*args, **kwargs)  # an index, not numbers

@@ -104,7 +104,7 @@ def unit_at(end: Wire) -> Found:
     main, shortcut, operations, options = _end(end)
     conv3, norm3, order3 = _stage(main, operations)
     _expect_in_order(order3, "the last convolution's result")
-    stage3 = _named(conv3, norm3, "the last convolution")
+    stage3 = named(conv3, norm3, "the last convolution")
     behind = _whole(conv3.arguments["input"], 2, "what the last convolution reads")
     conv2_relu = behind[0].name == "relu"
     conv2, norm2, order2 = _stage(_past_relu(behind, operations), operations)
@@ -116,9 +116,9 @@ def unit_at(end: Wire) -> Found:
             4, f"{between[0].name} stands between the first convolution and the depthwise one, expected relu"
         )
     conv1, norm1, order1 = _stage(_past_relu(between, operations), operations)
-    stage1 = _named(conv1, norm1, "the first convolution")
+    stage1 = named(conv1, norm1, "the first convolution")
     for conv, which in ((conv1, "first"), (conv3, "last")):
-        if _square(conv) != (1, 1, 0, 1):
+        if square(conv) != (1, 1, 0, 1):
             raise NearMiss(5, f"the {which} convolution is not 1x1 with stride 1 and no padding")
     mid = conv2.channels
     shuffle = tuple(order1[channel] for channel in order2)
@@ -128,7 +128,7 @@ def unit_at(end: Wire) -> Found:
         raise NearMiss(6, "the first convolution and the shortcut do not read the same tensor")
     if options["stride"] != stride:
         raise NearMiss(6, f"a depthwise convolution of stride {stride} does not go with {options['end']}")
-    stage2 = _named(conv2, norm2, "the depthwise convolution")
+    stage2 = named(conv2, norm2, "the depthwise convolution")
     unit = Unit(
         in_channels=sum(len(channels) for _, channels in x.runs),
         mid_channels=mid,
@@ -224,7 +224,7 @@ def _pool(half: Wire, operations: list[Operation], *, peel: bool) -> tuple[Opera
     if pool is None or pool.name != "avg_pool2d":
         return None
     a = pool.arguments
-    size, stride, padding = _pair(a["kernel_size"]), _pair(a["stride"] or a["kernel_size"]), _pair(a["padding"])
+    size, stride, padding = pair(a["kernel_size"]), pair(a["stride"] or a["kernel_size"]), pair(a["padding"])
     if (size, stride, padding) != ((3, 3), (2, 2), (1, 1)) or a["ceil_mode"] or a["divisor_override"] is not None:
         raise NearMiss(1, "its average pool is not 3x3 with stride 2, padding 1, floor mode and the usual divisor")
     operations += [relu, pool] if own_relu else [pool]
@@ -286,7 +286,7 @@ def _stage(wire: Wire, operations: list[Operation]) -> tuple[Operation, _NormAt 
 
 def _depthwise_stride(conv: Operation) -> int:
     weight = conv.arguments["weight"]
-    size, stride, padding, dilation = _square(conv)
+    size, stride, padding, dilation = square(conv)
     depthwise = isinstance(weight, Parameter) and conv.arguments["groups"] == conv.channels == weight.shape[0]
     if not depthwise or weight.shape[1] != 1:
         raise NearMiss(4, "the second convolution is not depthwise")
@@ -296,26 +296,29 @@ def _depthwise_stride(conv: Operation) -> int:
     return stride
 
 
-def _square(conv: Operation) -> tuple[int, int, int, int]:
+def square(conv: Operation) -> tuple[int, int, int, int]:
     """Kernel size, stride, padding and dilation of a convolution; -1 for one that differs by direction."""
     weight, a = conv.arguments["weight"], conv.arguments
     if not isinstance(weight, Parameter) or len(weight.shape) != 4:
         raise NearMiss(3, "a convolution's weight is not a parameter or buffer")
     padding = a["padding"]
     if isinstance(padding, str):
-        same = [(size - 1) * d // 2 for size, d in zip(weight.shape[2:], _pair(a["dilation"]), strict=True)]
+        same = [(size - 1) * d // 2 for size, d in zip(weight.shape[2:], pair(a["dilation"]), strict=True)]
         padding = same if padding == "same" else [0, 0]
-    pairs = [weight.shape[2:], _pair(a["stride"]), _pair(padding), _pair(a["dilation"])]
+    pairs = [weight.shape[2:], pair(a["stride"]), pair(padding), pair(a["dilation"])]
     size, stride, padding, dilation = (pair[0] if pair[0] == pair[1] else -1 for pair in pairs)
     return size, stride, padding, 1 if size == 1 else dilation
 
 
-def _pair(value: Any) -> tuple[int, ...]:
+def pair(value: Any) -> tuple[int, ...]:
+    """One number for both directions, or one for each, as two."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     return values * 2 if len(values) == 1 else values
 
 
-def _named(conv: Operation, norm: _NormAt | None, what: str) -> tuple[str, str | None, Norm | None]:
+def named(conv: Operation, norm: _NormAt | None, what: str) -> tuple[str, str | None, Norm | None]:
+    """The names of a convolution's weight and bias, and its norm. NearMiss for tensors that have none."""
+
     def name(value: Any) -> str | None:
         if value is None:
             return None

@@ -1,19 +1,23 @@
 """optimize_for_inference: an eval-only copy of a model, batch norm folded ahead."""
 
 import copy
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shufflenet_ext import reference
+from shufflenet_ext import ops, reference
 from shufflenet_ext._backend import implementation, unit_variant
+from shufflenet_ext._capture import capture
 from shufflenet_ext._checks import check_tensor
-from shufflenet_ext._fused import VARIANT, fold, foldable_unit, stage_tensors
-from shufflenet_ext._match import Unit
+from shufflenet_ext._fused import VARIANT, foldable_unit, folded, tensor_of
+from shufflenet_ext._match import Stage, Unit
 from shufflenet_ext._native import UnitSizes
+from shufflenet_ext._network import Chain, Head, Stem
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
@@ -80,12 +84,8 @@ class _Steps:
         else:
             self.program += [3, 1]
             self.again = True
-        for stage, tensors in zip(unit.stages, stage_tensors(module, unit), strict=True):
-            doubles = [None if tensor is None else tensor.detach().double() for tensor in tensors]
-            weight, bias = fold(stage, doubles)
-            dtype = self.dtype or (tensors[0] if tensors[0] is not None else weight).dtype
-            bias = weight.new_zeros(len(weight)) if bias is None else bias
-            self.tensors += [weight.to(dtype), bias.to(dtype)]
+        for stage in unit.stages:
+            self.tensors += folded(module, stage, self.dtype)
         self.sizes.append(unit.sizes)
 
     def add_head(self, linear: nn.Linear, *, pool_window: int) -> None:
@@ -119,6 +119,90 @@ class InferenceUnits(_EvalOnly):
     def explain(self, x: Tensor) -> Explanation:
         """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
         return explain_steps(self, x, [f"unit {i}" for i in range(1, len(self.sizes) + 1)])
+
+
+class InferenceChain(_EvalOnly):
+    """Units of a captured model, with or without its stem and head. Made by :func:`optimize_for_inference`."""
+
+    def __init__(self, model: nn.Module, chain: Chain, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        if chain.stem is not None:
+            parts.append(_Stem(model, chain.stem, dtype))
+        for is_variant, units in itertools.groupby((found.unit for found in chain.units), _is_variant):
+            if is_variant:
+                parts += [_Variant(model, unit, dtype) for unit in units]
+            else:
+                parts.append(InferenceUnits([(model, unit) for unit in units], dtype))
+        if chain.head is not None:
+            parts.append(_Head(model, chain.head, dtype))
+        self.parts = nn.Sequential(*parts)
+        super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts(x)
+
+
+def _is_variant(unit: Unit) -> bool:
+    """Whether a unit is another than the original code's, which a program cannot say."""
+    o = unit.options
+    return bool(unit_variant(*(o[name] for name in ("groups", *VARIANT, "stride"))))
+
+
+class _Folded(_EvalOnly):
+    """Convolutions with their norms folded in."""
+
+    def __init__(self, model: nn.Module, stages: Iterable[Stage], dtype: torch.dtype | None) -> None:
+        super().__init__()
+        for number, stage in enumerate(stages, 1):
+            weight, bias = folded(model, stage, dtype)
+            self.register_buffer(f"weight{number}", weight)
+            self.register_buffer(f"bias{number}", bias)
+
+
+class _Variant(_Folded):
+    """A unit that a program cannot say."""
+
+    def __init__(self, model: nn.Module, unit: Unit, dtype: torch.dtype | None) -> None:
+        super().__init__(model, unit.stages, dtype)
+        self.options = unit.options
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = [getattr(self, f"{name}{i}") for i in (1, 2, 3) for name in ("weight", "bias")]
+        return ops.shuffle_bottleneck(x.to(tensors[0].dtype), *tensors, **self.options).to(x.dtype)
+
+
+class _Stem(_Folded):
+    def __init__(self, model: nn.Module, stem: Stem, dtype: torch.dtype | None) -> None:
+        super().__init__(model, [stem.stage], dtype)
+        self.stem = stem
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(self.weight1.dtype)
+        y = F.conv2d(y, self.weight1, self.bias1, stride=self.stem.stride, padding=self.stem.padding)
+        y = F.relu(y) if self.stem.relu else y
+        return (F.max_pool2d(y, 3, stride=2, padding=1) if self.stem.max_pool else y).to(x.dtype)
+
+
+class _Head(_EvalOnly):
+    def __init__(self, model: nn.Module, head: Head, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.head = head
+        for name, path in (("weight", head.weight), ("bias", head.bias)):
+            tensor = None if path is None else tensor_of(model, path).detach()
+            self.register_buffer(name, None if tensor is None else tensor.to(dtype or tensor.dtype).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = self.head.window
+        if window == 0:
+            y = x.mean((2, 3))
+        else:
+            y = F.avg_pool2d(x, window, stride=1 if self.head.exact else window)
+            if y.shape[2:] != (1, 1):
+                raise ValueError(
+                    f"x: got {list(x.shape[2:])} pixels ahead of the head, expected one window of {window}"
+                )
+        return F.linear(y.flatten(1).to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
 class InferenceNetwork(_EvalOnly):
@@ -191,14 +275,17 @@ def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes])
 class InferenceModel(_EvalOnly):
     """A model for inference. Made by :func:`optimize_for_inference`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, sizes: Sequence[tuple[int | None, ...]] | None = None) -> None:
         super().__init__()
         self.model = model
+        self.sizes = sizes  # that the tensors of a call must have, None for any; None where the model knows itself
         super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model = self._modules["model"]
         assert model is not None
+        if self.sizes is not None:
+            _check_sizes(args, kwargs, self.sizes)
         if not torch.is_grad_enabled():
             return model(*args, **kwargs)
         with torch.no_grad():
@@ -237,7 +324,19 @@ class InferenceModel(_EvalOnly):
         )
 
 
-def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> InferenceModel:
+def _check_sizes(args: Any, kwargs: Any, sizes: Sequence[tuple[int | None, ...]]) -> None:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if len(tensors) != len(sizes):
+        raise ValueError(f"got {len(tensors)} tensors, expected {len(sizes)}, as in example_inputs")
+    for number, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+        if len(size) != tensor.dim() or any(e not in (None, got) for e, got in zip(size, tensor.shape, strict=True)):
+            expected = ", ".join("any" if e is None else str(e) for e in size)
+            raise ValueError(f"input {number}: got shape {list(tensor.shape)}, expected [{expected}]")
+
+
+def optimize_for_inference(
+    model: nn.Module, dtype: torch.dtype | None = None, *, example_inputs: tuple[Any, ...] | None = None
+) -> InferenceModel:
     """An eval-only copy of ``model`` whose units have their batch norm folded into their weights.
 
     Every unit that :func:`shufflenet_ext.fuse` swaps becomes one op on folded weights; this package's networks become
@@ -248,7 +347,13 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     summed in float32, what is handed from layer to layer is rounded. They take images of float32 or bfloat16, and
     return the same. All else in the model stays in its own dtype.
 
-    TypeError if ``model`` is not a module, or ``dtype`` no torch.dtype; ValueError if it is another than bfloat16.
+    With ``example_inputs``, the arguments of a call as torch.export takes them, the whole model is looked through:
+    stems, units of any class one behind the other, and heads become native ops across the borders of its modules. Batch
+    and image size stay free where the model allows it; a call with other sizes than the graph holds for raises
+    ValueError.
+
+    TypeError if ``model`` is not a module, ``dtype`` no torch.dtype or ``example_inputs`` no tuple; ValueError if
+    ``dtype`` is another than bfloat16.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -256,6 +361,13 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
         raise TypeError(f"dtype: got {type(dtype).__name__}, expected torch.bfloat16 or None")
     if dtype not in (torch.bfloat16, None):
         raise ValueError(f"dtype: got {dtype}, expected torch.bfloat16 or None")
+    if not isinstance(example_inputs, tuple | None):
+        raise TypeError(f"example_inputs: got {type(example_inputs).__name__}, expected a tuple or None")
+    if example_inputs is not None:
+        captured = capture(
+            copy.deepcopy(model).eval(), example_inputs, lambda module, chain: InferenceChain(module, chain, dtype)
+        )
+        return InferenceModel(captured.module, captured.sizes)
     copied = fuse(copy.deepcopy(model).eval())
     return InferenceModel(_inference_twin(copied, dtype, {}))
 
@@ -304,5 +416,4 @@ def _foldable(module: nn.Module) -> Unit | None:
     unit = foldable_unit(module)
     if unit is None:
         return None
-    o = unit.options
-    return None if unit_variant(*(o[name] for name in ("groups", *VARIANT, "stride"))) else unit
+    return None if _is_variant(unit) else unit

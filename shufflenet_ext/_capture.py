@@ -1,0 +1,153 @@
+"""Captures a whole model as a graph in which chains of units, with their stem and head, are one module each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shufflenet_ext._graph import Graph, trace
+from shufflenet_ext._network import Chain, Head, chains_of
+
+
+@dataclass
+class Captured:
+    """A captured model."""
+
+    module: torch.fx.GraphModule  # takes the model's own arguments
+    chains: int
+    # Sizes that the graph holds for, by the number of the tensor among the model's arguments; None: any.
+    sizes: list[tuple[int | None, ...]]
+
+
+# Makes the module that takes a chain's place: of the model whose tensors the chain names.
+ChainModule = Callable[[nn.Module, Chain], nn.Module]
+
+
+def capture(model: nn.Module, example_inputs: tuple[Any, ...], chain_module: ChainModule) -> Captured:
+    """The model in eval mode, captured with these arguments.
+
+    Batch and image size are found to be free where the graph is the same one, traced with others. All other sizes
+    are fixed.
+    """
+    first = trace(model, example_inputs, training_too=False)
+    chains = chains_of(first)
+    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
+    sizes: list[list[int | None]] = [list(t.shape) for t in tensors]
+    for free, grow in (((0,), _grown_batch), ((2, 3), _grown_images)):
+        other_inputs = tuple(grow(value) if isinstance(value, Tensor) else value for value in example_inputs)
+        try:
+            other = trace(model, other_inputs, training_too=False)
+        except Exception:  # the model does not take the other size, whatever it raises
+            continue
+        same = _united(chains, chains_of(other))
+        if same is not None and _rest(first, chains) == _rest(other, chains_of(other)):
+            chains = same
+            for size, tensor in zip(sizes, tensors, strict=True):
+                for dim in free if tensor.dim() == 4 else free[:1] if free == (0,) and tensor.dim() > 0 else ():
+                    size[dim] = None
+    module = first.program.module(check_guards=False)
+    for number, chain in enumerate(chains):
+        _replace(module, chain, f"chain{number}", chain_module(model, chain))
+    module.graph.lint()
+    module.recompile()
+    module.delete_all_unused_submodules()
+    return Captured(module, len(chains), [tuple(size) for size in sizes])
+
+
+def _grown_batch(x: Tensor) -> Tensor:
+    return torch.cat([x, x[:1]]) if x.dim() > 0 else x
+
+
+def _grown_images(x: Tensor) -> Tensor:
+    if x.dim() != 4:
+        return x
+    return x.new_zeros(*x.shape[:2], x.shape[2] + 32, x.shape[3] + 64).copy_(
+        nn.functional.interpolate(x.float(), (x.shape[2] + 32, x.shape[3] + 64)).to(x.dtype)
+    )
+
+
+def _united(ours: list[Chain], theirs: list[Chain]) -> list[Chain] | None:
+    """The chains that two traces with different sizes have in common; None where they differ."""
+    if len(ours) != len(theirs):
+        return None
+    united = []
+    for one, other in zip(ours, theirs, strict=True):
+        if [found.unit for found in one.units] != [found.unit for found in other.units] or one.stem != other.stem:
+            return None
+        head = _united_head(one.head, other.head)
+        if (head is None) != (one.head is None):
+            return None
+        united.append(replace(one, head=head))
+    return united
+
+
+def _united_head(one: Head | None, other: Head | None) -> Head | None:
+    if one is None or other is None or one == other:
+        return one if other is not None else None
+    # A window that was the whole plane both times, as large as it was.
+    if one.whole and other.whole and replace(one, window=0, exact=False) == replace(other, window=0, exact=False):
+        return replace(one, window=0, exact=False)
+    return replace(one, whole=False) if replace(one, whole=False) == replace(other, whole=False) else None
+
+
+def _rest(graph: Graph, chains: list[Chain]) -> list[Any]:
+    """What a graph calls besides its chains, with its arguments: the same for two graphs that compute the same."""
+    inside = {id(operation.node) for chain in chains for operation in chain.operations}
+    needed = _needed(graph, inside)
+    order = {node: number for number, node in enumerate(needed)}
+
+    def numbered(node: torch.fx.Node) -> Any:
+        return ("node", order.get(node, "chain"))
+
+    return [
+        (node.op, str(node.target), torch.fx.node.map_arg((node.args, node.kwargs), numbered))
+        for node in needed
+        if id(node) not in inside
+    ]
+
+
+def _needed(graph: Graph, inside: set[int]) -> list[torch.fx.Node]:
+    """The nodes that the outputs need when the chains' operations need nothing."""
+    nodes = list(graph.program.graph.nodes)
+    needed: set[torch.fx.Node] = set()
+    stack = [node for node in nodes if node.op == "output"]
+    while stack:
+        node = stack.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        if id(node) not in inside:
+            stack += node.all_input_nodes
+    # A chain's operations count by their ends alone.
+    return [node for node in nodes if node in needed and node.op != "placeholder"]
+
+
+def _replace(module: torch.fx.GraphModule, chain: Chain, name: str, replacement: nn.Module) -> None:
+    """Puts a call of ``replacement`` in a chain's place."""
+    graph = module.graph
+    by_name = {node.name: node for node in graph.nodes}
+    inside = [by_name[operation.node.name] for operation in chain.operations]
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    inside.sort(key=order.__getitem__)
+    end = _holder(chain, inside, order)
+    module.add_submodule(name, replacement)
+    with graph.inserting_before(inside[0]):
+        call = graph.call_module(name, (inside[0].args[0],))
+    end.replace_all_uses_with(call)
+    members = set(inside)
+    for node in reversed(list(graph.nodes)):
+        removable = node in members or (node.op in ("call_function", "get_attr") and not node.is_impure())
+        if removable and not node.users and node is not call:
+            graph.erase_node(node)
+
+
+def _holder(chain: Chain, inside: list[torch.fx.Node], order: dict[torch.fx.Node, int]) -> torch.fx.Node:
+    """The node whose tensor is what the chain ends in: its last operation, or the concatenation behind it."""
+    last = inside[-1]
+    if chain.end.only() is not None:
+        return last
+    ends = {node for node in last.users if node.target in (torch.ops.aten.cat.default, torch.ops.aten.concat.default)}
+    (holder,) = ends
+    return holder
