@@ -1,7 +1,8 @@
 """Captures a whole model as a graph in which chains of units, with their stem and head, are one module each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace as changed
 from typing import Any
 
 import torch
@@ -38,22 +39,25 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], chain_module: Cha
     for free, grow in (((0,), _grown_batch), ((2, 3), _grown_images)):
         other_inputs = tuple(grow(value) if isinstance(value, Tensor) else value for value in example_inputs)
         try:
+            with torch.no_grad():
+                model(*other_inputs)  # what it does not take it refuses here, without a word in torch's log
             other = trace(model, other_inputs, training_too=False)
         except Exception:  # the model does not take the other size, whatever it raises
             continue
         same = _united(chains, chains_of(other))
         if same is not None and _rest(first, chains) == _rest(other, chains_of(other)):
             chains = same
-            for size, tensor in zip(sizes, tensors, strict=True):
-                for dim in free if tensor.dim() == 4 else free[:1] if free == (0,) and tensor.dim() > 0 else ():
-                    size[dim] = None
+            for size in sizes:
+                for dim in free:
+                    if len(size) == 4 or (dim == 0 and size):
+                        size[dim] = None
     module = first.program.module(check_guards=False)
     for number, chain in enumerate(chains):
         _replace(module, chain, f"chain{number}", chain_module(model, chain))
     module.graph.lint()
-    module.recompile()
     module.delete_all_unused_submodules()
-    return Captured(module, len(chains), [tuple(size) for size in sizes])
+    # As a plain GraphModule: export's own refuses train() and eval().
+    return Captured(torch.fx.GraphModule(module, module.graph), len(chains), [tuple(size) for size in sizes])
 
 
 def _grown_batch(x: Tensor) -> Tensor:
@@ -61,11 +65,7 @@ def _grown_batch(x: Tensor) -> Tensor:
 
 
 def _grown_images(x: Tensor) -> Tensor:
-    if x.dim() != 4:
-        return x
-    return x.new_zeros(*x.shape[:2], x.shape[2] + 32, x.shape[3] + 64).copy_(
-        nn.functional.interpolate(x.float(), (x.shape[2] + 32, x.shape[3] + 64)).to(x.dtype)
-    )
+    return x.new_zeros(*x.shape[:2], x.shape[2] + 32, x.shape[3] + 64) if x.dim() == 4 else x
 
 
 def _united(ours: list[Chain], theirs: list[Chain]) -> list[Chain] | None:
@@ -79,7 +79,7 @@ def _united(ours: list[Chain], theirs: list[Chain]) -> list[Chain] | None:
         head = _united_head(one.head, other.head)
         if (head is None) != (one.head is None):
             return None
-        united.append(replace(one, head=head))
+        united.append(changed(one, head=head))
     return united
 
 
@@ -87,9 +87,9 @@ def _united_head(one: Head | None, other: Head | None) -> Head | None:
     if one is None or other is None or one == other:
         return one if other is not None else None
     # A window that was the whole plane both times, as large as it was.
-    if one.whole and other.whole and replace(one, window=0, exact=False) == replace(other, window=0, exact=False):
-        return replace(one, window=0, exact=False)
-    return replace(one, whole=False) if replace(one, whole=False) == replace(other, whole=False) else None
+    if one.whole and other.whole and changed(one, window=0, exact=False) == changed(other, window=0, exact=False):
+        return changed(one, window=0, exact=False)
+    return changed(one, whole=False) if changed(one, whole=False) == changed(other, whole=False) else None
 
 
 def _rest(graph: Graph, chains: list[Chain]) -> list[Any]:

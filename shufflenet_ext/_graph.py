@@ -104,21 +104,20 @@ class Graph:
     operations: list[Operation]  # in the order of their calls
     outputs: list[Any]  # a Wire for each tensor; other things as they are
     program: Any  # the ExportedProgram
-    held: dict[torch.fx.Node, Wire]  # what each node's tensor holds right behind it
 
     @property
     def inputs(self) -> list[Operation]:
         return [operation for operation in self.operations if operation.name == "input"]
 
 
-def trace(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None, *, training_too: bool = True) -> Graph:
+def trace(module: nn.Module, args: tuple[Any, ...], *, training_too: bool = True) -> Graph:
     """The graph of ``module`` called with ``args``, in the mode that it is in.
 
     With ``training_too=False`` a dropout that drops nothing is taken for what it then is.
 
     TraceError for a graph that cannot be followed; else whatever torch.export raises for a module that it refuses.
     """
-    return _Tracer(torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False), training_too).run()
+    return _Tracer(torch.export.export(module, args, strict=False), training_too).run()
 
 
 class _Tracer:
@@ -128,7 +127,6 @@ class _Tracer:
         self.operations: list[Operation] = []
         self.starts: list[int] = []  # of the operations' numbers
         self.next = 0
-        self.held: dict[torch.fx.Node, Wire] = {}
 
     def run(self) -> Graph:
         env: dict[torch.fx.Node, Any] = {}
@@ -144,11 +142,7 @@ class _Tracer:
                 env[node] = self._call(node, args, kwargs)
             else:
                 env[node] = node
-            if isinstance(env.get(node), Tensor):
-                wire = self._seen(env[node])
-                if isinstance(wire, Wire):
-                    self.held[node] = wire
-        return Graph(self.operations, outputs, self.program, self.held)
+        return Graph(self.operations, outputs, self.program)
 
     def _placeholder(self, node: torch.fx.Node, spec: Any) -> Any:
         value = node.meta.get("val")
@@ -283,7 +277,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _sizes(value: Tensor) -> tuple[int, ...]:
     """The shape with which the graph was traced."""
-    return tuple(size if isinstance(size, int) else size.node.hint for size in value.shape)
+    return tuple(int(size) for size in value.shape)
 
 
 def _changes_dtype(node: torch.fx.Node) -> bool:

@@ -1,9 +1,6 @@
 """Recognises what stands around the units of a whole model: chains of them, a stem ahead, a head behind."""
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from shufflenet_ext._graph import Graph, Operation, Parameter, Wire
 from shufflenet_ext._match import Found, NearMiss, Stage, named, pair, square, unit_at
@@ -33,6 +30,7 @@ class Head:
     classes: int
     window: int  # 0: the mean of all pixels; else of the upper left window x window
     exact: bool  # whether the plane must be as large as the window
+    whole: bool  # whether the window was the whole plane when the graph was traced
 
 
 @dataclass
@@ -157,7 +155,7 @@ def _add_head(chain: Chain, readers: _Readers, graph: Graph) -> None:
         pool = linear.arguments["input"].only()
         if pool is None or pool.arguments.get("self") != chain.end:
             continue
-        window = _window(pool, graph)
+        window = _window(pool)
         weight, bias = linear.arguments["weight"], linear.arguments["bias"]
         if window is None or not isinstance(weight, Parameter) or not isinstance(bias, Parameter | None):
             continue
@@ -169,14 +167,14 @@ def _add_head(chain: Chain, readers: _Readers, graph: Graph) -> None:
         return
 
 
-def _window(pool: Operation, graph: Graph) -> tuple[int, bool] | None:
-    """The window of a mean over pixels, and whether it must be the whole plane; None for anything else."""
+def _window(pool: Operation) -> tuple[int, bool, bool] | None:
+    """Head's window, exact and whole of a mean over pixels; None for anything else."""
     a = pool.arguments
     if pool.name == "adaptive_avg_pool2d":
-        return (0, False) if pair(a["output_size"]) == (1, 1) else None
+        return (0, False, True) if pair(a["output_size"]) == (1, 1) else None
     if pool.name == "mean":
         dims = {dim % 4 for dim in a["dim"] or ()}
-        return (0, False) if dims == {2, 3} and a.get("dtype") is None else None
+        return (0, False, True) if dims == {2, 3} and a.get("dtype") is None else None
     if (
         pool.name != "avg_pool2d"
         or set(pair(a["padding"])) != {0}
@@ -184,19 +182,8 @@ def _window(pool: Operation, graph: Graph) -> tuple[int, bool] | None:
         or a["divisor_override"] is not None
     ):
         return None
-    given = pool.node.args[1]
-    sizes = list(given) if isinstance(given, list | tuple) else [given]
-    if all(isinstance(size, torch.fx.Node) for size in sizes):
-        return (0, False) if len(sizes) == 2 and _are_sizes_of(sizes, a["self"], graph) else None
     size, stride = pair(a["kernel_size"]), pair(a["stride"] or a["kernel_size"])
-    if size[0] != size[1] or any(isinstance(s, torch.fx.Node) for s in sizes):
-        return None
-    return size[0], stride != size
-
-
-def _are_sizes_of(sizes: list[Any], wire: Wire, graph: Graph) -> bool:
-    """Whether two numbers of the graph are height and width of what a wire holds."""
-    return all(
-        node.target is torch.ops.aten.sym_size.int and graph.held.get(node.args[0]) == wire and node.args[1] % 4 == dim
-        for node, dim in zip(sizes, (2, 3), strict=True)
-    )
+    whole = size == a["self"].runs[0][0].shape[2:]
+    if size[0] == size[1]:
+        return size[0], stride != size, whole
+    return (0, False, True) if whole else None

@@ -173,6 +173,9 @@ class _Variant(_Folded):
 
 
 class _Stem(_Folded):
+    weight1: Tensor
+    bias1: Tensor
+
     def __init__(self, model: nn.Module, stem: Stem, dtype: torch.dtype | None) -> None:
         super().__init__(model, [stem.stage], dtype)
         self.stem = stem
@@ -185,6 +188,9 @@ class _Stem(_Folded):
 
 
 class _Head(_EvalOnly):
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, model: nn.Module, head: Head, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.head = head
