@@ -36,16 +36,11 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], chain_module: Cha
     chains = chains_of(first)
     tensors = [value for value in example_inputs if isinstance(value, Tensor)]
     sizes: list[list[int | None]] = [list(t.shape) for t in tensors]
-    for free, grow in (((0,), _grown_batch), ((2, 3), _grown_images)):
-        other_inputs = tuple(grow(value) if isinstance(value, Tensor) else value for value in example_inputs)
-        try:
-            with torch.no_grad():
-                model(*other_inputs)  # what it does not take it refuses here, without a word in torch's log
-            other = trace(model, other_inputs, training_too=False)
-        except Exception:  # the model does not take the other size, whatever it raises
-            continue
-        same = _united(chains, chains_of(other))
-        if same is not None and _rest(first, chains) == _rest(other, chains_of(other)):
+    for free in ((0, 2, 3), (0,), (2, 3)):
+        if any(size[dim] is None for size in sizes for dim in free if dim < len(size)):
+            continue  # found before
+        same = _same(first, chains, model, tuple(_grown(value, free) for value in example_inputs))
+        if same is not None:
             chains = same
             for size in sizes:
                 for dim in free:
@@ -60,12 +55,29 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], chain_module: Cha
     return Captured(torch.fx.GraphModule(module, module.graph), len(chains), [tuple(size) for size in sizes])
 
 
-def _grown_batch(x: Tensor) -> Tensor:
-    return torch.cat([x, x[:1]]) if x.dim() > 0 else x
+def _grown(value: Any, dims: tuple[int, ...]) -> Any:
+    """An argument of another batch or image size; anything but a tensor as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    growth = {0: 1, 2: 32, 3: 64}
+    shape = list(value.shape)
+    for dim in dims:
+        if len(shape) == 4 or (dim == 0 and shape):
+            shape[dim] += growth[dim]
+    return value.new_zeros(shape)
 
 
-def _grown_images(x: Tensor) -> Tensor:
-    return x.new_zeros(*x.shape[:2], x.shape[2] + 32, x.shape[3] + 64) if x.dim() == 4 else x
+def _same(first: Graph, chains: list[Chain], model: nn.Module, inputs: tuple[Any, ...]) -> list[Chain] | None:
+    """The chains as they hold for other sizes too; None where the model's graph is another one with those."""
+    try:
+        with torch.no_grad():
+            model(*inputs)  # what it does not take it refuses here, without a word in torch's log
+        other = trace(model, inputs, training_too=False)
+    except Exception:  # whatever a user's code may raise
+        return None
+    theirs = chains_of(other)
+    same = _united(chains, theirs)
+    return same if same is not None and _rest(first, chains) == _rest(other, theirs) else None
 
 
 def _united(ours: list[Chain], theirs: list[Chain]) -> list[Chain] | None:
