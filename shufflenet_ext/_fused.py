@@ -13,7 +13,6 @@ from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, unit_va
 from shufflenet_ext._match import Norm, Stage, Unit
 from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (int, float, bool, str, tuple, list, type(None))
 
 
@@ -27,19 +26,24 @@ class _Snapshot:
     def __init__(self, module: nn.Module, *, hooks: bool) -> None:
         self.module = module
         self.type: Any = type(module) if hooks else None  # a fused class is made anew where it is unpickled
-        values = {name: value for name, value in vars(module).items() if type(value) in _PLAIN}
-        values |= {"training": False, "_modules": dict(module._modules)}
-        if hooks:
-            values |= {name: {} for name in _HOOKS}
-        self.values = values
-        self.parameters = [value is None for value in module._parameters.values()]
+        self.hooks = hooks  # whether hooks change what it computes: those of a unit itself run around its forward
+        self.settings = {name: value for name, value in vars(module).items() if type(value) in _PLAIN}
+        self.settings["training"] = False
+        self.children = dict(module._modules)
+        self.missing = [value is None for value in module._parameters.values()]
 
     def holds(self) -> bool:
         module = self.module
+        if torch.compiler.is_compiling():  # which traces, and then guards, one at a time
+            same = all(getattr(module, name) == value for name, value in self.settings.items())
+        else:
+            same = self.settings.items() <= vars(module).items()
         return (
-            self.values.items() <= vars(module).items()
+            same
+            and module._modules == self.children
             and (self.type is None or type(module) is self.type)
-            and [value is None for value in module._parameters.values()] == self.parameters
+            and not (self.hooks and has_hooks(module))
+            and [value is None for value in module._parameters.values()] == self.missing
         )
 
 
@@ -237,7 +241,6 @@ def adopt(module: nn.Module, unit: Unit) -> None:
     object.__setattr__(module, "_adopted", adopted)
 
 
-_native.run_while_tracing(_Adopted.unchanged)
 
 
 def foldable_unit(module: nn.Module) -> Unit | None:

@@ -379,3 +379,22 @@ def test_new_values_and_tensors_are_seen():
     with assert_ran(OP):
         got = unit(x)
     torch.testing.assert_close(got, twin(x))
+
+
+def test_compiled_units_see_what_changes():
+    unit, twin = (randomize(ForeignUnit()).eval() for _ in range(2))
+    se.fuse(unit)
+    compiled = torch.compile(unit, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 24, 7, 7)
+    torch.testing.assert_close(compiled(x), twin(x))
+    for change in (
+        lambda module: module.train(),
+        lambda module: module.eval(),
+        lambda module: setattr(module.bn1, "eps", 0.5),
+        lambda module: setattr(module, "bn3", nn.Identity()),
+    ):
+        for module in (unit, twin):
+            change(module)
+        with se.use_backend("auto"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", se.ReferenceFallbackWarning)
+            torch.testing.assert_close(compiled(x), twin(x))

@@ -8,7 +8,7 @@ import fuzz_match
 import pytest
 import pytorchcv.models.shufflenet
 import torch
-from public_styles import STYLES
+from public_styles import STYLES, BiasedStyle, BlocksStyle
 from styles import NEAR_MISSES, random_style, random_unit
 from support import assert_as_accurate, randomize
 from torch import nn
@@ -72,13 +72,13 @@ def test_fuse_takes_pytorchcv(name):
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)
 def test_whole_models(style):
-    size, units = STYLES[style]
+    size, _ = STYLES[style]
     model = randomize(style()).eval()
     optimized = se.optimize_for_inference(model, example_inputs=(torch.randn(1, 3, size, size),))
     called = [node.target for node in optimized.model.graph.nodes if node.op in ("call_module", "call_function")]
     # One call, and what is behind the network.
     assert called[0] == "chain0"
-    assert called[1:] == ([torch.ops.aten.log_softmax.int] if style.__name__ == "BiasedStyle" else [])
+    assert called[1:] == ([torch.ops.aten.log_softmax.int] if style is BiasedStyle else [])
     for batch in (1, 3):
         assert_same(optimized, model, torch.randn(batch, 3, size, size))
     x = torch.randn(2, 3, size + 32, size + 16)
@@ -107,7 +107,7 @@ def test_a_model_of_which_a_part_is_known():
     class Segmenter(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone = STYLE().stage3
+            self.backbone = BlocksStyle().stage3
             self.stem = nn.Conv2d(3, 48, 5, 2, 2)
             self.decoder = nn.Conv2d(96, 5, 3, padding=1)
 
@@ -117,7 +117,6 @@ def test_a_model_of_which_a_part_is_known():
             logits = nn.functional.interpolate(self.decoder(high), scale_factor=2.0)
             return {"logits": logits * scale, "low": low.mean((2, 3))}
 
-    STYLE = next(style for style in STYLES if style.__name__ == "BlocksStyle")
     model = randomize(Segmenter()).eval()
     arguments = torch.randn(2, 3, 16, 24), 2.0
     optimized = se.optimize_for_inference(model, example_inputs=arguments)
