@@ -51,6 +51,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], chain_module: Cha
         _replace(module, chain, f"chain{number}", chain_module(model, chain))
     module.graph.lint()
     module.delete_all_unused_submodules()
+    module.graph._tracer_cls = None  # export's own cannot be made anew, where a copy is unpickled
     # As a plain GraphModule: export's own refuses train() and eval().
     return Captured(torch.fx.GraphModule(module, module.graph), len(chains), [tuple(size) for size in sizes])
 
@@ -59,7 +60,7 @@ def _grown(value: Any, dims: tuple[int, ...]) -> Any:
     """An argument of another batch or image size; anything but a tensor as it is."""
     if not isinstance(value, Tensor):
         return value
-    growth = {0: 1, 2: 32, 3: 64}
+    growth = {0: 1, 2: 32, 3: 16}
     shape = list(value.shape)
     for dim in dims:
         if len(shape) == 4 or (dim == 0 and shape):
@@ -150,8 +151,10 @@ def _replace(module: torch.fx.GraphModule, chain: Chain, name: str, replacement:
     end.replace_all_uses_with(call)
     members = set(inside)
     for node in reversed(list(graph.nodes)):
-        removable = node in members or (node.op in ("call_function", "get_attr") and not node.is_impure())
-        if removable and not node.users and node is not call:
+        # fx counts a dropout as impure, even one that drops nothing.
+        pure = node.op in ("call_function", "get_attr") and not node.is_impure()
+        idle = node.target is torch.ops.aten.dropout.default and not node.args[2]
+        if (node in members or pure or idle) and not node.users and node is not call:
             graph.erase_node(node)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shufflenet_ext import _native, ops, reference
+from shufflenet_ext import ops, reference
 from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, unit_variant
 from shufflenet_ext._match import Norm, Stage, Unit
 from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable
@@ -239,8 +239,6 @@ def adopt(module: nn.Module, unit: Unit) -> None:
     module.__class__ = _fused_class(type(module))
     adopted = _Adopted(module, unit)
     object.__setattr__(module, "_adopted", adopted)
-
-
 
 
 def foldable_unit(module: nn.Module) -> Unit | None:
