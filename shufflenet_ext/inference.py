@@ -1,6 +1,7 @@
 """optimize_for_inference: an eval-only copy of a model, batch norm folded ahead."""
 
 import copy
+import inspect
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -279,7 +280,10 @@ def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes])
 
 
 class InferenceModel(_EvalOnly):
-    """A model for inference. Made by :func:`optimize_for_inference`."""
+    """A model for inference, which takes the arguments of the one that it was made from.
+
+    Made by :func:`optimize_for_inference`.
+    """
 
     def __init__(self, model: nn.Module, sizes: Sequence[tuple[int | None, ...]] | None = None) -> None:
         super().__init__()
@@ -330,6 +334,36 @@ class InferenceModel(_EvalOnly):
         )
 
 
+def _with_arguments_of(model: nn.Module, optimized: InferenceModel) -> InferenceModel:
+    """Gives an InferenceModel the signature of the model that it was made from, by which torch.export names inputs."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    optimized.__class__ = _class_with(tuple((p.name, p.kind, p.default is p.empty, p.default) for p in parameters))
+    return optimized
+
+
+def _class_with(parameters: tuple[tuple[Any, ...], ...]) -> type[InferenceModel]:
+    def forward(self: InferenceModel, *args: Any, **kwargs: Any) -> Any:
+        return InferenceModel.forward(self, *args, **kwargs)
+
+    def reduce(self: InferenceModel, protocol: Any) -> Any:
+        reduced: Any = InferenceModel.__reduce_ex__(self, protocol)
+        return _new_with, (parameters,), *reduced[2:]
+
+    inputs = [
+        inspect.Parameter(name, kind, default=inspect.Parameter.empty if required else default)
+        for name, kind, required, default in parameters
+    ]
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([itself, *inputs])  # type: ignore[attr-defined]
+    namespace = {"forward": forward, "__reduce_ex__": reduce, "__doc__": InferenceModel.__doc__}
+    return type("InferenceModel", (InferenceModel,), namespace)
+
+
+def _new_with(parameters: tuple[tuple[Any, ...], ...]) -> InferenceModel:
+    created = _class_with(parameters)
+    return created.__new__(created)
+
+
 def _check_sizes(args: Any, kwargs: Any, sizes: Sequence[tuple[int | None, ...]]) -> None:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if len(tensors) != len(sizes):
@@ -373,9 +407,9 @@ def optimize_for_inference(
         captured = capture(
             copy.deepcopy(model).eval(), example_inputs, lambda module, chain: InferenceChain(module, chain, dtype)
         )
-        return InferenceModel(captured.module, captured.sizes)
+        return _with_arguments_of(model, InferenceModel(captured.module, captured.sizes))
     copied = fuse(copy.deepcopy(model).eval())
-    return InferenceModel(_inference_twin(copied, dtype, {}))
+    return _with_arguments_of(model, InferenceModel(_inference_twin(copied, dtype, {})))
 
 
 def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn.Module, nn.Module]) -> nn.Module:
