@@ -1,5 +1,6 @@
 """Captures a whole model as a graph in which chains of units, with their stem and head, are one module each."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shufflenet_ext._graph import Graph, trace
+from shufflenet_ext._graph import Graph, Operation, Wire, trace
 from shufflenet_ext._network import Chain, Head, chains_of
 
 
@@ -48,12 +49,18 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], chain_module: Cha
                         size[dim] = None
     module = first.program.module(check_guards=False)
     for number, chain in enumerate(chains):
-        _replace(module, chain, f"chain{number}", chain_module(model, chain))
+        name = f"chain{number}"
+        module.add_submodule(name, chain_module(model, chain))
+        replace(module.graph, chain.operations, chain.end, functools.partial(_call_module, module.graph, name))
     module.graph.lint()
     module.delete_all_unused_submodules()
     module.graph._tracer_cls = None  # export's own cannot be made anew, where a copy is unpickled
     # As a plain GraphModule: export's own refuses train() and eval().
     return Captured(torch.fx.GraphModule(module, module.graph), len(chains), [tuple(size) for size in sizes])
+
+
+def _call_module(graph: torch.fx.Graph, name: str, x: torch.fx.Node) -> torch.fx.Node:
+    return graph.call_module(name, (x,))
 
 
 def _grown(value: Any, dims: tuple[int, ...]) -> Any:
@@ -137,18 +144,17 @@ def _needed(graph: Graph, inside: set[int]) -> list[torch.fx.Node]:
     return [node for node in nodes if node in needed and node.op != "placeholder"]
 
 
-def _replace(module: torch.fx.GraphModule, chain: Chain, name: str, replacement: nn.Module) -> None:
-    """Puts a call of ``replacement`` in a chain's place."""
-    graph = module.graph
+def replace(
+    graph: torch.fx.Graph, operations: list[Operation], end: Wire, call_of: Callable[[torch.fx.Node], torch.fx.Node]
+) -> None:
+    """Puts a call in the place of operations, the first of which reads the input; ``end`` is what they end in."""
     by_name = {node.name: node for node in graph.nodes}
-    inside = [by_name[operation.node.name] for operation in chain.operations]
+    inside = [by_name[operation.node.name] for operation in operations]
     order = {node: number for number, node in enumerate(graph.nodes)}
     inside.sort(key=order.__getitem__)
-    end = _holder(chain, inside, order)
-    module.add_submodule(name, replacement)
     with graph.inserting_before(inside[0]):
-        call = graph.call_module(name, (inside[0].args[0],))
-    end.replace_all_uses_with(call)
+        call = call_of(inside[0].args[0])
+    _holder(end, inside).replace_all_uses_with(call)
     members = set(inside)
     for node in reversed(list(graph.nodes)):
         # fx counts a dropout as impure, even one that drops nothing.
@@ -158,11 +164,11 @@ def _replace(module: torch.fx.GraphModule, chain: Chain, name: str, replacement:
             graph.erase_node(node)
 
 
-def _holder(chain: Chain, inside: list[torch.fx.Node], order: dict[torch.fx.Node, int]) -> torch.fx.Node:
-    """The node whose tensor is what the chain ends in: its last operation, or the concatenation behind it."""
+def _holder(end: Wire, inside: list[torch.fx.Node]) -> torch.fx.Node:
+    """The node whose tensor is what operations end in: their last one, or the concatenation behind it."""
     last = inside[-1]
-    if chain.end.only() is not None:
+    if end.only() is not None:
         return last
-    ends = {node for node in last.users if node.target in (torch.ops.aten.cat.default, torch.ops.aten.concat.default)}
-    (holder,) = ends
+    concatenations = (torch.ops.aten.cat.default, torch.ops.aten.concat.default)
+    (holder,) = (node for node in last.users if node.target in concatenations)
     return holder

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shufflenet_ext import ops, reference
-from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, unit_variant
+from shufflenet_ext._backend import allows_tf32, fall_back, runs_native
 from shufflenet_ext._match import Norm, Stage, Unit
 from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable
 
@@ -63,11 +63,19 @@ class _Adopted:
         return all(snapshot.holds() for snapshot in self.snapshots)
 
 
-def _paths(stage: Stage) -> _Paths:
+def stage_names(unit: Unit) -> list[list[str | None]]:
+    """The names of :func:`stage_tensors`."""
+    return [_names(stage) for stage in unit.stages]
+
+
+def _names(stage: Stage) -> list[str | None]:
     norm = stage.norm
-    names: list[str | None] = [stage.weight, stage.bias]
-    names += [None] * 4 if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
-    return [None if name is None else name.split(".") for name in names]
+    norm_names = [None] * 4 if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
+    return [stage.weight, stage.bias, *norm_names]
+
+
+def _paths(stage: Stage) -> _Paths:
+    return [None if name is None else name.split(".") for name in _names(stage)]
 
 
 def _read(module: Any, path: list[str]) -> Any:
@@ -162,6 +170,18 @@ def plain_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]], *, tra
     )
 
 
+def run_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]]) -> Tensor:
+    """A unit, with its norms in eval mode, by the native op; tensors as :func:`stage_tensors` has them."""
+    if all(t[1] is None and all(tensor is not None for tensor in t[2:]) for t in tensors):
+        norms = [stage.norm for stage in unit.stages]
+        eps = {f"bn{i}_eps": norm.eps for i, norm in enumerate(norms, 1) if norm is not None}
+        flat = [tensor for t in tensors for tensor in (t[0], *t[2:])]
+        op = torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm
+        return op(x, *flat, **eps, **unit.op_options, allow_tf32=allows_tf32(x))
+    folded = [tensor for stage, t in zip(unit.stages, tensors, strict=True) for tensor in fold(stage, t)]
+    return ops.shuffle_bottleneck(x, *folded, **unit.options)  # type: ignore[arg-type]
+
+
 class FusedUnit(nn.Module):
     """The mixin by which :func:`shufflenet_ext.fuse` makes a module of any class run fused in eval mode.
 
@@ -184,28 +204,15 @@ class FusedUnit(nn.Module):
                 fall_back(f"a fused {type(self).__name__} is not what it was when fuse() proved it")
             return None
         unit = adopted.unit
-        variant = unit_variant(unit.groups, unit.shuffle_groups, unit.shortcut_first, unit.shortcut_relu, unit.stride)
-        if not runs_native(x, lambda: [unit.sizes], variant):
+        if not runs_native(x, lambda: [unit.sizes], unit.variant):
             return None
-        tensors = _read_all(self, adopted.paths, adopted.orders)
-        options = {name: value for name, value in unit.options.items() if name not in VARIANT} | variant
-        if all(t[1] is None and all(tensor is not None for tensor in t[2:]) for t in tensors):
-            norms = [stage.norm for stage in unit.stages]
-            eps = {f"bn{i}_eps": norm.eps for i, norm in enumerate(norms, 1) if norm is not None}
-            flat = [tensor for t in tensors for tensor in (t[0], *t[2:])]
-            op = torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm
-            return op(x, *flat, **eps, **options, allow_tf32=allows_tf32(x))
-        folded = [tensor for stage, t in zip(unit.stages, tensors, strict=True) for tensor in fold(stage, t)]
-        return ops.shuffle_bottleneck(x, *folded, **options)  # type: ignore[arg-type]
+        return run_unit(x, unit, _read_all(self, adopted.paths, adopted.orders))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
         return _new, (type(self).__mro__[2], *reduced[1][1:]), *reduced[2:]
-
-
-VARIANT = ("shuffle_groups", "shortcut_first", "shortcut_relu")
 
 
 def _new(base: type[nn.Module], *args: Any) -> nn.Module:

@@ -6,6 +6,7 @@ operations before it are there, however the code that moved them was written.
 """
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,10 @@ _CHECKS = frozenset(
         "sym_constrain_range_for_size",
     )
 )
+
+
+# Arguments of convolutions, norms and linear layers that are parameters.
+_WEIGHTS = frozenset(("weight", "bias", "running_mean", "running_var"))
 
 
 @dataclass(frozen=True)
@@ -117,24 +122,44 @@ def trace(module: nn.Module, args: tuple[Any, ...], *, training_too: bool = True
 
     TraceError for a graph that cannot be followed; else whatever torch.export raises for a module that it refuses.
     """
-    return _Tracer(torch.export.export(module, args, strict=False), training_too).run()
+    program = torch.export.export(module, args, strict=False)
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    constants = {**program.constants, **program.state_dict}
+
+    def placeholder(node: torch.fx.Node) -> Any:
+        spec, value = specs[node.name], node.meta.get("val")
+        if not isinstance(value, Tensor) or spec.kind == InputKind.USER_INPUT:
+            return None
+        if not value.is_floating_point() and spec.target in constants and spec.target not in program.state_dict:
+            return constants[spec.target]  # an index that the code made: it cannot be loaded anew, as a buffer can
+        return Parameter(spec.target, _sizes(value))
+
+    return _Tracer(placeholder, training_too).run(program.graph, program)
+
+
+def graph_of(module: torch.fx.GraphModule) -> Graph:
+    """The graph of a module of ATen operations, as make_fx returns it, whose inputs are images and parameters alike.
+
+    Parameters are named as the inputs that they are.
+    """
+    return _Tracer(None, training_too=False).run(module.graph, None)
 
 
 class _Tracer:
-    def __init__(self, program: Any, training_too: bool) -> None:
+    def __init__(self, placeholder: Callable[[torch.fx.Node], Any] | None, training_too: bool) -> None:
+        self.placeholder = placeholder  # what an input is, if it is not data; None: it is what it is used as
         self.training_too = training_too
-        self.program = program
+        self.given: dict[int, Parameter] = {}  # data of the graph as parameters, by its numbers' id
         self.operations: list[Operation] = []
         self.starts: list[int] = []  # of the operations' numbers
         self.next = 0
 
-    def run(self) -> Graph:
+    def run(self, graph: torch.fx.Graph, program: Any) -> Graph:
         env: dict[torch.fx.Node, Any] = {}
-        specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
         outputs: list[Any] = []
-        for node in self.program.graph.nodes:
+        for node in graph.nodes:
             if node.op == "placeholder":
-                env[node] = self._placeholder(node, specs[node.name])
+                env[node] = self._placeholder(node)
             elif node.op == "output":
                 outputs = [self._seen(value) for value in _values(node.args[0], env)]
             elif node.op == "call_function":
@@ -142,19 +167,19 @@ class _Tracer:
                 env[node] = self._call(node, args, kwargs)
             else:
                 env[node] = node
-        return Graph(self.operations, outputs, self.program)
+        return Graph(self.operations, outputs, program)
 
-    def _placeholder(self, node: torch.fx.Node, spec: Any) -> Any:
+    def _placeholder(self, node: torch.fx.Node) -> Any:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
-            return value
-        if spec.kind == InputKind.USER_INPUT:
-            return self._compute("input", node, {}, _sizes(value))
-        constants = {**self.program.constants, **self.program.state_dict}
-        buffers = self.program.state_dict
-        if not value.is_floating_point() and spec.target in constants and spec.target not in buffers:
-            return constants[spec.target]  # an index that the code made: it cannot be loaded anew, as a buffer can
-        return Parameter(spec.target, _sizes(value))
+            return _hint(value)
+        known = self.placeholder(node) if self.placeholder is not None else None
+        if known is not None:
+            return known
+        numbers = self._compute("input", node, {}, _sizes(value))
+        if self.placeholder is None:
+            self.given[id(numbers)] = Parameter(node.name, _sizes(value))
+        return numbers
 
     def _compute(self, name: str, node: torch.fx.Node, arguments: dict[str, Any], shape: tuple[int, ...]) -> Tensor:
         """Numbers for an operation's result, which no other operation has."""
@@ -198,6 +223,8 @@ class _Tracer:
         schema = target._schema.arguments
         arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
         arguments |= {a.name: value for a, value in zip(schema, args, strict=False)} | kwargs
+        for weight in _WEIGHTS & arguments.keys():
+            arguments[weight] = self.given.get(id(arguments[weight]), arguments[weight])
         mutated = [a.name for a in schema if a.is_write]
         seen = {name: self._seen(value) for name, value in arguments.items()}
         name, seen = _normalised(base, seen)
@@ -277,7 +304,12 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _sizes(value: Tensor) -> tuple[int, ...]:
     """The shape with which the graph was traced."""
-    return tuple(int(size) for size in value.shape)
+    return tuple(_hint(size) for size in value.shape)
+
+
+def _hint(value: Any) -> Any:
+    """A symbolic number as the one with which the graph was traced; nothing is guarded by it."""
+    return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
 def _changes_dtype(node: torch.fx.Node) -> bool:

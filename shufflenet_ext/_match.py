@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from shufflenet_ext._backend import unit_variant
 from shufflenet_ext._graph import Graph, Operation, Parameter, Wire
 from shufflenet_ext._native import UnitSizes
 
@@ -58,6 +59,17 @@ class Unit:
         return (*conv1, *conv3, self.conv1_groups, self.groups, self.stride)
 
     @property
+    def variant(self) -> dict[str, Any]:
+        """The op's arguments that set the unit apart from the original code's."""
+        return unit_variant(self.groups, self.shuffle_groups, self.shortcut_first, self.shortcut_relu, self.stride)
+
+    @property
+    def op_options(self) -> dict[str, Any]:
+        """The native ops' keyword arguments."""
+        names = "conv1_groups groups stride conv2_relu pool_count_include_pad"
+        return {name: getattr(self, name) for name in names.split()} | self.variant
+
+    @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of :func:`shufflenet_ext.ops.shuffle_bottleneck`."""
         names = (
@@ -72,6 +84,7 @@ class Found:
 
     unit: Unit
     input: Wire
+    end: Wire
     operations: list[Operation] = field(default_factory=list)  # all that it takes the place of
 
 
@@ -147,7 +160,7 @@ def unit_at(end: Wire) -> Found:
             Stage(*stage3, None, _composed(_inverse(norm3), None)),
         ),
     )
-    return Found(unit, x, operations)
+    return Found(unit, x, end, operations)
 
 
 _NormAt = tuple[Operation, list[int]]  # a batch norm, and which channel of the convolution each of its channels is

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shufflenet_ext import ops, reference
-from shufflenet_ext._backend import implementation, unit_variant
+from shufflenet_ext._backend import implementation
 from shufflenet_ext._capture import capture
 from shufflenet_ext._checks import check_tensor
-from shufflenet_ext._fused import VARIANT, foldable_unit, folded, tensor_of
+from shufflenet_ext._fused import foldable_unit, folded, tensor_of
 from shufflenet_ext._match import Stage, Unit
 from shufflenet_ext._native import UnitSizes
 from shufflenet_ext._network import Chain, Head, Stem
@@ -146,8 +146,7 @@ class InferenceChain(_EvalOnly):
 
 def _is_variant(unit: Unit) -> bool:
     """Whether a unit is another than the original code's, which a program cannot say."""
-    o = unit.options
-    return bool(unit_variant(*(o[name] for name in ("groups", *VARIANT, "stride"))))
+    return bool(unit.variant)
 
 
 class _Folded(_EvalOnly):
