@@ -18,7 +18,7 @@ from shufflenet_ext._network import chains_of
 def backend(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compiles a graph for torch.compile.
 
-    Units with all their norms in eval mode become ops, which have gradients. Inductor compiles all else, and graphs with
+    Units with all their norms in eval mode become ops, which have gradients. Inductor compiles all else, and graphs of
     symbolic sizes as they are.
     """
     compiled: Any = compile_fx(_with_ops(module, example_inputs), list(example_inputs))
