@@ -56,14 +56,20 @@ def check_unit(
     conv1_groups: int,
     shuffle_groups: int,
     stride: int,
+    groups: int | None = None,
     conv3_weight: Tensor | None = None,
     conv3_bias: Tensor | None = None,
-    groups_name: str = "shuffle_groups",
 ) -> None:
-    """Raises TypeError or ValueError, which name the argument, unless the arguments describe a unit."""
+    """TypeError or ValueError, naming the argument, unless the arguments describe a unit.
+
+    Without ``groups`` it ends ahead of conv3.
+    """
     for name, value in (("x", x), ("conv1_weight", conv1_weight), ("conv2_weight", conv2_weight)):
         check_tensor(name, value)
-    for name, number in (("conv1_groups", conv1_groups), (groups_name, shuffle_groups), ("stride", stride)):
+    # The shuffle's groups come last: where they were left out they are conv3's, which is what an error then names.
+    divisors = {} if groups is None else {"groups": groups}
+    divisors["shuffle_groups"] = shuffle_groups
+    for name, number in {"conv1_groups": conv1_groups, "stride": stride, **divisors}.items():
         check_int(name, number)
     check_image(x)
     if stride not in (1, 2):
@@ -74,18 +80,20 @@ def check_unit(
     in_channels, mid_channels = x.shape[1], conv1_weight.shape[0]
     check_divides("conv1_groups", conv1_groups, "x's channels", in_channels)
     check_divides("conv1_groups", conv1_groups, "conv1_weight's rows", mid_channels)
-    check_divides(groups_name, shuffle_groups, "conv1_weight's rows", mid_channels)
+    for name, number in divisors.items():
+        check_divides(name, number, "conv1_weight's rows", mid_channels)
     _check_convolution("conv1", conv1_weight, conv1_bias, (mid_channels, in_channels // conv1_groups, 1, 1), x)
     _check_convolution("conv2", conv2_weight, conv2_bias, (mid_channels, 1, 3, 3), x)
-    if conv3_weight is None:
+    if groups is None:
         return
     check_tensor("conv3_weight", conv3_weight)
+    assert conv3_weight is not None
     if conv3_weight.dim() != 4 or conv3_weight.shape[0] < 1:
         expected = "[out_channels, mid_channels / groups, 1, 1]"
         raise ValueError(f"conv3_weight: got shape {list(conv3_weight.shape)}, expected {expected}")
     out_channels = conv3_weight.shape[0]
-    check_divides(groups_name, shuffle_groups, "conv3_weight's rows", out_channels)
-    _check_convolution("conv3", conv3_weight, conv3_bias, (out_channels, mid_channels // shuffle_groups, 1, 1), x)
+    check_divides("groups", groups, "conv3_weight's rows", out_channels)
+    _check_convolution("conv3", conv3_weight, conv3_bias, (out_channels, mid_channels // groups, 1, 1), x)
     if stride == 1 and out_channels != in_channels:
         raise ValueError(
             f"conv3_weight: got {out_channels} rows, expected x's {in_channels} channels (with stride 1, x is added)"
