@@ -122,7 +122,9 @@ struct UnitArguments {
   std::optional<ConvolutionArguments> conv3;
   int64_t conv1_groups, groups, stride;
   bool conv2_relu, pool_count_include_pad;
-  bool allow_tf32;  // for float32 on CUDA; see library.cpp
+  bool allow_tf32;                        // for float32 on CUDA; see library.cpp
+  std::optional<int64_t> shuffle_groups;  // groups
+  bool shortcut_first = false, shortcut_relu = true;
 };
 
 inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x, const std::vector<int64_t>& shape) {
@@ -183,6 +185,9 @@ inline Unit check_unit(const UnitArguments& a, const Sizes& sizes, Layout layout
   unit.mid_channels = weight.size(0);
   unit.conv1_groups = a.conv1_groups;
   unit.groups = a.groups;
+  unit.shuffle_groups = a.shuffle_groups.value_or(a.groups);
+  unit.shortcut_first = a.shortcut_first;
+  unit.shortcut_relu = a.shortcut_relu;
   unit.stride = a.stride;
   unit.conv2_relu = a.conv2_relu;
   unit.pool_count_include_pad = a.pool_count_include_pad;
@@ -191,6 +196,7 @@ inline Unit check_unit(const UnitArguments& a, const Sizes& sizes, Layout layout
   check_divides("conv1_groups", unit.conv1_groups, "channels of x", unit.in_channels);
   check_divides("conv1_groups", unit.conv1_groups, "rows of conv1_weight", unit.mid_channels);
   check_divides(groups, unit.groups, "rows of conv1_weight", unit.mid_channels);
+  check_divides("shuffle_groups", unit.shuffle_groups, "rows of conv1_weight", unit.mid_channels);
   check_convolution(a.conv1, x, {unit.mid_channels, unit.conv1_depth(), 1, 1});
   check_convolution(a.conv2, x, {unit.mid_channels, 1, 3, 3});
   if (a.conv3) {

@@ -29,7 +29,7 @@ struct PackedHead {
 };
 
 // The first integer of each step.
-enum class StepKind : int64_t { stem = 0, unit = 1, head = 2, again = 3 };
+enum class StepKind : int64_t { stem = 0, unit = 1, head = 2, again = 3, general_unit = 4 };
 
 struct Program {
   std::optional<PackedStem> stem;
@@ -57,18 +57,20 @@ class ProgramReader {
     result.layout = layout_;
     result.units.reserve(16);            // the paper's
     const int64_t* last_unit = nullptr;  // its integers
+    bool is_general = false;             // whether it is a general one
     bool ended = program_.empty();
     if (!ended && StepKind(program_[0]) == StepKind::stem) result.stem = read_stem(result.layout);
     while (!ended && at_ < program_.size()) {
       const StepKind kind{program_[at_]};
       const Layout layout = result.stem ? Layout::contiguous : result.layout;
-      if (kind == StepKind::unit) {
-        last_unit = take(7);
-        result.units.push_back(read_unit(last_unit, layout));
+      if (kind == StepKind::unit || kind == StepKind::general_unit) {
+        is_general = kind == StepKind::general_unit;
+        last_unit = take(is_general ? 10 : 7);
+        result.units.push_back(read_unit(last_unit, is_general, layout));
       } else if (kind == StepKind::again && last_unit) {
         const int64_t times = positive("times", take(1)[0]);
         for (int64_t i = 0; i < times; ++i) {
-          result.units.push_back(read_unit(last_unit, layout));
+          result.units.push_back(read_unit(last_unit, is_general, layout));
           if (used_ > weights_) fail("weights: got ", weights_, " elements, expected more for ", times, " more units");
         }
       } else if (kind == StepKind::head && !result.units.empty()) {
@@ -77,7 +79,7 @@ class ProgramReader {
         ended = true;
       } else {
         fail("program: got step ", program_[at_], " at element ", at_,
-             ", expected 0 (stem) first, 1 (unit), 3 (again) behind a unit or 2 (head) last");
+             ", expected 0 (stem) first, 1 or 4 (unit), 3 (again) behind a unit or 2 (head) last");
       }
     }
     if (result.units.empty() || at_ != program_.size()) {
@@ -161,7 +163,7 @@ class ProgramReader {
     return {stem, convolution(stem.out_channels, stem.taps())};
   }
 
-  PackedUnit read_unit(const int64_t* o, Layout layout) {
+  PackedUnit read_unit(const int64_t* o, bool is_general, Layout layout) {
     PackedUnit packed;
     Unit& unit = packed.unit;
     unit.batch = 1;
@@ -175,11 +177,15 @@ class ProgramReader {
     unit.stride = stride(o[4]);
     unit.conv2_relu = o[5] != 0;
     unit.pool_count_include_pad = o[6] != 0;
+    unit.shuffle_groups = is_general ? o[7] : unit.groups;
+    unit.shortcut_first = is_general && o[8] != 0;
+    unit.shortcut_relu = !is_general || o[9] != 0;
     unit.layout = layout;
     check_divides("program: conv1_groups", unit.conv1_groups, "input channels", unit.in_channels);
     check_divides("program: conv1_groups", unit.conv1_groups, "mid_channels", unit.mid_channels);
     check_divides("program: groups", unit.groups, "mid_channels", unit.mid_channels);
     check_divides("program: groups", unit.groups, "out_channels", unit.out_channels);
+    check_divides("program: shuffle_groups", unit.shuffle_groups, "mid_channels", unit.mid_channels);
     if (unit.stride == 1 && unit.out_channels != unit.in_channels) {
       fail("program: got ", unit.out_channels, " out_channels, expected ", unit.in_channels,
            " (with stride 1, the unit's input is added to its result)");
