@@ -67,7 +67,10 @@ _native.run_while_tracing(_warn_once)  # as torch.compile cannot trace a warning
 def unit_variant(
     groups: int, shuffle_groups: int | None, shortcut_first: bool, shortcut_relu: bool, stride: int
 ) -> dict[str, Any]:
-    """The keyword arguments that set a unit apart from the original code's; none for that one."""
+    """The keyword arguments that set a unit apart from the original code's; none for that one.
+
+    The op knows them on the CPU. They are passed only where they say something, as each takes time in the dispatcher.
+    """
     variant: dict[str, Any] = {}
     if shuffle_groups is not None and shuffle_groups != groups:
         variant["shuffle_groups"] = shuffle_groups
@@ -76,6 +79,11 @@ def unit_variant(
     if stride == 2 and not shortcut_relu:
         variant["shortcut_relu"] = False
     return variant
+
+
+def no_cuda_kernel(variant: dict[str, Any]) -> str:
+    """Why a unit in general does not run on CUDA."""
+    return f"there is no CUDA kernel for a unit with {', '.join(f'{k}={v}' for k, v in variant.items())}"
 
 
 def runs_native(
@@ -87,7 +95,7 @@ def runs_native(
     if _native.native_error is None and x.is_cpu and x.dtype in _native.DTYPES:  # asked first, as it is most calls
         return True
     if variant and x.is_cuda:
-        fall_back(f"there is no CUDA kernel for a unit with {', '.join(f'{k}={v}' for k, v in variant.items())}")
+        fall_back(no_cuda_kernel(variant))
         return False
     cause = _native.uncovered(x.shape, x.dtype, x.device, units)
     if cause is None:

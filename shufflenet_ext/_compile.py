@@ -29,13 +29,16 @@ def backend(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Call
 def _with_ops(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
     if any(isinstance(value, torch.SymInt) for value in example_inputs):
         return module  # make_fx would take symbolic sizes for the numbers that they are now
-    traced = make_fx(module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*example_inputs)
+    # Tracing runs the graph, and a norm in training mode would update the model's statistics once more.
+    copies = [_copied(value) if isinstance(value, Tensor) else value for value in example_inputs]
+    traced = make_fx(module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*copies)
     try:
         chains = chains_of(graph_of(traced))
     except TraceError:
         return module
     inputs = {node.name: node for node in traced.graph.nodes if node.op == "placeholder"}
-    found = [found for chain in chains for found in chain.units if not found.unit.variant]
+    on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in example_inputs)
+    found = [found for chain in chains for found in chain.units if not (on_cuda and found.unit.variant)]
     for each in found:
         names = stage_names(each.unit)
         tensors = [[None if name is None else inputs[name] for name in stage] for stage in names]
@@ -47,6 +50,10 @@ def _with_ops(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> to
     traced.graph.lint()
     traced.recompile()
     return traced
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _call(graph: torch.fx.Graph, unit: Unit, tensors: list[list[Any]]) -> Callable[[torch.fx.Node], torch.fx.Node]:
