@@ -106,7 +106,7 @@ MUTANTS = [
         KERNELS + "unit.h",
         "unit.adds_residual() ? x.behind(pixel) : Planes<const Element>{}",
         "Planes<const Element>{}",
-        "test_network.py::test_strips_equal_its_units_one_by_one",
+        "test_network.py::test_as_accurate_as_pytorch",
     ),
     Mutant(
         "the shuffle's stride: conv1's groups instead of the shuffle's",
@@ -247,6 +247,35 @@ MUTANTS = [
         "a > b ? a : b",
         "b > a ? b : a",
         "test_kernels.py::test_nan_and_inf_propagate_as_in_the_reference",
+    ),
+    # ---- The CPU's kernels on planes of pairs
+    Mutant(
+        "pairs: the shuffle's stride: conv1's groups instead of the shuffle's",
+        KERNELS + "format_pairs.h",
+        "(row - r * slice) * unit.groups + r - mid.begin",
+        "(row - r * slice) * unit.conv1_groups + r - mid.begin",
+        "test_pairs.py",
+    ),
+    Mutant(
+        "pairs: the padding of an odd slice is not cleared",
+        KERNELS + "format_pairs.h",
+        "std::fill_n(out_planes.channel(1), pixels, 0.0f)",
+        "std::fill_n(out_planes.channel(1), 0, 0.0f)",
+        "test_pairs.py",
+    ),
+    Mutant(
+        "pairs: a row that waits for its partner is lost",
+        KERNELS + "format_pairs.h",
+        "finish(row - 1, kept, sums, pixel, n)",
+        "finish(row - 1, sums, sums, pixel, n)",
+        "test_pairs.py",
+    ),
+    Mutant(
+        "pairs: a mask: the mean reads past a window's row",
+        KERNELS + "head_pairs.h",
+        "S::keep(Pairs::load(from + column), inside)",
+        "Pairs::load(from + column)",
+        "test_pairs.py",
     ),
     # ---- The CPU's schedule and the ops' arguments
     Mutant(
@@ -527,7 +556,8 @@ def build_copy() -> None:
         raise BrokenMutantError(f"the library with all switches cannot be built:\n{done.stdout[-4000:]}")
 
 
-PYTEST = ["-m", "pytest", "-x", "-v", "--tb=line", "-p", "no:cacheprovider"]
+PYTEST = ["-m", "pytest", "-x", "-v", "--tb=short", "-p", "no:cacheprovider"]
+COMPILER_ERROR = re.compile(r": (?:fatal )?error: ")
 TEST = re.compile(r"^(tests/\S+?::.+?)(?: (PASSED|SKIPPED|XFAIL|FAILED|ERROR)\b.*)?$", re.MULTILINE)
 
 
@@ -541,7 +571,7 @@ def first_failure(tests: list[str], **environment: str) -> str | None:
     if code == 0:
         return None
     failed = [test for test, answer in TEST.findall(output) if answer in ("", "FAILED", "ERROR")]
-    if (code != 1 and code > 0) or not failed:
+    if (code != 1 and code > 0) or not failed or COMPILER_ERROR.search(output):
         raise BrokenMutantError(f"pytest {' '.join(tests)} ended with {code}:\n{output[-4000:]}")
     return failed[0]
 

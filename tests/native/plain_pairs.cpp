@@ -62,16 +62,14 @@ class Products {
 namespace shufflenet::cpu {
 namespace {
 
-// All else is done by the ISA in use.
+// Has nothing but kernels on pairs.
 class PlainPairs final : public Isa {
   const char* name() const override { return "plain pairs"; }
   bool is_usable() const override { return true; }
-  const Kernels& kernels(Dtype dtype) const override { return isa().kernels(dtype); }
   const Kernels* pair_kernels(Dtype dtype) const override { return &baseline::pair_kernels(dtype); }
-  void to_accumulator(Dtype dtype, const void* from, void* to, int64_t n) const override {
-    isa().to_accumulator(dtype, from, to, n);
-  }
-  int64_t multiply_add(Dtype dtype, int64_t rounds) const override { return isa().multiply_add(dtype, rounds); }
+  const Kernels& kernels(Dtype) const override { std::abort(); }
+  void to_accumulator(Dtype, const void*, void*, int64_t) const override { std::abort(); }
+  int64_t multiply_add(Dtype, int64_t) const override { std::abort(); }
 };
 constexpr PlainPairs kPlainPairs;
 
