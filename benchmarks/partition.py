@@ -145,7 +145,7 @@ def _markdown(measured: Machine) -> Iterator[str]:
     core, other = machine.two_cores()
     caches = ", ".join(f"L{level} {size // 1024} KiB" for level, size in machine.caches(core).items())
     in_code = constants()
-    kib = {name: f"{in_code[name] // 1024} KiB" for name in ("kScratchBudget", "kWholeBudget", "kMostStripBytes")}
+    kib = {name: f"{in_code[name] // 1024} KiB" for name in ("kPartBudget", "kWholeBudget", "kMostStripBytes")}
     disturbed = measured.quantities["wait"]
     yield "# What the CPU's partitioning counts by"
     yield ""
@@ -177,14 +177,14 @@ def _markdown(measured: Machine) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"`kScratchBudget`, {kib['kScratchBudget']} in the code, is a share of a core's L2 cache. Here two cores at "
+        f"`kPartBudget`, {kib['kPartBudget']} in the code, is a share of a core's L2 cache. Here two cores at "
         f"once read up to {measured.kept_bytes() // 1024} KiB each without losing more than {_LARGEST_LOSS:.0%} of the "
         "L2 cache's rate; weights and rows of x have to fit in there as well."
     )
     yield ""
     yield (
         f"Not measured here, as no quantity of the machine says them: `kWholeBudget` ({kib['kWholeBudget']}), "
-        f"`kMostStripBytes` ({kib['kMostStripBytes']}) and `kMostExtraStrips` ({in_code['kMostExtraStrips']}) were "
+        f"`kMostStripBytes` ({kib['kMostStripBytes']}) and `kMostExtraParts` ({in_code['kMostExtraParts']}) were "
         "chosen by the times of whole units."
     )
 

@@ -74,7 +74,7 @@ inline Dtype dtype_of(const char* name, const Tensor& tensor) {
   }
 }
 
-// The dtype of this name.
+// Finds the dtype of this name.
 inline Dtype dtype_named(const std::string& name) {
   if (name == "float32") return Dtype::float32;
   if (name == "float64") return Dtype::float64;
@@ -84,7 +84,7 @@ inline Dtype dtype_named(const std::string& name) {
   throw std::invalid_argument("dtype: got " + name + ", expected float32, float64, bfloat16, float16 or tfloat32");
 }
 
-// Of x's dtype, or of the other one.
+// Refuses a tensor that is not of x's dtype (or of the other one), or not on its device.
 inline void check_like_x(const char* name, const Tensor& tensor, const Tensor& x,
                          std::optional<ScalarType> other = {}) {
   if (tensor.scalar_type() != x.scalar_type() && tensor.scalar_type() != other) {
@@ -122,7 +122,9 @@ struct UnitArguments {
   std::optional<ConvolutionArguments> conv3;
   int64_t conv1_groups, groups, stride;
   bool conv2_relu, pool_count_include_pad;
-  bool allow_tf32;  // for float32 on CUDA; see library.cpp
+  bool allow_tf32;                        // for float32 on CUDA; see library.cpp
+  std::optional<int64_t> shuffle_groups;  // groups
+  bool shortcut_first = false, shortcut_relu = true;
 };
 
 inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x, const std::vector<int64_t>& shape) {
@@ -141,15 +143,17 @@ inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x,
          {"_bias", &conv.norm->bias},
          {"_mean", &conv.norm->running_mean},
          {"_var", &conv.norm->running_var}}};
+    // As in PyTorch, norms of 16-bit tensors may be of float32.
+    const std::optional other = x.element_size() == 2 ? std::optional(ScalarType::Float) : std::nullopt;
     for (const auto& [suffix, tensor] : tensors) {
       check_shape((norm + suffix).c_str(), *tensor, channels);
-      check_like_x((norm + suffix).c_str(), *tensor, x, ScalarType::Float);
+      check_like_x((norm + suffix).c_str(), *tensor, x, other);
     }
   }
 }
 
-// Channels last where a pixel's channels are adjacent in memory and the tensor is not contiguous anyway. The fake
-// kernels decide by the same rule (ops.py).
+// Takes a tensor for channels_last where a pixel's channels are adjacent in memory and the tensor is not contiguous
+// anyway. The fake kernels decide by the same rule (ops.py).
 inline Layout layout_of(const Tensor& x) {
   return !x.is_contiguous() && x.stride(1) == 1 ? Layout::channels_last : Layout::contiguous;
 }
@@ -165,7 +169,7 @@ inline Sizes check_x(const Tensor& x) {
   return {x.size(0), x.size(1), x.size(2), x.size(3)};
 }
 
-// The unit of these arguments on an input of these sizes, of the dtype and device of a.x.
+// Makes the unit of these arguments on an input of these sizes, of the dtype and device of a.x.
 inline Unit check_unit(const UnitArguments& a, const Sizes& sizes, Layout layout) {
   const Tensor& x = a.x;
   if (a.stride != 1 && a.stride != 2) fail("stride: got ", a.stride, ", expected 1 or 2");
@@ -181,6 +185,9 @@ inline Unit check_unit(const UnitArguments& a, const Sizes& sizes, Layout layout
   unit.mid_channels = weight.size(0);
   unit.conv1_groups = a.conv1_groups;
   unit.groups = a.groups;
+  unit.shuffle_groups = a.shuffle_groups.value_or(a.groups);
+  unit.shortcut_first = a.shortcut_first;
+  unit.shortcut_relu = a.shortcut_relu;
   unit.stride = a.stride;
   unit.conv2_relu = a.conv2_relu;
   unit.pool_count_include_pad = a.pool_count_include_pad;
@@ -189,6 +196,7 @@ inline Unit check_unit(const UnitArguments& a, const Sizes& sizes, Layout layout
   check_divides("conv1_groups", unit.conv1_groups, "channels of x", unit.in_channels);
   check_divides("conv1_groups", unit.conv1_groups, "rows of conv1_weight", unit.mid_channels);
   check_divides(groups, unit.groups, "rows of conv1_weight", unit.mid_channels);
+  check_divides("shuffle_groups", unit.shuffle_groups, "rows of conv1_weight", unit.mid_channels);
   check_convolution(a.conv1, x, {unit.mid_channels, unit.conv1_depth(), 1, 1});
   check_convolution(a.conv2, x, {unit.mid_channels, 1, 3, 3});
   if (a.conv3) {
@@ -234,7 +242,7 @@ inline Tensor empty_like_x(const Tensor& x, const Sizes& sizes, Layout layout) {
   return empty_like_x<4>(x, sizes, strides_of(sizes, layout));
 }
 
-// x itself where its elements lie densely in the layout, else a copy in which they do.
+// Returns x itself where its elements lie densely in the layout, else a copy in which they do.
 inline Tensor dense(const Tensor& x, Layout layout) {
   const Sizes sizes = {x.size(0), x.size(1), x.size(2), x.size(3)};
   const Sizes strides = strides_of(sizes, layout);

@@ -17,7 +17,8 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
   m.def(
       "shuffle_bottleneck(Tensor x, Tensor conv1_weight, Tensor? conv1_bias, Tensor conv2_weight, Tensor? conv2_bias, "
       "Tensor conv3_weight, Tensor? conv3_bias, *, int conv1_groups, int groups, int stride=1, bool conv2_relu=False, "
-      "bool pool_count_include_pad=True, bool allow_tf32=False) -> Tensor");
+      "bool pool_count_include_pad=True, int? shuffle_groups=None, bool shortcut_first=False, bool shortcut_relu=True, "
+      "bool allow_tf32=False) -> Tensor");
   // Units one behind the other, with or without a stem and a head, for inference: see program.h.
   m.def("shuffle_network(Tensor x, Tensor weights, int[] program, *, bool allow_tf32=False) -> Tensor");
   // The unit with its batch norms in inference mode: nothing is folded ahead of a call, so nothing can be stale.
@@ -27,7 +28,8 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, "
       "Tensor conv3_weight, Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, *, "
       "float bn1_eps, float bn2_eps, float bn3_eps, int conv1_groups, int groups, int stride=1, "
-      "bool conv2_relu=False, bool pool_count_include_pad=True, bool allow_tf32=False) -> Tensor");
+      "bool conv2_relu=False, bool pool_count_include_pad=True, int? shuffle_groups=None, bool shortcut_first=False, "
+      "bool shortcut_relu=True, bool allow_tf32=False) -> Tensor");
 }
 
 namespace {
@@ -38,8 +40,7 @@ using namespace shufflenet;
 py::dict to_dict(const cpu::PassDescription& pass) {
   py::list tiles;
   for (const cpu::Tile& tile : pass.tiles) tiles.append(py::make_tuple(tile.channels, tile.vectors));
-  return py::dict(
-      py::arg("cut") = pass.cut, py::arg("tiles") = py::tuple(tiles), py::arg("buffer_bytes") = pass.bytes);
+  return py::dict(py::arg("cut") = pass.cut, py::arg("tiles") = py::tuple(tiles), py::arg("buffer_bytes") = pass.bytes);
 }
 
 // Says how shuffle_network would run on x of these sizes with so many elements of weights.

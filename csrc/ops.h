@@ -26,20 +26,25 @@ struct Ops {
                 allow_tf32});
   }
 
-  static Tensor shuffle_bottleneck(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
-                                   std::optional<Tensor> conv2_bias, Tensor conv3_weight,
-                                   std::optional<Tensor> conv3_bias, int64_t conv1_groups, int64_t groups,
-                                   int64_t stride, bool conv2_relu, bool pool_count_include_pad, bool allow_tf32) {
-    return run({x,
-                {"conv1", conv1_weight, conv1_bias, {}},
-                {"conv2", conv2_weight, conv2_bias, {}},
-                ConvolutionArguments{"conv3", conv3_weight, conv3_bias, {}},
-                conv1_groups,
-                groups,
-                stride,
-                conv2_relu,
-                pool_count_include_pad,
-                allow_tf32});
+  static Tensor shuffle_bottleneck(
+      Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
+      std::optional<Tensor> conv2_bias, Tensor conv3_weight, std::optional<Tensor> conv3_bias, int64_t conv1_groups,
+      int64_t groups, int64_t stride, bool conv2_relu, bool pool_count_include_pad,
+      std::optional<int64_t> shuffle_groups, bool shortcut_first, bool shortcut_relu, bool allow_tf32) {
+    return run(
+        {x,
+         {"conv1", conv1_weight, conv1_bias, {}},
+         {"conv2", conv2_weight, conv2_bias, {}},
+         ConvolutionArguments{"conv3", conv3_weight, conv3_bias, {}},
+         conv1_groups,
+         groups,
+         stride,
+         conv2_relu,
+         pool_count_include_pad,
+         allow_tf32,
+         shuffle_groups,
+         shortcut_first,
+         shortcut_relu});
   }
 
   static Tensor shuffle_bottleneck_batch_norm(
@@ -47,7 +52,8 @@ struct Ops {
       Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight,
       Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps,
       double bn3_eps, int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu,
-      bool pool_count_include_pad, bool allow_tf32) {
+      bool pool_count_include_pad, std::optional<int64_t> shuffle_groups, bool shortcut_first, bool shortcut_relu,
+      bool allow_tf32) {
     return run(
         {x,
          {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
@@ -58,7 +64,10 @@ struct Ops {
          stride,
          conv2_relu,
          pool_count_include_pad,
-         allow_tf32});
+         allow_tf32,
+         shuffle_groups,
+         shortcut_first,
+         shortcut_relu});
   }
 
   static Tensor shuffle_network(Tensor x, Tensor weights, std::vector<int64_t> program, bool allow_tf32) {

@@ -1,12 +1,13 @@
 // A chain of units for inference, with or without a network's stem and head around it, as the op shuffle_network takes
-// it: integers that say what the steps are, and their weights and biases one behind the other in one tensor.
+// it: integers that say what the steps are, and their weights and biases one behind the other in one tensor. The format
+// is described in shufflenet_ext/_program.py.
 #pragma once
 
 #include "arguments.h"
 
 namespace shufflenet {
 
-// Offsets into the weights. Each array is padded to a whole multiple of kPackedAlignment elements.
+// Offsets into the weights, where each array is padded to a whole multiple of kPackedAlignment elements.
 struct PackedConvolution {
   int64_t weight = 0, bias = 0;
 };
@@ -27,15 +28,9 @@ struct PackedHead {
   PackedConvolution linear;
 };
 
-// Weights of bfloat16 also go with an x, and a result, of float32.
-//
-// The steps as their integers name them; weights are in the order in which a step names its convolutions, each of them
-// weight then bias, with batch norm folded in.
-//   0, out_channels, kernel_size, stride, padding, max_pool     a stem, first
-//   1, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu, pool_count_include_pad     a unit
-//   3, times     the unit before, so many times more, with weights of its own each time
-//   2, classes, pool_window     a head, last: the mean of the plane's upper left pool_window x pool_window pixels (0:
-//                               of all), and a linear layer
+// The first integer of each step.
+enum class StepKind : int64_t { stem = 0, unit = 1, head = 2, again = 3, general_unit = 4 };
+
 struct Program {
   std::optional<PackedStem> stem;
   std::vector<PackedUnit> units;
@@ -44,7 +39,7 @@ struct Program {
   Sizes sizes;    // of the units' result
 };
 
-// What the kernels of one op need: CPUs have no others yet.
+// Refuses what the CPU has no steps for.
 inline void check_ends(const Program& program) {
   if (program.stem.has_value() != program.head.has_value()) {
     fail("program: got a ", program.stem ? "stem" : "head", " alone, expected a stem and a head or neither");
@@ -53,7 +48,7 @@ inline void check_ends(const Program& program) {
 
 class ProgramReader {
  public:
-  // For x of these sizes, and so many elements of weights.
+  // Reads a program for x of these sizes, and so many elements of weights.
   ProgramReader(const Sizes& x, Layout layout, int64_t weights, const std::vector<int64_t>& program)
       : x_(x), layout_(layout), weights_(weights), program_(program), sizes_(x) {}
 
@@ -62,27 +57,29 @@ class ProgramReader {
     result.layout = layout_;
     result.units.reserve(16);            // the paper's
     const int64_t* last_unit = nullptr;  // its integers
+    bool is_general = false;             // whether it is a general one
     bool ended = program_.empty();
-    if (!ended && program_[0] == 0) result.stem = read_stem(result.layout);
+    if (!ended && StepKind(program_[0]) == StepKind::stem) result.stem = read_stem(result.layout);
     while (!ended && at_ < program_.size()) {
-      const int64_t kind = program_[at_];
+      const StepKind kind{program_[at_]};
       const Layout layout = result.stem ? Layout::contiguous : result.layout;
-      if (kind == 1) {
-        last_unit = take(7);
-        result.units.push_back(read_unit(last_unit, layout));
-      } else if (kind == 3 && last_unit) {
+      if (kind == StepKind::unit || kind == StepKind::general_unit) {
+        is_general = kind == StepKind::general_unit;
+        last_unit = take(is_general ? 10 : 7);
+        result.units.push_back(read_unit(last_unit, is_general, layout));
+      } else if (kind == StepKind::again && last_unit) {
         const int64_t times = positive("times", take(1)[0]);
         for (int64_t i = 0; i < times; ++i) {
-          result.units.push_back(read_unit(last_unit, layout));
+          result.units.push_back(read_unit(last_unit, is_general, layout));
           if (used_ > weights_) fail("weights: got ", weights_, " elements, expected more for ", times, " more units");
         }
-      } else if (kind == 2 && !result.units.empty()) {
+      } else if (kind == StepKind::head && !result.units.empty()) {
         result.sizes = sizes_;
         result.head = read_head();
         ended = true;
       } else {
-        fail("program: got step ", kind, " at element ", at_,
-             ", expected 0 (stem) first, 1 (unit), 3 (again) behind a unit or 2 (head) last");
+        fail("program: got step ", program_[at_], " at element ", at_,
+             ", expected 0 (stem) first, 1 or 4 (unit), 3 (again) behind a unit or 2 (head) last");
       }
     }
     if (result.units.empty() || at_ != program_.size()) {
@@ -166,7 +163,7 @@ class ProgramReader {
     return {stem, convolution(stem.out_channels, stem.taps())};
   }
 
-  PackedUnit read_unit(const int64_t* o, Layout layout) {
+  PackedUnit read_unit(const int64_t* o, bool is_general, Layout layout) {
     PackedUnit packed;
     Unit& unit = packed.unit;
     unit.batch = 1;
@@ -180,11 +177,15 @@ class ProgramReader {
     unit.stride = stride(o[4]);
     unit.conv2_relu = o[5] != 0;
     unit.pool_count_include_pad = o[6] != 0;
+    unit.shuffle_groups = is_general ? o[7] : unit.groups;
+    unit.shortcut_first = is_general && o[8] != 0;
+    unit.shortcut_relu = !is_general || o[9] != 0;
     unit.layout = layout;
     check_divides("program: conv1_groups", unit.conv1_groups, "input channels", unit.in_channels);
     check_divides("program: conv1_groups", unit.conv1_groups, "mid_channels", unit.mid_channels);
     check_divides("program: groups", unit.groups, "mid_channels", unit.mid_channels);
     check_divides("program: groups", unit.groups, "out_channels", unit.out_channels);
+    check_divides("program: shuffle_groups", unit.shuffle_groups, "mid_channels", unit.mid_channels);
     if (unit.stride == 1 && unit.out_channels != unit.in_channels) {
       fail("program: got ", unit.out_channels, " out_channels, expected ", unit.in_channels,
            " (with stride 1, the unit's input is added to its result)");

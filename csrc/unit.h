@@ -28,10 +28,13 @@ struct Unit {
   int64_t mid_channels = 0;
   int64_t out_channels = 0;  // of conv3; 0 where the unit ends after the depthwise convolution
   int64_t conv1_groups = 1;
-  int64_t groups = 1;  // of the shuffle and of conv3
+  int64_t groups = 1;          // of conv3
+  int64_t shuffle_groups = 1;  // so many channels lie between what consecutive rows of conv1 become
   int64_t stride = 1;
   bool conv2_relu = false;
   bool pool_count_include_pad = true;
+  bool shortcut_first = false;  // the pooled shortcut comes first in the concatenation
+  bool shortcut_relu = true;    // the ReLU behind the concatenation is for the pooled shortcut as well
   Layout layout = Layout::contiguous;
 
   bool has_conv3() const { return out_channels != 0; }
@@ -42,11 +45,11 @@ struct Unit {
   Activation conv1_activation() const { return kRelu; }
   Activation conv2_activation() const { return conv2_relu ? kRelu : kNoActivation; }
   Activation conv3_activation() const { return kRelu; }
-  Activation pool_activation() const { return kRelu; }
+  Activation pool_activation() const { return shortcut_relu ? kRelu : kNoActivation; }
 
   // Where conv3's channels begin in the result, and where those of the pooled shortcut do.
-  int64_t first_conv3_channel() const { return 0; }
-  int64_t first_pooled_channel() const { return out_channels; }
+  int64_t first_conv3_channel() const { return concatenates_pool() && shortcut_first ? in_channels : 0; }
+  int64_t first_pooled_channel() const { return shortcut_first ? 0 : out_channels; }
 
   // A 3x3 window with padding 1.
   int64_t out_height() const { return (height - 1) / stride + 1; }
@@ -60,6 +63,8 @@ struct Unit {
 
   // Slice h of the unit is group h of conv3 and the intermediate channels that it reads: no other slice reads those.
   int64_t slice_channels() const { return mid_channels / groups; }
+  // Consecutive rows of conv1, which the shuffle puts shuffle_groups channels apart.
+  int64_t shuffle_rows() const { return mid_channels / shuffle_groups; }
   int64_t conv1_depth() const { return in_channels / conv1_groups; }
   int64_t conv1_group_rows() const { return mid_channels / conv1_groups; }
 

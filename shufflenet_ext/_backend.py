@@ -64,12 +64,31 @@ def _warn_once(cause: str) -> None:
 _native.run_while_tracing(_warn_once)  # as torch.compile cannot trace a warning
 
 
-def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> bool:
+def unit_variant(
+    groups: int, shuffle_groups: int | None, shortcut_first: bool, shortcut_relu: bool, stride: int
+) -> dict[str, Any]:
+    """The keyword arguments that set a unit apart from the original code's; none for that one."""
+    variant: dict[str, Any] = {}
+    if shuffle_groups is not None and shuffle_groups != groups:
+        variant["shuffle_groups"] = shuffle_groups
+    if stride == 2 and shortcut_first:
+        variant["shortcut_first"] = True
+    if stride == 2 and not shortcut_relu:
+        variant["shortcut_relu"] = False
+    return variant
+
+
+def runs_native(
+    x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]], variant: dict[str, Any] | None = None
+) -> bool:
     """Whether a call of ``units``, one behind the other, on ``x`` runs the native kernel under the backend in use."""
     if _backend == "reference":
         return False
     if _native.native_error is None and x.is_cpu and x.dtype in _native.DTYPES:  # asked first, as it is most calls
         return True
+    if variant and x.is_cuda:
+        fall_back(f"there is no CUDA kernel for a unit with {', '.join(f'{k}={v}' for k, v in variant.items())}")
+        return False
     cause = _native.uncovered(x.shape, x.dtype, x.device, units)
     if cause is None:
         return True
@@ -98,9 +117,11 @@ def allows_tf32(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and _settings.convolutions_use_tf32
 
 
-def implementation(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> tuple[Any, dict[str, bool]]:
-    """The module whose op runs ``units`` on ``x`` under the backend in use, and keyword arguments for that op alone."""
-    if runs_native(x, units):
-        # It is passed only where it says something, as a keyword argument takes time in the dispatcher.
+def implementation(
+    x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]], variant: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, bool]]:
+    """What runs a call of ``units`` on ``x`` under the backend in use, and the keyword arguments that only it takes."""
+    if runs_native(x, units, variant):
+        # A keyword argument takes its time in the dispatcher.
         return torch.ops.shufflenet_ext, {"allow_tf32": True} if allows_tf32(x) else {}
     return reference, {}

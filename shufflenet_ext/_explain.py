@@ -59,6 +59,8 @@ def explain(
         cause = unfusable(conv, norm)
         if cause is not None:
             return {"backend": "reference", "explanation": cause}
+    if unit.variant():
+        return {"backend": "reference", "explanation": "there is no native kernel for a unit of this variant"}
     (sizes,) = unit_sizes(unit)
     weight = unit.conv1.weight
     dtype = weight.dtype if dtype is None else dtype

@@ -1,4 +1,4 @@
-"""fuse, which swaps a model's units for fused ones, after it has compared both on numbers."""
+"""fuse: makes a model's units run fused, each one proved on numbers first."""
 
 import copy
 import itertools
@@ -8,153 +8,194 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shufflenet_ext._backend import use_backend
+from shufflenet_ext._fused import FusedUnit, adopt, plain_unit, raw_tensors, stage_tensors
+from shufflenet_ext._graph import trace
+from shufflenet_ext._match import NearMiss, Unit, unit_of
 from shufflenet_ext.modules import FusedShuffleBottleneck, ShuffleBottleneck, has_hooks
 
-_PARTS = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
-# The largest difference of equal units in float64, relative to the largest output. Other units differ by far more.
-_TOLERANCE = 1e-9
+_TOLERANCE = 1e-9  # of a float64 comparison, relative to the largest output; other units differ by far more
+# A unit's three convolutions, as their weights.
+_CONVOLUTIONS = 3
 
 
 class FuseWarning(UserWarning):
-    """Warns of a unit that :func:`fuse` left as it was."""
+    """A unit, or a whole model, was left as it was."""
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Swaps every ShuffleNet unit of ``model`` for a :class:`FusedShuffleBottleneck` that shares its parameters.
+    """Makes every ShuffleNet unit of ``model`` run fused, whatever its class, names and style.
 
-    Units are this package's :class:`ShuffleBottleneck` and any module with the original code's attribute names (conv1,
-    bn1, conv2, bn2, conv3, bn3, stride). A unit of another class is swapped only if a fused one gives the same results
-    on a random float64 input, in eval and in training mode; one that differs is left alone, with a
-    :class:`FuseWarning` that names it and the difference. Works on training and eval models.
+    A unit is recognised by what it computes: a module of three convolutions is traced (torch.export), and its graph
+    compared with the unit of :func:`shufflenet_ext.ops.shuffle_bottleneck`, biases, norms and any way to write a
+    shuffle included. It is swapped only if that unit then gives the same results on random float64 inputs, in eval
+    and in training mode. The module stays the same object, with its tensors, names, hooks and attributes; its class
+    becomes a subclass of the one that it has, with another forward for eval mode. A :class:`ShuffleBottleneck`
+    becomes a :class:`FusedShuffleBottleneck`. Works on training and eval models.
 
-    Returns the model, swapped in place, or the new unit if ``model`` is a unit itself. Raises TypeError if ``model`` is
-    not a module.
+    Returns the model. TypeError if ``model`` is not a module. A :class:`FuseWarning` names each module that has a
+    unit's convolutions and was left all the same, and why. Where no unit was found, it says what came nearest.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    fused: dict[nn.Module, nn.Module] = {}  # a unit used twice stays one unit
-
-    def swap(name: str, module: nn.Module) -> nn.Module:
-        if module not in fused:
-            fused[module] = _fused_unit(name, module) if _looks_like_unit(module) else module
-            if fused[module] is module:
-                for child_name, child in list(module._modules.items()):  # named_children() leaves out repeated ones
-                    if child is None:
-                        continue
-                    replacement = swap(f"{name}.{child_name}" if name else child_name, child)
-                    if replacement is not child:
-                        setattr(module, child_name, replacement)
-        return fused[module]
-
-    return swap("", model)
+    search = _Search()
+    # Small float64 convolutions by the hundred: on several threads most of the time would be their start.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.device("cpu"):
+            fused = search.visit("", model)
+    finally:
+        torch.set_num_threads(threads)
+    for message in search.warnings():
+        warnings.warn(message, FuseWarning, stacklevel=2)
+    return fused
 
 
-def _looks_like_unit(module: nn.Module) -> bool:
-    return all(hasattr(module, part) for part in (*_PARTS, "stride"))
+class _Search:
+    def __init__(self) -> None:
+        self.fused = 0
+        self.misses: dict[Any, tuple[str, nn.Module, NearMiss]] = {}  # by the convolutions that they have
+        self.seen: dict[int, nn.Module] = {}  # a module used twice stays one
+        # Units by how their modules look: those that look alike are traced once. Each is proved all the same.
+        self.alike: dict[Any, Unit] = {}
 
+    def visit(self, name: str, module: nn.Module) -> nn.Module:
+        """Swaps the units of a module, which may be one itself, and returns what takes its place."""
+        if id(module) in self.seen:
+            return self.seen[id(module)]
+        self.seen[id(module)] = module
+        if isinstance(module, FusedShuffleBottleneck | FusedUnit):
+            self.fused += 1
+            return module
+        if type(module) is ShuffleBottleneck:
+            self.seen[id(module)] = _own_twin(module)
+            self.fused += 1
+            return self.seen[id(module)]
+        before = self.fused
+        for child_name, child in list(module._modules.items()):  # named_children() leaves out repeated ones
+            if child is not None:
+                replacement = self.visit(f"{name}.{child_name}" if name else child_name, child)
+                if replacement is not child:
+                    setattr(module, child_name, replacement)
+        convolutions = tuple(id(p) for p in module.parameters() if p.dim() == 4)
+        if self.fused == before and len(convolutions) == _CONVOLUTIONS:
+            try:
+                adopt(module, self.proved_unit(module))
+                self.fused += 1
+                self.misses.pop(convolutions, None)
+            except NearMiss as miss:
+                # A module and one around it are told of once.
+                if convolutions not in self.misses or miss.depth > self.misses[convolutions][2].depth:
+                    self.misses[convolutions] = name, module, miss
+        return module
 
-# Below, a unit is typed Any: it is a module of any class that has the attributes which _looks_like_unit asks for.
-
-
-def _fused_unit(name: str, unit: Any) -> nn.Module:
-    """The fused twin of a unit. Where there is none, the unit itself, with a warning."""
-    if isinstance(unit, FusedShuffleBottleneck):
+    def proved_unit(self, module: nn.Module) -> Unit:
+        """The unit that a module is. NearMiss, with the cause, if it is none or its results are not the unit's."""
+        copied = _float64_copy(module)
+        looks = type(module), repr(module), tuple((name, t.shape) for name, t in copied.state_dict().items())
+        unit = self.alike.get(looks)
+        if unit is None or _difference(copied, unit) > _TOLERANCE:
+            unit = self.alike[looks] = _traced_unit(copied)
+        tensors = [id(tensor) for stage in raw_tensors(module, unit) for tensor in stage if tensor is not None]
+        if len(set(tensors)) < len(tensors):
+            raise NearMiss(6, "two of its convolutions or norms share a tensor")
         return unit
-    cause = _unfit(unit)
-    if cause is None:
-        if type(unit) is ShuffleBottleneck:
-            return _twin(unit, unit.groups, unit.conv2_relu, unit.pool_count_include_pad)
-        smallest = float("inf")
-        for conv2_relu, include_pad in itertools.product((False, True), (True, False)):
-            twin = _twin(unit, unit.conv3.groups, conv2_relu, include_pad)
-            difference = _difference(unit, twin)
-            if difference <= _TOLERANCE:
-                return twin
-            smallest = min(smallest, difference)
-        cause = f"its results differ from the fused unit's by {smallest:.3g} of the largest"
-    warnings.warn(f"fuse left '{name}' ({type(unit).__name__}) as it is: {cause}", FuseWarning, stacklevel=2)
+
+    def warnings(self) -> list[str]:
+        """What was left, and why."""
+        if not self.misses and not self.fused:
+            return ["fuse found no ShuffleNet unit: no module of the model holds three convolutions and no more"]
+        told = [
+            (name, module, miss) for name, module, miss in self.misses.values() if _has_convolutions_of_a_unit(module)
+        ]
+        if not told and not self.fused:
+            told = [max(self.misses.values(), key=lambda left: left[2].depth)]
+        return [f"fuse left '{name}' ({type(module).__name__}) as it is: {miss}" for name, module, miss in told]
+
+
+def _has_convolutions_of_a_unit(module: nn.Module) -> bool:
+    kernels = sorted((p.shape[2], p.shape[1] == 1) for p in module.parameters() if p.dim() == 4)
+    return kernels[0][0] == kernels[1][0] == 1 and kernels[2][0] > 1 and kernels[2][1]
+
+
+def _own_twin(unit: ShuffleBottleneck) -> FusedShuffleBottleneck:
+    """The same object with the fused class: all else that it has is the same."""
+    unit.__class__ = FusedShuffleBottleneck
+    assert isinstance(unit, FusedShuffleBottleneck)
     return unit
 
 
-def _unfit(unit: Any) -> str | None:
-    """Why a unit's parts cannot be those of a FusedShuffleBottleneck; None where they can."""
-    if has_hooks(unit):
-        return "it has hooks"
-    for part in _PARTS:
-        module = getattr(unit, part)
-        expected = nn.Conv2d if part.startswith("conv") else nn.BatchNorm2d
-        if type(module) is not expected:
-            return f"{part} is a {type(module).__name__}, not a {expected.__name__}"
-        if isinstance(module, nn.Conv2d) and module.bias is not None:
-            return f"{part} has a bias"
-        if isinstance(module, nn.BatchNorm2d) and not module.affine:
-            return f"{part} has no weight and bias"
-    if any(True for _ in unit.parameters(recurse=False)):
-        return "it has parameters of its own"
-    extra = [child for child, module in unit.named_children() if child not in _PARTS and any(module.parameters())]
-    if extra:
-        return f"{extra[0]} has parameters"
+def _float64_copy(module: nn.Module) -> nn.Module:
+    """A copy to trace and to run. NearMiss for a module whose call is more than its class's code."""
+    for child in module.modules():
+        if child is not module and has_hooks(child):
+            raise NearMiss(5, f"its {type(child).__name__} has hooks")
+        if isinstance(child, torch.jit.ScriptModule):
+            raise NearMiss(0, "it is a ScriptModule")
     try:
-        shell = _shell(unit, unit.conv3.groups, False, True)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    for part in ("conv1", "conv2", "conv3"):
-        got, expected_repr = repr(getattr(unit, part)), repr(getattr(shell, part))
-        if got != expected_repr:
-            return f"{part} is {got}, not {expected_repr}"
-    return None
+        copied = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
+    except Exception as error:
+        raise NearMiss(0, f"it cannot be copied ({error})") from error
+    # Its own hooks are not part of what it computes: they go on around the fused one.
+    for hooks in (copied._forward_hooks, copied._forward_pre_hooks, copied._backward_hooks, copied._backward_pre_hooks):
+        hooks.clear()
+    return copied.requires_grad_(False)
 
 
-def _shell(unit: Any, groups: int, conv2_relu: bool, include_pad: bool) -> FusedShuffleBottleneck:
-    """A fused unit with the unit's geometry, on the meta device: its tensors have no memory."""
-    with torch.device("meta"):
-        return FusedShuffleBottleneck(
-            unit.conv1.in_channels,
-            unit.conv3.out_channels,
-            unit.stride,
-            groups,
-            mid_channels=unit.conv1.out_channels,
-            conv1_groups=unit.conv1.groups,
-            conv2_relu=conv2_relu,
-            pool_count_include_pad=include_pad,
-        )
+def _traced_unit(copied: nn.Module) -> Unit:
+    """The unit that a module is. NearMiss, with the cause, if it is none or its results are not the unit's."""
+    causes: list[NearMiss] = []
+    for channels in _possible_channels(copied):
+        x = torch.zeros(2, channels, 6, 7, dtype=torch.float64)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                copied(x)  # other channels than its own are refused here at once, and without a word in torch's log
+                unit = unit_of(trace(copied, (x,)))
+        except NearMiss as miss:
+            causes.append(miss)
+            continue
+        except Exception as error:  # whatever a user's code may raise
+            causes.append(NearMiss(0, f"it cannot be traced ({str(error).partition(chr(10))[0]})"))
+            continue
+        difference = _difference(copied, unit)
+        if difference <= _TOLERANCE:
+            return unit
+        causes.append(NearMiss(7, f"its results differ from the fused unit's by {difference:.3g} of the largest"))
+    raise max(causes, key=lambda miss: miss.depth) if causes else NearMiss(0, "it has no convolution")
 
 
-def _twin(unit: Any, groups: int, conv2_relu: bool, include_pad: bool) -> FusedShuffleBottleneck:
-    """A fused unit that holds the unit's own convolutions and norms, and its mode."""
-    twin = _shell(unit, groups, conv2_relu, include_pad)
-    for part in _PARTS:
-        setattr(twin, part, getattr(unit, part))
-    twin.training = unit.training
-    return twin
+def _possible_channels(module: nn.Module) -> list[int]:
+    """How many channels the module's input may have."""
+    convolutions = [m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
+    if len(convolutions) == _CONVOLUTIONS:
+        return list(dict.fromkeys(convolutions))
+    weights = [p.shape for p in module.parameters() if p.dim() == 4]
+    # conv3's rows for stride 1; else conv1's depth times its groups, which divide its rows.
+    rows = [shape[0] for shape in weights if shape[1] > 1] or [shape[0] for shape in weights]
+    depths = [shape[1] * groups for shape in weights for groups in range(1, shape[0] + 1) if shape[0] % groups == 0]
+    return list(dict.fromkeys(rows + depths))
 
 
 @torch.no_grad()
-def _difference(unit: Any, twin: FusedShuffleBottleneck) -> float:
-    """How far copies of both in float64, with random parameters, differ at most: in both modes, on images of two sizes.
-
-    It is relative to the largest output, and infinite where the unit refuses the input or gives another shape.
-    """
+def _difference(module: nn.Module, unit: Unit) -> float:
+    """The largest relative difference between a float64 module and the unit, over both modes and some sizes."""
     generator = torch.Generator().manual_seed(0)
-    pair = [copy.deepcopy(module).to(device="cpu", dtype=torch.float64) for module in (unit, twin)]
-    for part in _PARTS:
-        source, target = getattr(pair[0], part), getattr(pair[1], part)
-        for key, value in source.state_dict().items():
-            if value.is_floating_point():
-                value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5)
-                if key == "weight" and value.dim() == 4:
-                    value.sub_(1)
-        target.load_state_dict(source.state_dict())
+    state: dict[str, Tensor] = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+    for value in state.values():
+        if value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5)
+            if value.dim() == 4:
+                value.sub_(1)
     worst = 0.0
-    with use_backend("reference"):
-        for training, size in itertools.product((False, True), ((6, 7), (5, 4))):
-            x = torch.randn((3, twin.conv1.in_channels, *size), generator=generator, dtype=torch.float64, device="cpu")
-            try:
-                expected, got = (module.train(training)(x) for module in pair)
-            except Exception:  # a unit of another class may refuse an input that ours takes
-                return float("inf")
-            if not isinstance(expected, Tensor) or expected.shape != got.shape:
-                return float("inf")
-            worst = max(worst, float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30)))
+    for training, shape in itertools.product((False, True), ((3, 6, 7), (1, 5, 4), (2, 11, 9))):
+        batch, *size = shape
+        x = torch.randn((batch, unit.in_channels, *size), generator=generator, dtype=torch.float64)
+        expected = plain_unit(x, unit, stage_tensors(module, unit), training=training)
+        try:
+            got: Any = module.train(training)(x.clone())
+        except Exception:  # a foreign unit may refuse what ours takes
+            return float("inf")
+        if not isinstance(got, Tensor) or got.shape != expected.shape:
+            return float("inf")
+        worst = max(worst, float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30)))
     return worst

@@ -1,21 +1,29 @@
-"""optimize_for_inference, which makes an eval-only copy of a model, with batch norm folded into the weights."""
+"""optimize_for_inference: an eval-only copy of a model, batch norm folded ahead."""
 
 import copy
+import inspect
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shufflenet_ext import reference
 from shufflenet_ext._backend import implementation
+from shufflenet_ext._capture import capture
 from shufflenet_ext._checks import check_tensor
+from shufflenet_ext._fused import foldable_unit, folded, tensor_of
+from shufflenet_ext._match import Stage, Unit
 from shufflenet_ext._native import UnitSizes
+from shufflenet_ext._network import Chain, Head, Stem
+from shufflenet_ext._program import StepKind
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
-from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable, unit_sizes
+from shufflenet_ext.modules import has_hooks
 
 
 class _EvalOnly(nn.Module):
@@ -26,9 +34,9 @@ class _EvalOnly(nn.Module):
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that equals conv followed by norm in eval mode.
+    """Weight and bias of the convolution that equals conv followed by norm in eval mode.
 
-    They are computed in float64, then rounded once: to ``dtype`` or, if that is None, to the dtype of conv.
+    Computed in float64, then rounded once, to ``dtype`` or, if None, to that of conv.
     """
     weight, bias = torch.nn.utils.fuse_conv_bn_weights(
         conv.weight.double(),
@@ -50,112 +58,198 @@ def _required(statistics: Tensor | None) -> Tensor:
 
 
 class _Steps:
-    """Puts together a program and its weights, step by step; :func:`reference.shuffle_network` describes both."""
+    """Steps of a program and their weights, as they are put together; see :func:`reference.shuffle_network`."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
-        self.dtype = dtype  # that the weights get; None leaves each convolution's its own
+        self.dtype = dtype  # of the weights; None: each convolution's
         self.program: list[int] = []
         self.tensors: list[Tensor] = []
-        self.sizes: list[UnitSizes] = []  # the units, as the planner takes them
-        self.unit: list[int] = []  # the numbers of the last unit
-        self.again = False  # whether the program's last number says how many times more the last unit runs
+        self.sizes: list[UnitSizes] = []  # of the units
+        self.variant: dict[str, Any] = {}  # what sets a unit apart from the original code's, if one is
+        self.unit: list[int] = []  # the last one's numbers
+        self.again = False  # whether the program ends with how many times more it has them
 
-    def add_stem(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, max_pool: bool) -> None:
-        padding = conv.padding[0]
-        assert isinstance(padding, int)
-        self.program += [0, conv.out_channels, conv.kernel_size[0], conv.stride[0], padding, max_pool]
-        self.tensors += _folded(conv, norm, self.dtype)
+    def add_stem(
+        self, weight: Tensor, bias: Tensor, *, out_channels: int, size: int, stride: int, padding: int, max_pool: bool
+    ) -> None:
+        self.program += [StepKind.STEM.value, out_channels, size, stride, padding, max_pool]
+        self.tensors += [weight, bias]
 
-    def add_unit(self, unit: FusedShuffleBottleneck) -> None:
-        (conv1, _), (conv2, _), (conv3, _) = unit.pairs()
-        step = [1, conv2.out_channels, conv3.out_channels, conv1.groups, unit.groups, unit.stride]
+    def add_unit(self, module: nn.Module, unit: Unit) -> None:
+        kind = StepKind.GENERAL_UNIT if unit.variant else StepKind.UNIT
+        step = [kind.value, unit.mid_channels, unit.out_channels, unit.conv1_groups, unit.groups, unit.stride]
         step += [unit.conv2_relu, unit.pool_count_include_pad]
-        # A unit like the one before is counted, not repeated: each number takes some 40 ns in the dispatcher.
+        if unit.variant:
+            step += [unit.shuffle_groups, unit.shortcut_first, unit.shortcut_relu]
+        # Few numbers: each takes some 40 ns on its way through the dispatcher.
         if step != self.unit:
             self.unit, self.again = step, False
             self.program += step
         elif self.again:
             self.program[-1] += 1
         else:
-            self.program += [3, 1]
+            self.program += [StepKind.AGAIN.value, 1]
             self.again = True
-        for conv, norm in unit.pairs():
-            self.tensors += _folded(conv, norm, self.dtype)
-        self.sizes += unit_sizes(unit)
+        for stage in unit.stages:
+            self.tensors += folded(module, stage, self.dtype)
+        self.sizes.append(unit.sizes)
+        self.variant = self.variant or unit.variant
 
-    def add_head(self, linear: nn.Linear, *, pool_window: int) -> None:
-        self.program += [2, linear.out_features, pool_window]
-        bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-        self.tensors += [tensor.detach().to(self.dtype or tensor.dtype) for tensor in (linear.weight, bias)]
+    def add_head(self, weight: Tensor, bias: Tensor | None, *, pool_window: int) -> None:
+        self.program += [StepKind.HEAD.value, len(weight), pool_window]
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        self.tensors += [tensor.detach().to(self.dtype or tensor.dtype) for tensor in (weight, bias)]
 
     def packed(self) -> Tensor:
         return reference.pack_weights(self.tensors)
 
 
 class InferenceUnits(_EvalOnly):
-    """Units that run one behind the other, as one op on packed weights. :func:`optimize_for_inference` makes it."""
+    """Units one behind the other for inference: one op on packed weights. Made by :func:`optimize_for_inference`."""
 
     weights: Tensor
 
-    def __init__(self, units: Iterable[FusedShuffleBottleneck], dtype: torch.dtype | None) -> None:
+    def __init__(self, units: Iterable[tuple[nn.Module, Unit]], dtype: torch.dtype | None) -> None:
         super().__init__()
         steps = _Steps(dtype)
         for unit in units:
-            steps.add_unit(unit)
+            steps.add_unit(*unit)
         self.register_buffer("weights", steps.packed())
         self.program = steps.program
-        self.sizes = steps.sizes
+        self.sizes, self.variant = steps.sizes, steps.variant
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        return _run(x, _weights(self), self.program, self.sizes)
+        return _run(x, _weights(self), self.program, self.sizes, self.variant)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
         return explain_steps(self, x, [f"unit {i}" for i in range(1, len(self.sizes) + 1)])
 
 
-class InferenceNetwork(_EvalOnly):
-    """One of this package's networks, as one op on packed weights. :func:`optimize_for_inference` makes it.
+class InferenceChain(_EvalOnly):
+    """Units of a captured model, with or without its stem and head. Made by :func:`optimize_for_inference`.
 
-    On a GPU only the units are one op; the stem and the head are PyTorch's.
+    A stem or a head that a program cannot say, or one without the other, is PyTorch's, with its norm folded.
+    """
+
+    def __init__(self, model: nn.Module, chain: Chain, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        if chain.stem is not None:
+            parts.append(_Stem(model, chain.stem, dtype))
+        parts.append(InferenceUnits([(model, found.unit) for found in chain.units], dtype))
+        if chain.head is not None:
+            parts.append(_Head(model, chain.head, dtype))
+        self.parts = nn.Sequential(*parts)
+        super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts(x)
+
+
+def _captured(model: nn.Module, chain: Chain, dtype: torch.dtype | None) -> nn.Module:
+    """What takes the place of a chain of a captured model: one op, where a program can say all of it."""
+    stem, head = chain.stem, chain.head
+    if stem is None or head is None or not stem.relu:
+        return InferenceChain(model, chain, dtype)
+    parts = [_Steps(dtype) for _ in range(3)]
+    parts[0].add_stem(
+        *folded(model, stem.stage, dtype),
+        out_channels=stem.out_channels,
+        size=stem.size,
+        stride=stem.stride,
+        padding=stem.padding,
+        max_pool=stem.max_pool,
+    )
+    for found in chain.units:
+        parts[1].add_unit(model, found.unit)
+    # Where a window must be the whole plane, the captured graph holds for planes of its size alone.
+    weight, bias = (None if name is None else tensor_of(model, name) for name in (head.weight, head.bias))
+    assert weight is not None
+    parts[2].add_head(weight, bias, pool_window=0 if head.whole and head.exact else head.window)
+    return InferenceNetwork(parts, [f"unit {i}" for i in range(1, len(chain.units) + 1)])
+
+
+class _Folded(_EvalOnly):
+    """Convolutions with their norms folded in."""
+
+    def __init__(self, model: nn.Module, stages: Iterable[Stage], dtype: torch.dtype | None) -> None:
+        super().__init__()
+        for number, stage in enumerate(stages, 1):
+            weight, bias = folded(model, stage, dtype)
+            self.register_buffer(f"weight{number}", weight)
+            self.register_buffer(f"bias{number}", bias)
+
+
+class _Stem(_Folded):
+    weight1: Tensor
+    bias1: Tensor
+
+    def __init__(self, model: nn.Module, stem: Stem, dtype: torch.dtype | None) -> None:
+        super().__init__(model, [stem.stage], dtype)
+        self.stem = stem
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(self.weight1.dtype)
+        y = F.conv2d(y, self.weight1, self.bias1, stride=self.stem.stride, padding=self.stem.padding)
+        y = F.relu(y) if self.stem.relu else y
+        return (F.max_pool2d(y, 3, stride=2, padding=1) if self.stem.max_pool else y).to(x.dtype)
+
+
+class _Head(_EvalOnly):
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, model: nn.Module, head: Head, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.head = head
+        for name, path in (("weight", head.weight), ("bias", head.bias)):
+            tensor = None if path is None else tensor_of(model, path).detach()
+            self.register_buffer(name, None if tensor is None else tensor.to(dtype or tensor.dtype).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = self.head.window
+        if window == 0:
+            y = x.mean((2, 3))
+        else:
+            y = F.avg_pool2d(x, window, stride=1 if self.head.exact else window)
+            if y.shape[2:] != (1, 1):
+                raise ValueError(
+                    f"x: got {list(x.shape[2:])} pixels ahead of the head, expected one window of {window}"
+                )
+        return F.linear(y.flatten(1).to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+
+class InferenceNetwork(_EvalOnly):
+    """A whole network for inference: one op on packed weights. Made by :func:`optimize_for_inference`.
+
+    On a GPU the units are one op; the stem and the head are PyTorch's.
     """
 
     weights: Tensor
 
-    def __init__(
-        self,
-        network: ShuffleNetCifar | ShuffleNetV1,
-        stages: Sequence[Sequence[FusedShuffleBottleneck]],
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, parts: Sequence[_Steps], unit_names: Sequence[str]) -> None:
+        """``parts`` are the steps of the stem, the units and the head."""
         super().__init__()
-        for_cifar = isinstance(network, ShuffleNetCifar)
-        parts = stem, chain, head = [_Steps(dtype) for _ in range(3)]
-        stem.add_stem(network.conv1, network.bn1, max_pool=not for_cifar)
-        for stage in stages:
-            for unit in stage:
-                chain.add_unit(unit)
-        units = [f"unit {i}.{j}" for i, stage in enumerate(stages, 1) for j in range(1, len(stage) + 1)]
-        self.step_names = ["stem", *units, "means", "linear"]
-        head.add_head(network.linear, pool_window=4 if for_cifar else 0)
+        self.step_names = ["stem", *unit_names, "means", "linear"]
         packed = [part.packed() for part in parts]
         self.register_buffer("weights", torch.cat(packed))
         self.programs = [part.program for part in parts]
         self.program = [number for part in parts for number in part.program]
         self.lengths = [len(weights) for weights in packed]
-        self.sizes = chain.sizes
+        self.sizes, self.variant = parts[1].sizes, parts[1].variant
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         if not x.is_cuda:
-            return _run(x, _weights(self), self.program, self.sizes)
+            return _run(x, _weights(self), self.program, self.sizes, self.variant)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
         dtype = x.dtype
         x = reference.shuffle_network(_for_cuda(x, self.weights), *stem)
-        return reference.shuffle_network(_run(x, *units, self.sizes), *head).to(dtype)
+        return reference.shuffle_network(_run(x, *units, self.sizes, self.variant), *head).to(dtype)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each step runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -163,45 +257,50 @@ class InferenceNetwork(_EvalOnly):
 
 
 def _for_cuda(x: Tensor, weights: Tensor) -> Tensor:
-    """x in the dtype that the op takes on CUDA, which is that of the weights."""
+    """x as an op takes it on CUDA: of the weights' dtype."""
     return x.bfloat16() if x.dtype == torch.float32 and weights.dtype == torch.bfloat16 else x
 
 
-# A call of a network takes some milliseconds, after which the processor's caches hold little of Python and PyTorch. So
-# each line on the way to the op costs ten times as much as in a loop of such lines. Therefore attributes of modules are
-# read where they are stored, not through nn.Module.__getattr__ (15 us each), and nothing is converted and no context
-# entered without need (30 us).
+# A call of a network takes a millisecond, in which the processor's caches forget all of Python and PyTorch: what is
+# passed through on the way to the op then costs ten times what a loop of it shows. So modules' attributes are read
+# where they are, not by nn.Module.__getattr__ (15 us each), and nothing is entered or converted without need (30 us).
 def _weights(module: InferenceUnits | InferenceNetwork) -> Tensor:
     weights = module._buffers["weights"]
     assert weights is not None
     return weights
 
 
-def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes]) -> Tensor:
-    run, settings = implementation(x, lambda: sizes)
+def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes], variant: dict[str, Any]) -> Tensor:
+    run, settings = implementation(x, lambda: sizes, variant)
     given = _for_cuda(x, weights) if x.is_cuda else x
     y: Tensor = run.shuffle_network(given, weights, program, **settings)
     return y if given is x else y.to(x.dtype)
 
 
 class InferenceModel(_EvalOnly):
-    """A model for inference. :func:`optimize_for_inference` makes it."""
+    """A model for inference, which takes the arguments of the one that it was made from.
 
-    def __init__(self, model: nn.Module) -> None:
+    Made by :func:`optimize_for_inference`.
+    """
+
+    def __init__(self, model: nn.Module, sizes: Sequence[tuple[int | None, ...]] | None = None) -> None:
         super().__init__()
         self.model = model
+        self.sizes = sizes  # that the tensors of a call must have, None for any; None where the model knows itself
         super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model = self._modules["model"]
         assert model is not None
+        if self.sizes is not None:
+            _check_sizes(args, kwargs, self.sizes)
         if not torch.is_grad_enabled():
             return model(*args, **kwargs)
         with torch.no_grad():
             return model(*args, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanations:
-        """Runs some calls on the CPU, and says how long each step takes of the parts of the model that are native ops.
+        """How the parts of the model that are native ops run, step by step, on the CPU. Some calls are run and timed.
 
         Args:
             As for a call of the model.
@@ -211,8 +310,8 @@ class InferenceModel(_EvalOnly):
         name, the input's and output's shapes, useful floating-point operations, the bytes of weights, how threads share
         the work, tiles and buffers, microseconds, and what that is of the most that these threads can do.
 
-        Raises RuntimeError if no such part was called, or if one ran the reference; ValueError if one was called on
-        another device, or on an empty batch.
+        RuntimeError if no such part was called, or one ran the reference. ValueError if one was called on another
+        device, or on an empty batch.
         """
         parts = {
             part: name
@@ -233,8 +332,50 @@ class InferenceModel(_EvalOnly):
         )
 
 
-def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> InferenceModel:
-    """Makes an eval-only copy of ``model`` whose units have their batch norm folded into their weights.
+def _with_arguments_of(model: nn.Module, optimized: InferenceModel) -> InferenceModel:
+    """Gives an InferenceModel the signature of the model that it was made from, by which torch.export names inputs."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    optimized.__class__ = _class_with(tuple((p.name, p.kind, p.default is p.empty, p.default) for p in parameters))
+    return optimized
+
+
+def _class_with(parameters: tuple[tuple[Any, ...], ...]) -> type[InferenceModel]:
+    def forward(self: InferenceModel, *args: Any, **kwargs: Any) -> Any:
+        return InferenceModel.forward(self, *args, **kwargs)
+
+    def reduce(self: InferenceModel, protocol: Any) -> Any:
+        reduced: Any = InferenceModel.__reduce_ex__(self, protocol)
+        return _new_with, (parameters,), *reduced[2:]
+
+    inputs = [
+        inspect.Parameter(name, kind, default=inspect.Parameter.empty if required else default)
+        for name, kind, required, default in parameters
+    ]
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([itself, *inputs])  # type: ignore[attr-defined]
+    namespace = {"forward": forward, "__reduce_ex__": reduce, "__doc__": InferenceModel.__doc__}
+    return type("InferenceModel", (InferenceModel,), namespace)
+
+
+def _new_with(parameters: tuple[tuple[Any, ...], ...]) -> InferenceModel:
+    created = _class_with(parameters)
+    return created.__new__(created)
+
+
+def _check_sizes(args: Any, kwargs: Any, sizes: Sequence[tuple[int | None, ...]]) -> None:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if len(tensors) != len(sizes):
+        raise ValueError(f"got {len(tensors)} tensors, expected {len(sizes)}, as in example_inputs")
+    for number, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+        if len(size) != tensor.dim() or any(e not in (None, got) for e, got in zip(size, tensor.shape, strict=True)):
+            expected = ", ".join("any" if e is None else str(e) for e in size)
+            raise ValueError(f"input {number}: got shape {list(tensor.shape)}, expected [{expected}]")
+
+
+def optimize_for_inference(
+    model: nn.Module, dtype: torch.dtype | None = None, *, example_inputs: tuple[Any, ...] | None = None
+) -> InferenceModel:
+    """An eval-only copy of ``model`` whose units have their batch norm folded into their weights.
 
     Every unit that :func:`shufflenet_ext.fuse` swaps becomes one op on folded weights; this package's networks become
     a chain of a folded stem, those ops and the linear layer. ``model`` itself is left as it is. The copy computes no
@@ -244,8 +385,13 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
     summed in float32, what is handed from layer to layer is rounded. They take images of float32 or bfloat16, and
     return the same. All else in the model stays in its own dtype.
 
-    Raises TypeError if ``model`` is not a module or ``dtype`` not a torch.dtype; ValueError if ``dtype`` is not
-    bfloat16.
+    With ``example_inputs``, the arguments of a call as torch.export takes them, the whole model is looked through:
+    stems, units of any class one behind the other, and heads become native ops across the borders of its modules. Batch
+    and image size stay free where the model allows it; a call with other sizes than the graph holds for raises
+    ValueError.
+
+    TypeError if ``model`` is not a module, ``dtype`` no torch.dtype or ``example_inputs`` no tuple; ValueError if
+    ``dtype`` is another than bfloat16.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -253,20 +399,27 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
         raise TypeError(f"dtype: got {type(dtype).__name__}, expected torch.bfloat16 or None")
     if dtype not in (torch.bfloat16, None):
         raise ValueError(f"dtype: got {dtype}, expected torch.bfloat16 or None")
+    if not isinstance(example_inputs, tuple | None):
+        raise TypeError(f"example_inputs: got {type(example_inputs).__name__}, expected a tuple or None")
+    if example_inputs is not None:
+        captured = capture(
+            copy.deepcopy(model).eval(), example_inputs, lambda module, chain: _captured(module, chain, dtype)
+        )
+        return _with_arguments_of(model, InferenceModel(captured.module, captured.sizes))
     copied = fuse(copy.deepcopy(model).eval())
-    return InferenceModel(_inference_twin(copied, dtype, {}))
+    return _with_arguments_of(model, InferenceModel(_inference_twin(copied, dtype, {})))
 
 
 def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    """What takes the module's place. ``twins`` has those made so far, so that a module used twice stays one module."""
+    """What takes the module's place; ``twins`` has those made so far, as a module used twice stays one."""
     if module in twins:
         return twins[module]
     units = _chain(module)
-    # The type is compared exactly: a subclass may do something else between its modules.
+    # Only what these classes' own code does between the modules is known; a subclass may do something else.
     if type(module) is ShuffleNetCifar or type(module) is ShuffleNetV1:
         stages = [_chain(stage) for stage in (module.layer1, module.layer2, module.layer3)]
         if all(stages) and _plain_ends(module):
-            twins[module] = InferenceNetwork(module, stages, dtype)
+            twins[module] = _own_network(module, stages, dtype)
             return twins[module]
     elif units:
         twins[module] = InferenceUnits(units, dtype)
@@ -278,8 +431,33 @@ def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn
     return module
 
 
+def _own_network(
+    network: ShuffleNetCifar | ShuffleNetV1,
+    stages: Sequence[Sequence[tuple[nn.Module, Unit]]],
+    dtype: torch.dtype | None,
+) -> InferenceNetwork:
+    for_cifar = isinstance(network, ShuffleNetCifar)
+    parts = stem, units, head = [_Steps(dtype) for _ in range(3)]
+    conv, linear = network.conv1, network.linear
+    assert isinstance(conv.padding[0], int)
+    stem.add_stem(
+        *_folded(conv, network.bn1, dtype),
+        out_channels=conv.out_channels,
+        size=conv.kernel_size[0],
+        stride=conv.stride[0],
+        padding=conv.padding[0],
+        max_pool=not for_cifar,
+    )
+    for unit in itertools.chain.from_iterable(stages):
+        units.add_unit(*unit)
+    head.add_head(linear.weight, linear.bias, pool_window=4 if for_cifar else 0)
+    return InferenceNetwork(
+        parts, [f"unit {i}.{j}" for i, stage in enumerate(stages, 1) for j in range(1, len(stage) + 1)]
+    )
+
+
 def _plain_ends(network: ShuffleNetCifar | ShuffleNetV1) -> bool:
-    """Whether the op can compute the network's stem and head: they are of its kinds, and do nothing besides."""
+    """Whether the network's stem and head are what the op has, and no more than their weights."""
     conv, ends = network.conv1, (network.conv1, network.bn1, network.linear)
     if tuple(map(type, ends)) != (nn.Conv2d, nn.BatchNorm2d, nn.Linear) or any(map(has_hooks, (network, *ends))):
         return False
@@ -289,13 +467,8 @@ def _plain_ends(network: ShuffleNetCifar | ShuffleNetV1) -> bool:
     return plain and square and stride[0] in (1, 2) and int(padding[0]) < size[0]
 
 
-def _chain(module: nn.Module) -> list[FusedShuffleBottleneck]:
-    """The units that a module consists of: itself, or all children of a Sequential. Empty for any other module."""
+def _chain(module: nn.Module) -> list[tuple[nn.Module, Unit]]:
+    """The units that the module is: itself, or those of a Sequential of nothing else; none for other modules."""
     children = list(module) if type(module) is nn.Sequential and not has_hooks(module) else [module]
-    units = [child for child in children if type(child) is FusedShuffleBottleneck and _foldable(child)]
+    units = [(child, unit) for child in children if (unit := foldable_unit(child)) is not None]
     return units if len(units) == len(children) else []
-
-
-def _foldable(unit: FusedShuffleBottleneck) -> bool:
-    """Whether the unit can be replaced by its folded weights. One that cannot stays a module of its own."""
-    return not has_hooks(unit) and all(unfusable(conv, norm) is None for conv, norm in unit.pairs())

@@ -1,11 +1,13 @@
 """The unit as a module: plain (ShuffleBottleneck) and fused (FusedShuffleBottleneck), with the same state_dict."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shufflenet_ext import reference
-from shufflenet_ext._backend import allows_tf32, fall_back, runs_native
+from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, unit_variant
 from shufflenet_ext._checks import check_divides, check_int, check_tensor
 from shufflenet_ext._native import UnitSizes
 
@@ -21,11 +23,15 @@ class ShuffleBottleneck(nn.Module):
         out_channels: channels of the last convolution: in_channels for stride 1; the unit's output less in_channels for
             stride 2, where the pooled input is concatenated.
         stride: 1 or 2.
-        groups: of the shuffle and the last convolution.
+        groups: of the last convolution.
         mid_channels: of the intermediate tensors; by default ``out_channels // 4``.
         conv1_groups: of the first convolution; by default 1 if in_channels is 24, else ``groups``.
         conv2_relu: whether a ReLU follows the depthwise convolution's batch norm.
         pool_count_include_pad: as in nn.AvgPool2d, for stride 2.
+        shuffle_groups: of the shuffle, a divisor of mid_channels; by default ``groups``.
+        shortcut_first: whether the pooled input comes first in the concatenation, for stride 2.
+        shortcut_relu: whether the pooled input goes through the last ReLU too, for stride 2.
+        bias: whether the convolutions have biases.
 
     Input (N, in_channels, H, W); output (N, in_channels, H, W) for stride 1, (N, out_channels + in_channels,
     ceil(H / 2), ceil(W / 2)) for stride 2. Parameters and buffers: conv1, bn1, conv2, bn2, conv3, bn3.
@@ -44,6 +50,10 @@ class ShuffleBottleneck(nn.Module):
         conv1_groups: int | None = None,
         conv2_relu: bool = False,
         pool_count_include_pad: bool = True,
+        shuffle_groups: int | None = None,
+        shortcut_first: bool = False,
+        shortcut_relu: bool = True,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -61,8 +71,11 @@ class ShuffleBottleneck(nn.Module):
             mid_channels = out_channels // 4
         if conv1_groups is None:
             conv1_groups = 1 if in_channels == STEM_CHANNELS else groups
+        if shuffle_groups is None:
+            shuffle_groups = groups
         check_int("mid_channels", mid_channels)
         check_int("conv1_groups", conv1_groups)
+        check_int("shuffle_groups", shuffle_groups)
         if mid_channels < 1:
             raise ValueError(f"mid_channels: got {mid_channels}, expected a positive int")
         if stride == 1 and out_channels != in_channels:
@@ -73,32 +86,47 @@ class ShuffleBottleneck(nn.Module):
         check_divides("conv1_groups", conv1_groups, "mid_channels", mid_channels)
         check_divides("groups", groups, "mid_channels", mid_channels)
         check_divides("groups", groups, "out_channels", out_channels)
+        check_divides("shuffle_groups", shuffle_groups, "mid_channels", mid_channels)
         self.stride = stride
         self.groups = groups
         self.conv2_relu = conv2_relu
         self.pool_count_include_pad = pool_count_include_pad
-        self.conv1 = nn.Conv2d(in_channels, mid_channels, 1, groups=conv1_groups, bias=False)
+        self.shuffle_groups = shuffle_groups
+        self.shortcut_first = shortcut_first
+        self.shortcut_relu = shortcut_relu
+        self.conv1 = nn.Conv2d(in_channels, mid_channels, 1, groups=conv1_groups, bias=bias)
         self.bn1 = nn.BatchNorm2d(mid_channels)
-        self.conv2 = nn.Conv2d(mid_channels, mid_channels, 3, stride, padding=1, groups=mid_channels, bias=False)
+        self.conv2 = nn.Conv2d(mid_channels, mid_channels, 3, stride, padding=1, groups=mid_channels, bias=bias)
         self.bn2 = nn.BatchNorm2d(mid_channels)
-        self.conv3 = nn.Conv2d(mid_channels, out_channels, 1, groups=groups, bias=False)
+        self.conv3 = nn.Conv2d(mid_channels, out_channels, 1, groups=groups, bias=bias)
         self.bn3 = nn.BatchNorm2d(out_channels)
 
     def pairs(self) -> tuple[tuple[nn.Conv2d, nn.BatchNorm2d], ...]:
         """Each convolution with the batch norm behind it."""
         return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
 
+    def variant(self) -> dict[str, Any]:
+        """The op's arguments that set the unit apart from the original code's."""
+        return unit_variant(self.groups, self.shuffle_groups, self.shortcut_first, self.shortcut_relu, self.stride)
+
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         if x.dim() != 4 or x.shape[1] != self.conv1.in_channels:
             raise ValueError(f"x: got shape {list(x.shape)}, expected (batch, {self.conv1.in_channels}, height, width)")
         y = F.relu(self.bn1(self.conv1(x)))
-        y = reference.shuffle_channels(y, self.groups)
+        y = reference.shuffle_channels(y, self.shuffle_groups)
         y = self.bn2(self.conv2(y))
         if self.conv2_relu:
             y = F.relu(y)
         y = self.bn3(self.conv3(y))
-        return reference.add_shortcut(y, x, stride=self.stride, pool_count_include_pad=self.pool_count_include_pad)
+        return reference.add_shortcut(
+            y,
+            x,
+            stride=self.stride,
+            pool_count_include_pad=self.pool_count_include_pad,
+            shortcut_first=self.shortcut_first,
+            shortcut_relu=self.shortcut_relu,
+        )
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, groups={self.groups}"
@@ -116,8 +144,8 @@ def _pads_to_same_size(conv: nn.Conv2d) -> bool:
 
 
 def unfusable(conv: nn.Module, norm: nn.Module) -> str | None:
-    """Why the op cannot compute these two, if a user has put other modules in their place; None where it can."""
-    if not isinstance(conv, nn.Conv2d) or conv.bias is not None or not _pads_to_same_size(conv):
+    """Why the op cannot stand for what was put in a convolution's and a norm's place; None where it can."""
+    if not isinstance(conv, nn.Conv2d) or not _pads_to_same_size(conv):
         return f"a convolution was replaced: {conv}"
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.weight is None:
         return f"a batch norm was replaced: {norm}"
@@ -145,9 +173,9 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
-        pairs = self.pairs()
+        pairs, variant = self.pairs(), self.variant()
         batch_statistics = any(norm.training or getattr(norm, "running_mean", norm) is None for _, norm in pairs)
-        if batch_statistics or not runs_native(x, lambda: unit_sizes(self)):
+        if batch_statistics or not runs_native(x, lambda: unit_sizes(self), variant):
             return super().forward(x)
         tensors: list[Tensor | None] = []
         for conv, norm in pairs:
@@ -155,7 +183,11 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
             if cause is not None:
                 fall_back(f"in a FusedShuffleBottleneck {cause}")
                 return super().forward(x)
-            tensors += [conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+            bias: Tensor = norm.bias
+            if conv.bias is not None:  # the op has one bias a convolution, the norm's
+                assert norm.running_var is not None
+                bias = bias + conv.bias * norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            tensors += [conv.weight, norm.weight, bias, norm.running_mean, norm.running_var]
         return torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm(
             x,
             *tensors,
@@ -168,4 +200,5 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
             conv2_relu=self.conv2_relu,
             pool_count_include_pad=self.pool_count_include_pad,
             allow_tf32=allows_tf32(x),
+            **variant,
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shufflenet_ext import _native, reference
-from shufflenet_ext._backend import implementation
+from shufflenet_ext._backend import implementation, unit_variant
 from shufflenet_ext._checks import check_int, check_tensor
 
 
@@ -78,6 +78,9 @@ def shuffle_bottleneck(
     stride: int = 1,
     conv2_relu: bool = False,
     pool_count_include_pad: bool = True,
+    shuffle_groups: int | None = None,
+    shortcut_first: bool = False,
+    shortcut_relu: bool = True,
 ) -> Tensor:
     """A whole ShuffleNet unit in one pass, batch norm folded into its weights and biases.
 
@@ -94,10 +97,13 @@ def shuffle_bottleneck(
         conv3_weight: (K, M / groups, 1, 1); K = C where stride is 1.
         conv3_bias: (K,) or None.
         conv1_groups: groups of the first convolution; a divisor of C and M.
-        groups: groups of the shuffle and of the last convolution; a divisor of M and K.
+        groups: groups of the last convolution; a divisor of M and K.
         stride: 1 or 2.
         conv2_relu: whether a ReLU follows the depthwise convolution.
         pool_count_include_pad: as in avg_pool2d, for stride 2.
+        shuffle_groups: groups of the shuffle, a divisor of M; by default ``groups``.
+        shortcut_first: whether the pooled x comes first in the concatenation, for stride 2.
+        shortcut_relu: whether the pooled x goes through the last ReLU too, for stride 2.
 
     Returns (N, K, H, W) for stride 1, (N, K + C, ceil(H / 2), ceil(W / 2)) for stride 2, in x's dtype and memory
     format.
@@ -107,10 +113,16 @@ def shuffle_bottleneck(
     _check_types(
         {"x": x, "conv1_weight": conv1_weight, "conv2_weight": conv2_weight, "conv3_weight": conv3_weight},
         {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias, "conv3_bias": conv3_bias},
-        {"conv1_groups": conv1_groups, "groups": groups, "stride": stride},
+        {
+            "conv1_groups": conv1_groups,
+            "groups": groups,
+            "stride": stride,
+            "shuffle_groups": groups if shuffle_groups is None else shuffle_groups,
+        },
     )
+    variant = unit_variant(groups, shuffle_groups, shortcut_first, shortcut_relu, stride)
     run, settings = implementation(
-        x, lambda: [(*conv1_weight.shape, *conv3_weight.shape, conv1_groups, groups, stride)]
+        x, lambda: [(*conv1_weight.shape, *conv3_weight.shape, conv1_groups, groups, stride)], variant
     )
     return run.shuffle_bottleneck(
         x,
@@ -125,6 +137,7 @@ def shuffle_bottleneck(
         stride=stride,
         conv2_relu=conv2_relu,
         pool_count_include_pad=pool_count_include_pad,
+        **variant,
         **settings,
     )
 

@@ -14,11 +14,11 @@ from shufflenet_ext._checks import (
     check_divides,
     check_image,
     check_int,
-    check_step,
     check_tensor,
     check_unit,
-    split_program,
 )
+from shufflenet_ext._native import is_channels_last
+from shufflenet_ext._program import StepKind, check_step, split_program
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
@@ -28,7 +28,7 @@ def shuffle_channels(x: Tensor, groups: int) -> Tensor:
         x: (N, C, H, W), any dtype.
         groups: a divisor of C.
 
-    Returns a new tensor of x's shape. Raises TypeError or ValueError for arguments that are not as above.
+    Returns a tensor of x's shape and memory format; TypeError or ValueError for arguments that are not as above.
     """
     check_tensor("x", x)
     check_int("groups", groups)
@@ -36,6 +36,9 @@ def shuffle_channels(x: Tensor, groups: int) -> Tensor:
         raise ValueError(f"x: got shape {list(x.shape)}, expected (batch, channels, height, width)")
     check_divides("groups", groups, "x's channels", x.shape[1])
     n, c, h, w = x.shape
+    if is_channels_last(x):
+        y = x.permute(0, 2, 3, 1).unflatten(3, (groups, c // groups)).transpose(3, 4).flatten(3)
+        return y.permute(0, 3, 1, 2)
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
@@ -82,9 +85,13 @@ def shuffle_bottleneck(
     stride: int = 1,
     conv2_relu: bool = False,
     pool_count_include_pad: bool = True,
+    shuffle_groups: int | None = None,
+    shortcut_first: bool = False,
+    shortcut_relu: bool = True,
 ) -> Tensor:
     """:func:`shufflenet_ext.ops.shuffle_bottleneck` in plain PyTorch."""
-    check_tensor("conv3_weight", conv3_weight)
+    check_int("groups", groups)
+    shuffle_groups = groups if shuffle_groups is None else shuffle_groups
     check_unit(
         x,
         conv1_weight,
@@ -92,11 +99,11 @@ def shuffle_bottleneck(
         conv2_weight,
         conv2_bias,
         conv1_groups=conv1_groups,
-        shuffle_groups=groups,
+        shuffle_groups=shuffle_groups,
         stride=stride,
+        groups=groups,
         conv3_weight=conv3_weight,
         conv3_bias=conv3_bias,
-        groups_name="groups",
     )
     y = pointwise_shuffle_depthwise(
         x,
@@ -105,12 +112,19 @@ def shuffle_bottleneck(
         conv2_weight,
         conv2_bias,
         conv1_groups=conv1_groups,
-        shuffle_groups=groups,
+        shuffle_groups=shuffle_groups,
         stride=stride,
         conv2_relu=conv2_relu,
     )
     y = F.conv2d(y, conv3_weight, conv3_bias, groups=groups)
-    return add_shortcut(y, x, stride=stride, pool_count_include_pad=pool_count_include_pad)
+    return add_shortcut(
+        y,
+        x,
+        stride=stride,
+        pool_count_include_pad=pool_count_include_pad,
+        shortcut_first=shortcut_first,
+        shortcut_relu=shortcut_relu,
+    )
 
 
 def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
@@ -120,11 +134,7 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
         x: (N, C, H, W).
         weights: the steps' weights and biases with batch norm folded in, one behind the other; see
             :func:`pack_weights`. Of x's dtype; or of bfloat16, for an x of float32 and a result of float32.
-        program: what the steps are: 0, out_channels, kernel_size (11 at most), stride, padding, max_pool for a stem
-            (first), whose max pool is 3×3 with stride 2; 1, mid_channels, out_channels, conv1_groups, groups, stride,
-            conv2_relu, pool_count_include_pad for a unit; 3, times for the unit before so many times more; 2, classes,
-            pool_window for a head (last), which takes the mean of the upper left pool_window × pool_window pixels
-            (0: of all). The op takes a stem and a head or neither, around one unit at least.
+        program: what the steps are; see ``shufflenet_ext._program``.
 
     Raises ValueError for arguments that are not as above.
     """
@@ -143,14 +153,15 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
     for kind, step in split_program(program):
         channels, height, width = x.shape[1:]
         check_step(kind, step, channels, height, width)
-        if kind == 0:
+        if kind is StepKind.STEM:
             out_channels, size, stride, padding, max_pool = step
             x = F.conv2d(x, *packed.take(out_channels, channels, size, size), stride=stride, padding=padding)
             if max_pool:
                 x = F.max_pool2d(x, 3, stride=2, padding=1)  # the same as behind the ReLU, which then has less to do
             x = F.relu(x)
-        elif kind == 1:
-            mid, out, conv1_groups, groups, stride, conv2_relu, include_pad = step
+        elif kind in (StepKind.UNIT, StepKind.GENERAL_UNIT):
+            mid, out, conv1_groups, groups, stride, conv2_relu, include_pad = step[:7]
+            shuffle_groups, shortcut_first, shortcut_relu = step[7:] or (groups, False, True)
             x = shuffle_bottleneck(
                 x,
                 *packed.take(mid, channels // conv1_groups, 1, 1),
@@ -161,6 +172,9 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
                 stride=stride,
                 conv2_relu=bool(conv2_relu),
                 pool_count_include_pad=bool(include_pad),
+                shuffle_groups=shuffle_groups,
+                shortcut_first=bool(shortcut_first),
+                shortcut_relu=bool(shortcut_relu),
             )
         else:
             classes, window = step
@@ -202,12 +216,15 @@ class _Packed:
         return array
 
 
-def add_shortcut(y: Tensor, x: Tensor, *, stride: int, pool_count_include_pad: bool) -> Tensor:
-    """Ends a unit (figure 2 b and c): adds x for stride 1, or concatenates the pooled x for stride 2, and a ReLU."""
+def add_shortcut(
+    y: Tensor, x: Tensor, *, stride: int, pool_count_include_pad: bool, shortcut_first: bool, shortcut_relu: bool
+) -> Tensor:
+    """The unit's end (figure 2 b and c): the sum with x for stride 1, concatenation with the pooled x for stride 2."""
     if stride == 1:
         return F.relu(y + x)
     pooled = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=pool_count_include_pad)
-    return F.relu(torch.cat([y, pooled], 1))
+    parts = [F.relu(y), F.relu(pooled) if shortcut_relu else pooled]
+    return torch.cat(parts[::-1] if shortcut_first else parts, 1)
 
 
 def shuffle_bottleneck_batch_norm(
@@ -236,8 +253,13 @@ def shuffle_bottleneck_batch_norm(
     stride: int = 1,
     conv2_relu: bool = False,
     pool_count_include_pad: bool = True,
+    shuffle_groups: int | None = None,
+    shortcut_first: bool = False,
+    shortcut_relu: bool = True,
 ) -> Tensor:
-    """Runs a unit with its batch norms in inference mode, as a FusedShuffleBottleneck does in eval mode."""
+    """The unit with its batch norms in inference mode: what a FusedShuffleBottleneck in eval mode runs."""
+    check_int("groups", groups)
+    shuffle_groups = groups if shuffle_groups is None else shuffle_groups
     check_unit(
         x,
         conv1_weight,
@@ -245,18 +267,25 @@ def shuffle_bottleneck_batch_norm(
         conv2_weight,
         None,
         conv1_groups=conv1_groups,
-        shuffle_groups=groups,
+        shuffle_groups=shuffle_groups,
         stride=stride,
+        groups=groups,
         conv3_weight=conv3_weight,
-        groups_name="groups",
     )
     y = F.conv2d(x, conv1_weight, groups=conv1_groups)
     y = F.relu(F.batch_norm(y, bn1_mean, bn1_var, bn1_weight, bn1_bias, eps=bn1_eps))
-    y = shuffle_channels(y, groups)
+    y = shuffle_channels(y, shuffle_groups)
     y = F.conv2d(y, conv2_weight, stride=stride, padding=1, groups=conv2_weight.shape[0])
     y = F.batch_norm(y, bn2_mean, bn2_var, bn2_weight, bn2_bias, eps=bn2_eps)
     if conv2_relu:
         y = F.relu(y)
     y = F.conv2d(y, conv3_weight, groups=groups)
     y = F.batch_norm(y, bn3_mean, bn3_var, bn3_weight, bn3_bias, eps=bn3_eps)
-    return add_shortcut(y, x, stride=stride, pool_count_include_pad=pool_count_include_pad)
+    return add_shortcut(
+        y,
+        x,
+        stride=stride,
+        pool_count_include_pad=pool_count_include_pad,
+        shortcut_first=shortcut_first,
+        shortcut_relu=shortcut_relu,
+    )

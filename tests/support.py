@@ -78,6 +78,9 @@ class Unit:
     stride: int = 1
     conv2_relu: bool = False
     pool_count_include_pad: bool = True
+    shuffle_groups: int | None = None  # groups
+    shortcut_first: bool = False
+    shortcut_relu: bool = True
     bias: bool = True
 
     @property
@@ -88,6 +91,10 @@ class Unit:
         if self.op == "pointwise_shuffle_depthwise":
             return options | {"shuffle_groups": self.groups}
         options |= {"groups": self.groups, "pool_count_include_pad": self.pool_count_include_pad}
+        if self.shuffle_groups is not None:
+            options["shuffle_groups"] = self.shuffle_groups
+        if self.shortcut_first or not self.shortcut_relu:
+            options |= {"shortcut_first": self.shortcut_first, "shortcut_relu": self.shortcut_relu}
         if self.op == "shuffle_bottleneck_batch_norm":
             options |= {"bn1_eps": 1e-5, "bn2_eps": 1e-3, "bn3_eps": 1e-4}
         return options
@@ -283,6 +290,10 @@ def plain_twin(unit: se.FusedShuffleBottleneck) -> se.ShuffleBottleneck:
         conv1_groups=unit.conv1.groups,
         conv2_relu=unit.conv2_relu,
         pool_count_include_pad=unit.pool_count_include_pad,
+        shuffle_groups=unit.shuffle_groups,
+        shortcut_first=unit.shortcut_first,
+        shortcut_relu=unit.shortcut_relu,
+        bias=unit.conv1.bias is not None,
     ).to(unit.conv1.weight.dtype)
     plain.load_state_dict(unit.state_dict())
     for norm in ("bn1", "bn2", "bn3"):

@@ -156,6 +156,24 @@ def test_weights_on_another_device():
             assert re.search(r"device|meta", str(error.value))
 
 
+def test_shuffle_groups_that_do_not_divide():
+    with pytest.raises(ValueError, match=r"shuffle_groups: got 5, expected a positive divisor"):
+        call(REFERENCE, "shuffle_bottleneck", arguments_of("shuffle_bottleneck", shuffle_groups=5))
+    for way in (PUBLIC, REFERENCE):
+        with pytest.raises(TypeError, match=r"shuffle_groups: got str, expected an int"):
+            call(way, "shuffle_bottleneck", arguments_of("shuffle_bottleneck", shuffle_groups="5"))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 4), (1, 6, 5, 1), (2, 6, 1, 1)])
+def test_shuffle_channels_keeps_the_memory_format(shape):
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+    shuffled = se.shuffle_channels(x, 2)
+    assert shuffled.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(shuffled, se.shuffle_channels(x.contiguous(), 2))
+    shuffled.backward(shuffled.detach())
+    torch.testing.assert_close(x.grad, x)
+
+
 def test_shuffle_channels():
     x = torch.randn(2, 6, 3, 4)
     shuffled = se.shuffle_channels(x, 3)
@@ -170,3 +188,12 @@ def test_shuffle_channels():
         se.shuffle_channels([1], 3)
     with pytest.raises(TypeError, match="groups: got float, expected an int"):
         se.shuffle_channels(x, 3.0)
+
+
+@pytest.mark.parametrize("name", [name for name in TENSORS["shuffle_bottleneck_batch_norm"] if name.startswith("bn")])
+def test_norms_of_float32_go_with_16_bit_images_only(name):
+    unit = Unit("shuffle_bottleneck_batch_norm")
+    tensors = dict(zip(TENSORS[unit.op], unit.tensors(torch.float64), strict=True))
+    tensors[name] = tensors[name].float()
+    with pytest.raises(RuntimeError, match=f"{name}: got dtype float32, expected x's, float64"):
+        unit.native(list(tensors.values()))

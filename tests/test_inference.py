@@ -1,12 +1,13 @@
 """optimize_for_inference: the same results without training, the source left as it was."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
 import torch
 from support import Recorder, randomize
-from test_fuse import ForeignUnit, OtherShuffleUnit
+from test_fuse import FiveByFiveUnit, ForeignUnit
 from torch import nn
 
 import shufflenet_ext as se
@@ -113,8 +114,8 @@ def test_a_unit_itself():
 
 
 def test_units_that_cannot_be_fused_stay():
-    net = randomize(nn.Sequential(ForeignUnit(), OtherShuffleUnit())).eval()
-    with pytest.warns(se.FuseWarning, match="OtherShuffleUnit"):
+    net = randomize(nn.Sequential(ForeignUnit(), FiveByFiveUnit())).eval()
+    with pytest.warns(se.FuseWarning, match="FiveByFiveUnit"):
         optimized = se.optimize_for_inference(net)
     x = torch.randn(2, 24, 6, 6)
     assert_close(optimized(x), net(x))
@@ -156,6 +157,28 @@ def test_model_that_other_code_wraps(net, images):
     model = Wrapped().eval()
     got = se.optimize_for_inference(model)(images, scale=2.0)["logits"]
     assert_close(got, model(images, scale=2.0)["logits"])
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unit = ForeignUnit()
+
+    def forward(self, image, scale=1.0):
+        return self.unit(image) * scale
+
+
+def test_forward_takes_the_models_own_arguments():
+    model = randomize(Scaled()).eval()
+    x = torch.randn(2, 24, 6, 6)
+    for optimized in (se.optimize_for_inference(model), se.optimize_for_inference(model, example_inputs=(x, 2.0))):
+        assert list(inspect.signature(optimized.forward).parameters) == ["image", "scale"]
+        for twin in (optimized, pickle.loads(pickle.dumps(optimized)), copy.deepcopy(optimized)):
+            assert_close(twin(x, 2.0), model(x, 2.0))
+            assert list(inspect.signature(twin.forward).parameters) == ["image", "scale"]
+        batch = torch.export.Dim("batch", min=2, max=64)
+        exported = torch.export.export(optimized, (x, 2.0), dynamic_shapes={"image": {0: batch}, "scale": None})
+        assert_close(exported.module()(x[:1].repeat(5, 1, 1, 1), 2.0), model(x[:1].repeat(5, 1, 1, 1), 2.0))
 
 
 @pytest.mark.parametrize("model", [None, torch.zeros(2), "net"])

@@ -20,7 +20,15 @@ CONFIGURATIONS = [
     {"in_channels": 40, "out_channels": 40, "stride": 1, "groups": 2, "conv1_groups": 5, "mid_channels": 10},
     {"in_channels": 16, "out_channels": 16, "stride": 1, "groups": 4, "conv2_relu": True},
     {"in_channels": 16, "out_channels": 32, "stride": 2, "groups": 8, "pool_count_include_pad": False},
+    {"in_channels": 24, "out_channels": 24, "stride": 1, "groups": 3, "mid_channels": 12, "bias": True},
 ]
+# That the native ops cannot express.
+VARIANTS = [
+    {"in_channels": 24, "out_channels": 24, "stride": 1, "groups": 3, "mid_channels": 12, "shuffle_groups": 4},
+    {"in_channels": 16, "out_channels": 32, "stride": 2, "groups": 2, "shortcut_first": True},
+    {"in_channels": 16, "out_channels": 32, "stride": 2, "groups": 2, "shuffle_groups": 1, "shortcut_relu": False},
+]
+each_variant = pytest.mark.parametrize("configuration", VARIANTS, ids=str)
 each_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 
 
@@ -44,6 +52,7 @@ def assert_equals_plain(unit, x=None):
 @each_configuration
 def test_keys_load_strictly_both_ways(configuration):
     keys = ["conv1.weight", "conv2.weight", "conv3.weight"]
+    keys += [f"conv{i}.bias" for i in (1, 2, 3) if configuration.get("bias")]
     keys += [f"bn{i}.{k}" for i in (1, 2, 3) for k in ("weight", "bias", "running_mean", "running_var")]
     keys += [f"bn{i}.num_batches_tracked" for i in (1, 2, 3)]
     ours, plain = fused(configuration), ShuffleBottleneck(**configuration)
@@ -95,6 +104,27 @@ def test_eval_gradients(configuration):
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-4)
     for (name, a), b in zip(unit.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-4, atol=1e-3, msg=name)
+
+
+@each_variant
+@pytest.mark.parametrize("training", [False, True])
+def test_variants_compute_what_they_say(configuration, training):
+    # Written once more, with torch alone.
+    unit = randomize(FusedShuffleBottleneck(**configuration)).double().train(training)
+    x = images(unit).double()
+    with torch.no_grad(), se.use_backend("reference"):
+        got = unit(x)
+        groups = configuration.get("shuffle_groups", configuration["groups"])
+        y = unit.bn1(unit.conv1(x)).relu()
+        y = y[:, [c % groups * (y.shape[1] // groups) + c // groups for c in range(y.shape[1])]]
+        y = unit.bn3(unit.conv3(unit.bn2(unit.conv2(y))))
+        if configuration["stride"] == 1:
+            expected = (y + x).relu()
+        else:
+            pooled = nn.AvgPool2d(3, 2, 1)(x)
+            parts = [y.relu(), pooled.relu() if configuration.get("shortcut_relu", True) else pooled]
+            expected = torch.cat(parts[::-1] if configuration.get("shortcut_first") else parts, 1)
+    torch.testing.assert_close(got, expected)
 
 
 def test_state_is_never_stale():
@@ -216,11 +246,10 @@ def test_without_running_statistics_the_unit_is_the_plain_one():
     [
         ("bn2", nn.Identity()),
         ("bn1", nn.BatchNorm2d(12, affine=False)),
-        ("conv3", nn.Conv2d(12, 24, 1, groups=3)),
         ("conv2", nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12, bias=False)),
         ("conv2", nn.Conv2d(12, 12, 3, padding=1, padding_mode="reflect", groups=12, bias=False)),
     ],
-    ids=["identity", "no weight", "bias", "dilation", "padding mode"],
+    ids=["identity", "no weight", "dilation", "padding mode"],
 )
 def test_a_replaced_part_runs_the_plain_unit_or_is_refused(part, replacement):
     unit = se.FusedShuffleBottleneck(24, 24, 1, 3, mid_channels=12).eval()
@@ -255,6 +284,9 @@ BAD_ARGUMENTS = [
     ({"mid_channels": 0}, ValueError, r"mid_channels: got 0, expected a positive int"),
     ({"mid_channels": 7}, ValueError, r"groups: got 3, expected a positive divisor of mid_channels, 7"),
     ({"mid_channels": 6.0}, TypeError, r"mid_channels: got float, expected an int"),
+    ({"shuffle_groups": 5}, ValueError, r"shuffle_groups: got 5, expected a positive divisor of mid_channels, 6"),
+    ({"shuffle_groups": 0}, ValueError, r"shuffle_groups: got 0, expected a positive divisor of mid_channels, 6"),
+    ({"shuffle_groups": True}, TypeError, r"shuffle_groups: got bool, expected an int"),
     ({"conv1_groups": 5}, ValueError, r"conv1_groups: got 5, expected a positive divisor of in_channels, 24"),
     ({"conv1_groups": 4}, ValueError, r"conv1_groups: got 4, expected a positive divisor of mid_channels, 6"),
     ({"conv1_groups": 0}, ValueError, r"conv1_groups: got 0, expected a positive divisor"),

@@ -15,7 +15,7 @@ from support import DTYPES, LAYOUTS, Network, Unit, assert_as_accurate, autocast
 
 import shufflenet_ext as se
 from shufflenet_ext import reference
-from shufflenet_ext._checks import split_program
+from shufflenet_ext._program import split_program
 
 pytestmark = pytest.mark.usefixtures("poison")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -228,10 +228,10 @@ each_way = pytest.mark.parametrize(
 
 def program_cases():
     """Malformed programs, and what their message says."""
-    kinds = r"expected 0 \(stem\) first, 1 \(unit\), 3 \(again\) behind a unit or 2 \(head\) last"
+    kinds = r"expected 0 \(stem\) first, 1 or 4 \(unit\), 3 \(again\) behind a unit or 2 \(head\) last"
     stem, head = [0, 24, 3, 2, 1, 1], [2, 10, 0]
     yield [], r"program: got (no|0) elements, expected one (step|unit) at least"
-    for kind in (4, -1, *HUGE):
+    for kind in (5, -1, *HUGE):
         yield [kind], rf"program: got step {kind} at element 0, {kinds}"
         yield [*UNIT, kind, 1, 2, 3], rf"program: got step {kind} at element 8, {kinds}"
     yield [3, 1, *UNIT], rf"program: got step 3 at element 0, {kinds}"

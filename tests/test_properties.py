@@ -1,12 +1,15 @@
 """Properties of the ops for units that hypothesis makes up."""
 
 import math
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import DTYPES, LAYOUTS, OPS, Unit, assert_ran, selected_isa
 
+import shufflenet_ext as se
 from shufflenet_ext import _native, ops
 
 # No deadline: what the machine does besides is no property of the ops.
@@ -36,6 +39,37 @@ def units(draw, *, ops=OPS):
         pool_count_include_pad=draw(st.booleans()),
         bias=draw(st.booleans()),
     )
+
+
+@check
+@given(unit=units(ops=OPS[1:2]), data=st.data())
+def test_variants_of_the_reference(unit, data):
+    # The parts of the variants are those of the original unit, moved: a shuffle by s is the depthwise weights' matter.
+    s = data.draw(st.sampled_from([d for d in range(1, unit.mid_channels + 1) if unit.mid_channels % d == 0]))
+    first, relu = data.draw(st.booleans()), data.draw(st.booleans())
+    variant = replace(unit, shuffle_groups=s, shortcut_first=first, shortcut_relu=relu)
+    x, w1, b1, *rest = variant.tensors(torch.float64)
+    got = variant.exact([x, w1, b1, *rest])
+    # conv1's rows put in the order that makes the shuffle by ``groups`` bring what the shuffle by s brought.
+    by_s, by_groups = (
+        se.shuffle_channels(torch.arange(unit.mid_channels).view(1, -1, 1, 1), g) for g in (s, unit.groups)
+    )
+    order = torch.empty(unit.mid_channels, dtype=torch.long)
+    order[by_groups.flatten()] = by_s.flatten()
+    dense = torch.zeros(unit.mid_channels, unit.in_channels, 1, 1, dtype=torch.float64)
+    for row in range(unit.mid_channels):
+        depth = w1.shape[1]
+        start = row // (unit.mid_channels // unit.conv1_groups) * depth
+        dense[row, start : start + depth] = w1[row]
+    plain = replace(unit, conv1_groups=1)
+    expected = plain.exact([x, dense[order], None if b1 is None else b1[order], *rest])
+    if unit.stride == 2:
+        channels = unit.out_channels
+        main, pooled = expected[:, :channels], expected[:, channels:]
+        if not relu:
+            pooled = F.avg_pool2d(x, 3, 2, 1, count_include_pad=unit.pool_count_include_pad)
+        expected = torch.cat([pooled, main] if first else [main, pooled], 1)
+    torch.testing.assert_close(got, expected)
 
 
 dtypes, layouts = st.sampled_from(DTYPES), st.sampled_from(LAYOUTS)

@@ -211,7 +211,7 @@ each_way = pytest.mark.parametrize(
 
 def program_cases():
     """Malformed programs, and what their message says."""
-    kinds = r"expected 0 \(stem\) first, 1 \(unit\), 3 \(again\) behind a unit or 2 \(head\) last"
+    kinds = r"expected 0 \(stem\) first, 1 or 4 \(unit\), 3 \(again\) behind a unit or 2 \(head\) last"
     whole = [*STEM, *UNIT, *HEAD]
     yield [*STEM, 3, 1, *UNIT, *HEAD], rf"program: got step 3 at element 6, {kinds}"
     for step in ([0], [1], [2], [3, 1], HEAD, STEM, UNIT):

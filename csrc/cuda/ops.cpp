@@ -64,6 +64,16 @@ Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
   return plans[key] = plan_unit(u, dtype, device_properties(device_index));
 }
 
+// Refuses what the kernel does not know of a unit in general.
+void check_is_plain(const Unit& unit) {
+  const bool is_shuffled = unit.shuffle_groups != unit.groups;
+  if (!is_shuffled && !(unit.concatenates_pool() && (unit.shortcut_first || !unit.shortcut_relu))) return;
+  fail(is_shuffled           ? "shuffle_groups"
+       : unit.shortcut_first ? "shortcut_first"
+                             : "shortcut_relu",
+       ": got a unit that is not the paper's, expected that one (on CUDA)");
+}
+
 // A unit's parameters in the device's memory.
 struct UnitParameters {
   ConvolutionPointers conv1, conv2, conv3;
@@ -72,6 +82,7 @@ struct UnitParameters {
 // Launches the unit on the device of x, in that device's current stream. x must be dense.
 void launch_unit(const Unit& unit, const Tensor& x, const UnitParameters& parameters, bool allow_tf32,
                  const Tensor& result) {
+  check_is_plain(unit);
   const int32_t device = x.get_device_index();
   Dtype dtype = dtype_of("x", x);
   if (dtype == Dtype::float32 && allow_tf32 && uses_mma(Dtype::tfloat32, device_properties(device))) {

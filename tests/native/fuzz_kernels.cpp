@@ -160,12 +160,14 @@ struct Case {
   const Unit& u = c.unit;
   std::fprintf(
       stderr,
-      "batch %lld, channels %lld %lld %lld, plane %lldx%lld, conv1_groups %lld, groups %lld, stride %lld, "
-      "conv2_relu %d, include_pad %d, layout %d, dtype %d\n",
+      "batch %lld, channels %lld %lld %lld, plane %lldx%lld, conv1_groups %lld, groups %lld, shuffle_groups %lld, "
+      "stride %lld, conv2_relu %d, include_pad %d, shortcut_first %d, shortcut_relu %d, layout %d, dtype %d\n",
       static_cast<long long>(u.batch), static_cast<long long>(u.in_channels), static_cast<long long>(u.mid_channels),
       static_cast<long long>(u.out_channels), static_cast<long long>(u.height), static_cast<long long>(u.width),
-      static_cast<long long>(u.conv1_groups), static_cast<long long>(u.groups), static_cast<long long>(u.stride),
-      u.conv2_relu, u.pool_count_include_pad, static_cast<int>(u.layout), static_cast<int>(c.dtype));
+      static_cast<long long>(u.conv1_groups), static_cast<long long>(u.groups),
+      static_cast<long long>(u.shuffle_groups), static_cast<long long>(u.stride), u.conv2_relu,
+      u.pool_count_include_pad, u.shortcut_first, u.shortcut_relu, static_cast<int>(u.layout),
+      static_cast<int>(c.dtype));
   std::exit(1);
 }
 
@@ -197,7 +199,7 @@ static Expected expected_result(const Case& c) {
     std::vector<double> size1(y1.size()), size2(y2.size());
     for (int64_t m = 0; m < u.mid_channels; ++m) {
       // Channel m after the shuffle is row `row` of conv1.
-      const int64_t row = m % u.groups * u.slice_channels() + m / u.groups;
+      const int64_t row = m % u.shuffle_groups * u.shuffle_rows() + m / u.shuffle_groups;
       const int64_t first = row / u.conv1_group_rows() * u.conv1_depth();
       for (int64_t p = 0; p < u.height * u.width; ++p) {
         double sum = 0, size = 0;
@@ -230,20 +232,23 @@ static Expected expected_result(const Case& c) {
       for (int64_t p = 0; p < out_height * out_width; ++p) {
         const int64_t row = p / out_width, column = p % out_width;
         double value = 0, size = 0, of_y2 = 0;
+        // A channel of conv3, or of the pooled shortcut.
+        const int64_t out = ch - (u.shortcut_first && u.concatenates_pool() ? u.in_channels : 0);
+        const int64_t pooled = u.shortcut_first ? ch : ch - u.out_channels;
         if (!u.has_conv3()) {
           value = y2[ch * out_height * out_width + p];
           size = size2[ch * out_height * out_width + p];
-        } else if (ch < u.out_channels) {
-          const int64_t first = ch / (u.out_channels / u.groups) * u.slice_channels();
+        } else if (out >= 0 && out < u.out_channels) {
+          const int64_t first = out / (u.out_channels / u.groups) * u.slice_channels();
           for (int64_t k = 0; k < u.slice_channels(); ++k) {
-            const double weight = c.conv3.weight[ch * u.slice_channels() + k];
+            const double weight = c.conv3.weight[out * u.slice_channels() + k];
             const double term = weight * y2[(first + k) * out_height * out_width + p];
             value += term;
-            of_y2 += std::abs(c.conv3.scale[ch] * term);
+            of_y2 += std::abs(c.conv3.scale[out] * term);
             size += std::abs(weight) * size2[(first + k) * out_height * out_width + p];
           }
-          value = c.conv3.scale[ch] * value + c.conv3.bias[ch];
-          size = std::abs(c.conv3.scale[ch]) * size + std::abs(c.conv3.bias[ch]);
+          value = c.conv3.scale[out] * value + c.conv3.bias[out];
+          size = std::abs(c.conv3.scale[out]) * size + std::abs(c.conv3.bias[out]);
           if (u.adds_residual()) value += x(n, ch, row, column);
           value = relu(value);
         } else {
@@ -251,10 +256,11 @@ static Expected expected_result(const Case& c) {
           for (int64_t tap = 0; tap < 9; ++tap) {
             const int64_t in_row = row * 2 - 1 + tap / 3, in_column = column * 2 - 1 + tap % 3;
             if (in_row < 0 || in_row >= u.height || in_column < 0 || in_column >= u.width) continue;
-            value += x(n, ch - u.out_channels, in_row, in_column);
+            value += x(n, pooled, in_row, in_column);
             ++inside;
           }
-          value = relu(value / static_cast<double>(u.pool_count_include_pad ? 9 : inside));
+          value /= static_cast<double>(u.pool_count_include_pad ? 9 : inside);
+          if (u.shortcut_relu) value = relu(value);
         }
         const int64_t i = offset(n, ch, row, column, channels, out_height, out_width, u.layout);
         expected.value[i] = value;
@@ -353,9 +359,9 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
     const int64_t pixels = strip.rows.count() * unit.out_width();
     result.push_back(std::make_unique<StripPlanes<A>>(unit.result_channels() / channels, pixels));
     strip.result = result.back()->rows();
-    y1.push_back(std::make_unique<Buffer>(kernel.strip_y1_bytes(unit, strip.rows)));
+    y1.push_back(std::make_unique<Buffer>(kernel.strip_bytes(unit, strip.rows).y1));
     strip.y1 = y1.back()->get();
-    lent.push_back(std::make_unique<Buffer>(kernel.lent_bytes(unit, strip.rows)));
+    lent.push_back(std::make_unique<Buffer>(kernel.strip_bytes(unit, strip.rows).lent));
     strip.lent = lent.back()->get();
     order.push_back(i);
     if (i == 0) continue;
@@ -368,7 +374,7 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
   for (const auto phase : {&UnitKernel::strip_conv1, &UnitKernel::strip_depthwise_and_conv3}) {
     std::shuffle(order.begin(), order.end(), generator);
     for (const int64_t i : order) {
-      const Buffer workspace(kernel.strip_workspace_bytes(unit, strips[i].rows));
+      const Buffer workspace(kernel.strip_bytes(unit, strips[i].rows).workspace);
       (kernel.*phase)(unit, pointers, strips[i], workspace.get());
     }
   }
@@ -554,6 +560,12 @@ static Case random_case() {
   if (u.stride == 2 || uniform(0, 3) == 0) u.in_channels = u.conv1_groups * uniform(1, 20 / u.conv1_groups);
   u.out_channels = u.stride == 1 ? u.in_channels : u.groups * uniform(1, 9);
   if (u.out_channels % u.groups != 0 || uniform(0, 3) == 0) u.out_channels = 0;  // ends after the depthwise convolution
+  // Any divisor; now and then the groups, as in the paper.
+  do {
+    u.shuffle_groups = uniform(0, 1) ? u.groups : uniform(1, u.mid_channels);
+  } while (u.mid_channels % u.shuffle_groups != 0);
+  u.shortcut_first = uniform(0, 1);
+  u.shortcut_relu = uniform(0, 1);
   // Now and then a plane of one row, column or pixel.
   u.height = uniform(0, 5) ? uniform(1, 18) : 1;
   u.width = uniform(0, 5) ? uniform(1, 36) : 1;

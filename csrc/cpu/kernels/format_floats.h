@@ -62,13 +62,13 @@ struct FloatFormat {
   }
 
   // Computes the channels behind the shuffle that rows `mid` of conv1 become, whose rows from the halo on are in
-  // `from`, from its channel 0 on: row r * slice_channels + n is intermediate channel n * groups + r.
+  // `from`, from its channel 0 on.
   void depthwise(Range mid, Planes<const A> from, Planes<A> y2) const {
-    const int64_t slice = unit.slice_channels();
+    const int64_t n = unit.shuffle_rows();
     int64_t row = mid.begin;
-    for (int64_t r = row / slice; row < mid.end; ++r) {
-      for (; row < std::min(mid.end, (r + 1) * slice); ++row) {
-        const int64_t c = (row - r * slice) * unit.groups + r;
+    for (int64_t r = row / n; row < mid.end; ++r) {
+      for (; row < std::min(mid.end, (r + 1) * n); ++row) {
+        const int64_t c = (row - r * n) * unit.shuffle_groups + r;
         depthwise_channel<A>(unit, rows, pointers.conv2, c, masks, from.channel(row - mid.begin), y2.channel(c));
       }
     }

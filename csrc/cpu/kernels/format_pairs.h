@@ -13,7 +13,6 @@ namespace shufflenet::cpu::SHUFFLENET_ISA {
 // Consecutive rows of a convolution that share their inputs, any number of them.
 struct RowRange {
   int64_t row, rows, group;
-  int64_t y_channel;  // of the first row's results, where they go to planes of float
 };
 
 struct PairConvolution {
@@ -55,18 +54,21 @@ void multiply(const PairConvolution& c, Planes<const Pair> x, Products& products
   }
 }
 
-// Computes y = activation(sum + bias), to planes of float.
+// Computes y = activation(sum + bias), to planes of float: those of the channels that the rows become in the shuffle.
 struct FinishPlanes {
   const float* bias;
-  float lower;           // the activation's bound
-  int64_t channel_step;  // between the channels of y that neighbouring rows go to
+  float lower;  // the activation's bound
+  const Unit& unit;
+  int64_t y_channel;  // channel 0 of y
   Planes<float> y;
 
   void operator()(const RowRange& range, int64_t first, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
     using S = Simd<float>;
-    for (int64_t row = first; row < first + rows; ++row, sums += kProductPixels) {
-      const auto row_bias = S::broadcast(bias[range.row + row]), bound = S::broadcast(lower);
-      float* const to = y.channel(range.y_channel + row * channel_step) + pixel;
+    const auto bound = S::broadcast(lower);
+    for (int64_t row = range.row + first; row < range.row + first + rows; ++row, sums += kProductPixels) {
+      const int64_t channel = row % unit.shuffle_rows() * unit.shuffle_groups + row / unit.shuffle_rows();
+      const auto row_bias = S::broadcast(bias[row]);
+      float* const to = y.channel(channel - y_channel) + pixel;
       for (int64_t i = 0; i < n; i += S::kLanes) {
         store_pixels(to + i, S::max(bound, S::load(sums + i) + row_bias), n - i);
       }
@@ -122,9 +124,11 @@ struct PairFormat {
   static constexpr int64_t kTensorBytes = sizeof(Pair);
   static constexpr int64_t kChannelsPerElement = 2;
 
-  // Shares must not cut a pair of y2, whose halves two workers would write.
+  // Shares must not cut a pair of y2, whose halves two workers would write; nor, into single rows, what the products of
+  // conv1 take at once.
   static int64_t mid_multiple(const Unit& unit) {
-    return unit.slice_channels() % 2 == 0 ? 2 * unit.groups : unit.mid_channels;
+    const bool has_whole_pairs = unit.slice_channels() % 2 == 0, has_long_runs = unit.shuffle_groups <= unit.groups;
+    return has_whole_pairs && has_long_runs ? 2 * unit.groups : unit.mid_channels;
   }
   // Each slice of y2 begins with a pair of its own.
   static int64_t y2_planes(const Unit& unit) { return unit.groups * pairs_of(unit.slice_channels()); }
@@ -148,28 +152,33 @@ struct PairFormat {
     const int64_t in_pixels = InputRows(unit, rows).halo.count() * unit.width;
     masks = arena.take<EdgeMasks<float>>(edge_vectors<float>(unit, rows));
     y1 = arena.planes<float>(mid_channels, in_pixels);
-    ranges = arena.take<RowRange>(unit.groups + unit.conv1_groups);
+    ranges = arena.take<RowRange>(std::max(unit.groups, unit.shuffle_groups) + unit.conv1_groups);
     in_planes = arena.planes<float>(2, in_pixels);
     out_planes = arena.planes<float>(2, rows.count() * unit.out_width());
     bytes = arena.bytes();
   }
 
   // Computes intermediate channels `mid` for some rows of x, to channels from 0 on: in shuffled order, as pairs of y2
-  // are. Channel n * groups + r is row r * slice_channels + n of conv1, so that each r needs consecutive rows, and
-  // writes them `groups` channels apart.
+  // are. Each r < shuffle_groups needs consecutive rows of conv1, and writes them shuffle_groups channels apart. All
+  // channels need all rows, which then are ranges as long as conv1's groups, wherever their results go.
   void conv1(Range mid, Planes<const Pair> x, Range x_rows, Planes<float> to) const {
-    const int64_t slice = unit.slice_channels(), group_rows = unit.conv1_group_rows();
+    const int64_t shuffle = unit.shuffle_groups, n = unit.shuffle_rows(), group_rows = unit.conv1_group_rows();
     int64_t count = 0;
-    for (int64_t r = 0; r < unit.groups; ++r) {
-      const int64_t row_end = r * slice + ceil_div(mid.end - r, unit.groups);
-      for (int64_t row = r * slice + ceil_div(mid.begin - r, unit.groups); row < row_end; row += ranges[count++].rows) {
-        const int64_t group = row / group_rows, n = std::min(row_end, (group + 1) * group_rows) - row;
-        ranges[count] = {row, n, group, (row - r * slice) * unit.groups + r - mid.begin};
+    const auto add = [&](int64_t row, int64_t end) {
+      for (; row < end; row += ranges[count++].rows) {
+        const int64_t group = row / group_rows;
+        ranges[count] = {row, std::min(end, (group + 1) * group_rows) - row, group};
       }
+    };
+    if (mid.count() == unit.mid_channels) {
+      add(0, unit.mid_channels);
+    } else {
+      const auto first_row = [=](int64_t r, int64_t channel) { return r * n + ceil_div(channel - r, shuffle); };
+      for (int64_t r = 0; r < shuffle; ++r) add(first_row(r, mid.begin), first_row(r, mid.end));
     }
     Products products;
     FinishPlanes finish = {static_cast<const float*>(pointers.conv1.bias),
-                           static_cast<float>(unit.conv1_activation().lower), unit.groups, to};
+                           static_cast<float>(unit.conv1_activation().lower), unit, mid.begin, to};
     multiply({pointers.conv1, unit.conv1_depth() / 2, ranges, count, x_rows.count() * unit.width}, x, products, finish);
   }
 
@@ -208,7 +217,7 @@ struct PairFormat {
     int64_t count = 0;
     for (int64_t row = channels.begin; row < channels.end; row += ranges[count++].rows) {
       const int64_t group = row / group_rows;
-      ranges[count] = {row, std::min(channels.end, (group + 1) * group_rows) - row, group, row};
+      ranges[count] = {row, std::min(channels.end, (group + 1) * group_rows) - row, group};
     }
     Products products;
     FinishPairs finish = {

@@ -54,7 +54,7 @@ class PairHead final : public HeadKernel {
 
   void linear(const Head& head, int64_t images, const Convolution& layer, const void* means, Range classes,
               void* result) const override {
-    const RowRange range = {classes.begin, classes.count(), 0, 0};
+    const RowRange range = {classes.begin, classes.count(), 0};
     Products products;
     FinishClasses<T> finish = {static_cast<const float*>(layer.bias), static_cast<T*>(result), head.classes};
     multiply({layer, head.channels / 2, &range, 1, images}, {static_cast<const Pair*>(means), plane(images)}, products,

@@ -17,7 +17,7 @@ class MaxPool {
   typedef Integer Bits __attribute__((vector_size(kVectorBytes)));
 
  public:
-  // A row of results. One of the rows that lies outside of the image can be any of the others once more.
+  // Computes a row of results. One of the rows that lies outside of the image can be any of the others once more.
   static void row(const Rows& from, int64_t width, int64_t out_width, A* to) {
     StridedColumns<A> columns;
     for (int64_t column = 0; column < out_width; column += S::kLanes) {
@@ -45,7 +45,7 @@ class MaxPool {
     for (int i = 1; i < kPoolRows; ++i) result = largest(result, signless(S::load(from[i] + column)));
     return result;
   }
-  // Of the columns before the row's end.
+  // The same where some of the columns lie behind the row's end.
   static V largest_inside(const Rows& from, int64_t column, int64_t width) {
     const auto inside = S::first(std::max<int64_t>(0, width - column));
     V result = {};

@@ -6,10 +6,11 @@
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-// n channels left: how many the next tile takes, such that all tiles are about equal (20 as 7, 7, 6).
+// Says how many of n channels that are left the next tile takes, such that all tiles are about equal (20 as 7, 7, 6).
 inline int64_t next_channels(int64_t n) { return ceil_div(n, ceil_div(n, kTileChannels)); }
 
-// A run of pixels cut into tiles of nearly equal numbers of vectors. Divides once: a division for each tile would show.
+// Consecutive pixels, cut into tiles of nearly equal numbers of vectors. This divides once: a division for each tile
+// would show.
 template <class A>
 struct PixelTiles {
   explicit PixelTiles(int64_t pixels)
@@ -30,9 +31,9 @@ struct PixelTiles {
   int64_t larger;  // tiles, the first ones, have one more
 };
 
-// A plane's last pixel, where it would have a vector for itself: a 7x7 plane, of every vector's length. Such a plane's
-// tiles would fill 49 of 64 lanes; the pixel as one dot product a channel, along the depth, costs a tenth of that
-// vector (measured: units of stage 4 19 % faster). Which pixel it is depends on the plane alone, so that a result
+// Whether a plane's last pixel would have a vector for itself, as in a 7x7 plane with every vector's length. Such a
+// plane's tiles would fill 49 of 64 lanes; the pixel as one dot product a channel, along the depth, costs a tenth of
+// that vector (measured: units of stage 4 19 % faster). Which pixel it is depends on the plane alone, so that a result
 // does not depend on the part in which it is computed.
 template <class A>
 bool has_lone_pixel(int64_t plane, int64_t pixel_end) {
@@ -106,12 +107,12 @@ struct PointwiseLists {
 // Pixels of a group's inputs that stay in the L1 cache while all row tiles work on them: half of the cache.
 inline constexpr int64_t kBlockBytes = 24 * 1024;
 
-// Of the row tiles, each works on a block of pixel tiles. What a tile waits for, because no cache has it and the
-// processor does not see it coming, another prefetches a line at a time (all at once, they would hold up the loads of
-// the tile itself): the weights of the next rows, as its own prefetching ends with a page, which is a tile or two; and
-// of planes that are far, of which it would have to follow too many, those pixels of x on which the next block works, a
-// vector by each of a group's first row tiles, or the lines of y to which the next tile adds (units of stage 2 at
-// 720x1280: 1.1 times as fast).
+// Computes all row tiles, each on a block of pixel tiles at a time. What a tile waits for, because no cache has it and
+// the processor does not see it coming, another prefetches a line at a time (all at once, they would hold up the loads
+// of the tile itself): the weights of the next rows, as its own prefetching ends with a page, which is a tile or two;
+// and of planes that are far, of which it would have to follow too many, those pixels of x on which the next block
+// works, a vector by each of a group's first row tiles, or the lines of y to which the next tile adds (units of stage 2
+// at 720x1280: 1.1 times as fast).
 //
 // Offsets and row tiles are in `lists`; `has_lone_pixel` says that there is one behind the other pixels.
 template <class A>

@@ -47,15 +47,15 @@ struct Simd : Intrinsics<A> {
   static constexpr uint32_t first_bits(int64_t n) { return n >= kLanes ? kAllBits : (uint32_t{1} << n) - 1; }
   static Mask first(int64_t n) { return Intrinsics<A>::mask(first_bits(n)); }
 
-  // By halves, each of which is added to the other: as deep as the logarithm of the lanes.
+  // Adds by halves, so as deep as the logarithm of the lanes.
   static A sum(V v) { return sum_of_first<kLanes>(v); }
 
   // Every second element of the 2 * kLanes elements of a and b.
-  static V even(V a, V b) { return every_second(a, b, std::make_integer_sequence<int, kLanes>{}); }
-  static V odd(V a, V b) { return every_second_odd(a, b, std::make_integer_sequence<int, kLanes>{}); }
+  static V even(V a, V b) { return picked<2, 0>(a, b, kEach); }
+  static V odd(V a, V b) { return picked<2, 1>(a, b, kEach); }
 
   // The lanes of v moved up by one, the last lane of `before` in the first.
-  static V shift_in(V before, V v) { return shifted(before, v, std::make_integer_sequence<int, kLanes>{}); }
+  static V shift_in(V before, V v) { return picked<1, kLanes - 1>(before, v, kEach); }
 
   // Transposes a kLanes x kLanes block held as one vector a row: log2(kLanes) rounds, each of which merges the rows
   // i and i + kLanes / 2 element by element.
@@ -64,9 +64,8 @@ struct Simd : Intrinsics<A> {
       V merged[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes / 2; ++i) {
-        const auto index = std::make_integer_sequence<int, kLanes>{};
-        merged[2 * i] = interleave<0>(rows[i], rows[i + kLanes / 2], index);
-        merged[2 * i + 1] = interleave<kLanes / 2>(rows[i], rows[i + kLanes / 2], index);
+        merged[2 * i] = interleave<0>(rows[i], rows[i + kLanes / 2], kEach);
+        merged[2 * i + 1] = interleave<kLanes / 2>(rows[i], rows[i + kLanes / 2], kEach);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) rows[i] = merged[i];
@@ -74,29 +73,20 @@ struct Simd : Intrinsics<A> {
   }
 
  private:
+  static constexpr auto kEach = std::make_integer_sequence<int, kLanes>{};
+
   template <int N>
   static A sum_of_first(V v) {
     if constexpr (N == 1) {
       return v[0];
     } else {
-      return sum_of_first<N / 2>(v + moved_down<N / 2>(v, std::make_integer_sequence<int, kLanes>{}));
+      return sum_of_first<N / 2>(v + picked<1, N / 2>(v, v, kEach));
     }
   }
-  template <int By, int... I>
-  static V moved_down(V v, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(v, v, ((I + By) % kLanes)...);
-  }
-  template <int... I>
-  static V every_second(V a, V b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (2 * I)...);
-  }
-  template <int... I>
-  static V every_second_odd(V a, V b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (2 * I + 1)...);
-  }
-  template <int... I>
-  static V shifted(V before, V v, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(before, v, (kLanes - 1 + I)...);
+  // Elements First, First + Step, First + 2 * Step, … of the 2 * kLanes elements of a and b.
+  template <int Step, int First, int... I>
+  static V picked(V a, V b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (First + Step * I)...);
   }
   template <int First, int... I>
   static V interleave(V a, V b, std::integer_sequence<int, I...>) {

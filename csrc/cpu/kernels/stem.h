@@ -52,7 +52,7 @@ struct StemWorkspace {
   int64_t bytes;
 };
 
-// Elements 0, 2, 4, … and 1, 3, 5, … of n to two arrays, cut where they end.
+// Sorts elements 0, 2, 4, … and 1, 3, 5, … of n into two arrays, cut where these end.
 template <class T>
 void sort_even_odd(const T* from, int64_t n, accumulator_t<T>* even, int64_t evens, accumulator_t<T>* odd,
                    int64_t odds) {
@@ -82,7 +82,7 @@ struct SortedColumns {
         count(std::min(ceil_div(stem.width - column, stem.stride), pitch - start)),
         after(pitch - start - count) {}
 
-  // With zeros around them.
+  // Finds them in these planes, and puts zeros around them.
   template <class A>
   A* in(Planes<A> planes) const {
     A* const row = planes.channel(plane);
@@ -108,7 +108,7 @@ class RowSorter {
         even_(stem, pitch, 0),
         odd_(stem, pitch, std::min(stem.stride - 1, stem.width)) {}
 
-  // Row y of a channel, of zeros where that lies outside of the image, to the first pixels of some planes.
+  // Sorts row y of a channel, of zeros where that lies outside of the image, to the first pixels of some planes.
   void sort(int64_t c, int64_t y, Planes<A> planes) const {
     using S = Simd<A>;
     if (y < 0 || y >= stem_.height) {
@@ -139,7 +139,7 @@ class RowSorter {
   SortedColumns even_, odd_;
 };
 
-// In whole vectors, the last of which may reach past the n.
+// Copies whole vectors, the last of which may reach past the n.
 template <class A>
 void copy_vectors(const A* from, int64_t n, A* to) {
   for (int64_t i = 0; i < n; i += Simd<A>::kLanes) Simd<A>::store(to + i, Simd<A>::load(from + i));
@@ -158,7 +158,7 @@ class StemTaps {
         begin_(first_row),
         end_(first_row) {}
 
-  // Of each tap: where in the planes its pixels for the first row of the convolution begin.
+  // Says of each tap where in the planes its pixels for the first row of the convolution begin.
   void offsets(int64_t* offset) const {
     const int64_t k = stem_.kernel_size, s = stem_.stride;
     for (int64_t c = 0; c < stem_.in_channels; ++c) {
@@ -204,8 +204,8 @@ class StemTaps {
   int64_t begin_, end_;  // the rows of the planes
 };
 
-// The rows of the max pool whose middle row is among rows [row, end) of the convolution, of the channels of a tile. The
-// first of them goes to `result`.
+// Computes the rows of the max pool whose middle row is among rows [row, end) of the convolution, for the channels of a
+// tile. The first of them goes to `result`.
 template <class T>
 void pool_rows(const Stem& stem, const RowTile& tile, int64_t row, int64_t end, const StemWorkspace<T>& own,
                Planes<accumulator_t<T>> result) {

@@ -58,7 +58,7 @@ class PairStem final : public StemKernel {
     const PairStemWorkspace<T> own(stem, memory);
     const RowSorter<T> sorter(stem, sorted_pitch(stem), static_cast<const T*>(image), own.row);
     const int64_t row_pairs = stem_row_pairs(stem);
-    const RowRange range = {0, stem.out_channels, 0, 0};
+    const RowRange range = {0, stem.out_channels, 0};
     Products products;
 
     const Range needed = convolved_rows(stem, rows);

@@ -24,12 +24,17 @@ struct ImageRows {
 // below. A strip's rows of x and of y1 are its rows of the result times the stride, and no two strips share a row.
 struct Strip {
   Range rows;
-  ImageRows x, result;   // from the strip's own first row
-  ImageRows x_above;     // the row of x above; null: there is none
-  void* y1 = nullptr;    // of strip_y1_bytes
-  void* lent = nullptr;  // of lent_bytes: what the strips above and below need of y1
+  ImageRows x, result;  // from the strip's own first row
+  ImageRows x_above;    // the row of x above; null: there is none
+  void* y1 = nullptr;
+  void* lent = nullptr;  // what the strips above and below need of y1
   const Strip* above = nullptr;
   const Strip* below = nullptr;
+};
+
+// What memory a strip needs, and (workspace) the thread that works on it.
+struct StripBytes {
+  int64_t y1, lent, workspace;
 };
 
 // What a pointwise convolution computes at once: so many channels of so many vectors of pixels.
@@ -73,9 +78,7 @@ class UnitKernel {
 
   // The same in two phases of strips, of images that are not copied: the second needs the first of the strips above and
   // below. The shortcut is pooled in the first, which has just read x.
-  virtual int64_t strip_y1_bytes(const Unit&, Range rows) const = 0;
-  virtual int64_t lent_bytes(const Unit&, Range rows) const = 0;
-  virtual int64_t strip_workspace_bytes(const Unit&, Range rows) const = 0;
+  virtual StripBytes strip_bytes(const Unit&, Range rows) const = 0;
   virtual void strip_conv1(const Unit&, const UnitPointers&, const Strip&, void* workspace) const = 0;
   virtual void strip_depthwise_and_conv3(const Unit&, const UnitPointers&, const Strip&, void* workspace) const = 0;
 

@@ -204,14 +204,10 @@ class UnitOf final : public UnitKernel {
     copy_out(part, planes, channels, unit.first_conv3_channel());
   }
 
-  int64_t strip_y1_bytes(const Unit& unit, Range rows) const override {
-    return StripRows<A>(unit, rows, nullptr, nullptr).bytes;
-  }
-  int64_t lent_bytes(const Unit& unit, Range rows) const override {
-    return StripRows<A>(unit, rows, nullptr, nullptr).lent_bytes;
-  }
-  int64_t strip_workspace_bytes(const Unit& unit, Range rows) const override {
-    return std::max(workspace_bytes(unit, rows, 0), StripWorkspace<Format>({unit, {}, rows}, nullptr).bytes);
+  StripBytes strip_bytes(const Unit& unit, Range rows) const override {
+    const StripRows<A> strip(unit, rows, nullptr, nullptr);
+    const int64_t second_phase = StripWorkspace<Format>({unit, {}, rows}, nullptr).bytes;
+    return {strip.bytes, strip.lent_bytes, std::max(workspace_bytes(unit, rows, 0), second_phase)};
   }
 
   void strip_conv1(const Unit& unit, const UnitPointers& pointers, const Strip& strip, void* memory) const override {

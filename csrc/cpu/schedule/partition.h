@@ -34,15 +34,16 @@ inline constexpr int64_t kWholeBudget = 2 * kPartBudget;
 inline constexpr int64_t kMostStripBytes = 2304 * 1024;
 // More parts than the budget asks for are tried, up to so many: beyond it the halo costs more than balance gives.
 inline constexpr int64_t kMostExtraParts = 16;
-// Costs are in vectors' multiply-adds, of which a processor with two AVX-512 FMA units does about 5000 in a
-// microsecond. Measured there: a wait of the threads for each other takes a quarter of a microsecond, and what a thread
-// reads that another has just written comes with 6 GB/s, line by line from many planes.
+// Costs are counted in multiply-adds of a vector by one core, of which a processor with two AVX-512 FMA units does
+// about 5000 in a microsecond. The constants were measured on a 2-core Intel Xeon with AVX-512 and AMX, on 2026-11-24.
+// `python -m benchmarks.partition` measures the same on any machine, and writes it beside these values to
+// benchmarks/results/partition.md. Threads wait for each other for a quarter of a microsecond.
 inline constexpr int64_t kWaitCost = 1250;
+// What a thread reads that another has just written comes with 6 GB/s, line by line from many planes.
 inline constexpr int64_t kForeignBytesPerCost = 1;
-// What each plane costs that is cut inside a cache line, which both threads write: as long as a line takes to come and
-// go.
+// Where a plane is cut inside a cache line, both threads write to that line, which takes 30 ns to come and go.
 inline constexpr int64_t kSharedLineCost = 150;
-// Weights come from beyond the L2 cache, in a network of more than one unit, with 30 GB/s.
+// In a network of more than one unit, weights come from beyond the L2 cache, with 30 GB/s.
 inline constexpr int64_t kWeightBytesPerCost = 6;
 inline constexpr int64_t kAccumulatorBytes = 4;  // float32's, which is the type that counts
 
@@ -51,7 +52,7 @@ inline int64_t part_cost(const Unit& unit, int64_t in_rows, int64_t rows, int64_
   // A last pixel alone in its vector is cheap: see has_lone_pixel.
   const auto vectors = [lanes](int64_t pixels) { return pixels <= lanes ? 1 : ceil_div(pixels - 1, lanes); };
   const int64_t in_vectors = vectors(in_rows * unit.width), out_vectors = vectors(rows * unit.out_width());
-  constexpr int64_t kDepthwiseCost = 2 * 9;  // loads bound it, not multiply-adds
+  constexpr int64_t kDepthwiseCost = 2 * 9;  // nine loads bound it, not multiply-adds
   return unit.mid_channels *
          (in_vectors * unit.conv1_depth() + out_vectors * (kDepthwiseCost + unit.out_channels / unit.groups));
 }
@@ -104,7 +105,7 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
   const int64_t halo = foreign(unit.width * unit.mid_channels);
   const int64_t rows_a_thread = rows_of(threads);
   if (has_strips && threads <= unit.out_height() &&
-      kernel.strip_y1_bytes(unit, {0, rows_a_thread}) <= kMostStripBytes) {
+      kernel.strip_bytes(unit, {0, rows_a_thread}).y1 <= kMostStripBytes) {
     // Where a height does not divide, the neighbouring units' strips are others, and the planes stay whole.
     const int64_t whole_planes =
         (unit.height % threads ? unit.in_channels : 0) + (unit.out_height() % threads ? unit.result_channels() : 0);

@@ -109,9 +109,9 @@ class UnitStep final : public ImageStep {
   }
 
  private:
-  // The bytes of a strip's y1, and of what it lends.
   int64_t strip_memory(Range rows) const {
-    return kernel_.strip_y1_bytes(unit_, rows) + kernel_.lent_bytes(unit_, rows);
+    const StripBytes bytes = kernel_.strip_bytes(unit_, rows);
+    return bytes.y1 + bytes.lent;
   }
 
   // Threads that share a part by channels: a thread has a channel of each slice at least.
@@ -127,7 +127,7 @@ class UnitStep final : public ImageStep {
     const int64_t mid = ceil_div(unit_.mid_channels, workers);
     for (int64_t i = 0; i < partition.parts; ++i) {
       const Range rows = partition.rows(unit_, i);
-      const int64_t bytes = strips ? strip_memory(rows) + kernel_.strip_workspace_bytes(unit_, rows)
+      const int64_t bytes = strips ? strip_memory(rows) + kernel_.strip_bytes(unit_, rows).workspace
                                    : kernel_.buffer_bytes(unit_, rows) + kernel_.workspace_bytes(unit_, rows, mid);
       pass.bytes = std::max(pass.bytes, bytes);
     }
@@ -224,7 +224,7 @@ class UnitStep final : public ImageStep {
 
   using StripPhase = void (UnitKernel::*)(const Unit&, const UnitPointers&, const Strip&, void*) const;
   void run_strip(StripPhase phase, const Strip& strip) const {
-    void* const workspace = thread_workspace.reserve(kernel_.strip_workspace_bytes(unit_, strip.rows));
+    void* const workspace = thread_workspace.reserve(kernel_.strip_bytes(unit_, strip.rows).workspace);
     (kernel_.*phase)(unit_, pointers_, strip, workspace);
   }
 
@@ -233,8 +233,9 @@ class UnitStep final : public ImageStep {
   void run_strips(const void* from, void* to, bool upwards) const {
     int64_t bytes = 0, lent_bytes = 0;
     for (int64_t i = 0; i < alone_.parts; ++i) {
-      bytes = std::max(bytes, kernel_.strip_y1_bytes(unit_, alone_.rows(unit_, i)));
-      lent_bytes = std::max(lent_bytes, kernel_.lent_bytes(unit_, alone_.rows(unit_, i)));
+      const StripBytes strip = kernel_.strip_bytes(unit_, alone_.rows(unit_, i));
+      bytes = std::max(bytes, strip.y1);
+      lent_bytes = std::max(lent_bytes, strip.lent);
     }
     char* const y1 = thread_buffers.reserve(2 * bytes + 3 * lent_bytes);
     char* const lent = y1 + 2 * bytes;
@@ -251,7 +252,7 @@ class UnitStep final : public ImageStep {
 
   void share_strips(const Sharers& s) const {
     const auto y1 = [&s](int64_t i) { return s.buffers + i * s.shared_bytes; };
-    const auto lent = [&](int64_t i) { return y1(i) + kernel_.strip_y1_bytes(unit_, shared_.rows(unit_, i)); };
+    const auto lent = [&](int64_t i) { return y1(i) + kernel_.strip_bytes(unit_, shared_.rows(unit_, i)).y1; };
     const Strip* const strips = strips_of(s.phases.memory(), shared_, x_layout(s.from_is_cut, s.strip_bytes), s.from,
                                           result_layout(s.to_is_cut, s.strip_bytes), s.to, y1, lent);
     for (const StripPhase phase : {&UnitKernel::strip_conv1, &UnitKernel::strip_depthwise_and_conv3}) {

@@ -100,7 +100,7 @@ class ProgramWeights {
     data_ = converted;
   }
 
-  // Of a pointwise convolution or a linear layer.
+  // Those of a pointwise convolution or a linear layer.
   Convolution pointwise(const PackedConvolution& packed, int64_t rows, int64_t depth) {
     if (!data_ || !in_pairs_) return find(packed);
     const auto* weight = static_cast<const uint16_t*>(array(packed.weight));

@@ -1,0 +1,174 @@
+"""Captures a whole model as a graph in which chains of units, with their stem and head, are one module each."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shufflenet_ext._graph import Graph, Operation, Wire, trace
+from shufflenet_ext._network import Chain, Head, chains_of
+
+
+@dataclass
+class Captured:
+    """A captured model."""
+
+    module: torch.fx.GraphModule  # takes the model's own arguments
+    chains: int
+    # Sizes that the graph holds for, by the number of the tensor among the model's arguments; None: any.
+    sizes: list[tuple[int | None, ...]]
+
+
+# Makes the module that takes a chain's place: of the model whose tensors the chain names.
+ChainModule = Callable[[nn.Module, Chain], nn.Module]
+
+
+def capture(model: nn.Module, example_inputs: tuple[Any, ...], chain_module: ChainModule) -> Captured:
+    """The model in eval mode, captured with these arguments.
+
+    Batch and image size are found to be free where the graph is the same one, traced with others. All other sizes
+    are fixed.
+    """
+    first = trace(model, example_inputs, training_too=False)
+    chains = chains_of(first)
+    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
+    sizes: list[list[int | None]] = [list(t.shape) for t in tensors]
+    for free in ((0, 2, 3), (0,), (2, 3)):
+        if any(size[dim] is None for size in sizes for dim in free if dim < len(size)):
+            continue  # found before
+        same = _same(first, chains, model, tuple(_grown(value, free) for value in example_inputs))
+        if same is not None:
+            chains = same
+            for size in sizes:
+                for dim in free:
+                    if len(size) == 4 or (dim == 0 and size):
+                        size[dim] = None
+    module = first.program.module(check_guards=False)
+    for number, chain in enumerate(chains):
+        name = f"chain{number}"
+        module.add_submodule(name, chain_module(model, chain))
+        replace(module.graph, chain.operations, chain.end, functools.partial(_call_module, module.graph, name))
+    module.graph.lint()
+    module.delete_all_unused_submodules()
+    module.graph._tracer_cls = None  # export's own cannot be made anew, where a copy is unpickled
+    # As a plain GraphModule: export's own refuses train() and eval().
+    return Captured(torch.fx.GraphModule(module, module.graph), len(chains), [tuple(size) for size in sizes])
+
+
+def _call_module(graph: torch.fx.Graph, name: str, x: torch.fx.Node) -> torch.fx.Node:
+    return graph.call_module(name, (x,))
+
+
+def _grown(value: Any, dims: tuple[int, ...]) -> Any:
+    """An argument of another batch or image size; anything but a tensor as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    growth = {0: 1, 2: 32, 3: 16}
+    shape = list(value.shape)
+    for dim in dims:
+        if len(shape) == 4 or (dim == 0 and shape):
+            shape[dim] += growth[dim]
+    return value.new_zeros(shape)
+
+
+def _same(first: Graph, chains: list[Chain], model: nn.Module, inputs: tuple[Any, ...]) -> list[Chain] | None:
+    """The chains as they hold for other sizes too; None where the model's graph is another one with those."""
+    try:
+        with torch.no_grad():
+            model(*inputs)  # what it does not take it refuses here, without a word in torch's log
+        other = trace(model, inputs, training_too=False)
+    except Exception:  # whatever a user's code may raise
+        return None
+    theirs = chains_of(other)
+    same = _united(chains, theirs)
+    return same if same is not None and _rest(first, chains) == _rest(other, theirs) else None
+
+
+def _united(ours: list[Chain], theirs: list[Chain]) -> list[Chain] | None:
+    """The chains that two traces with different sizes have in common; None where they differ."""
+    if len(ours) != len(theirs):
+        return None
+    united = []
+    for one, other in zip(ours, theirs, strict=True):
+        if [found.unit for found in one.units] != [found.unit for found in other.units] or one.stem != other.stem:
+            return None
+        head = _united_head(one.head, other.head)
+        if (head is None) != (one.head is None):
+            return None
+        united.append(changed(one, head=head))
+    return united
+
+
+def _united_head(one: Head | None, other: Head | None) -> Head | None:
+    if one is None or other is None or one == other:
+        return one if other is not None else None
+    # A window that was the whole plane both times, as large as it was.
+    if one.whole and other.whole and changed(one, window=0, exact=False) == changed(other, window=0, exact=False):
+        return changed(one, window=0, exact=False)
+    return changed(one, whole=False) if changed(one, whole=False) == changed(other, whole=False) else None
+
+
+def _rest(graph: Graph, chains: list[Chain]) -> list[Any]:
+    """What a graph calls besides its chains, with its arguments: the same for two graphs that compute the same."""
+    inside = {id(operation.node) for chain in chains for operation in chain.operations}
+    needed = _needed(graph, inside)
+    order = {node: number for number, node in enumerate(needed)}
+
+    def numbered(node: torch.fx.Node) -> Any:
+        return ("node", order.get(node, "chain"))
+
+    return [
+        (node.op, str(node.target), torch.fx.node.map_arg((node.args, node.kwargs), numbered))
+        for node in needed
+        if id(node) not in inside
+    ]
+
+
+def _needed(graph: Graph, inside: set[int]) -> list[torch.fx.Node]:
+    """The nodes that the outputs need when the chains' operations need nothing."""
+    nodes = list(graph.program.graph.nodes)
+    needed: set[torch.fx.Node] = set()
+    stack = [node for node in nodes if node.op == "output"]
+    while stack:
+        node = stack.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        if id(node) not in inside:
+            stack += node.all_input_nodes
+    # A chain's operations count by their ends alone.
+    return [node for node in nodes if node in needed and node.op != "placeholder"]
+
+
+def replace(
+    graph: torch.fx.Graph, operations: list[Operation], end: Wire, call_of: Callable[[torch.fx.Node], torch.fx.Node]
+) -> None:
+    """Puts a call in the place of operations, the first of which reads the input; ``end`` is what they end in."""
+    by_name = {node.name: node for node in graph.nodes}
+    inside = [by_name[operation.node.name] for operation in operations]
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    inside.sort(key=order.__getitem__)
+    with graph.inserting_before(inside[0]):
+        call = call_of(inside[0].args[0])
+    _holder(end, inside).replace_all_uses_with(call)
+    members = set(inside)
+    for node in reversed(list(graph.nodes)):
+        # fx counts a dropout as impure, even one that drops nothing.
+        pure = node.op in ("call_function", "get_attr") and not node.is_impure()
+        idle = node.target is torch.ops.aten.dropout.default and not node.args[2]
+        if (node in members or pure or idle) and not node.users and node is not call:
+            graph.erase_node(node)
+
+
+def _holder(end: Wire, inside: list[torch.fx.Node]) -> torch.fx.Node:
+    """The node whose tensor is what operations end in: their last one, or the concatenation behind it."""
+    last = inside[-1]
+    if end.only() is not None:
+        return last
+    concatenations = (torch.ops.aten.cat.default, torch.ops.aten.concat.default)
+    (holder,) = (node for node in last.users if node.target in concatenations)
+    return holder

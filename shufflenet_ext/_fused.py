@@ -1,0 +1,283 @@
+"""A unit of any class that runs fused: the module stays the object that it was, and only its class changes."""
+
+import copyreg
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shufflenet_ext import ops, reference
+from shufflenet_ext._backend import allows_tf32, fall_back, runs_native
+from shufflenet_ext._match import Norm, Stage, Unit
+from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable
+
+_PLAIN = (int, float, bool, str, tuple, list, type(None))
+
+
+_Paths = list[list[str] | None]  # of a stage's tensors, as stage_tensors has them
+_Orders = list[Tensor | None]
+
+
+class _Snapshot:
+    """A module's settings and children at the time of the proof, which must still be there at a call."""
+
+    def __init__(self, module: nn.Module, *, hooks: bool) -> None:
+        self.module = module
+        self.type: Any = type(module) if hooks else None  # a fused class is made anew where it is unpickled
+        self.hooks = hooks  # whether hooks change what it computes: those of a unit itself run around its forward
+        self.settings = {name: value for name, value in vars(module).items() if type(value) in _PLAIN}
+        self.settings["training"] = False
+        self.children = dict(module._modules)
+        self.missing = [value is None for value in module._parameters.values()]
+
+    def holds(self) -> bool:
+        module = self.module
+        if torch.compiler.is_compiling():  # which traces, and then guards, one at a time
+            same = all(getattr(module, name) == value for name, value in self.settings.items())
+        else:
+            same = self.settings.items() <= vars(module).items()
+        return (
+            same
+            and module._modules == self.children
+            and (self.type is None or type(module) is self.type)
+            and not (self.hooks and has_hooks(module))
+            and [value is None for value in module._parameters.values()] == self.missing
+        )
+
+
+class _Adopted:
+    """What a fused module knows of itself as a unit."""
+
+    def __init__(self, module: nn.Module, unit: Unit) -> None:
+        self.unit = unit
+        self.paths = [_paths(stage) for stage in unit.stages]
+        self.orders = [_orders(stage) for stage in unit.stages]
+        self.snapshots = [_Snapshot(m, hooks=m is not module) for m in module.modules()]
+
+    def training(self) -> bool:
+        return any(snapshot.module.training for snapshot in self.snapshots)
+
+    def unchanged(self) -> bool:
+        return all(snapshot.holds() for snapshot in self.snapshots)
+
+
+def stage_names(unit: Unit) -> list[list[str | None]]:
+    """The names of :func:`stage_tensors`."""
+    return [_names(stage) for stage in unit.stages]
+
+
+def _names(stage: Stage) -> list[str | None]:
+    norm = stage.norm
+    norm_names = [None] * 4 if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
+    return [stage.weight, stage.bias, *norm_names]
+
+
+def _paths(stage: Stage) -> _Paths:
+    return [None if name is None else name.split(".") for name in _names(stage)]
+
+
+def _read(module: Any, path: list[str]) -> Any:
+    for name in path[:-1]:
+        module = module._modules[name]
+    return getattr(module, path[-1])
+
+
+def raw_tensors(module: nn.Module, unit: Unit) -> list[list[Tensor | None]]:
+    """As :func:`stage_tensors`, each as the module has it."""
+    return _read_all(module, [_paths(stage) for stage in unit.stages], [[None] * 6] * len(unit.stages))
+
+
+def stage_tensors(module: nn.Module, unit: Unit) -> list[list[Tensor | None]]:
+    """Of each convolution: weight, bias, and the norm's weight, bias, mean, variance; in the unit's order."""
+    return _read_all(module, [_paths(stage) for stage in unit.stages], [_orders(stage) for stage in unit.stages])
+
+
+def _read_all(module: nn.Module, paths: list[_Paths], orders: list[_Orders]) -> list[list[Tensor | None]]:
+    return [
+        [
+            None if path is None else _reordered(_read(module, path), order)
+            for path, order in zip(stage_paths, stage_orders, strict=True)
+        ]
+        for stage_paths, stage_orders in zip(paths, orders, strict=True)
+    ]
+
+
+def _orders(stage: Stage) -> _Orders:
+    def index(order: tuple[int, ...] | None) -> Tensor | None:
+        return None if order is None else torch.tensor(order)
+
+    return [index(stage.order)] * 2 + [index(stage.norm_order)] * 4
+
+
+def _reordered(tensor: Tensor, order: Tensor | None) -> Tensor:
+    return tensor if order is None else tensor[order]
+
+
+def fold(stage: Stage, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution that equals a stage in eval mode."""
+    weight, bias, gamma, beta, mean, var = tensors
+    assert weight is not None
+    if stage.norm is None:
+        return weight, bias
+    assert mean is not None
+    assert var is not None
+    scale = torch.rsqrt(var + stage.norm.eps)
+    scale = scale if gamma is None else scale * gamma
+    shift = -mean if bias is None else bias - mean
+    shift = shift * scale if beta is None else torch.addcmul(beta, shift, scale)
+    return weight * scale.to(weight.dtype).view(-1, 1, 1, 1), shift.to(weight.dtype)
+
+
+def folded(module: nn.Module, stage: Stage, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a stage of the module in eval mode: computed in float64, rounded once to dtype or its own."""
+    (tensors,) = _read_all(module, [_paths(stage)], [_orders(stage)])
+    assert tensors[0] is not None
+    weight, bias = fold(stage, [None if tensor is None else tensor.detach().double() for tensor in tensors])
+    dtype = dtype or tensors[0].dtype
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return weight.to(dtype), bias.to(dtype)
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its name in the module's state."""
+    tensor = _read(module, name.split("."))
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def plain_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]], *, training: bool) -> Tensor:
+    """What a unit computes, in plain PyTorch, with or without its batch norms in training mode."""
+
+    def stage(y: Tensor, index: int, **options: Any) -> Tensor:
+        (weight, bias, gamma, beta, mean, var), norm = tensors[index], unit.stages[index].norm
+        assert weight is not None
+        y = F.conv2d(y, weight, bias, **options)
+        return y if norm is None else F.batch_norm(y, mean, var, gamma, beta, training, 0.0, norm.eps)
+
+    y = F.relu(stage(x, 0, groups=unit.conv1_groups))
+    y = reference.shuffle_channels(y, unit.shuffle_groups)
+    y = stage(y, 1, stride=unit.stride, padding=1, groups=unit.mid_channels)
+    y = stage(F.relu(y) if unit.conv2_relu else y, 2, groups=unit.groups)
+    return reference.add_shortcut(
+        y,
+        x,
+        stride=unit.stride,
+        pool_count_include_pad=unit.pool_count_include_pad,
+        shortcut_first=unit.shortcut_first,
+        shortcut_relu=unit.shortcut_relu,
+    )
+
+
+def run_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]]) -> Tensor:
+    """A unit, with its norms in eval mode, by the native op; tensors as :func:`stage_tensors` has them."""
+    if all(t[1] is None and all(tensor is not None for tensor in t[2:]) for t in tensors):
+        norms = [stage.norm for stage in unit.stages]
+        eps = {f"bn{i}_eps": norm.eps for i, norm in enumerate(norms, 1) if norm is not None}
+        flat = [tensor for t in tensors for tensor in (t[0], *t[2:])]
+        op = torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm
+        return op(x, *flat, **eps, **unit.op_options, allow_tf32=allows_tf32(x))
+    folded = [tensor for stage, t in zip(unit.stages, tensors, strict=True) for tensor in fold(stage, t)]
+    return ops.shuffle_bottleneck(x, *folded, **unit.options)  # type: ignore[arg-type]
+
+
+class FusedUnit(nn.Module):
+    """The mixin by which :func:`shufflenet_ext.fuse` makes a module of any class run fused in eval mode.
+
+    In training mode, and wherever the module is not what it was at the time of :func:`shufflenet_ext.fuse`, it runs its
+    own class's code.
+    """
+
+    _adopted: _Adopted
+
+    @property
+    def fused_unit(self) -> Unit:
+        """The unit that it is: its geometry, and which of its tensors are whose."""
+        return self._adopted.unit
+
+    def _run(self, x: Tensor) -> Tensor | None:
+        """The unit's result by the native op; None where the module's own code is to run."""
+        adopted = self._adopted
+        if not adopted.unchanged():
+            if not adopted.training():
+                fall_back(f"a fused {type(self).__name__} is not what it was when fuse() proved it")
+            return None
+        unit = adopted.unit
+        if not runs_native(x, lambda: [unit.sizes], unit.variant):
+            return None
+        return run_unit(x, unit, _read_all(self, adopted.paths, adopted.orders))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return _new, (type(self).__mro__[2], *reduced[1][1:]), *reduced[2:]
+
+
+def _new(base: type[nn.Module], *args: Any) -> nn.Module:
+    created: nn.Module = copyreg.__newobj__(_fused_class(base), *args)  # type: ignore[attr-defined]
+    return created
+
+
+_fused_classes: dict[Any, type[nn.Module]] = {}  # by the classes that they were made from
+
+
+def _fused_class(base: Any) -> type[nn.Module]:
+    """The class whose objects are those of ``base``, fused."""
+    if base in _fused_classes:
+        return _fused_classes[base]
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].dim() == 4:
+            result = self._run(args[0])
+            if result is not None:
+                return result
+        return base.forward(self, *args, **kwargs)
+
+    namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "forward": forward}
+    created = type(f"Fused{base.__name__}", (FusedUnit, base), namespace)
+    return _fused_classes.setdefault(base, created)
+
+
+def adopt(module: nn.Module, unit: Unit) -> None:
+    """Makes a module run fused. It keeps its tensors, children, hooks and everything else that it has."""
+    module.__class__ = _fused_class(type(module))
+    adopted = _Adopted(module, unit)
+    object.__setattr__(module, "_adopted", adopted)
+
+
+def foldable_unit(module: nn.Module) -> Unit | None:
+    """The unit that a fused module is, where it is no more than its tensors; None where it is not."""
+    if has_hooks(module):
+        return None
+    if isinstance(module, FusedUnit):
+        return module.fused_unit if module._adopted.unchanged() else None
+    if type(module) is not FusedShuffleBottleneck:
+        return None
+    pairs = module.pairs()
+    if any(unfusable(conv, norm) is not None or norm.running_mean is None for conv, norm in pairs):
+        return None
+    stages = tuple(
+        Stage(
+            f"conv{i}.weight",
+            None if conv.bias is None else f"conv{i}.bias",
+            Norm(f"bn{i}.weight", f"bn{i}.bias", f"bn{i}.running_mean", f"bn{i}.running_var", norm.eps),
+        )
+        for i, (conv, norm) in enumerate(pairs, 1)
+    )
+    return Unit(
+        in_channels=module.conv1.in_channels,
+        mid_channels=module.conv1.out_channels,
+        out_channels=module.conv3.out_channels,
+        conv1_groups=module.conv1.groups,
+        groups=module.groups,
+        shuffle_groups=module.shuffle_groups,
+        stride=module.stride,
+        conv2_relu=module.conv2_relu,
+        pool_count_include_pad=module.pool_count_include_pad,
+        shortcut_first=module.shortcut_first,
+        shortcut_relu=module.shortcut_relu,
+        stages=stages,  # type: ignore[arg-type]  # three of them
+    )
