@@ -148,7 +148,7 @@ MUTANTS = [
         KERNELS + "pointwise_tile.h",
         "(t.scale ? t.scale[row] : A{1})",
         "A{1}",
-        "test_kernels.py::test_groups",
+        "test_kernels.py::test_a_last_pixel_alone_in_its_vector",
     ),
     Mutant(
         "the pool's divisor: the first row of windows counts three rows",

@@ -11,7 +11,9 @@ import pytest
 NATIVE = Path(__file__).parent / "native"
 SOURCES = ["fuzz_kernels.cpp", "plain_pairs.cpp", "stand_in/dispatch.cpp"]
 CXX = os.environ.get("CXX", "c++").split()[0]
-FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
+# As run_fuzz.sh has them.
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unknown-warning-option"]
+FLAGS += ["-Wno-psabi"]
 
 
 @pytest.mark.skipif(
