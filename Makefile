@@ -12,7 +12,7 @@ TORCH_STAMP := $(STAMPS)/$(subst =,_,$(subst >,_,$(subst <,_,$(TORCH))))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(shell find benchmarks tests/native -name "*.cpp" -o -name "*.h")
 
-.PHONY: demo test test-all bench bench-cuda sanitize sanitize-cuda test-aarch64 lint format clean
+.PHONY: demo test test-all mutants bench bench-cuda sanitize sanitize-cuda test-aarch64 lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMPS)/built $(STAMPS)/extra-demo
@@ -24,6 +24,10 @@ test: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
 # The same with what is marked long: every value of each test's matrix beside every other, and what takes a minute to build.
 test-all: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
 	$(BIN)/python -m pytest -m ""
+
+# Plants faults, one at a time, and expects the tests to fail on each; see docs/mutants.md.
+mutants: $(STAMPS)/extra-test $(STAMPS)/extra-demo
+	$(BIN)/python tests/mutants.py
 
 bench: $(STAMPS)/built $(STAMPS)/extra-bench
 	$(BIN)/python -m benchmarks

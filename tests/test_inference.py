@@ -43,6 +43,22 @@ def test_network_equals_the_reference(create, layout):
     assert not got.requires_grad
 
 
+def test_images_of_more_pixels_than_the_heads_window(net):
+    net.eval()
+    images = torch.randn(2, 3, 36, 36)  # which the units bring to 5 x 5; the window has 4 x 4
+    with se.use_backend("reference"), torch.no_grad():
+        expected = net(images)
+    assert_close(se.optimize_for_inference(net)(images), expected)
+
+
+def test_every_batch_norm_is_folded_with_its_own_eps(net, images):
+    for i, norm in enumerate(module for module in net.eval().modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.eps = 0.02 * (i % 5)
+    with se.use_backend("reference"), torch.no_grad():
+        expected = net(images)
+    assert_close(se.optimize_for_inference(net)(images), expected)
+
+
 def test_source_is_left_as_it_was(net, images):
     state = copy.deepcopy(net.state_dict())
     modules = [type(module) for module in net.modules()]
@@ -180,6 +196,11 @@ def doubled(_):
     return Doubled(24, 24, 1, 3, mid_channels=12)
 
 
+def hooked(unit):
+    unit.register_forward_hook(lambda module, args, y: 3 * y)
+    return unit
+
+
 def hooked_inside(unit):
     unit.conv2.register_forward_hook(lambda module, args, y: 3 * y)
     return unit
@@ -196,7 +217,7 @@ def replaced(unit):
     return unit
 
 
-@pytest.mark.parametrize("change", [doubled, hooked_inside, hooked_around, replaced])
+@pytest.mark.parametrize("change", [doubled, hooked, hooked_inside, hooked_around, replaced])
 def test_units_that_are_more_than_their_weights_are_not_folded(change):
     unit = randomize(change(se.FusedShuffleBottleneck(24, 24, 1, 3, mid_channels=12))).eval()
     x = torch.randn(1, 24, 6, 6)

@@ -69,6 +69,15 @@ def test_planes_without_conv3(isa, plane, layout, stride):
     unit.check(unit.tensors(torch.float32, layout))
 
 
+@each_op
+@each_stride
+@each_dtype
+def test_a_last_pixel_alone_in_its_vector(isa, dtype, stride, op):
+    # 49 pixels are one more than whole vectors of every length; such a pixel is computed along the channels.
+    unit = Unit(op, plane=(7, 7) if stride == 1 else (13, 14), stride=stride)
+    unit.check(unit.tensors(dtype))
+
+
 @each_dtype
 @each_layout
 @pytest.mark.parametrize("slice_channels", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17])

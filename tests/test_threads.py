@@ -2,8 +2,12 @@
 
 import ctypes
 import os
+import platform
 import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,19 @@ from support import DTYPES, LAYOUTS, Unit, randomize
 from torch.utils.data import DataLoader, Dataset
 
 import shufflenet_ext as se
+
+RACES = Path(__file__).parent / "native" / "run_races.sh"
+CXX = os.environ.get("CXX", "c++").split()[0]
+
+
+@pytest.mark.skipif(
+    shutil.which(CXX) is None or platform.system() != "Linux" or platform.machine() != "x86_64",
+    reason="needs a C++ compiler with ThreadSanitizer, on x86-64 Linux",
+)
+def test_phases_wait_for_each_other():
+    # Elsewhere a missing wait changes results only if a thread happens to be late.
+    done = subprocess.run(["sh", RACES], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -22,6 +22,10 @@
 #include "../../csrc/cpu/isa/isa.h"
 #include "../../csrc/cpu/schedule/partition.h"
 
+namespace shufflenet::cpu {
+extern const Isa& plain_pairs;  // see plain_pairs.cpp
+}
+
 using namespace shufflenet;
 using namespace shufflenet::cpu;
 
@@ -769,15 +773,33 @@ static void check_pair_stem(const Isa& isa) {
   });
 }
 
-template <class A>
-static void check_head(Dtype dtype, const Isa& isa) {
+static Head random_head(int64_t channels) {
   Head h;
-  h.channels = uniform(1, 150);
+  h.channels = channels;
   h.height = uniform(1, 9);
   h.width = uniform(1, 40);
   h.window_height = uniform(0, 1) ? h.height : uniform(1, h.height);
   h.window_width = uniform(0, 1) ? h.width : uniform(1, h.width);
   h.classes = uniform(1, 20);
+  return h;
+}
+
+// The mean over the window of each channel.
+static std::vector<double> expected_means(const Head& h, const std::vector<double>& x) {
+  std::vector<double> means;
+  for (int64_t c = 0; c < h.channels; ++c) {
+    double sum = 0;
+    for (int64_t row = 0; row < h.window_height; ++row) {
+      for (int64_t column = 0; column < h.window_width; ++column) sum += x[(c * h.height + row) * h.width + column];
+    }
+    means.push_back(sum / static_cast<double>(h.window_height * h.window_width));
+  }
+  return means;
+}
+
+template <class A>
+static void check_head(Dtype dtype, const Isa& isa) {
+  const Head h = random_head(uniform(1, 150));
   const int64_t images = uniform(1, 9), pixels = h.height * h.width, plane = pixels + uniform(0, 9);
   const Weights w = random_weights(h.classes, h.channels);
   const Pointers<A> linear(w);
@@ -791,16 +813,10 @@ static void check_head(Dtype dtype, const Isa& isa) {
     for (int64_t i = 0; i < h.channels * pixels; ++i) x[i / pixels * plane + i % pixels] = static_cast<A>(values[i]);
     in_shares(h.channels, 1,
               [&](Range share) { kernel.means(h, images, x.data(), plane, share, means.data() + image * h.channels); });
+    const std::vector<double> expected = expected_means(h, values);
     for (int64_t c = 0; c < h.channels; ++c) {
-      double sum = 0;
-      for (int64_t row = 0; row < h.window_height; ++row) {
-        for (int64_t column = 0; column < h.window_width; ++column) {
-          sum += values[c * pixels + row * h.width + column];
-        }
-      }
-      const double expected = sum / static_cast<double>(h.window_height * h.window_width);
       const int64_t i = image * h.channels + c;
-      check_value(static_cast<double>(means[i]), expected, 32 * sum_epsilon * 2, "means", i, isa);
+      check_value(static_cast<double>(means[i]), expected[c], 32 * sum_epsilon * 2, "means", i, isa);
     }
   }
 
@@ -820,6 +836,87 @@ static void check_head(Dtype dtype, const Isa& isa) {
   }
 }
 
+// The head of a program in bfloat16, from planes of pairs; its means are pairs as well.
+static void check_pair_head(const Isa& isa) {
+  const Head h = random_head(2 * uniform(1, 75));
+  const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
+  const HeadKernel& kernel = isa.pair_kernels(dtype)->head();
+  const int64_t images = uniform(1, 9), pixels = h.height * h.width, plane = pixels + uniform(0, 9);
+  Weights w = random_weights(h.classes, h.channels);
+  round_weights(w);
+  const Array<char> weight = pair_weights(w, h.channels);
+  const Pointers<float> linear(w);
+
+  const Buffer means(kernel.means_bytes(h, images));
+  std::vector<double> exact;
+  for (int64_t image = 0; image < images; ++image) {
+    const std::vector<double> values = random_values(h.channels * pixels);
+    for (const double mean : expected_means(h, values)) exact.push_back(mean);
+    const Array<char> x = pairs_of(values, h.channels, pixels, plane);
+    void* const own = static_cast<char*>(means.get()) + image * kernel.means_step(h);
+    in_shares(h.channels, 2, [&](Range share) { kernel.means(h, images, x.data(), plane, share, own); });
+  }
+
+  Array<char> result(images * h.classes * size_of(dtype), '\xff');
+  const Convolution pointers = {weight.data(), nullptr, linear.bias.data()};
+  in_shares(h.classes, 1, [&](Range share) { kernel.linear(h, images, pointers, means.get(), share, result.data()); });
+  for (int64_t i = 0; i < images * h.classes; ++i) {
+    const int64_t row = i % h.classes;
+    double expected = w.bias[row], terms = std::abs(expected);
+    for (int64_t c = 0; c < h.channels; ++c) {
+      const double term = w.weight[row * h.channels + c] * exact[i / h.classes * h.channels + c];
+      expected += term;
+      terms += std::isnan(term) ? 0 : std::abs(term);
+    }
+    const double tolerance = epsilon(dtype) * std::abs(expected) + epsilon(Dtype::bfloat16) * terms;
+    check_value(get(dtype, result.data(), i), expected, tolerance, "linear of pairs", i, isa);
+  }
+}
+
+// Images to planes of pairs and back, which must be what they were.
+static void check_pair_images(const Isa& isa) {
+  const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
+  const ImageKernel& kernel = *isa.pair_kernels(dtype)->image();
+  const Layout layout = uniform(0, 1) ? Layout::contiguous : Layout::channels_last;
+  const TensorImage image = {layout, 2 * uniform(1, 40), uniform(1, 100)};
+  const int64_t plane = image.pixels + uniform(0, 9), elements = image.channels * image.pixels;
+  Array<char> x;
+  for (int64_t i = 0; i < elements; ++i) put(dtype, static_cast<double>(uniform(-128, 128)) / 64, x);
+  x.shrink_to_fit();
+  Array<uint16_t> pairs(image.channels * plane + kPairsSlackBytes / 2, 0xffff);
+  Array<char> back(x.size(), '\xff');
+  const Buffer workspace(kernel.workspace_bytes(image));
+  const auto each = [&](const auto& convert) {
+    in_shares(ceil_div(image.channels, kImageChannels), 1, [&](Range shares) {
+      for (int64_t i = shares.begin; i < shares.end; ++i) {
+        convert(Range{i * kImageChannels, std::min(image.channels, (i + 1) * kImageChannels)});
+      }
+    });
+  };
+  each([&](Range share) { kernel.read(image, x.data(), share, pairs.data(), plane, workspace.get()); });
+  for (int64_t i = 0; i < elements; ++i) {
+    const bool planes = layout == Layout::contiguous;
+    const int64_t c = planes ? i / image.pixels : i % image.channels,
+                  p = planes ? i % image.pixels : i / image.channels;
+    const double got = get(Dtype::bfloat16, pairs.data(), 2 * (c / 2 * plane + p) + c % 2);
+    check_value(got, get(dtype, x.data(), i), 0, "image to pairs", i, isa);
+  }
+  each([&](Range share) { kernel.write(image, pairs.data(), plane, share, back.data(), workspace.get()); });
+  for (int64_t i = 0; i < elements; ++i) {
+    check_value(get(dtype, back.data(), i), get(dtype, x.data(), i), 0, "pairs to image", i, isa);
+  }
+}
+
+static void check_pairs(const Isa& isa, long units) {
+  for (long i = 0; i < units; ++i) {
+    check_pair_unit(random_pair_case(), isa);
+    check_pair_stem(isa);
+    check_pair_head(isa);
+    check_pair_images(isa);
+  }
+  std::printf("%s: %ld units, stems, heads and images of pairs\n", isa.name(), units);
+}
+
 static void check_stem_and_head(const Isa& isa) {
   const Dtype dtype = static_cast<Dtype>(uniform(0, 3));
   if (dtype == Dtype::float64) {
@@ -829,7 +926,6 @@ static void check_stem_and_head(const Isa& isa) {
     check_stem<float>(dtype, isa);
     check_head<float>(dtype, isa);
   }
-  if (isa.pair_kernels(Dtype::bfloat16)) check_pair_stem(isa);
 }
 
 int main(int argc, char** argv) {
@@ -839,9 +935,10 @@ int main(int argc, char** argv) {
   for (const std::string& name : usable_isas()) {
     select_isa(name);
     for (long i = 0; i < units; ++i) check(random_case(), isa());
-    for (long i = 0; isa().pair_kernels(Dtype::bfloat16) && i < units; ++i) check_pair_unit(random_pair_case(), isa());
     for (long i = 0; i < units; ++i) check_stem_and_head(isa());
     std::printf("%s: %ld units, stems and heads\n", name.c_str(), units);
+    if (isa().pair_kernels(Dtype::bfloat16)) check_pairs(isa(), units);
   }
+  check_pairs(plain_pairs, units);
   return 0;
 }

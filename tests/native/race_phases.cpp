@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <random>
 
-#include "../../csrc/cpu/phases.h"
+#include "../../csrc/cpu/schedule/phases.h"
 
 using namespace shufflenet::cpu;
 

@@ -16,7 +16,7 @@ mkdir -p "$build"
 rm -f "$build"/*.o  # of files that are no more
 
 # The kernels alone, as all else needs torch. GCC knows neither clang's pragmas nor its warnings, and says so of the pragmas only.
-for source in tests/native/fuzz_kernels.cpp csrc/cpu/isa/*.cpp; do
+for source in tests/native/fuzz_kernels.cpp tests/native/plain_pairs.cpp csrc/cpu/isa/*.cpp; do
   echo "$source $build/$(echo "$source" | tr / _).o"
 # shellcheck disable=SC2016  # the inner shell's variables
 done | xargs -P "$cores" -n 2 sh -c '$CXX -std=c++17 $FLAGS -Wall -Wextra -Werror -Wno-unknown-pragmas \

@@ -20,7 +20,7 @@ compile "$here/race_phases.cpp" "$build/race_phases"
 "$build/race_phases" "$@"
 
 cp "$here/race_phases.cpp" "$build/planted/tests/native"
-sed 's/progress\[p\]\.done\.load(.*) < phase\.tasks/false/' "$root/$phases" > "$build/planted/$phases"
+sed 's/progress\[p\]\.done\.load([^)]*) < phase\.tasks/false/' "$root/$phases" > "$build/planted/$phases"
 if cmp -s "$root/$phases" "$build/planted/$phases"; then
   echo "phases.h has no wait that could be taken out" >&2
   exit 1

@@ -1,0 +1,644 @@
+"""Plants faults in the kernels and the Python around them, one at a time, and expects the short suite to fail on each.
+
+    python tests/mutants.py [--write] [name ...]
+
+Without names all faults are planted, in a copy of the working tree below build/. With --write the table of faults goes
+to docs/mutants.md. Exits with 1 if the suite passes with a fault in place (that fault asks for a test), or if a fault
+does not fit the source any more.
+
+To build the library anew for each fault would take minutes each time. So the CPU's faults are all compiled into one
+library, each behind a switch, and the environment says which one is switched on. That is why such a fault replaces an
+expression by another of the same type. Faults in other files are written into the copy: Python is not built, and the
+tests of the CUDA kernels build these themselves.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPY = ROOT / "build" / "mutants"
+TABLE = ROOT / "docs" / "mutants.md"
+SECONDS_OF_A_RUN = 1800  # more than the short suite takes anywhere; a fault may make threads wait forever
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: in the file, `old`, which is there once, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # those that are run first, files or functions of tests/, as they are likely to fail
+
+    @property
+    def is_switched(self) -> bool:
+        return self.file.startswith("csrc/") and not self.file.startswith("csrc/cuda/")
+
+    @property
+    def switch(self) -> int:
+        """Depends on the name alone, so that a new fault does not change all files."""
+        return zlib.crc32(self.name.encode())
+
+
+KERNELS, SCHEDULE, CUDA = "csrc/cpu/kernels/", "csrc/cpu/schedule/", "csrc/cuda/"
+MUTANTS = [
+    # ---- The CPU's kernels
+    Mutant(
+        "a mask of one lane too many: stride 2 reads past the end of a row",
+        KERNELS + "depthwise.h",
+        "std::max<int64_t>(0, unit.width - first)",
+        "std::max<int64_t>(0, unit.width - first + 1)",
+        "test_kernels.py::test_planes",
+    ),
+    Mutant(
+        "a mask of one lane too many: stride 1 reads right of a row's last pixel",
+        KERNELS + "depthwise.h",
+        "column < unit.width - 1",
+        "column < unit.width",
+        "test_kernels.py::test_planes",
+    ),
+    Mutant(
+        "a mask of one lane too few: the last pixel of a plane is not stored",
+        KERNELS + "depthwise.h",
+        "S::first(pixels % S::kLanes)",
+        "S::first(pixels % S::kLanes - 1)",
+        "test_kernels.py::test_planes",
+    ),
+    Mutant(
+        "a halo row: the one below a part of an image is taken for one outside of it",
+        KERNELS + "depthwise.h",
+        "std::min(unit.height, halo.end)",
+        "std::min(unit.height, halo.end - 1)",
+        "test_network.py::test_large_planes test_threads.py",
+    ),
+    Mutant(
+        "a halo row: a strip borrows the first row of the strip above, not the last",
+        KERNELS + "unit.h",
+        "StripRows<A>(unit, *strip.above).last_row",
+        "StripRows<A>(unit, *strip.above).first_row",
+        "test_network.py::test_strips_equal_its_units_one_by_one",
+    ),
+    Mutant(
+        "a halo row: a strip lends its last row but one",
+        KERNELS + "unit.h",
+        "rows.from_row(rows.own.count())",
+        "rows.from_row(rows.own.count() - 1)",
+        "test_network.py::test_strips_equal_its_units_one_by_one",
+    ),
+    Mutant(
+        "a shifted residual: a part adds the rows of x from its halo on",
+        KERNELS + "unit.h",
+        "(rows.begin - image.begin) * unit.width;",
+        "int64_t{0};",
+        "test_threads.py::test_results_do_not_depend_on_the_number_of_threads test_network.py::test_large_planes",
+    ),
+    Mutant(
+        "a lost residual: strips do not add x",
+        KERNELS + "unit.h",
+        "unit.adds_residual() ? x.behind(pixel) : Planes<const Element>{}",
+        "Planes<const Element>{}",
+        "test_network.py::test_large_planes",
+    ),
+    Mutant(
+        "the shuffle's stride: conv1's groups instead of the shuffle's",
+        KERNELS + "format_floats.h",
+        "(row - r * n) * unit.shuffle_groups + r",
+        "(row - r * n) * unit.conv1_groups + r",
+        "test_kernels.py::test_conv1_groups_differ_from_groups",
+    ),
+    Mutant(
+        "a slice's offset: a group reads from the last channel of the group before on",
+        KERNELS + "pointwise.h",
+        "x.channel(rows.group * p.depth)",
+        "x.channel(std::max<int64_t>(0, rows.group * p.depth - 1))",
+        "test_kernels.py::test_groups",
+    ),
+    Mutant(
+        "a tile's depth: the last block of a deep sum is left out",
+        KERNELS + "pointwise_tile.h",
+        "std::min(k + t.block, t.depth)",
+        "std::min(k + t.block, t.depth - 1)",
+        "test_kernels.py::test_depths_at_the_blocks",
+    ),
+    Mutant(
+        "a bias: all channels of a tile get the first one's",
+        KERNELS + "pointwise_tile.h",
+        "S::broadcast(t.bias[c])",
+        "S::broadcast(t.bias[0])",
+        "test_kernels.py::test_relu_and_bias",
+    ),
+    Mutant(
+        "a lost residual: at a plane's last pixel, where that has a vector for itself",
+        KERNELS + "pointwise_tile.h",
+        "t.residual[row * t.residual_stride]",
+        "A{0}",
+        "test_kernels.py::test_planes",
+    ),
+    Mutant(
+        "a lost scale: at a plane's last pixel, where that has a vector for itself",
+        KERNELS + "pointwise_tile.h",
+        "(t.scale ? t.scale[row] : A{1})",
+        "A{1}",
+        "test_kernels.py::test_a_last_pixel_alone_in_its_vector",
+    ),
+    Mutant(
+        "the pool's divisor: the first row of windows counts three rows",
+        KERNELS + "average_pool.h",
+        "shares[(row > 0) + has_bottom]",
+        "shares[1 + has_bottom]",
+        "test_kernels.py::test_pool_counts_padding",
+    ),
+    Mutant(
+        "the pool's divisor: the first column of windows counts three columns",
+        KERNELS + "average_pool.h",
+        "S::broadcast(column > 0 ? 1 : 0)",
+        "S::broadcast(1)",
+        "test_kernels.py::test_pool_counts_padding",
+    ),
+    Mutant(
+        "the pool's last row is left out where the height is even",
+        KERNELS + "average_pool.h",
+        "2 * row + 1 < unit.height",
+        "2 * row + 2 < unit.height",
+        "test_kernels.py::test_pool_counts_padding",
+    ),
+    Mutant(
+        "the max pool leaves out the right columns of windows",
+        KERNELS + "max_pool.h",
+        "largest(largest(columns.left, columns.centre), columns.right)",
+        "largest(columns.left, columns.centre)",
+        "test_stem_and_head.py::test_stems",
+    ),
+    Mutant(
+        "the max pool forgets the row above the rows of the convolution that are at hand",
+        KERNELS + "stem.h",
+        "row > 0 ? last_row : middle",
+        "middle",
+        "test_stem_and_head.py::test_stems",
+    ),
+    Mutant(
+        "the stem's padding: rows are not shifted by it",
+        KERNELS + "stem.h",
+        "end_ * s + remainder - stem_.padding",
+        "end_ * s + remainder",
+        "test_stem_and_head.py::test_stems",
+    ),
+    Mutant(
+        "the head's divisor: the pixels of the plane, not of the window",
+        KERNELS + "head.h",
+        "static_cast<A>(head.window_height * head.window_width)",
+        "static_cast<A>(head.height * head.width)",
+        "test_stem_and_head.py::test_heads",
+    ),
+    Mutant(
+        "a mask of one lane too few: the linear layer leaves out the last channel",
+        KERNELS + "head.h",
+        "S::first(head.channels - channel)",
+        "S::first(head.channels - channel - 1)",
+        "test_stem_and_head.py::test_channels_of_the_head",
+    ),
+    Mutant(
+        "channels last: the last channels of a pixel are not written",
+        KERNELS + "image.h",
+        "store_first(image.data + (begin + p + i) * image.channels + c, rows[i], channels)",
+        "store_first(image.data + (begin + p + i) * image.channels + c, rows[i], channels - 1)",
+        "test_kernels.py::test_planes",
+    ),
+    Mutant(
+        "rounding to bfloat16: halves go up, not to even",
+        KERNELS + "simd.h",
+        "(word + 0x7fff + ((word >> 16) & 1)) >> 16",
+        "(word + 0x8000) >> 16",
+        "test_kernels.py::test_16_bit_results_round_to_nearest_even",
+    ),
+    Mutant(
+        "rounding to float16: NaN becomes infinity",
+        KERNELS + "simd.h",
+        "Word{} + 0x7e00",
+        "Word{} + 0x7c00",
+        "test_kernels.py::test_nan_and_inf_propagate_as_in_the_reference",
+    ),
+    Mutant(
+        "AVX2: a masked load reads every lane",
+        "csrc/cpu/isa/avx2.h",
+        "_mm256_maskload_ps(p, m)",
+        "_mm256_loadu_ps(p)",
+        "test_kernels.py::test_planes",
+    ),
+    Mutant(
+        "AVX-512: the activation of a double loses NaN",
+        "csrc/cpu/isa/avx512.h",
+        "_mm512_maskz_max_pd(0xff, a, b)",
+        "_mm512_maskz_max_pd(0xff, b, a)",
+        "test_kernels.py::test_nan_and_inf_propagate_as_in_the_reference",
+    ),
+    Mutant(
+        "baseline: the activation loses NaN",
+        "csrc/cpu/isa/baseline.h",
+        "a > b ? a : b",
+        "b > a ? b : a",
+        "test_kernels.py::test_nan_and_inf_propagate_as_in_the_reference",
+    ),
+    # ---- The CPU's kernels on planes of pairs
+    Mutant(
+        "pairs: the shuffle's stride: conv1's groups instead of the shuffle's",
+        KERNELS + "format_pairs.h",
+        "row % unit.shuffle_rows() * unit.shuffle_groups + row / unit.shuffle_rows()",
+        "row % unit.shuffle_rows() * unit.conv1_groups + row / unit.shuffle_rows()",
+        "test_pairs.py",
+    ),
+    Mutant(
+        "pairs: the padding of an odd slice is not cleared",
+        KERNELS + "format_pairs.h",
+        "std::fill_n(out_planes.channel(1), pixels, 0.0f)",
+        "std::fill_n(out_planes.channel(1), 0, 0.0f)",
+        "test_pairs.py",
+    ),
+    Mutant(
+        "pairs: a row that waits for its partner is lost",
+        KERNELS + "format_pairs.h",
+        "finish(row - 1, kept, sums, pixel, n)",
+        "finish(row - 1, sums, sums, pixel, n)",
+        "test_pairs.py",
+    ),
+    Mutant(
+        "pairs: a mask: the mean reads past a window's row",
+        KERNELS + "head_pairs.h",
+        "S::keep(Pairs::load(from + column), inside)",
+        "Pairs::load(from + column)",
+        "test_pairs.py",
+    ),
+    # ---- The CPU's schedule and the ops' arguments
+    Mutant(
+        "a missing wait: a phase starts before the last task of the one before is done",
+        SCHEDULE + "phases.h",
+        "progress[p].done.load(std::memory_order_acquire) < phase.tasks",
+        "progress[p].done.load(std::memory_order_acquire) < std::max<int64_t>(0, phase.tasks - 1)",
+        "test_threads.py::test_phases_wait_for_each_other",
+    ),
+    Mutant(
+        "the row above a strip: the pool takes the strip's own first row for it",
+        SCHEDULE + "unit_step.h",
+        "(rows_above - 1) * unit_.width",
+        "rows_above * unit_.width",
+        "test_network.py::test_strips_equal_its_units_one_by_one",
+    ),
+    Mutant(
+        "a unit in parts writes its result over the rows of x that the next part reads",
+        SCHEDULE + "unit_step.h",
+        "(partition.parts == 1 || partition.sharing == Sharing::strips)",
+        "true",
+        "test_network.py",
+    ),
+    Mutant(
+        "lent rows: there is memory for those of two strips, not of three",
+        SCHEDULE + "unit_step.h",
+        "i % 3 * lent_bytes",
+        "i % 2 * lent_bytes",
+        "test_network.py::test_large_planes test_network.py::test_strips_equal_its_units_one_by_one",
+    ),
+    Mutant(
+        "a step writes its result over its input",
+        SCHEDULE + "step.h",
+        "1 - next",
+        "next",
+        "test_network.py::test_equals_its_units_one_by_one",
+    ),
+    Mutant(
+        "batch norm's shift: the mean is not scaled",
+        SCHEDULE + "weights.h",
+        "bias[c] - mean[c] * scale[c]",
+        "bias[c] - mean[c]",
+        "test_kernels.py::test_groups",
+    ),
+    Mutant(
+        "batch norm's eps is left out",
+        SCHEDULE + "weights.h",
+        "std::sqrt(var[c] + eps)",
+        "std::sqrt(var[c])",
+        "test_kernels.py::test_groups",
+    ),
+    Mutant(
+        "a check that no longer refuses: x and a result that it is added to differ in channels",
+        "csrc/arguments.h",
+        "unit.stride == 1 && unit.out_channels != unit.in_channels",
+        "false",
+        "test_errors.py::test_results_that_do_not_fit_x_or_the_groups",
+    ),
+    Mutant(
+        "a check that no longer refuses: more weights than the program takes",
+        "csrc/program.h",
+        "used_ != weights_",
+        "used_ > weights_",
+        "test_network.py::test_bad_weights",
+    ),
+    Mutant(
+        "the strides of x are not looked at",
+        "csrc/arguments.h",
+        "is_dense || x.numel() == 0",
+        "true",
+        "test_kernels.py::test_any_strides_of_x",
+    ),
+    # ---- The CUDA kernels, run on the CPU
+    Mutant(
+        "CUDA: the halo below a window is left out",
+        CUDA + "unit_kernel.cuh",
+        "in_rows((out_rows - 1) * s.stride + 3)",
+        "in_rows((out_rows - 1) * s.stride + 2)",
+        "test_cuda_host.py::test_thread_order_does_not_matter",
+    ),
+    Mutant(
+        "CUDA: the shuffle's stride: conv1's groups instead of the shuffle's",
+        CUDA + "unit_kernel.cuh",
+        "least(row, at.run.rows - 1) * s.groups",
+        "least(row, at.run.rows - 1) * s.conv1_groups",
+        "test_cuda_host.py::test_units_of_all_kinds",
+    ),
+    Mutant(
+        "CUDA: a slice's offset: slices of y2 are not padded to whole steps",
+        CUDA + "unit_kernel.cuh",
+        "(slice - w.slice_begin) * layout.slice_pitch",
+        "(slice - w.slice_begin) * s.slice_channels",
+        "test_cuda_host.py::test_units_of_all_kinds",
+    ),
+    Mutant(
+        "CUDA: a bias: conv1 gets the depthwise convolution's",
+        CUDA + "unit_kernel.cuh",
+        "taps[2 * i + 1] = first.bias",
+        "taps[2 * i + 1] = second.bias",
+        "test_cuda_host.py::test_thread_order_does_not_matter",
+    ),
+    Mutant(
+        "CUDA: the pool's divisor counts the padding",
+        CUDA + "unit_kernel.cuh",
+        "s.pool_count_include_pad ? 9 : rows * columns",
+        "s.pool_count_include_pad ? 9 : 9 + 0 * rows * columns",
+        "test_cuda_host.py::test_units_of_all_kinds",
+    ),
+    Mutant(
+        "CUDA: a lost residual",
+        CUDA + "unit_kernel.cuh",
+        "if (s.stride != 1 || first_line",
+        "if (s.stride >= 1 || first_line",
+        "test_cuda_host.py::test_thread_order_does_not_matter",
+    ),
+    Mutant(
+        "CUDA: a missing barrier between weights and conv1",
+        CUDA + "unit_kernel.cuh",
+        "        barrier();  // all threads see weights and taps\n",
+        "",
+        "test_cuda_host.py::test_thread_order_does_not_matter",
+    ),
+    # ---- Python
+    Mutant(
+        "a wrong stride of a fake kernel: a result for channels last is contiguous",
+        "shufflenet_ext/ops.py",
+        "channels_last = len(shape) == 4 and _native.is_channels_last(x)",
+        "channels_last = False",
+        "test_kernels.py::test_result_has_the_layout_and_strides_of_the_fake_kernel",
+    ),
+    Mutant(
+        "a wrong stride of a fake kernel: an x of one pixel counts as channels last",
+        "shufflenet_ext/_native.py",
+        "not x.is_contiguous() and x.stride(1) == 1",
+        "x.stride(1) == 1",
+        "test_kernels.py::test_result_has_the_layout_and_strides_of_the_fake_kernel test_dispatcher.py",
+    ),
+    Mutant(
+        "autocast casts float64 as well",
+        "shufflenet_ext/ops.py",
+        "not isinstance(value, Tensor) or value.dtype == torch.float64",
+        "not isinstance(value, Tensor)",
+        "test_dispatcher.py::test_autocast_leaves_float64_alone",
+    ),
+    Mutant(
+        "a check that no longer refuses: groups that do not divide",
+        "shufflenet_ext/_checks.py",
+        "divisor < 1 or value % divisor != 0",
+        "divisor < 1",
+        "test_errors.py test_modules.py::test_constructor_refuses_with_a_reason",
+    ),
+    Mutant(
+        "a check that no longer refuses: weights of another dtype",
+        "shufflenet_ext/_checks.py",
+        "tensor.dtype != x.dtype",
+        "False",
+        "test_errors.py",
+    ),
+    Mutant(
+        "a fold with another eps than the batch norm's",
+        "shufflenet_ext/inference.py",
+        "        norm.eps,\n",
+        "        1e-5,\n",
+        "test_inference.py::test_every_batch_norm_is_folded_with_its_own_eps",
+    ),
+    Mutant(
+        "the head's window: the whole plane for CIFAR's networks as well",
+        "shufflenet_ext/inference.py",
+        "pool_window=4 if for_cifar else 0",
+        "pool_window=0",
+        "test_inference.py::test_images_of_more_pixels_than_the_heads_window",
+    ),
+    Mutant(
+        "a stale fold: a unit with hooks is folded, which then no longer run",
+        "shufflenet_ext/_fused.py",
+        "    if has_hooks(module):\n",
+        "    if False:\n",
+        "test_inference.py::test_units_that_are_more_than_their_weights_are_not_folded",
+    ),
+    Mutant(
+        "a frozen batch norm is taken for one in training",
+        "shufflenet_ext/modules.py",
+        "norm.training or getattr(",
+        "self.training or getattr(",
+        "test_modules.py::test_frozen_batch_norm_inside_a_training_unit",
+    ),
+    Mutant(
+        "the second batch norm gets the first one's eps",
+        "shufflenet_ext/modules.py",
+        "bn2_eps=self.bn2.eps",
+        "bn2_eps=self.bn1.eps",
+        "test_modules.py",
+    ),
+    Mutant(
+        "fuse swaps units that compute something else",
+        "shufflenet_ext/fusion.py",
+        "if difference <= _TOLERANCE:",
+        "if difference < float('inf'):",
+        "test_fuse.py",
+    ),
+    Mutant(
+        "a cause of a fallback is warned of each time",
+        "shufflenet_ext/_backend.py",
+        "        _warned.add(cause)\n",
+        "",
+        "test_backend.py",
+    ),
+]
+
+
+class BrokenMutantError(Exception):
+    """Says that a fault could not be planted, which is no matter of the tests."""
+
+
+def planted(source: str, mutant: Mutant) -> str:
+    """The source with the fault in place, or with its switch."""
+    if (found := source.count(mutant.old)) != 1:
+        raise BrokenMutantError(f"'{mutant.name}': {mutant.file} has `{mutant.old}` {found} times, expected once")
+    if not mutant.is_switched:
+        return source.replace(mutant.old, mutant.new)
+    old, new, end = mutant.old, mutant.new, ""
+    if old.endswith(";"):
+        old, new, end = old[:-1], new[:-1], ";"
+    return source.replace(mutant.old, f"(shufflenet::is_planted({mutant.switch}u) ? ({new}) : ({old})){end}")
+
+
+# What the switches ask, in a header that all of the library includes.
+SWITCHES = """
+#include <cstdlib>
+namespace shufflenet {
+inline const char* const planted_fault = std::getenv("PLANTED_FAULT");
+inline const unsigned long switched_on = planted_fault ? std::strtoul(planted_fault, nullptr, 10) : 0;
+inline bool is_planted(unsigned long fault) { return fault == switched_on; }
+}  // namespace shufflenet
+"""
+SWITCHES_HEADER = "csrc/unit.h"
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the copy, which comes before the installed package. Nothing that Python compiled is kept."""
+    everywhere = {"PYTHONPATH": str(COPY), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        command,
+        cwd=COPY,
+        env=os.environ | everywhere | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS_OF_A_RUN,
+    )
+
+
+def build_copy() -> None:
+    """Brings the copy up to date with the working tree, all switches in place, and builds its library."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    files = [file for file in files if (ROOT / file).is_file()]
+    for folder in ("csrc", "shufflenet_ext", "tests"):
+        for path in (COPY / folder).rglob("*.*"):
+            if str(path.relative_to(COPY)) not in files and path.is_file() and path.suffix != ".so":
+                path.unlink()
+    for file in files:
+        content = (ROOT / file).read_bytes()
+        switched = [mutant for mutant in MUTANTS if mutant.file == file and mutant.is_switched]
+        for mutant in switched:
+            content = planted(content.decode(), mutant).encode()
+        if file == SWITCHES_HEADER:
+            content = content.replace(b"#pragma once\n", b"#pragma once\n" + SWITCHES.encode())
+        if file == "setup.py":  # compiles in half the time, and the tests take no longer
+            content = content.replace(b'"-O3"', b'"-O1"')
+        target = COPY / file
+        if not target.exists() or target.read_bytes() != content:  # else ninja would compile it again
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+            shutil.copymode(ROOT / file, target)
+    done = run(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
+    if done.returncode != 0:
+        raise BrokenMutantError(f"the library with all switches cannot be built:\n{done.stdout[-4000:]}")
+
+
+PYTEST = ["-m", "pytest", "-x", "-v", "--tb=short", "-p", "no:cacheprovider"]
+COMPILER_ERROR = re.compile(r": (?:fatal )?error: ")
+TEST = re.compile(r"^(tests/\S+?::.+?)(?: (PASSED|SKIPPED|XFAIL|FAILED|ERROR)\b.*)?$", re.MULTILINE)
+
+
+def first_failure(tests: list[str], **environment: str) -> str | None:
+    """The test that fails first, or None. A crash or a hang leaves it without an answer."""
+    try:
+        done = run(sys.executable, *PYTEST, *tests, **environment)
+        output, code = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        output, code = (error.stdout or b"").decode(), -1
+    if code == 0:
+        return None
+    failed = [test for test, answer in TEST.findall(output) if answer in ("", "FAILED", "ERROR")]
+    if (code != 1 and code > 0) or not failed or COMPILER_ERROR.search(output):
+        raise BrokenMutantError(f"pytest {' '.join(tests)} ended with {code}:\n{output[-4000:]}")
+    return failed[0]
+
+
+def catch(mutant: Mutant) -> str | None:
+    """Plants the fault, and returns the test of the short suite that fails first. The likely ones are run first."""
+    likely = [f"tests/{name}" for name in mutant.tests.split()]
+    if mutant.is_switched:
+        environment = {"PLANTED_FAULT": str(mutant.switch)}
+        return first_failure(likely, **environment) or first_failure([], **environment)
+    path = COPY / mutant.file
+    source = path.read_text()
+    path.write_text(planted(source, mutant))
+    try:
+        return first_failure(likely) or first_failure([])
+    finally:
+        path.write_text(source)
+
+
+INTRODUCTION = """# Planted faults
+
+`make mutants` plants these faults, one at a time, and expects the short suite (`make test`) to fail on each of them.
+Each is named with a test that fails on it. `tests/mutants.py` holds the faults and writes this table.
+
+| Fault | File | Caught by |
+| --- | --- | --- |
+"""
+
+
+def table(caught: dict[str, str]) -> str:
+    rows = [f"| {mutant.name} | `{mutant.file}` | `{caught[mutant.name].split('[')[0]}` |\n" for mutant in MUTANTS]
+    return INTRODUCTION + "".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help="plant only the faults whose names contain this")
+    parser.add_argument("--write", action="store_true", help=f"write the table to {TABLE.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if not arguments.names or any(n in mutant.name for n in arguments.names)]
+    if not chosen or (arguments.write and chosen != MUTANTS):
+        parser.error("name: got none that a fault has" if not chosen else "--write: got names, expected none")
+    start = time.monotonic()
+    caught: dict[str, str] = {}
+    try:
+        for mutant in MUTANTS:
+            planted((ROOT / mutant.file).read_text(), mutant)
+        build_copy()
+        print(f"built in {time.monotonic() - start:.0f} s", flush=True)
+        for mutant in chosen:
+            if test := catch(mutant):
+                caught[mutant.name] = test
+            minutes = (time.monotonic() - start) / 60
+            print(f"{minutes:5.1f} min  {mutant.name}: {test or 'SURVIVED the short suite'}", flush=True)
+        # A test that fails anyway catches nothing.
+        if caught and (test := first_failure(sorted(set(caught.values())))):
+            raise BrokenMutantError(f"{test} fails without a fault")
+    except BrokenMutantError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{len(caught)} of {len(chosen)} faults were caught")
+    if len(caught) < len(chosen):
+        return 1
+    if arguments.write:
+        TABLE.write_text(table(caught))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
