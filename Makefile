@@ -18,12 +18,15 @@ CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(shell find benchmarks
 demo: $(STAMPS)/built $(STAMPS)/extra-demo
 	$(BIN)/python -m shufflenet_ext demo
 
-test: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
-	$(BIN)/python -m pytest
-
-# The same with what is marked long: every value of each test's matrix beside every other, and what takes a minute to build.
-test-all: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
-	$(BIN)/python -m pytest -m ""
+# The tests, in two halves side by side, as a test works on one core mostly: what the one says comes behind the other's.
+# test-all adds what is marked long: every value of each test's matrix beside every other, and what takes a minute.
+TESTS := $(wildcard tests/test_*.py)
+HALF := $(filter tests/test_cuda% tests/test_fuse.py tests/test_match.py tests/test_compile% tests/test_network.py,$(TESTS))
+test-all: MARKS := -m ""
+test test-all: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
+	@$(BIN)/python -m pytest $(MARKS) $(HALF) > $(STAMPS)/half.log 2>&1 & half=$$!; \
+	$(BIN)/python -m pytest $(MARKS) -p no:cacheprovider $(filter-out $(HALF),$(TESTS)); rest=$$?; \
+	wait $$half; half=$$?; cat $(STAMPS)/half.log; exit $$((half | rest))
 
 # Plants faults, one at a time, and expects the tests to fail on each; see docs/mutants.md.
 mutants: $(STAMPS)/extra-test $(STAMPS)/extra-demo

@@ -18,6 +18,7 @@ def test_it_is_registered():
     assert entry.load() is backend
 
 
+@pytest.mark.long  # inductor, twice
 def test_eval_mode_runs_the_ops():
     model = randomize(CifarStyle()).eval()
     plain = copy.deepcopy(model)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import shufflenet_ext as se
 from shufflenet_ext import _native, reference
+from shufflenet_ext._fused import foldable_unit
 from shufflenet_ext.inference import InferenceUnits
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
@@ -128,7 +129,7 @@ def test_a_chain_is_planned_unit_by_unit(planner: Planner) -> None:
             se.FusedShuffleBottleneck(24, 24, 2, 3, mid_channels=12, conv1_groups=3),
             se.FusedShuffleBottleneck(48, 48, 1, 3, mid_channels=15),
         )
-        chain = InferenceUnits(units, dtype=None)
+        chain = InferenceUnits([(unit, foldable_unit(unit)) for unit in units], dtype=None)
     with pytest.raises(RuntimeError, match=CAUSE):
         torch.func.functional_call(chain, on_a_fake_card(chain), tensors(12)[0])
     assert dict.fromkeys(shape for shape, _ in planner.asked) == dict.fromkeys([(2, 24, 5, 7), (2, 48, 3, 4)])
@@ -190,7 +191,7 @@ def test_explain_on_the_cpu(isa: str) -> None:
 def documented_keys() -> set[str]:
     """The keys that explain's docstring promises, those of CUDA included."""
     text = str(se.explain.__doc__)
-    return set(re.findall(r"``(\w+)``", text[text.index("Returns a dict:") : text.index("Raises")]))
+    return set(re.findall(r"``(\w+)``", text[text.index("Returns a dict with") : text.index("Raises")]))
 
 
 CPU_KEYS = {"backend", "explanation", "isa"}

@@ -18,6 +18,7 @@ from shufflenet_ext._fused import FusedUnit
 from shufflenet_ext._graph import trace
 from shufflenet_ext._match import NearMiss, unit_of
 
+SHORT = ("shufflenet_g1_wd4", "shufflenet_g3_w1", "shufflenet_g8_w1")  # of which the short suite makes do
 PYTORCHCV = sorted(name for name in dir(pytorchcv.models.shufflenet) if name.startswith("shufflenet_g"))
 
 
@@ -60,7 +61,9 @@ def test_fuse_takes_every_style(style):
         torch.testing.assert_close(got.grad, expected.grad, msg=name)
 
 
-@pytest.mark.parametrize("name", PYTORCHCV)
+@pytest.mark.parametrize(
+    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in PYTORCHCV]
+)
 def test_fuse_takes_pytorchcv(name):
     model = randomize(getattr(pytorchcv.models.shufflenet, name)()).eval()
     plain, keys = copy.deepcopy(model), list(model.state_dict())

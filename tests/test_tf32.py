@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import shufflenet_ext as se
 from shufflenet_ext import _backend, modules
+from shufflenet_ext._fused import foldable_unit
 from shufflenet_ext.inference import InferenceUnits
 
 
@@ -72,7 +73,7 @@ def unit_as(way: str) -> nn.Module | Any:
     unit = Unit("pointwise_shuffle_depthwise" if way == "pointwise_shuffle_depthwise" else "shuffle_bottleneck")
     return {
         "module": module,
-        "chain": InferenceUnits([module], dtype=None),
+        "chain": InferenceUnits([(module, foldable_unit(module))], dtype=None),
         unit.op: lambda x: getattr(se.ops, unit.op)(x, *unit.tensors()[1:], **unit.options),
     }[way]
 
