@@ -159,8 +159,12 @@ class Network:
         program = [] if self.stem is None else [0, *self.stem]
         for unit in self.units:
             o = unit.options
-            program += [1, unit.mid_channels, unit.out_channels or unit.in_channels, o["conv1_groups"], o["groups"]]
-            program += [o["stride"], int(o["conv2_relu"]), int(o["pool_count_include_pad"])]
+            is_general = unit.shuffle_groups is not None or unit.shortcut_first or not unit.shortcut_relu
+            program += [4 if is_general else 1, unit.mid_channels, unit.out_channels or unit.in_channels]
+            program += [o["conv1_groups"], o["groups"], o["stride"]]
+            program += [int(o["conv2_relu"]), int(o["pool_count_include_pad"])]
+            if is_general:
+                program += [unit.shuffle_groups or unit.groups, int(unit.shortcut_first), int(unit.shortcut_relu)]
         return program if self.head is None else [*program, 2, *self.head]
 
     def parameters(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -123,6 +123,18 @@ def test_stride_2_concatenates(isa, in_channels, mid_channels, out_channels, lay
     assert got.shape[1] == out_channels + in_channels
 
 
+@each_stride
+@each_dtype
+@each_layout
+@pytest.mark.parametrize("shuffle_groups", [1, 2, 4, 6, 12])
+@pytest.mark.parametrize("shortcut_first", [False, True])
+@pytest.mark.parametrize("shortcut_relu", [False, True])
+def test_units_in_general(isa, shortcut_relu, shortcut_first, shuffle_groups, layout, dtype, stride):
+    general = {"shuffle_groups": shuffle_groups, "shortcut_first": shortcut_first, "shortcut_relu": shortcut_relu}
+    unit = Unit(stride=stride, out_channels=24 if stride == 1 else 15, plane=(7, 7), **general)
+    unit.check(unit.tensors(dtype, layout))
+
+
 @each_dtype
 @each_layout
 @pytest.mark.parametrize("plane", [(1, 1), (1, 5), (4, 1), (4, 6), (5, 35)], ids=str)

@@ -92,6 +92,23 @@ def test_as_accurate_as_pytorch(network, program_dtype, layout):
     network.check(*network.arguments(program_dtype, layout))
 
 
+@each_layout
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("plane", "batch"), [((28, 28), 3), ((56, 56), 1), ((7, 7), 2)], ids=str)
+def test_units_in_general(plane, batch, threads, program_dtype, layout):
+    # Other shuffles, one of them Megvii's, which is by the rows of a group; the shortcut first, with and without ReLU.
+    first = replace(MIXED.units[0], in_channels=24, mid_channels=12, groups=3, conv1_groups=3)
+    general = replace(first, stride=2, out_channels=36, shuffle_groups=4, shortcut_first=True, shortcut_relu=False)
+    units = (general, replace(first, in_channels=60, out_channels=60, stride=1, shuffle_groups=1))
+    units += (replace(general, in_channels=60, shuffle_groups=12, shortcut_relu=True),)
+    network = replace(MIXED, units=units, batch=batch, plane=plane)
+    arguments = network.arguments(program_dtype, layout)
+    torch.set_num_threads(1)
+    expected = network.check(*arguments)
+    torch.set_num_threads(threads)
+    assert torch.equal(network_op(*arguments), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("plane", [(90, 160), (181, 321)], ids=str)
 @pytest.mark.parametrize("threads", [2, 3])
