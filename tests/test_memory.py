@@ -28,7 +28,7 @@ call = small.native if backend == "native" else small.reference
 call(small.tensors(dtype, layout))  # code and threads are loaded
 
 _, *weights = unit.tensors(dtype)  # not x: making it would take more memory than the call
-x = torch.empty(64, 240, 28, 28, dtype=dtype, memory_format=layout)
+x = torch.empty(128, 240, 28, 28, dtype=dtype, memory_format=layout)
 for image in x:
     image.normal_()
 before = resident("VmRSS")
