@@ -121,7 +121,7 @@ def random_cases(program: str, seed: int, count: int) -> list[Case]:
             "stride": stride,
             "relu": rng.randint(0, 1),
             "pad": rng.randint(0, 1),
-            "norm": rng.randint(0, 1),
+            "norm": rng.randint(0, 2),
             "shift": rng.choice([0, 0, 0, 1, 4]),
             "seed": i,
             "sm": rng.choice(ARCHS),

@@ -40,29 +40,35 @@ std::vector<double> fill(Buffer<T>& buffer, std::mt19937_64& random, double scal
   return values;
 }
 
+// What follows a convolution: its bias; a batch norm; its bias and a batch norm without weight and bias.
+enum class Behind { bias, norm, bias_and_plain_norm };
+
 // A convolution's parameters as the kernel takes them, and in double.
 template <class T, class Norm>
 struct TestConvolution {
-  TestConvolution(int64_t rows, int64_t depth, bool has_norm, int64_t offset, std::mt19937_64& random)
+  TestConvolution(int64_t rows, int64_t depth, Behind behind, int64_t offset, std::mt19937_64& random)
       : weight_data(rows * depth, offset), bias(rows), gamma(rows), beta(rows), mean(rows), var(rows) {
     weight = fill(weight_data, random, std::sqrt(2.0 / static_cast<double>(depth)));
     pointers.weight = weight_data.data;
     const auto biases = fill(bias, random, 0.5);
     const auto g = fill(gamma, random, 0.5, 1), b = fill(beta, random, 0.5), m = fill(mean, random, 0.5),
                v = fill(var, random, 0.5, 1);
+    const bool has_norm = behind != Behind::bias, has_bias = behind != Behind::norm, affine = behind == Behind::norm;
     for (int64_t i = 0; i < rows; ++i) {
-      scale.push_back(has_norm ? g[i] / std::sqrt(v[i] + 1e-5) : 1);
-      shift.push_back(has_norm ? b[i] - m[i] * scale[i] : biases[i]);
+      scale.push_back(has_norm ? (affine ? g[i] : 1) / std::sqrt(v[i] + 1e-5) : 1);
+      const double centred = (has_bias ? biases[i] : 0) - (has_norm ? m[i] : 0);
+      shift.push_back(centred * scale[i] + (affine ? b[i] : 0));
     }
+    const bool is_float32 = std::is_same_v<Norm, float>;
+    if (has_bias) pointers.bias = {bias.data, false};
     if (has_norm) {
-      const bool is_float32 = std::is_same_v<Norm, float>;
-      pointers.norm_weight = {gamma.data, is_float32};
-      pointers.norm_bias = {beta.data, is_float32};
       pointers.norm_mean = {mean.data, is_float32};
       pointers.norm_var = {var.data, is_float32};
       pointers.eps = 1e-5;
-    } else {
-      pointers.bias = {bias.data, false};
+    }
+    if (affine) {
+      pointers.norm_weight = {gamma.data, is_float32};
+      pointers.norm_bias = {beta.data, is_float32};
     }
   }
   Buffer<T> weight_data, bias;
@@ -180,12 +186,12 @@ std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
       }
     }
   }
-  const bool has_norm = c.number("norm", 0);
+  const auto behind = static_cast<Behind>(c.number("norm", 0));
   using C = TestConvolution<T, Norm>;
-  const C conv1(s.mid_channels, s.in_channels / s.conv1_groups, has_norm, shift, random);
-  const C conv2(s.mid_channels, 9, has_norm, shift, random);
+  const C conv1(s.mid_channels, s.in_channels / s.conv1_groups, behind, shift, random);
+  const C conv2(s.mid_channels, 9, behind, shift, random);
   std::unique_ptr<C> conv3;
-  if (s.out_channels) conv3.reset(new C(s.out_channels, s.mid_channels / s.groups, has_norm, shift, random));
+  if (s.out_channels) conv3.reset(new C(s.out_channels, s.mid_channels / s.groups, behind, shift, random));
 
   const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
   choose_vectors(unit, dtype, tiling,
