@@ -316,9 +316,16 @@ MUTANTS = [
     Mutant(
         "batch norm's shift: the mean is not scaled",
         SCHEDULE + "weights.h",
-        "bias[c] - mean[c] * scale[c]",
-        "bias[c] - mean[c]",
+        "distance * scale[c]",
+        "distance",
         "test_kernels.py::test_groups",
+    ),
+    Mutant(
+        "a convolution's bias ahead of a batch norm is left out",
+        SCHEDULE + "weights.h",
+        "mean[c] - (conv_bias ? conv_bias[c] : A{0})",
+        "mean[c]",
+        "test_kernels.py::test_batch_norm_without_weights_and_biases",
     ),
     Mutant(
         "batch norm's eps is left out",
@@ -402,8 +409,8 @@ MUTANTS = [
     Mutant(
         "a wrong stride of a fake kernel: a result for channels last is contiguous",
         "shufflenet_ext/ops.py",
-        "channels_last = len(shape) == 4 and _native.is_channels_last(x)",
-        "channels_last = False",
+        "dims == 4 and _native.is_channels_last(x)",
+        "False",
         "test_kernels.py::test_result_has_the_layout_and_strides_of_the_fake_kernel",
     ),
     Mutant(
@@ -416,9 +423,51 @@ MUTANTS = [
     Mutant(
         "autocast casts float64 as well",
         "shufflenet_ext/ops.py",
-        "not isinstance(value, Tensor) or value.dtype == torch.float64",
-        "not isinstance(value, Tensor)",
+        "value.dtype != torch.float64 and not keeps_dtype",
+        "not keeps_dtype",
         "test_dispatcher.py::test_autocast_leaves_float64_alone",
+    ),
+    Mutant(
+        "autocast casts batch norms as well",
+        "shufflenet_ext/ops.py",
+        'argument.name.startswith("bn")',
+        "False",
+        "test_dispatcher.py::test_autocast_casts_as_for_convolutions",
+    ),
+    Mutant(
+        "a wrong stride of a decomposition: that of the reference",
+        "shufflenet_ext/ops.py",
+        "return y.contiguous(memory_format=_memory_format(x, y.dim()))",
+        "return y",
+        "test_dispatcher.py::test_strides_of_symbolic_sizes",
+    ),
+    Mutant(
+        "fx: hooks run when a graph is traced, and again in its node",
+        "shufflenet_ext/modules.py",
+        "module is tracer.root or has_hooks(module)",
+        "module is tracer.root",
+        "test_fx.py::test_hooks_run_once",
+    ),
+    Mutant(
+        "a batch norm of the batch's statistics is taken for one that keeps them",
+        "shufflenet_ext/modules.py",
+        "norm.running_mean is None or norm.running_var is None",
+        "False",
+        "test_norms.py::test_without_statistics_our_own_unit_is_the_plain_one",
+    ),
+    Mutant(
+        "a norm that convert_sync_batchnorm put there is taken for a change",
+        "shufflenet_ext/_fused.py",
+        "type(norm) is nn.BatchNorm2d and type(synced) is nn.SyncBatchNorm",
+        "False",
+        "test_norms.py::test_norms_converted_behind_fuse",
+    ),
+    Mutant(
+        "units that are fused already are not seen in a captured model",
+        "shufflenet_ext/_graph.py",
+        'use_backend("reference")',
+        'use_backend("native")',
+        "test_norms.py::test_whole_models",
     ),
     Mutant(
         "a check that no longer refuses: groups that do not divide",
@@ -458,8 +507,8 @@ MUTANTS = [
     Mutant(
         "a frozen batch norm is taken for one in training",
         "shufflenet_ext/modules.py",
-        "norm.training or getattr(",
-        "self.training or getattr(",
+        "any(norm.training for _, norm in pairs)",
+        "self.training",
         "test_modules.py::test_frozen_batch_norm_inside_a_training_unit",
     ),
     Mutant(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from support import LAYOUTS, OPS, Recorder, Unit, assert_as_accurate, assert_ran, autocast
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import shufflenet_ext as se
 
@@ -122,6 +124,21 @@ def test_compile_with_dynamic_shapes():
         tensors = Unit(stride=2, batch=batch, plane=plane).tensors()
         assert torch.equal(compiled(*tensors), function(*tensors))
     assert calls == 1
+
+
+@each_op
+@each_layout
+def test_strides_of_symbolic_sizes(op, layout):
+    # Weights in channels last make PyTorch's convolutions, but not the kernels, write their result so.
+    unit = Unit(op, plane=(6, 8))
+    tensors = [unit.tensors(layout=layout)[0]]
+    tensors += [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in unit.tensors()[1:]]
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(tensor) for tensor in tensors]
+    with mode:
+        fake = unit.native(fakes)
+    assert isinstance(fake.shape[0], torch.SymInt)
+    assert tuple(map(int, fake.stride())) == unit.native(tensors).stride()
 
 
 def test_compile_of_a_module_and_of_a_network():

@@ -91,6 +91,23 @@ def test_training_parity_of_results_gradients_and_buffers(configuration):
 
 
 @each_configuration
+def test_training_keeps_channels_last(configuration):
+    unit = fused(configuration).train()
+    plain = plain_twin(unit)
+    x = images(unit).requires_grad_()
+    other = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    shuffled = []
+    unit.conv2.register_forward_pre_hook(lambda conv, args: shuffled.append(args[0]))
+    got, expected = unit(other), plain(x)
+    torch.testing.assert_close(got, expected)
+    for result in (got, expected):
+        result.square().sum().backward()
+    torch.testing.assert_close(other.grad, x.grad, rtol=1e-4, atol=1e-4)
+    for tensor in (*shuffled, got, other.grad):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@each_configuration
 def test_eval_gradients(configuration):
     # Fine-tuning with frozen batch norm goes through the native op and back through the reference.
     unit = fused(configuration)
