@@ -31,9 +31,9 @@ VECTOR_BYTES = {"baseline": 16, "neon": 16, "avx2": 32, "avx512": 64}
 @contextmanager
 def selected_isa(isa: str) -> Iterator[None]:
     """Runs the block with the kernels of one of the CPU's instruction sets."""
-    previous = _native.build_info()["cpu_isa"]
+    previous = _native.cpu_isa()
     _native.select_cpu_isa(isa)
-    assert _native.build_info()["cpu_isa"] == isa
+    assert _native.cpu_isa() == isa
     try:
         yield
     finally:
