@@ -8,12 +8,12 @@ import fuzz_match
 import pytest
 import pytorchcv.models.shufflenet
 import torch
-from public_styles import STYLES, BiasedStyle, BlocksStyle
 from styles import NEAR_MISSES, random_style, random_unit
 from support import assert_as_accurate, randomize
 from torch import nn
 
 import shufflenet_ext as se
+from benchmarks.public_styles import STYLES, BiasedStyle, BlocksStyle
 from shufflenet_ext._fused import FusedUnit
 from shufflenet_ext._graph import trace
 from shufflenet_ext._match import NearMiss, unit_of
@@ -110,7 +110,7 @@ def test_a_model_of_which_a_part_is_known():
     class Segmenter(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone = BlocksStyle().stage3
+            self.backbone = BlocksStyle().stages[2:]
             self.stem = nn.Conv2d(3, 48, 5, 2, 2)
             self.decoder = nn.Conv2d(96, 5, 3, padding=1)
 
