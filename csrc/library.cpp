@@ -24,9 +24,12 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
   // The unit with its batch norms in inference mode: nothing is folded ahead of a call, so nothing can be stale.
   m.def(
       "shuffle_bottleneck_batch_norm(Tensor x, "
-      "Tensor conv1_weight, Tensor bn1_weight, Tensor bn1_bias, Tensor bn1_mean, Tensor bn1_var, "
-      "Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, "
-      "Tensor conv3_weight, Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, *, "
+      "Tensor conv1_weight, Tensor? conv1_bias, Tensor? bn1_weight, Tensor? bn1_bias, Tensor bn1_mean, "
+      "Tensor bn1_var, "
+      "Tensor conv2_weight, Tensor? conv2_bias, Tensor? bn2_weight, Tensor? bn2_bias, Tensor bn2_mean, "
+      "Tensor bn2_var, "
+      "Tensor conv3_weight, Tensor? conv3_bias, Tensor? bn3_weight, Tensor? bn3_bias, Tensor bn3_mean, "
+      "Tensor bn3_var, *, "
       "float bn1_eps, float bn2_eps, float bn3_eps, int conv1_groups, int groups, int stride=1, "
       "bool conv2_relu=False, bool pool_count_include_pad=True, int? shuffle_groups=None, bool shortcut_first=False, "
       "bool shortcut_relu=True, bool allow_tf32=False) -> Tensor");

@@ -48,17 +48,20 @@ struct Ops {
   }
 
   static Tensor shuffle_bottleneck_batch_norm(
-      Tensor x, Tensor conv1_weight, Tensor bn1_weight, Tensor bn1_bias, Tensor bn1_mean, Tensor bn1_var,
-      Tensor conv2_weight, Tensor bn2_weight, Tensor bn2_bias, Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight,
-      Tensor bn3_weight, Tensor bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps, double bn2_eps,
-      double bn3_eps, int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu,
+      Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, std::optional<Tensor> bn1_weight,
+      std::optional<Tensor> bn1_bias, Tensor bn1_mean, Tensor bn1_var, Tensor conv2_weight,
+      std::optional<Tensor> conv2_bias, std::optional<Tensor> bn2_weight, std::optional<Tensor> bn2_bias,
+      Tensor bn2_mean, Tensor bn2_var, Tensor conv3_weight, std::optional<Tensor> conv3_bias,
+      std::optional<Tensor> bn3_weight, std::optional<Tensor> bn3_bias, Tensor bn3_mean, Tensor bn3_var, double bn1_eps,
+      double bn2_eps, double bn3_eps, int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu,
       bool pool_count_include_pad, std::optional<int64_t> shuffle_groups, bool shortcut_first, bool shortcut_relu,
       bool allow_tf32) {
     return run(
         {x,
-         {"conv1", conv1_weight, {}, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
-         {"conv2", conv2_weight, {}, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
-         ConvolutionArguments{"conv3", conv3_weight, {}, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
+         {"conv1", conv1_weight, conv1_bias, BatchNorm{bn1_weight, bn1_bias, bn1_mean, bn1_var, bn1_eps}},
+         {"conv2", conv2_weight, conv2_bias, BatchNorm{bn2_weight, bn2_bias, bn2_mean, bn2_var, bn2_eps}},
+         ConvolutionArguments{
+             "conv3", conv3_weight, conv3_bias, BatchNorm{bn3_weight, bn3_bias, bn3_mean, bn3_var, bn3_eps}},
          conv1_groups,
          groups,
          stride,

@@ -90,8 +90,8 @@ def runs_native(
     x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]], variant: dict[str, Any] | None = None
 ) -> bool:
     """Whether a call of ``units``, one behind the other, on ``x`` runs the native kernel under the backend in use."""
-    if _backend == "reference":
-        return False
+    if _backend == "reference" or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
+        return False  # TorchScript's ONNX exporter takes PyTorch's operations alone; the other one knows ours (ops.py)
     if _native.native_error is None and x.is_cpu and x.dtype in _native.DTYPES:  # asked first, as it is most calls
         return True
     if variant and x.is_cuda:

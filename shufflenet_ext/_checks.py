@@ -2,6 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.overrides import wrap_torch_function
+
+# Hands a function's call to an argument with a __torch_function__ of its own, as PyTorch's functions do: so torch.fx
+# records it as one node.
+overridable = wrap_torch_function(lambda *args, **kwargs: (*args, *kwargs.values()))
 
 
 def check_tensor(name: str, value: object) -> None:

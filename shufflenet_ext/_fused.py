@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shufflenet_ext import ops, reference
 from shufflenet_ext._backend import allows_tf32, fall_back, runs_native
 from shufflenet_ext._match import Norm, Stage, Unit
-from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, unfusable
+from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, leaf_node, unfusable
 
 _PLAIN = (int, float, bool, str, tuple, list, type(None))
 
@@ -61,6 +61,16 @@ class _Adopted:
 
     def unchanged(self) -> bool:
         return all(snapshot.holds() for snapshot in self.snapshots)
+
+    def take_synced_norms(self) -> None:
+        """Takes a SyncBatchNorm in a batch norm's place for the one that was proved: in eval mode they are the same."""
+        of = {snapshot.module: snapshot for snapshot in self.snapshots}
+        for snapshot in self.snapshots:
+            for name, norm in snapshot.children.items():
+                synced = snapshot.module._modules.get(name)
+                if type(norm) is nn.BatchNorm2d and type(synced) is nn.SyncBatchNorm:
+                    snapshot.children[name] = synced
+                    of[norm].module, of[norm].type = synced, nn.SyncBatchNorm  # its settings must be the norm's
 
 
 def stage_names(unit: Unit) -> list[list[str | None]]:
@@ -172,14 +182,14 @@ def plain_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]], *, tra
 
 def run_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]]) -> Tensor:
     """A unit, with its norms in eval mode, by the native op; tensors as :func:`stage_tensors` has them."""
-    if all(t[1] is None and all(tensor is not None for tensor in t[2:]) for t in tensors):
-        norms = [stage.norm for stage in unit.stages]
+    norms = [stage.norm for stage in unit.stages]
+    if None not in norms:
         eps = {f"bn{i}_eps": norm.eps for i, norm in enumerate(norms, 1) if norm is not None}
-        flat = [tensor for t in tensors for tensor in (t[0], *t[2:])]
+        flat = [tensor for stage in tensors for tensor in stage]
         op = torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm
         return op(x, *flat, **eps, **unit.op_options, allow_tf32=allows_tf32(x))
     folded = [tensor for stage, t in zip(unit.stages, tensors, strict=True) for tensor in fold(stage, t)]
-    return ops.shuffle_bottleneck(x, *folded, **unit.options)  # type: ignore[arg-type]
+    return ops.shuffle_bottleneck(x, *folded, **unit.options)
 
 
 class FusedUnit(nn.Module):
@@ -208,6 +218,11 @@ class FusedUnit(nn.Module):
             return None
         return run_unit(x, unit, _read_all(self, adopted.paths, adopted.orders))
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Does what every module's does; convert_sync_batchnorm calls it for each child."""
+        super().add_module(name, module)
+        self._adopted.take_synced_norms()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -234,6 +249,8 @@ def _fused_class(base: Any) -> type[nn.Module]:
             result = self._run(args[0])
             if result is not None:
                 return result
+        elif (node := leaf_node(self, *args, **kwargs)) is not None:
+            return node
         return base.forward(self, *args, **kwargs)
 
     namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "forward": forward}
@@ -257,13 +274,19 @@ def foldable_unit(module: nn.Module) -> Unit | None:
     if type(module) is not FusedShuffleBottleneck:
         return None
     pairs = module.pairs()
-    if any(unfusable(conv, norm) is not None or norm.running_mean is None for conv, norm in pairs):
+    if any(unfusable(conv, norm) is not None for conv, norm in pairs):
         return None
     stages = tuple(
         Stage(
             f"conv{i}.weight",
             None if conv.bias is None else f"conv{i}.bias",
-            Norm(f"bn{i}.weight", f"bn{i}.bias", f"bn{i}.running_mean", f"bn{i}.running_var", norm.eps),
+            Norm(
+                None if norm.weight is None else f"bn{i}.weight",
+                None if norm.bias is None else f"bn{i}.bias",
+                f"bn{i}.running_mean",
+                f"bn{i}.running_var",
+                norm.eps,
+            ),
         )
         for i, (conv, norm) in enumerate(pairs, 1)
     )

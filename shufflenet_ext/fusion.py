@@ -132,13 +132,18 @@ def _float64_copy(module: nn.Module) -> nn.Module:
             raise NearMiss(5, f"its {type(child).__name__} has hooks")
         if isinstance(child, torch.jit.ScriptModule):
             raise NearMiss(0, "it is a ScriptModule")
+    groups = [getattr(child, "process_group", None) for child in module.modules()]  # of processes: not copied
     try:
-        copied = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
+        copied = copy.deepcopy(module, {id(group): group for group in groups if group is not None})
+        copied = copied.to(device="cpu", dtype=torch.float64).eval()
     except Exception as error:
         raise NearMiss(0, f"it cannot be copied ({error})") from error
     # Its own hooks are not part of what it computes: they go on around the fused one.
     for hooks in (copied._forward_hooks, copied._forward_pre_hooks, copied._backward_hooks, copied._backward_pre_hooks):
         hooks.clear()
+    for child in copied.modules():
+        if type(child) is nn.SyncBatchNorm:  # the same in one process; among several it refuses a CPU's tensors
+            child.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
     return copied.requires_grad_(False)
 
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from shufflenet_ext import reference
 from shufflenet_ext._backend import implementation
@@ -23,7 +25,7 @@ from shufflenet_ext._program import StepKind
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
-from shufflenet_ext.modules import has_hooks
+from shufflenet_ext.modules import has_hooks, leaf_node
 
 
 class _EvalOnly(nn.Module):
@@ -120,6 +122,8 @@ class InferenceUnits(_EvalOnly):
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy) and (node := leaf_node(self, x)) is not None:
+            return node
         check_tensor("x", x)
         return _run(x, _weights(self), self.program, self.sizes, self.variant)
 
@@ -210,6 +214,8 @@ class _Head(_EvalOnly):
             self.register_buffer(name, None if tensor is None else tensor.to(dtype or tensor.dtype).clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy) and (node := leaf_node(self, x)) is not None:
+            return node
         window = self.head.window
         if window == 0:
             y = x.mean((2, 3))
@@ -243,6 +249,8 @@ class InferenceNetwork(_EvalOnly):
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy) and (node := leaf_node(self, x)) is not None:
+            return node
         check_tensor("x", x)
         if not x.is_cuda:
             return _run(x, _weights(self), self.program, self.sizes, self.variant)
@@ -333,28 +341,44 @@ class InferenceModel(_EvalOnly):
 
 
 def _with_arguments_of(model: nn.Module, optimized: InferenceModel) -> InferenceModel:
-    """Gives an InferenceModel the signature of the model that it was made from, by which torch.export names inputs."""
+    """Gives an InferenceModel the arguments of the model that it was made from."""
     parameters = inspect.signature(model.forward).parameters.values()
     optimized.__class__ = _class_with(tuple((p.name, p.kind, p.default is p.empty, p.default) for p in parameters))
     return optimized
 
 
+class _Name(str):
+    """An argument's default value in source code, by the name that stands for it."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
 def _class_with(parameters: tuple[tuple[Any, ...], ...]) -> type[InferenceModel]:
-    def forward(self: InferenceModel, *args: Any, **kwargs: Any) -> Any:
-        return InferenceModel.forward(self, *args, **kwargs)
+    """The class whose forward has these parameters.
+
+    As in dataclasses, the function is made from source: torch.export asks for a function's signature, but torch.fx
+    looks at its code.
+    """
+    namespace: dict[str, Any] = {"_InferenceModel": InferenceModel}
+    declared, passed = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)], ["self"]
+    for number, (name, kind, required, default) in enumerate(parameters):
+        namespace[f"_default{number}"] = default
+        stands_for = inspect.Parameter.empty if required else _Name(f"_default{number}")
+        declared.append(inspect.Parameter(name, kind, default=stands_for))
+        before = {kind.VAR_POSITIONAL: "*", kind.VAR_KEYWORD: "**", kind.KEYWORD_ONLY: f"{name}="}.get(kind, "")
+        passed.append(before + name)
+    exec(
+        f"def forward{inspect.Signature(declared)}: return _InferenceModel.forward({', '.join(passed)})",
+        namespace,
+    )
 
     def reduce(self: InferenceModel, protocol: Any) -> Any:
         reduced: Any = InferenceModel.__reduce_ex__(self, protocol)
         return _new_with, (parameters,), *reduced[2:]
 
-    inputs = [
-        inspect.Parameter(name, kind, default=inspect.Parameter.empty if required else default)
-        for name, kind, required, default in parameters
-    ]
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([itself, *inputs])  # type: ignore[attr-defined]
-    namespace = {"forward": forward, "__reduce_ex__": reduce, "__doc__": InferenceModel.__doc__}
-    return type("InferenceModel", (InferenceModel,), namespace)
+    members = {"forward": namespace["forward"], "__reduce_ex__": reduce, "__doc__": InferenceModel.__doc__}
+    return type("InferenceModel", (InferenceModel,), members)
 
 
 def _new_with(parameters: tuple[tuple[Any, ...], ...]) -> InferenceModel:
@@ -362,6 +386,8 @@ def _new_with(parameters: tuple[tuple[Any, ...], ...]) -> InferenceModel:
     return created.__new__(created)
 
 
+# Where torch.fx traces an InferenceModel, the check is in its graph too.
+@torch.fx.has_side_effect
 def _check_sizes(args: Any, kwargs: Any, sizes: Sequence[tuple[int | None, ...]]) -> None:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if len(tensors) != len(sizes):
@@ -370,6 +396,9 @@ def _check_sizes(args: Any, kwargs: Any, sizes: Sequence[tuple[int | None, ...]]
         if len(size) != tensor.dim() or any(e not in (None, got) for e, got in zip(size, tensor.shape, strict=True)):
             expected = ", ".join("any" if e is None else str(e) for e in size)
             raise ValueError(f"input {number}: got shape {list(tensor.shape)}, expected [{expected}]")
+
+
+torch.fx.wrap("_check_sizes")
 
 
 def optimize_for_inference(
@@ -458,8 +487,10 @@ def _own_network(
 
 def _plain_ends(network: ShuffleNetCifar | ShuffleNetV1) -> bool:
     """Whether the network's stem and head are what the op has, and no more than their weights."""
-    conv, ends = network.conv1, (network.conv1, network.bn1, network.linear)
-    if tuple(map(type, ends)) != (nn.Conv2d, nn.BatchNorm2d, nn.Linear) or any(map(has_hooks, (network, *ends))):
+    conv, norm, linear = ends = network.conv1, network.bn1, network.linear
+    if (type(conv), type(linear)) != (nn.Conv2d, nn.Linear) or any(map(has_hooks, (network, *ends))):
+        return False
+    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_mean is None:
         return False
     size, stride, padding = conv.kernel_size, conv.stride, conv.padding
     square = len(set(size)) == len(set(stride)) == len(set(padding)) == 1 and isinstance(padding[0], int)

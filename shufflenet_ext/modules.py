@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy, Tracer
 
 from shufflenet_ext import reference
 from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, unit_variant
@@ -110,9 +111,10 @@ class ShuffleBottleneck(nn.Module):
         return unit_variant(self.groups, self.shuffle_groups, self.shortcut_first, self.shortcut_relu, self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_tensor("x", x)
-        if x.dim() != 4 or x.shape[1] != self.conv1.in_channels:
-            raise ValueError(f"x: got shape {list(x.shape)}, expected (batch, {self.conv1.in_channels}, height, width)")
+        if not isinstance(x, Proxy):
+            self._check(x)
+        elif (node := leaf_node(self, x)) is not None:
+            return node
         y = F.relu(self.bn1(self.conv1(x)))
         y = reference.shuffle_channels(y, self.shuffle_groups)
         y = self.bn2(self.conv2(y))
@@ -128,8 +130,26 @@ class ShuffleBottleneck(nn.Module):
             shortcut_relu=self.shortcut_relu,
         )
 
+    def _check(self, x: Tensor) -> None:
+        check_tensor("x", x)
+        if x.dim() != 4 or x.shape[1] != self.conv1.in_channels:
+            raise ValueError(f"x: got shape {list(x.shape)}, expected (batch, {self.conv1.in_channels}, height, width)")
+
     def extra_repr(self) -> str:
         return f"stride={self.stride}, groups={self.groups}"
+
+
+def leaf_node(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A call of the module as one node of the graph that torch.fx.symbolic_trace makes, as a torch.nn module's is.
+
+    None where that is not what is being done, or cannot be: where the module is itself what is traced, or has hooks,
+    which have been called with the stand-ins for tensors.
+    """
+    proxies = (value for value in (*args, *kwargs.values()) if isinstance(value, Proxy))
+    tracer = getattr(next(proxies, None), "tracer", None)
+    if not isinstance(tracer, Tracer) or module is tracer.root or has_hooks(module):
+        return None
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -143,12 +163,20 @@ def _pads_to_same_size(conv: nn.Conv2d) -> bool:
     return conv.padding == (half, half) and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
 
 
+def _computes_as(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether a module's forward is that of one of these classes, as a subclass's may be or not."""
+    kind = type(module)
+    return (kind in classes or kind.forward in [c.forward for c in classes]) and "forward" not in module.__dict__
+
+
 def unfusable(conv: nn.Module, norm: nn.Module) -> str | None:
-    """Why the op cannot stand for what was put in a convolution's and a norm's place; None where it can."""
-    if not isinstance(conv, nn.Conv2d) or not _pads_to_same_size(conv):
+    """Why the op cannot stand, in eval mode, for what is in a convolution's and a norm's place; None where it can."""
+    if not isinstance(conv, nn.Conv2d) or not _computes_as(conv, nn.Conv2d) or not _pads_to_same_size(conv):
         return f"a convolution was replaced: {conv}"
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.weight is None:
+    if not _computes_as(norm, nn.BatchNorm2d, nn.SyncBatchNorm):  # the same in eval mode
         return f"a batch norm was replaced: {norm}"
+    if norm.running_mean is None or norm.running_var is None:
+        return "a batch norm has no running statistics"
     if has_hooks(conv) or has_hooks(norm):
         return "a convolution or batch norm has hooks"
     return None
@@ -172,10 +200,11 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return super().forward(x)
         check_tensor("x", x)
         pairs, variant = self.pairs(), self.variant()
-        batch_statistics = any(norm.training or getattr(norm, "running_mean", norm) is None for _, norm in pairs)
-        if batch_statistics or not runs_native(x, lambda: unit_sizes(self), variant):
+        if any(norm.training for _, norm in pairs) or not runs_native(x, lambda: unit_sizes(self), variant):
             return super().forward(x)
         tensors: list[Tensor | None] = []
         for conv, norm in pairs:
@@ -183,11 +212,7 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
             if cause is not None:
                 fall_back(f"in a FusedShuffleBottleneck {cause}")
                 return super().forward(x)
-            bias: Tensor = norm.bias
-            if conv.bias is not None:  # the op has one bias a convolution, the norm's
-                assert norm.running_var is not None
-                bias = bias + conv.bias * norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-            tensors += [conv.weight, norm.weight, bias, norm.running_mean, norm.running_var]
+            tensors += [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
         return torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm(
             x,
             *tensors,

@@ -1,16 +1,19 @@
-"""The fused ops: what a user calls, and their fake kernels, autograd and autocast. csrc/library.cpp has the schemas."""
+"""The fused ops: what a user calls, and what PyTorch's machinery knows of them. csrc/library.cpp has the schemas."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from shufflenet_ext import _native, reference
-from shufflenet_ext._backend import implementation, unit_variant
-from shufflenet_ext._checks import check_int, check_tensor
+from shufflenet_ext._backend import fall_back, implementation, unit_variant
+from shufflenet_ext._checks import check_int, check_tensor, overridable
 
 
+@overridable
 def pointwise_shuffle_depthwise(
     x: Tensor,
     conv1_weight: Tensor,
@@ -64,6 +67,7 @@ def pointwise_shuffle_depthwise(
     )
 
 
+@overridable
 def shuffle_bottleneck(
     x: Tensor,
     conv1_weight: Tensor,
@@ -152,14 +156,23 @@ def _check_types(tensors: dict[str, object], optional_tensors: dict[str, object]
         check_int(name, value)
 
 
+def _plain(name: str) -> Callable[..., Tensor]:
+    """An op's reference, which takes the op's own arguments."""
+    run_reference: Callable[..., Tensor] = getattr(reference, name)
+
+    def plain(x: Tensor, *args: Any, allow_tf32: bool = False, **kwargs: Any) -> Tensor:
+        return run_reference(x, *args, **kwargs)  # whose convolutions read torch's setting of TF32 themselves
+
+    return plain
+
+
 def _register_autograd(name: str) -> None:
     """Gives an op the backward pass of the reference of its name. All its positional arguments must be tensors."""
-    run_reference: Callable[..., Tensor] = getattr(reference, name)
+    plain = _plain(name)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        # The backward pass runs the reference, whose convolutions read torch's setting themselves.
-        ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "allow_tf32"}
+        ctx.options = keyword_only_inputs
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Only the inputs were kept, so the reference computes the intermediate tensors again.
@@ -168,7 +181,7 @@ def _register_autograd(name: str) -> None:
 
         def run(*values: Tensor) -> Tensor:
             replaced = dict(zip(wanted, values, strict=True))
-            return run_reference(*(replaced.get(i, given) for i, given in enumerate(inputs)), **ctx.options)
+            return plain(*(replaced.get(i, given) for i, given in enumerate(inputs)), **ctx.options)
 
         vjp = torch.func.vjp(run, *(inputs[i] for i in wanted))[1]
         grads = dict(zip(wanted, vjp(grad), strict=True))
@@ -177,32 +190,75 @@ def _register_autograd(name: str) -> None:
     torch.library.register_autograd(f"shufflenet_ext::{name}", backward, setup_context=setup_context)
 
 
-def _register_fake(name: str) -> None:
-    run_reference: Callable[..., Tensor] = getattr(reference, name)
+def _register_transforms(name: str) -> None:
+    """Makes torch.func's transforms (grad, vmap, jvp and those made of them) see an op as its reference.
 
-    def fake(x: Tensor, *args: Any, allow_tf32: bool = False, **kwargs: Any) -> Tensor:
-        shape = run_reference(x, *args, **kwargs).shape
-        channels_last = len(shape) == 4 and _native.is_channels_last(x)
-        return x.new_empty(shape).to(memory_format=torch.channels_last) if channels_last else x.new_empty(shape)
+    They differentiate and batch PyTorch's own operations, and there can be several around a call.
+    """
+    plain = _plain(name)
+
+    def transformed(*args: Any, **kwargs: Any) -> Tensor:
+        fall_back("torch.func transforms the call, and there is no native kernel of a transformed one")
+        return plain(*args, **kwargs)
+
+    _library.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")  # where a call meets the outermost transform
+
+
+def _memory_format(x: Tensor, dims: int) -> torch.memory_format:
+    """The format that the kernels write a result of so many dimensions in."""
+    return torch.channels_last if dims == 4 and _native.is_channels_last(x) else torch.contiguous_format
+
+
+def _register_fake(name: str) -> None:
+    plain = _plain(name)
+
+    def fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shape = plain(x, *args, **kwargs).shape
+        return x.new_empty(shape).to(memory_format=_memory_format(x, len(shape)))
 
     torch.library.register_fake(f"shufflenet_ext::{name}", fake)
 
 
-def _register_autocast(name: str, *, casts_vectors: bool) -> None:
-    op = getattr(torch.ops.shufflenet_ext, name)
+def _register_decomposition(name: str) -> None:
+    """Tells exporters that know PyTorch's operations alone, such as torch.onnx.export, what an op is made of."""
+    plain = _plain(name)
 
-    def autocast(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def decomposed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = plain(x, *args, **kwargs)
+        return y.contiguous(memory_format=_memory_format(x, y.dim()))  # fake tensors of symbolic sizes come here too
+
+    register_decomposition(getattr(torch.ops.shufflenet_ext, name))(decomposed)
+
+
+def _register_flop_formula(name: str) -> None:
+    """Makes torch.utils.flop_counter count for an op what it counts for the reference."""
+    plain = _plain(name)
+
+    def flop(*args: Any, out_val: Tensor, **kwargs: Any) -> int:
+        shapes = [arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args]
+        with FlopCounterMode(display=False) as counter:
+            plain(*shapes, **kwargs)
+        return counter.get_total_flops()
+
+    register_flop_formula(getattr(torch.ops.shufflenet_ext, name), get_raw=True)(flop)
+
+
+def _register_autocast(name: str) -> None:
+    op = getattr(torch.ops.shufflenet_ext, name)
+    # Batch norm keeps its own dtype under autocast, as in PyTorch.
+    is_norms = [argument.name.startswith("bn") for argument in op.default._schema.arguments]
+
+    def autocast(*args: Any, **kwargs: Any) -> Tensor:
         # The same as for torch's convolutions: float32 and 16-bit tensors are cast to the dtype in force, float64 not.
-        device = x.device.type
+        device = args[0].device.type
         dtype = torch.get_autocast_dtype(device)
 
-        def cast(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.dtype == torch.float64:
-                return value
-            return value.to(dtype) if casts_vectors or value.dim() > 1 else value
+        def cast(value: Any, keeps_dtype: bool) -> Any:
+            is_cast = isinstance(value, Tensor) and value.dtype != torch.float64 and not keeps_dtype
+            return value.to(dtype) if is_cast else value
 
         with torch.autocast(device, enabled=False):
-            return op(cast(x), *map(cast, args), **kwargs)
+            return op(*map(cast, args, is_norms), **kwargs)
 
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(name, autocast, key)
@@ -211,9 +267,15 @@ def _register_autocast(name: str, *, casts_vectors: bool) -> None:
 if _native.native_error is None:
     _library = torch.library.Library("shufflenet_ext", "FRAGMENT")
     for _name in ("pointwise_shuffle_depthwise", "shuffle_bottleneck", "shuffle_bottleneck_batch_norm"):
+        _register_autograd(_name)  # shuffle_network is for inference, and has no backward pass
+    for _name in (
+        "pointwise_shuffle_depthwise",
+        "shuffle_bottleneck",
+        "shuffle_bottleneck_batch_norm",
+        "shuffle_network",
+    ):
+        _register_autocast(_name)
         _register_fake(_name)
-        _register_autograd(_name)
-        # Batch norm keeps its own dtype under autocast, as in PyTorch.
-        _register_autocast(_name, casts_vectors=_name != "shuffle_bottleneck_batch_norm")
-    _register_fake("shuffle_network")  # This op is for inference, and has no backward pass.
-    _register_autocast("shuffle_network", casts_vectors=True)
+        _register_transforms(_name)
+        _register_decomposition(_name)
+        _register_flop_formula(_name)

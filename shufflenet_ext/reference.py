@@ -10,17 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shufflenet_ext._checks import (
-    check_divides,
-    check_image,
-    check_int,
-    check_tensor,
-    check_unit,
-)
+from shufflenet_ext._checks import check_divides, check_image, check_int, check_tensor, check_unit, overridable
 from shufflenet_ext._native import is_channels_last
 from shufflenet_ext._program import StepKind, check_step, split_program
 
 
+@overridable
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
     """Channel shuffle (section 3.1): channel c of the result is ``(c % groups) * (C // groups) + c // groups`` of x.
 
@@ -151,8 +146,8 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
         raise ValueError(f"weights: got shape {list(weights.shape)}, expected one contiguous dimension")
     packed = _Packed(weights)
     for kind, step in split_program(program):
-        channels, height, width = x.shape[1:]
-        check_step(kind, step, channels, height, width)
+        channels = int(x.shape[1])  # a number in a traced graph too, as the weights are for so many
+        check_step(kind, step, channels, *x.shape[2:])
         if kind is StepKind.STEM:
             out_channels, size, stride, padding, max_pool = step
             x = F.conv2d(x, *packed.take(out_channels, channels, size, size), stride=stride, padding=padding)
@@ -230,18 +225,21 @@ def add_shortcut(
 def shuffle_bottleneck_batch_norm(
     x: Tensor,
     conv1_weight: Tensor,
-    bn1_weight: Tensor,
-    bn1_bias: Tensor,
+    conv1_bias: Tensor | None,
+    bn1_weight: Tensor | None,
+    bn1_bias: Tensor | None,
     bn1_mean: Tensor,
     bn1_var: Tensor,
     conv2_weight: Tensor,
-    bn2_weight: Tensor,
-    bn2_bias: Tensor,
+    conv2_bias: Tensor | None,
+    bn2_weight: Tensor | None,
+    bn2_bias: Tensor | None,
     bn2_mean: Tensor,
     bn2_var: Tensor,
     conv3_weight: Tensor,
-    bn3_weight: Tensor,
-    bn3_bias: Tensor,
+    conv3_bias: Tensor | None,
+    bn3_weight: Tensor | None,
+    bn3_bias: Tensor | None,
     bn3_mean: Tensor,
     bn3_var: Tensor,
     *,
@@ -263,23 +261,24 @@ def shuffle_bottleneck_batch_norm(
     check_unit(
         x,
         conv1_weight,
-        None,
+        conv1_bias,
         conv2_weight,
-        None,
+        conv2_bias,
         conv1_groups=conv1_groups,
         shuffle_groups=shuffle_groups,
         stride=stride,
         groups=groups,
         conv3_weight=conv3_weight,
+        conv3_bias=conv3_bias,
     )
-    y = F.conv2d(x, conv1_weight, groups=conv1_groups)
+    y = F.conv2d(x, conv1_weight, conv1_bias, groups=conv1_groups)
     y = F.relu(F.batch_norm(y, bn1_mean, bn1_var, bn1_weight, bn1_bias, eps=bn1_eps))
     y = shuffle_channels(y, shuffle_groups)
-    y = F.conv2d(y, conv2_weight, stride=stride, padding=1, groups=conv2_weight.shape[0])
+    y = F.conv2d(y, conv2_weight, conv2_bias, stride=stride, padding=1, groups=conv2_weight.shape[0])
     y = F.batch_norm(y, bn2_mean, bn2_var, bn2_weight, bn2_bias, eps=bn2_eps)
     if conv2_relu:
         y = F.relu(y)
-    y = F.conv2d(y, conv3_weight, groups=groups)
+    y = F.conv2d(y, conv3_weight, conv3_bias, groups=groups)
     y = F.batch_norm(y, bn3_mean, bn3_var, bn3_weight, bn3_bias, eps=bn3_eps)
     return add_shortcut(
         y,

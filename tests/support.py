@@ -82,6 +82,13 @@ class Unit:
     shortcut_first: bool = False
     shortcut_relu: bool = True
     bias: bool = True
+    affine: bool = True  # whether batch norms have weights and biases
+
+    @property
+    def names(self) -> list[str]:
+        """The op's positional arguments."""
+        schema = getattr(torch.ops.shufflenet_ext, self.op).default._schema
+        return [argument.name for argument in schema.arguments if not argument.kwarg_only]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -107,10 +114,12 @@ class Unit:
             return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
         def vectors(channels: int) -> list[Any]:
-            if self.op == "shuffle_bottleneck_batch_norm":
-                weight, var = (1 + normal(channels).abs() for _ in range(2))
-                return [weight, normal(channels), normal(channels), var]
-            return [normal(channels) if self.bias else None]
+            bias = [normal(channels) if self.bias else None]
+            if self.op != "shuffle_bottleneck_batch_norm":
+                return bias
+            weight, var = (1 + normal(channels).abs() for _ in range(2))
+            affine = [weight, normal(channels)] if self.affine else [None, None]
+            return [*bias, *affine, normal(channels), var]
 
         out_channels = self.out_channels or self.in_channels
         depth1, depth3 = self.in_channels // self.options["conv1_groups"], self.mid_channels // self.groups
@@ -273,11 +282,13 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Gives a model weights and statistics of no special values, as training would; fresh batch norms hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
             for tensor in (module.weight, module.running_var):
-                tensor.data.uniform_(0.5, 1.5, generator=generator)
+                if tensor is not None:
+                    tensor.data.uniform_(0.5, 1.5, generator=generator)
             for tensor in (module.bias, module.running_mean):
-                tensor.data.normal_(generator=generator)
+                if tensor is not None:
+                    tensor.data.normal_(generator=generator)
         elif isinstance(module, nn.Conv2d):
             module.weight.data.normal_(std=module.weight[0].numel() ** -0.5, generator=generator)
     return model

@@ -19,9 +19,8 @@ def nothing_compiled():
 def with_gradients(unit, *args, **kwargs):
     """The unit's tensors, all that get a gradient asking for it. Statistics get none from batch norm."""
     tensors = unit.tensors(*args, **kwargs)
-    for i, tensor in enumerate(tensors):
-        is_statistics = unit.op == "shuffle_bottleneck_batch_norm" and i % 5 in (4, 0) and i > 0
-        if tensor is not None and not is_statistics:
+    for name, tensor in zip(unit.names, tensors, strict=True):
+        if tensor is not None and not name.endswith(("_mean", "_var")):
             tensor.requires_grad_()
     return tensors
 
@@ -174,7 +173,7 @@ def test_autocast_casts_as_for_convolutions(op, dtype, layout):
         with assert_ran(op):
             got = unit.native(tensors)
         assert got.dtype == torch.nn.functional.conv2d(tensors[0], tensors[1], groups=3).dtype == dtype
-    cast = [tensor.to(dtype) if tensor.dim() == 4 or op != OPS[2] else tensor for tensor in tensors]
+    cast = [t if name.startswith("bn") else t.to(dtype) for name, t in zip(unit.names, tensors, strict=True)]
     assert torch.equal(got, unit.native(cast))
     assert_as_accurate(got, unit.reference(cast), unit.exact(cast))
 

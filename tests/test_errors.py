@@ -8,16 +8,7 @@ from support import OPS, Unit
 
 import shufflenet_ext as se
 
-TENSORS = {
-    "pointwise_shuffle_depthwise": ["x", "conv1_weight", "conv1_bias", "conv2_weight", "conv2_bias"],
-    "shuffle_bottleneck_batch_norm": ["x"]
-    + [
-        name
-        for i in (1, 2, 3)
-        for name in (f"conv{i}_weight", f"bn{i}_weight", f"bn{i}_bias", f"bn{i}_mean", f"bn{i}_var")
-    ],
-}
-TENSORS["shuffle_bottleneck"] = [*TENSORS["pointwise_shuffle_depthwise"], "conv3_weight", "conv3_bias"]
+TENSORS = {op: Unit(op).names for op in OPS}
 
 # Ways to call an op: the public function, the reference, the native op, and the native op's fake kernel.
 PUBLIC, REFERENCE, NATIVE, FAKE = "ops", "reference", "torch.ops", "fake"

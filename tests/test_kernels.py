@@ -170,9 +170,15 @@ def test_units_of_the_networks(groups, channels, size, dtype, stride):
 def test_batch_norm_of_float32_beside_16_bit_weights(isa, stride, layout):
     unit = Unit("shuffle_bottleneck_batch_norm", stride=stride)
     for dtype in (torch.bfloat16, torch.float16):
-        x, *tensors = unit.tensors(dtype, layout)
-        mixed = [x, *(tensor.float() if tensor.dim() == 1 else tensor for tensor in tensors)]
-        unit.check(mixed)
+        tensors = unit.tensors(dtype, layout)
+        unit.check([t.float() if name.startswith("bn") else t for name, t in zip(unit.names, tensors, strict=True)])
+
+
+@each_dtype
+@pytest.mark.parametrize(("bias", "affine"), [(True, False), (False, True), (False, False)])
+def test_batch_norm_without_weights_and_biases(dtype, bias, affine):
+    unit = Unit("shuffle_bottleneck_batch_norm", bias=bias, affine=affine)
+    unit.check(unit.tensors(dtype))
 
 
 @each_op
