@@ -110,7 +110,7 @@ struct BatchNorm {
 
 // One convolution's arguments: a bias or a batch norm (or neither).
 struct ConvolutionArguments {
-  const char* name;
+  std::string name;
   Tensor weight;
   std::optional<Tensor> bias;
   std::optional<BatchNorm> norm;
@@ -128,7 +128,7 @@ struct UnitArguments {
 };
 
 inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x, const std::vector<int64_t>& shape) {
-  const std::string name = conv.name;
+  const std::string& name = conv.name;
   check_shape((name + "_weight").c_str(), conv.weight, shape);
   check_like_x((name + "_weight").c_str(), conv.weight, x);
   const std::vector<int64_t> channels = {shape[0]};

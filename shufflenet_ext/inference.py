@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shufflenet_ext import reference
@@ -16,9 +15,9 @@ from shufflenet_ext._backend import implementation
 from shufflenet_ext._capture import capture
 from shufflenet_ext._checks import check_tensor
 from shufflenet_ext._fused import foldable_unit, folded, tensor_of
-from shufflenet_ext._match import Stage, Unit
+from shufflenet_ext._match import Unit
 from shufflenet_ext._native import UnitSizes
-from shufflenet_ext._network import Chain, Head, Stem
+from shufflenet_ext._network import Chain
 from shufflenet_ext._program import StepKind
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
@@ -70,9 +69,18 @@ class _Steps:
         self.again = False  # whether the program ends with how many times more it has them
 
     def add_stem(
-        self, weight: Tensor, bias: Tensor, *, out_channels: int, size: int, stride: int, padding: int, max_pool: bool
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        out_channels: int,
+        size: int,
+        stride: int,
+        padding: int,
+        max_pool: bool,
+        relu: bool,
     ) -> None:
-        self.program += [StepKind.STEM.value, out_channels, size, stride, padding, max_pool]
+        self.program += [StepKind.STEM.value, out_channels, size, stride, padding, max_pool, relu]
         self.tensors += [weight, bias]
 
     def add_unit(self, module: nn.Module, unit: Unit) -> None:
@@ -128,102 +136,32 @@ class InferenceUnits(_EvalOnly):
         return explain_steps(self, x, [f"unit {i}" for i in range(1, len(self.sizes) + 1)])
 
 
-class InferenceChain(_EvalOnly):
-    """Units of a captured model, with or without its stem and head. Made by :func:`optimize_for_inference`.
-
-    A stem or a head that a program cannot say, or one without the other, is PyTorch's, with its norm folded.
-    """
-
-    def __init__(self, model: nn.Module, chain: Chain, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        parts: list[nn.Module] = []
-        if chain.stem is not None:
-            parts.append(_Stem(model, chain.stem, dtype))
-        parts.append(InferenceUnits([(model, found.unit) for found in chain.units], dtype))
-        if chain.head is not None:
-            parts.append(_Head(model, chain.head, dtype))
-        self.parts = nn.Sequential(*parts)
-        super().train(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.parts(x)
-
-
 def _captured(model: nn.Module, chain: Chain, dtype: torch.dtype | None) -> nn.Module:
-    """What takes the place of a chain of a captured model: one op, where a program can say all of it."""
+    """What takes the place of a chain of a captured model: one op."""
     stem, head = chain.stem, chain.head
-    if stem is None or head is None or not stem.relu:
-        return InferenceChain(model, chain, dtype)
     parts = [_Steps(dtype) for _ in range(3)]
-    parts[0].add_stem(
-        *folded(model, stem.stage, dtype),
-        out_channels=stem.out_channels,
-        size=stem.size,
-        stride=stem.stride,
-        padding=stem.padding,
-        max_pool=stem.max_pool,
-    )
+    if stem is not None:
+        parts[0].add_stem(
+            *folded(model, stem.stage, dtype),
+            out_channels=stem.out_channels,
+            size=stem.size,
+            stride=stem.stride,
+            padding=stem.padding,
+            max_pool=stem.max_pool,
+            relu=stem.relu,
+        )
     for found in chain.units:
         parts[1].add_unit(model, found.unit)
-    # Where a window must be the whole plane, the captured graph holds for planes of its size alone.
-    weight, bias = (None if name is None else tensor_of(model, name) for name in (head.weight, head.bias))
-    assert weight is not None
-    parts[2].add_head(weight, bias, pool_window=0 if head.whole and head.exact else head.window)
+    if head is not None:
+        weight, bias = (None if name is None else tensor_of(model, name) for name in (head.weight, head.bias))
+        assert weight is not None
+        # Where a window must be the whole plane, the captured graph holds for planes of its size alone.
+        parts[2].add_head(weight, bias, pool_window=0 if head.whole and head.exact else head.window)
     return InferenceNetwork(parts, [f"unit {i}" for i in range(1, len(chain.units) + 1)])
 
 
-class _Folded(_EvalOnly):
-    """Convolutions with their norms folded in."""
-
-    def __init__(self, model: nn.Module, stages: Iterable[Stage], dtype: torch.dtype | None) -> None:
-        super().__init__()
-        for number, stage in enumerate(stages, 1):
-            weight, bias = folded(model, stage, dtype)
-            self.register_buffer(f"weight{number}", weight)
-            self.register_buffer(f"bias{number}", bias)
-
-
-class _Stem(_Folded):
-    weight1: Tensor
-    bias1: Tensor
-
-    def __init__(self, model: nn.Module, stem: Stem, dtype: torch.dtype | None) -> None:
-        super().__init__(model, [stem.stage], dtype)
-        self.stem = stem
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.to(self.weight1.dtype)
-        y = F.conv2d(y, self.weight1, self.bias1, stride=self.stem.stride, padding=self.stem.padding)
-        y = F.relu(y) if self.stem.relu else y
-        return (F.max_pool2d(y, 3, stride=2, padding=1) if self.stem.max_pool else y).to(x.dtype)
-
-
-class _Head(_EvalOnly):
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, model: nn.Module, head: Head, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.head = head
-        for name, path in (("weight", head.weight), ("bias", head.bias)):
-            tensor = None if path is None else tensor_of(model, path).detach()
-            self.register_buffer(name, None if tensor is None else tensor.to(dtype or tensor.dtype).clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        window = self.head.window
-        if window == 0:
-            y = x.mean((2, 3))
-        else:
-            y = F.avg_pool2d(x, window, stride=1 if self.head.exact else window)
-            if y.shape[2:] != (1, 1):
-                raise ValueError(
-                    f"x: got {list(x.shape[2:])} pixels ahead of the head, expected one window of {window}"
-                )
-        return F.linear(y.flatten(1).to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
-
-
 class InferenceNetwork(_EvalOnly):
-    """A whole network for inference: one op on packed weights. Made by :func:`optimize_for_inference`.
+    """A network, or a part of one, for inference: one op on packed weights. Made by :func:`optimize_for_inference`.
 
     On a GPU the units are one op; the stem and the head are PyTorch's.
     """
@@ -231,14 +169,14 @@ class InferenceNetwork(_EvalOnly):
     weights: Tensor
 
     def __init__(self, parts: Sequence[_Steps], unit_names: Sequence[str]) -> None:
-        """``parts`` are the steps of the stem, the units and the head."""
+        """``parts`` are the steps of the stem, the units and the head; the first and the last may be empty."""
         super().__init__()
-        self.step_names = ["stem", *unit_names, "means", "linear"]
-        packed = [part.packed() for part in parts]
-        self.register_buffer("weights", torch.cat(packed))
-        self.programs = [part.program for part in parts]
+        stem, _, head = self.programs = [part.program for part in parts]
+        self.step_names = [*(["stem"] if stem else []), *unit_names, *(["means", "linear"] if head else [])]
+        packed = [part.packed() if part.tensors else None for part in parts]
+        self.register_buffer("weights", torch.cat([weights for weights in packed if weights is not None]))
         self.program = [number for part in parts for number in part.program]
-        self.lengths = [len(weights) for weights in packed]
+        self.lengths = [0 if weights is None else len(weights) for weights in packed]
         self.sizes, self.variant = parts[1].sizes, parts[1].variant
         super().train(False)
 
@@ -247,9 +185,13 @@ class InferenceNetwork(_EvalOnly):
         if not x.is_cuda:
             return _run(x, _weights(self), self.program, self.sizes, self.variant)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
-        dtype = x.dtype
-        x = reference.shuffle_network(_for_cuda(x, self.weights), *stem)
-        return reference.shuffle_network(_run(x, *units, self.sizes, self.variant), *head).to(dtype)
+        y = _for_cuda(x, self.weights)
+        if stem[1]:
+            y = reference.shuffle_network(y, *stem)
+        y = _run(y, *units, self.sizes, self.variant)
+        if head[1]:
+            y = reference.shuffle_network(y, *head)
+        return y.to(x.dtype)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each step runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -447,6 +389,7 @@ def _own_network(
         stride=conv.stride[0],
         padding=conv.padding[0],
         max_pool=not for_cifar,
+        relu=True,
     )
     for unit in itertools.chain.from_iterable(stages):
         units.add_unit(*unit)

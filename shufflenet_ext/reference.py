@@ -128,7 +128,7 @@ def shuffle_bottleneck(
 
 
 def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
-    """Runs units one behind the other, with or without a network's stem and head (Table 1), for inference.
+    """Runs a network (Table 1) or a part of one, its steps one behind the other, for inference.
 
     Args:
         x: (N, C, H, W).
@@ -154,11 +154,12 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
         channels, height, width = x.shape[1:]
         check_step(kind, step, channels, height, width)
         if kind is StepKind.STEM:
-            out_channels, size, stride, padding, max_pool = step
+            out_channels, size, stride, padding, max_pool, relu = step
             x = F.conv2d(x, *packed.take(out_channels, channels, size, size), stride=stride, padding=padding)
             if max_pool:
                 x = F.max_pool2d(x, 3, stride=2, padding=1)  # the same as behind the ReLU, which then has less to do
-            x = F.relu(x)
+            if relu:
+                x = F.relu(x)
         elif kind in (StepKind.UNIT, StepKind.GENERAL_UNIT):
             mid, out, conv1_groups, groups, stride, conv2_relu, include_pad = step[:7]
             shuffle_groups, shortcut_first, shortcut_relu = step[7:] or (groups, False, True)
@@ -182,6 +183,31 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
             x = F.linear(x.flatten(1), *packed.take(classes, channels))
     packed.check_all_taken()
     return x.to(dtype)
+
+
+def shuffle_network_batch_norm(x: Tensor, tensors: list[Tensor], eps: list[float], program: list[int]) -> Tensor:
+    """:func:`shuffle_network` from a model's own tensors, with its batch norms in inference mode.
+
+    Args:
+        x: (N, C, H, W).
+        tensors: of each convolution, in the steps' order: its weight, then the weight, bias, mean and variance of its
+            batch norm; of the linear layer, its weight and bias.
+        eps: of each batch norm.
+        program: what the steps are; see ``shufflenet_ext._program``.
+
+    Raises ValueError for arguments that are not as above.
+    """
+    check_tensor("x", x)
+    normed = 5 * len(eps)
+    if len(tensors) not in (normed, normed + 2):
+        expected = f"5 for each of the {len(eps)} eps, and 2 for a linear layer behind them"
+        raise ValueError(f"tensors: got {len(tensors)}, expected {expected}")
+    folded: list[Tensor] = []
+    for i, each_eps in enumerate(eps):
+        weight, gamma, beta, mean, var = tensors[5 * i : 5 * i + 5]
+        scale = gamma * torch.rsqrt(var + each_eps)
+        folded += [weight * scale.to(x.dtype).view(-1, 1, 1, 1), (beta - mean * scale).to(x.dtype)]
+    return shuffle_network(x, pack_weights(folded + tensors[normed:]), program)
 
 
 # Packed arrays are padded to a multiple of so many elements, as in csrc/program.h.
