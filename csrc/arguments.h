@@ -102,13 +102,14 @@ inline void check_divides(const char* name, int64_t divisor, const char* of, int
   }
 }
 
-// Inference-mode batch norm behind a convolution; see nn.BatchNorm2d.
+// Inference-mode batch norm behind a convolution, with or without a weight and a bias; see nn.BatchNorm2d.
 struct BatchNorm {
-  Tensor weight, bias, running_mean, running_var;
+  std::optional<Tensor> weight, bias;
+  Tensor running_mean, running_var;
   double eps;
 };
 
-// One convolution's arguments: a bias or a batch norm (or neither).
+// One convolution's arguments, with or without a bias and a batch norm.
 struct ConvolutionArguments {
   std::string name;
   Tensor weight;
@@ -139,13 +140,14 @@ inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x,
   if (conv.norm) {
     const std::string norm = "bn" + name.substr(4);
     const std::array<std::pair<const char*, const Tensor*>, 4> tensors = {
-        {{"_weight", &conv.norm->weight},
-         {"_bias", &conv.norm->bias},
+        {{"_weight", conv.norm->weight ? &*conv.norm->weight : nullptr},
+         {"_bias", conv.norm->bias ? &*conv.norm->bias : nullptr},
          {"_mean", &conv.norm->running_mean},
          {"_var", &conv.norm->running_var}}};
     // As in PyTorch, norms of 16-bit tensors may be of float32.
     const std::optional other = x.element_size() == 2 ? std::optional(ScalarType::Float) : std::nullopt;
     for (const auto& [suffix, tensor] : tensors) {
+      if (!tensor) continue;
       check_shape((norm + suffix).c_str(), *tensor, channels);
       check_like_x((norm + suffix).c_str(), *tensor, x, other);
     }

@@ -219,38 +219,35 @@ class ProgramReader {
 
 // The arguments of shuffle_network_batch_norm's convolutions, the last of which may be a linear layer, and how many
 // elements they would have if they were packed.
-inline std::pair<std::vector<ConvolutionArguments>, int64_t> network_arguments(const std::vector<Tensor>& tensors,
-                                                                               const std::vector<double>& eps) {
-  const size_t normed = 5 * eps.size();
-  if (tensors.size() != normed && tensors.size() != normed + 2) {
-    fail("tensors: got ", tensors.size(), ", expected 5 for each of the ", eps.size(),
+inline std::pair<std::vector<ConvolutionArguments>, int64_t> network_arguments(
+    const std::vector<std::optional<Tensor>>& tensors, const std::vector<double>& eps) {
+  constexpr size_t kOfConvolution = 6, kOfLinear = 2;
+  const size_t of_all = kOfConvolution * eps.size();
+  if (tensors.size() != of_all && tensors.size() != of_all + kOfLinear) {
+    fail("tensors: got ", tensors.size(), ", expected 6 for each of the ", eps.size(),
          " eps, and 2 for a linear layer behind them");
   }
   std::vector<ConvolutionArguments> arguments;
   arguments.reserve(eps.size() + 1);
   int64_t elements = 0;
-  const auto padded = [](const Tensor& tensor) {
-    return ceil_div(tensor.numel(), kPackedAlignment) * kPackedAlignment;
-  };
-  const auto add = [&](const Tensor* t, const Tensor& bias, std::optional<BatchNorm> norm) {
-    const std::string name = "conv" + std::to_string(arguments.size() + 1);
-    arguments.push_back({name, t[0], norm ? std::nullopt : std::optional(bias), std::move(norm)});
-    elements += padded(t[0]) + padded(bias);
-  };
-  for (size_t i = 0; i < eps.size(); ++i) {
-    const Tensor* const t = &tensors[5 * i];
-    add(t, t[2], BatchNorm{t[1], t[2], t[3], t[4], eps[i]});
+  const auto add_padded = [&](int64_t n) { elements += ceil_div(n, kPackedAlignment) * kPackedAlignment; };
+  for (size_t i = 0; i < tensors.size(); i += kOfConvolution) {
+    const auto* const t = &tensors[i];
+    if (!t[0]) fail("tensors: got None for a weight, at ", i);
+    ConvolutionArguments& conv =
+        arguments.emplace_back(ConvolutionArguments{"conv" + std::to_string(arguments.size() + 1), *t[0], t[1], {}});
+    if (i < of_all && t[4] && t[5]) conv.norm = BatchNorm{t[2], t[3], *t[4], *t[5], eps[i / kOfConvolution]};
+    add_padded(conv.weight.numel());
+    add_padded(conv.weight.size(0));
   }
-  if (tensors.size() > normed) add(&tensors[normed], tensors[normed + 1], {});
   return {std::move(arguments), elements};
 }
 
 // Refuses arguments that are not those of a program's convolutions.
 inline void check_network(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Tensor& x) {
   const size_t count = program.stem.has_value() + 3 * program.units.size() + program.head.has_value();
-  if (arguments.size() != count || (!arguments.back().norm) != program.head.has_value()) {
-    fail("tensors: got those of ", arguments.size(), " convolutions and linear layers, expected ", count,
-         program.head ? ", the last of them a linear layer" : ", each with its norm");
+  if (arguments.size() != count) {
+    fail("tensors: got those of ", arguments.size(), " convolutions and linear layers, expected ", count);
   }
   const ConvolutionArguments* next = arguments.data();
   if (program.stem) {

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from shufflenet_ext._graph import Graph, Operation, Parameter, Wire
 from shufflenet_ext._match import Found, NearMiss, Stage, named, pair, square, unit_at
+from shufflenet_ext._program import StepKind
 
 _MOST_STEM_SIZE = 11  # of a kernel; csrc/network.h
 
@@ -20,6 +21,17 @@ class Stem:
     max_pool: bool
     relu: bool
 
+    @property
+    def stages(self) -> tuple[Stage]:
+        """Its one stage."""
+        return (self.stage,)
+
+    @property
+    def step(self) -> list[int]:
+        """Its step in a program."""
+        numbers = self.out_channels, self.size, self.stride, self.padding, int(self.max_pool), int(self.relu)
+        return [StepKind.STEM.value, *numbers]
+
 
 @dataclass(frozen=True)
 class Head:
@@ -31,6 +43,12 @@ class Head:
     window: int  # 0: the mean of all pixels; else of the upper left window x window
     exact: bool  # whether the plane must be as large as the window
     whole: bool  # whether the window was the whole plane when the graph was traced
+
+    @property
+    def step(self) -> list[int]:
+        """Its step in a program."""
+        # Where a window must be the whole plane, the captured graph holds for planes of its size alone.
+        return [StepKind.HEAD.value, self.classes, 0 if self.whole and self.exact else self.window]
 
 
 @dataclass

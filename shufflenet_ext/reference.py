@@ -185,29 +185,35 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
     return x.to(dtype)
 
 
-def shuffle_network_batch_norm(x: Tensor, tensors: list[Tensor], eps: list[float], program: list[int]) -> Tensor:
+def shuffle_network_batch_norm(x: Tensor, tensors: list[Tensor | None], eps: list[float], program: list[int]) -> Tensor:
     """:func:`shuffle_network` from a model's own tensors, with its batch norms in inference mode.
 
     Args:
         x: (N, C, H, W).
-        tensors: of each convolution, in the steps' order: its weight, then the weight, bias, mean and variance of its
-            batch norm; of the linear layer, its weight and bias.
-        eps: of each batch norm.
+        tensors: of each convolution, in the steps' order: weight and bias, then weight, bias, mean and variance of its
+            batch norm, None for what it has not; of the linear layer, weight and bias.
+        eps: of each convolution's batch norm.
         program: what the steps are; see ``shufflenet_ext._program``.
 
     Raises ValueError for arguments that are not as above.
     """
     check_tensor("x", x)
-    normed = 5 * len(eps)
-    if len(tensors) not in (normed, normed + 2):
-        expected = f"5 for each of the {len(eps)} eps, and 2 for a linear layer behind them"
+    if len(tensors) - 6 * len(eps) not in (0, 2):
+        expected = f"6 for each of the {len(eps)} eps, and 2 for a linear layer behind them"
         raise ValueError(f"tensors: got {len(tensors)}, expected {expected}")
     folded: list[Tensor] = []
-    for i, each_eps in enumerate(eps):
-        weight, gamma, beta, mean, var = tensors[5 * i : 5 * i + 5]
-        scale = gamma * torch.rsqrt(var + each_eps)
-        folded += [weight * scale.to(x.dtype).view(-1, 1, 1, 1), (beta - mean * scale).to(x.dtype)]
-    return shuffle_network(x, pack_weights(folded + tensors[normed:]), program)
+    for i in range(0, len(tensors), 6):
+        weight, bias, gamma, beta, mean, var = [*tensors[i : i + 6], None, None, None, None][:6]
+        check_tensor("tensors", weight)
+        assert weight is not None
+        shift = weight.new_zeros(len(weight)) if bias is None else bias
+        if mean is not None and var is not None:
+            scale = torch.rsqrt(var + eps[i // 6])
+            scale = scale if gamma is None else gamma * scale
+            shift = (shift - mean) * scale if beta is None else beta + (shift - mean) * scale
+            weight = weight * scale.to(weight.dtype).view(-1, 1, 1, 1)
+        folded += [weight, shift.to(weight.dtype)]
+    return shuffle_network(x, pack_weights(folded), program)
 
 
 # Packed arrays are padded to a multiple of so many elements, as in csrc/program.h.

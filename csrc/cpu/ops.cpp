@@ -58,8 +58,8 @@ void run_tensors_as(const Program& program, const std::vector<ConvolutionArgumen
   run_program(program, convolutions.data(), call);
 }
 
-Tensor run_tensors(Tensor x, std::vector<Tensor> tensors, std::vector<double> eps, std::vector<int64_t> integers,
-                   bool) {
+Tensor run_tensors(Tensor x, std::vector<std::optional<Tensor>> tensors, std::vector<double> eps,
+                   std::vector<int64_t> integers, bool) {
   const auto [arguments, elements] = network_arguments(tensors, eps);
   const Program program = ProgramReader(check_x(x), layout_of(x), elements, integers).read();
   check_network(program, arguments, x);

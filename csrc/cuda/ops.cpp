@@ -22,8 +22,8 @@ class ConvolutionData {
     pointers.weight = keep(conv.weight).data;
     if (conv.bias) pointers.bias = keep(*conv.bias);
     if (!conv.norm) return;
-    pointers.norm_weight = keep(conv.norm->weight);
-    pointers.norm_bias = keep(conv.norm->bias);
+    if (conv.norm->weight) pointers.norm_weight = keep(*conv.norm->weight);
+    if (conv.norm->bias) pointers.norm_bias = keep(*conv.norm->bias);
     pointers.norm_mean = keep(conv.norm->running_mean);
     pointers.norm_var = keep(conv.norm->running_var);
     pointers.eps = conv.norm->eps;

@@ -159,7 +159,7 @@ struct Parameter {
   bool is_float32 = false;
 };
 
-// A convolution with a bias, a batch norm in inference mode (norm_weight not null), or neither.
+// A convolution with or without a bias and a batch norm in inference mode (norm_mean not null).
 struct ConvolutionPointers {
   const void* weight = nullptr;
   Parameter bias, norm_weight, norm_bias, norm_mean, norm_var;

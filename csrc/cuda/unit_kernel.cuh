@@ -156,12 +156,12 @@ struct Affine {
 template <class T>
 SHUFFLENET_DEVICE Affine<accumulator_t<T>> affine(const ConvolutionPointers& conv, int channel) {
   using A = accumulator_t<T>;
-  if (conv.norm_weight.data) {
-    const A scale =
-        read<T>(conv.norm_weight, channel) / square_root(read<T>(conv.norm_var, channel) + static_cast<A>(conv.eps));
-    return {scale, read<T>(conv.norm_bias, channel) - read<T>(conv.norm_mean, channel) * scale};
-  }
-  return {A{1}, conv.bias.data ? read<T>(conv.bias, channel) : A{0}};
+  const A bias = conv.bias.data ? read<T>(conv.bias, channel) : A{0};
+  if (!conv.norm_mean.data) return {A{1}, bias};
+  const A weight = conv.norm_weight.data ? read<T>(conv.norm_weight, channel) : A{1};
+  const A scale = weight / square_root(read<T>(conv.norm_var, channel) + static_cast<A>(conv.eps));
+  const A norm_bias = conv.norm_bias.data ? read<T>(conv.norm_bias, channel) : A{0};
+  return {scale, norm_bias - (read<T>(conv.norm_mean, channel) - bias) * scale};
 }
 
 // ---- Global memory to shared memory ---------------------------------------------------------------------------------

@@ -25,13 +25,17 @@ class ConvolutionData {
     if (conv.norm) {
       const A* mean = values(conv.norm->running_mean);
       const A* var = values(conv.norm->running_var);
-      const A* weight = values(conv.norm->weight);
-      const A* bias = values(conv.norm->bias);
+      const A* weight = conv.norm->weight ? values(*conv.norm->weight) : nullptr;
+      const A* bias = conv.norm->bias ? values(*conv.norm->bias) : nullptr;
+      const A* conv_bias = conv.bias ? values(*conv.bias) : nullptr;
       A* const scale = zeros(channels);
       A* const shift = zeros(channels);
       const A eps = static_cast<A>(conv.norm->eps);
-      for (int64_t c = 0; c < channels; ++c) scale[c] = weight[c] / std::sqrt(var[c] + eps);
-      for (int64_t c = 0; c < channels; ++c) shift[c] = bias[c] - mean[c] * scale[c];
+      for (int64_t c = 0; c < channels; ++c) scale[c] = (weight ? weight[c] : A{1}) / std::sqrt(var[c] + eps);
+      for (int64_t c = 0; c < channels; ++c) {
+        const A distance = mean[c] - (conv_bias ? conv_bias[c] : A{0});
+        shift[c] = (bias ? bias[c] : A{0}) - distance * scale[c];
+      }
       pointers.scale = scale;
       pointers.bias = shift;
     } else {
