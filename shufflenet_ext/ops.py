@@ -198,7 +198,7 @@ def _register_autocast(name: str, *, casts_vectors: bool) -> None:
 
         def cast(value: Any) -> Any:
             if not isinstance(value, Tensor) or value.dtype == torch.float64:
-                return value if not isinstance(value, list) else [cast(each) for each in value]
+                return value
             return value.to(dtype) if casts_vectors or value.dim() > 1 else value
 
         with torch.autocast(device, enabled=False):
@@ -215,8 +215,7 @@ if _native.native_error is None:
         _register_autograd(_name)
         # Batch norm keeps its own dtype under autocast, as in PyTorch.
         _register_autocast(_name, casts_vectors=_name != "shuffle_bottleneck_batch_norm")
-    # Neither has a backward pass: modules run one by one where gradients are wanted.
+    # For plain calls in inference alone: see _chain.py.
     _register_fake("shuffle_network_batch_norm")
-    _register_autocast("shuffle_network_batch_norm", casts_vectors=False)
     _register_fake("shuffle_network")  # This op is for inference, and has no backward pass.
     _register_autocast("shuffle_network", casts_vectors=True)
