@@ -17,6 +17,7 @@ from benchmarks.public_styles import STYLES, BiasedStyle, BlocksStyle
 from shufflenet_ext._fused import FusedUnit
 from shufflenet_ext._graph import trace
 from shufflenet_ext._match import NearMiss, unit_of
+from shufflenet_ext.inference import InferenceNetwork
 
 SHORT = ("shufflenet_g1_wd4", "shufflenet_g3_w1", "shufflenet_g8_w1")  # of which the short suite makes do
 PYTORCHCV = sorted(name for name in dir(pytorchcv.models.shufflenet) if name.startswith("shufflenet_g"))
@@ -79,8 +80,9 @@ def test_whole_models(style):
     model = randomize(style()).eval()
     optimized = se.optimize_for_inference(model, example_inputs=(torch.randn(1, 3, size, size),))
     called = [node.target for node in optimized.model.graph.nodes if node.op in ("call_module", "call_function")]
-    # One call, and what is behind the network.
+    # One call of one op, and what is behind the network.
     assert called[0] == "chain0"
+    assert isinstance(optimized.model.chain0, InferenceNetwork)
     assert called[1:] == ([torch.ops.aten.log_softmax.int] if style is BiasedStyle else [])
     for batch in (1, 3):
         assert_same(optimized, model, torch.randn(batch, 3, size, size))
