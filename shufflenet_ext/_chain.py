@@ -1,5 +1,6 @@
 """Fused modules one behind the other as one op for inference, which reads their tensors as they are at the call."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +13,7 @@ from shufflenet_ext._fused import Fused, Snapshot, foldable_unit, stage_names
 from shufflenet_ext._match import Norm, Stage, Unit
 from shufflenet_ext._network import Head, Stem
 from shufflenet_ext._program import program_of
-from shufflenet_ext.modules import has_hooks
+from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks
 
 # What a module is of a network, and the module whose tensors it names.
 Part = tuple[nn.Module, Stem | Unit | Head]
@@ -148,6 +149,12 @@ def sequential_plan(sequential: nn.Sequential) -> Plan | None:
             runs.append([(leaf, part)])
     joined = [run if isinstance(run, nn.Module) or len(run) > 1 else run[0][0] for run in runs]
     return Plan(joined, containers) if any(isinstance(run, list) for run in joined) else None
+
+
+def joins(sequential: nn.Sequential) -> bool:
+    """Whether fused modules follow each other in a Sequential, which so can run as one op in eval mode."""
+    fused = [isinstance(leaf, Fused | FusedShuffleBottleneck) for leaf in _leaves(sequential, [])]
+    return any(first and second for first, second in itertools.pairwise(fused))
 
 
 def _leaves(sequential: nn.Sequential, containers: list[nn.Module]) -> Iterator[nn.Module]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shufflenet_ext._chain import FusedSequential, FusedStem, sequential_plan
+from shufflenet_ext._chain import FusedSequential, FusedStem, joins
 from shufflenet_ext._fused import FusedUnit, adopt, plain_stem, plain_unit, raw_tensors, stage_tensors
 from shufflenet_ext._graph import Wire, trace
 from shufflenet_ext._match import NearMiss, Unit, unit_of
@@ -189,7 +189,7 @@ def _join(module: nn.Module) -> None:
             return
     for child in module.children():
         _join(child)
-    if type(module) is nn.Sequential and sequential_plan(module) is not None:
+    if type(module) is nn.Sequential and joins(module):
         module.__class__ = FusedSequential
 
 

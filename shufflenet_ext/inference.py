@@ -212,9 +212,9 @@ class InferenceModel(_EvalOnly):
         )
 
 
-def _with_arguments_of(model: nn.Module, optimized: InferenceModel) -> InferenceModel:
-    """Gives an InferenceModel the arguments of the model that it was made from."""
-    parameters = inspect.signature(model.forward).parameters.values()
+def _with_arguments_of(model: nn.Module, optimized: InferenceModel, count: int | None = None) -> InferenceModel:
+    """Gives an InferenceModel the arguments of the model it was made from: all, or those that it was captured with."""
+    parameters = [*inspect.signature(model.forward).parameters.values()][:count]
     optimized.__class__ = _class_with(tuple((p.name, p.kind, p.default is p.empty, p.default) for p in parameters))
     return optimized
 
@@ -306,7 +306,7 @@ def optimize_for_inference(
         captured = capture(
             copy.deepcopy(model).eval(), example_inputs, lambda module, chain: _captured(module, chain, dtype)
         )
-        return _with_arguments_of(model, InferenceModel(captured.module, captured.sizes))
+        return _with_arguments_of(model, InferenceModel(captured.module, captured.sizes), len(example_inputs))
     copied = fuse(copy.deepcopy(model).eval())
     return _with_arguments_of(model, InferenceModel(_inference_twin(copied, dtype, {})))
 

@@ -127,6 +127,8 @@ def test_a_model_of_which_a_part_is_known():
     optimized = se.optimize_for_inference(model, example_inputs=arguments)
     calls = [node.target for node in optimized.model.graph.nodes if node.op == "call_module"]
     assert calls == ["chain0"]
+    with pytest.raises(TypeError, match="flip"):
+        optimized(*arguments, flip=True)  # the graph was captured without it
     for x in (torch.randn(2, 3, 16, 24), torch.randn(1, 3, 16, 24)):
         with torch.no_grad():
             got, expected = optimized(x, 2.0), model(x, 2.0)
