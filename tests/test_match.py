@@ -9,7 +9,7 @@ import pytest
 import pytorchcv.models.shufflenet
 import torch
 from styles import NEAR_MISSES, random_style, random_unit
-from support import assert_as_accurate, randomize
+from support import assert_as_accurate, each_isa_for_bfloat16, randomize
 from torch import nn
 
 import shufflenet_ext as se
@@ -96,6 +96,21 @@ def test_whole_models(style):
         assert_same(optimized, model, x)
     twin = pickle.loads(pickle.dumps(copy.deepcopy(optimized)))
     assert_same(twin, model, torch.randn(2, 3, size, size))
+
+
+@each_isa_for_bfloat16
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)
+def test_whole_models_in_bfloat16(style, isa):
+    size, _ = STYLES[style]
+    model = randomize(style()).eval()
+    x = torch.randn(2, 3, size, size)
+    optimized = se.optimize_for_inference(model, torch.bfloat16, example_inputs=(x,))
+    with torch.no_grad():
+        exact, plain = copy.deepcopy(model).double()(x.double()), copy.deepcopy(model).bfloat16()(x.bfloat16())
+        for given in (x, x.bfloat16()):
+            got = optimized(given)
+            assert got.dtype == given.dtype
+            assert_as_accurate(got.bfloat16(), plain, exact)
 
 
 @pytest.mark.parametrize("name", ["shufflenet_g1_wd4", "shufflenet_g8_w1"])
