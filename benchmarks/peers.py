@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from torch.fx.experimental import optimization as fx_optimization
 from torch.nn.utils import fuse_conv_bn_eval
 
 import shufflenet_ext as se
@@ -80,29 +81,44 @@ def plain_copy(module: nn.Module) -> nn.Module:
 
 def folded_copy(module: nn.Module) -> nn.Module:
     """A copy in plain PyTorch with batch norm folded into the convolutions, a network's stem included."""
+    if not has_units(module):
+        folded: nn.Module = fx_optimization.fuse(module)
+        return folded
     if isinstance(module, se.ShuffleBottleneck):
         return FoldedUnit(module)
     copied = copy.copy(module)
-    copied._modules = {name: folded_copy(child) if child else None for name, child in module._modules.items()}
+    copied._modules = {
+        name: folded_copy(child) if child and has_units(child) else child for name, child in module._modules.items()
+    }
     conv, norm = copied._modules.get("conv1"), copied._modules.get("bn1")
     if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
         copied.conv1, copied.bn1 = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return copied
 
 
+def has_units(module: nn.Module) -> bool:
+    """Whether it has units of this package."""
+    return any(isinstance(child, se.ShuffleBottleneck) for child in module.modules())
+
+
 def ours(module: nn.Module, x: Tensor) -> dict[str, Contender]:
-    """This package: optimized for inference, in both memory formats, and the module as it is, in eval mode."""
-    optimized = se.optimize_for_inference(module)
+    """This package: optimized for inference, in both memory formats, and with its units alone fused, in eval mode."""
+    optimized = optimized_copy(module, x)
     return {
         OURS: eager(optimized, x),
         OURS_CHANNELS_LAST: eager(optimized, channels_last(x)),
-        DROP_IN: eager(module, x),
+        DROP_IN: eager(module if has_units(module) else se.fuse(copy.deepcopy(module)), x),
     }
 
 
 def ours_in(dtype: torch.dtype, module: nn.Module, x: Tensor) -> dict[str, Contender]:
     """This package, optimized for inference in another dtype than the module's; the images keep theirs."""
-    return {OURS: eager(se.optimize_for_inference(module, dtype=dtype), x)}
+    return {OURS: eager(optimized_copy(module, x, dtype), x)}
+
+
+def optimized_copy(module: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
+    """The module optimized for inference; a network of others as a whole takes an example of its input."""
+    return se.optimize_for_inference(module, dtype, example_inputs=None if has_units(module) else (x,))
 
 
 def eager(module: Callable[[Tensor], Tensor], x: Tensor) -> Contender:

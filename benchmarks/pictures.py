@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 from benchmarks import peers
 from benchmarks.peers import OURS
 from benchmarks.race import Row, best_peer
-from benchmarks.shapes import BATCHES, CIFAR, NETWORKS, SIZES, THREADS
+from benchmarks.shapes import BATCHES, CIFAR, FOREIGN, NETWORKS, SIZES, THREADS
 
 # Each has a marker, and a colour of Okabe and Ito's, which all kinds of colour vision tell apart.
 _STYLES = {
@@ -38,7 +38,7 @@ def draw(rows: list[Row], share_of_peak: Callable[[Row, str], float], folder: Pa
     in_float32 = [row for row in rows if row.precision == "float32" and row.threads == threads]
     units = [row for row in in_float32 if row.suite == "units"]
     g3_units = [row for row in units if row.groups == _UNITS_GROUPS]
-    networks = [row for row in rows if row.suite in (NETWORKS, SIZES, CIFAR)]
+    networks = [row for row in rows if row.suite in (NETWORKS, SIZES, CIFAR, FOREIGN)]
     paper = [row for row in in_float32 if row.suite == NETWORKS]
     drawn = []
     for name, chosen, paint in (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import shufflenet_ext as se
+from benchmarks.public_styles import BlocksStyle, MegviiStyle
 
 GROUPS = (1, 2, 3, 4, 8)
 QUICK_GROUPS = (3,)
@@ -15,7 +16,8 @@ BATCHES = (1, 16)
 THREADS = (1, 2)
 IMAGE_SIZE = 224
 CIFAR_SIZE = 32
-NETWORKS, SIZES, CIFAR = "networks", "image sizes and widths", "CIFAR"  # suites of whole networks
+# Suites of whole networks.
+NETWORKS, SIZES, CIFAR, FOREIGN = "networks", "image sizes and widths", "CIFAR", "networks of others"
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -76,6 +78,34 @@ class NetworkShape:
         return with_statistics(network), torch.randn(self.batch, 3, *self.size)
 
 
+@dataclass(frozen=True)
+class ForeignShape(NetworkShape):
+    """A network that is not this package's: pytorchcv's, or in the style of a public repository."""
+
+    suite: str = FOREIGN
+    source: str = "pytorchcv"
+
+    @property
+    def label(self) -> str:
+        return f"{self.source} g={self.groups}, {self.size[0]}²"
+
+    def __str__(self) -> str:
+        return f"{self.source.replace(' ', '-')}-g{self.groups}-batch{self.batch}"
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        channels = {3: (240, 480, 960), 8: (384, 768, 1536)}[self.groups]
+        stages = tuple(zip(channels, (4, 8, 4), strict=True))
+        if self.source == "pytorchcv":
+            from pytorchcv.models import shufflenet
+
+            network: nn.Module = getattr(shufflenet, f"shufflenet_g{self.groups}_w1")()
+        elif self.source == "Megvii style":
+            network = MegviiStyle(24, stages, self.groups, window=7, classes=1000)
+        else:
+            network = BlocksStyle(stages, self.groups, classes=100)
+        return with_statistics(network), torch.randn(self.batch, 3, *self.size)
+
+
 def with_statistics(module: Module) -> Module:
     """Gives the module's batch norms random statistics and parameters, as after training; returns it in eval mode."""
     for norm in module.modules():
@@ -104,4 +134,7 @@ def network_shapes(groups: tuple[int, ...]) -> list[NetworkShape]:
     others += [NetworkShape(3, batch, width, suite=SIZES) for width, batch in product((0.25, 0.5, 2), BATCHES)]
     size = (CIFAR_SIZE, CIFAR_SIZE)
     others += [NetworkShape(g, batch, size=size, suite=CIFAR) for g, batch in product((2, 3), BATCHES)]
+    for batch in BATCHES:
+        others += [ForeignShape(3, batch), ForeignShape(8, batch), ForeignShape(3, batch, source="Megvii style")]
+        others.append(ForeignShape(3, batch, size=size, source="CIFAR with biases"))
     return paper + [shape for shape in others if shape.groups in groups]

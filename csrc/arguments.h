@@ -111,7 +111,7 @@ struct BatchNorm {
 
 // One convolution's arguments, with or without a bias and a batch norm.
 struct ConvolutionArguments {
-  const char* name;
+  std::string name;
   Tensor weight;
   std::optional<Tensor> bias;
   std::optional<BatchNorm> norm;
@@ -129,7 +129,7 @@ struct UnitArguments {
 };
 
 inline void check_convolution(const ConvolutionArguments& conv, const Tensor& x, const std::vector<int64_t>& shape) {
-  const std::string name = conv.name;
+  const std::string& name = conv.name;
   check_shape((name + "_weight").c_str(), conv.weight, shape);
   check_like_x((name + "_weight").c_str(), conv.weight, x);
   const std::vector<int64_t> channels = {shape[0]};

@@ -19,8 +19,13 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "Tensor conv3_weight, Tensor? conv3_bias, *, int conv1_groups, int groups, int stride=1, bool conv2_relu=False, "
       "bool pool_count_include_pad=True, int? shuffle_groups=None, bool shortcut_first=False, bool shortcut_relu=True, "
       "bool allow_tf32=False) -> Tensor");
-  // Units one behind the other, with or without a stem and a head, for inference: see program.h.
+  // A network or a part of one, for inference: see program.h.
   m.def("shuffle_network(Tensor x, Tensor weights, int[] program, *, bool allow_tf32=False) -> Tensor");
+  // The same from a model's own tensors: of each convolution weight and bias, and weight, bias, mean and variance of
+  // its batch norm in inference mode; of the linear layer weight and bias. Nothing is folded ahead of a call.
+  m.def(
+      "shuffle_network_batch_norm(Tensor x, Tensor?[] tensors, float[] eps, int[] program, *, bool allow_tf32=False) "
+      "-> Tensor");
   // The unit with its batch norms in inference mode: nothing is folded ahead of a call, so nothing can be stale.
   m.def(
       "shuffle_bottleneck_batch_norm(Tensor x, "
@@ -51,7 +56,6 @@ py::dict describe(const Sizes& x, bool channels_last, const std::string& dtype, 
                   const std::string& weights_dtype, const std::vector<int64_t>& program, int64_t threads) {
   const Layout layout = channels_last ? Layout::channels_last : Layout::contiguous;
   const Program read = ProgramReader(x, layout, weights, program).read();
-  check_ends(read);
   const cpu::Call call = {nullptr, nullptr, dtype_named(dtype), x[0]};
   const cpu::Description description = cpu::describe_program(read, dtype_named(weights_dtype), call, threads);
   py::list steps;

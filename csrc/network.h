@@ -8,7 +8,7 @@ namespace shufflenet {
 // The most that a stem's may be: what its kernels need of memory grows with the square.
 inline constexpr int64_t kMostKernelSize = 11;
 
-// A square convolution with ReLU and, in the paper's networks, a max pool (3x3, stride 2, padding 1).
+// A square convolution and, in the paper's networks, a ReLU and a max pool (3x3, stride 2, padding 1).
 struct Stem {
   int64_t in_channels = 0;
   int64_t height = 0;
@@ -18,9 +18,10 @@ struct Stem {
   int64_t stride = 1;
   int64_t padding = 0;
   bool max_pool = false;
+  bool relu = true;
   Layout layout = Layout::contiguous;
 
-  Activation activation() const { return kRelu; }
+  Activation activation() const { return relu ? kRelu : kNoActivation; }
 
   int64_t conv_height() const { return (height + 2 * padding - kernel_size) / stride + 1; }
   int64_t conv_width() const { return (width + 2 * padding - kernel_size) / stride + 1; }

@@ -1,6 +1,6 @@
-// A chain of units for inference, with or without a network's stem and head around it, as the op shuffle_network takes
-// it: integers that say what the steps are, and their weights and biases one behind the other in one tensor. The format
-// is described in shufflenet_ext/_program.py.
+// A network for inference, or a part of one, as the op shuffle_network takes it: integers that say what the steps are,
+// and their weights and biases one behind the other in one tensor. The format is described in
+// shufflenet_ext/_program.py.
 #pragma once
 
 #include "arguments.h"
@@ -35,16 +35,9 @@ struct Program {
   std::optional<PackedStem> stem;
   std::vector<PackedUnit> units;
   std::optional<PackedHead> head;
-  Layout layout;  // of x
-  Sizes sizes;    // of the units' result
+  Layout layout;   // of x
+  Sizes x, sizes;  // of x, and of what the head, or else the caller, gets
 };
-
-// Refuses what the CPU has no steps for.
-inline void check_ends(const Program& program) {
-  if (program.stem.has_value() != program.head.has_value()) {
-    fail("program: got a ", program.stem ? "stem" : "head", " alone, expected a stem and a head or neither");
-  }
-}
 
 class ProgramReader {
  public:
@@ -55,40 +48,38 @@ class ProgramReader {
   Program read() {
     Program result;
     result.layout = layout_;
+    result.x = x_;
     result.units.reserve(16);            // the paper's
     const int64_t* last_unit = nullptr;  // its integers
     bool is_general = false;             // whether it is a general one
-    bool ended = program_.empty();
-    if (!ended && StepKind(program_[0]) == StepKind::stem) result.stem = read_stem(result.layout);
-    while (!ended && at_ < program_.size()) {
+    while (!result.head && at_ < program_.size()) {
       const StepKind kind{program_[at_]};
-      const Layout layout = result.stem ? Layout::contiguous : result.layout;
-      if (kind == StepKind::unit || kind == StepKind::general_unit) {
+      if (kind == StepKind::stem && at_ == 0) {
+        result.stem = read_stem();
+      } else if (kind == StepKind::unit || kind == StepKind::general_unit) {
         is_general = kind == StepKind::general_unit;
         last_unit = take(is_general ? 10 : 7);
-        result.units.push_back(read_unit(last_unit, is_general, layout));
+        result.units.push_back(read_unit(last_unit, is_general));
       } else if (kind == StepKind::again && last_unit) {
         const int64_t times = positive("times", take(1)[0]);
         for (int64_t i = 0; i < times; ++i) {
-          result.units.push_back(read_unit(last_unit, is_general, layout));
+          result.units.push_back(read_unit(last_unit, is_general));
           if (used_ > weights_) fail("weights: got ", weights_, " elements, expected more for ", times, " more units");
         }
-      } else if (kind == StepKind::head && !result.units.empty()) {
-        result.sizes = sizes_;
+      } else if (kind == StepKind::head) {
         result.head = read_head();
-        ended = true;
       } else {
         fail("program: got step ", program_[at_], " at element ", at_,
              ", expected 0 (stem) first, 1 or 4 (unit), 3 (again) behind a unit or 2 (head) last");
       }
     }
-    if (result.units.empty() || at_ != program_.size()) {
-      fail("program: got ", program_.size(), " elements, expected one unit at least, and nothing behind a head");
+    if (program_.empty() || at_ != program_.size()) {
+      fail("program: got ", program_.size(), " elements, expected one step at least, and nothing behind a head");
     }
     if (used_ != weights_) {
       fail("weights: got ", weights_, " elements, expected ", used_, " for this program and x");
     }
-    if (!result.head) result.sizes = sizes_;
+    result.sizes = sizes_;
     return result;
   }
 
@@ -133,8 +124,8 @@ class ProgramReader {
     return packed;
   }
 
-  PackedStem read_stem(Layout layout) {
-    const int64_t* const o = take(5);
+  PackedStem read_stem() {
+    const int64_t* const o = take(6);
     Stem stem;
     stem.in_channels = sizes_[1];
     stem.height = sizes_[2];
@@ -147,7 +138,8 @@ class ProgramReader {
     stem.stride = stride(o[2]);
     stem.padding = o[3];
     stem.max_pool = o[4] != 0;
-    stem.layout = layout;
+    stem.relu = o[5] != 0;
+    stem.layout = layout_;
     if (stem.padding < 0 || stem.padding >= stem.kernel_size) {
       fail(
           "program: got padding ", stem.padding, ", expected at least 0 and less than kernel_size, ", stem.kernel_size);
@@ -163,7 +155,7 @@ class ProgramReader {
     return {stem, convolution(stem.out_channels, stem.taps())};
   }
 
-  PackedUnit read_unit(const int64_t* o, bool is_general, Layout layout) {
+  PackedUnit read_unit(const int64_t* o, bool is_general) {
     PackedUnit packed;
     Unit& unit = packed.unit;
     unit.batch = 1;
@@ -180,7 +172,7 @@ class ProgramReader {
     unit.shuffle_groups = is_general ? o[7] : unit.groups;
     unit.shortcut_first = is_general && o[8] != 0;
     unit.shortcut_relu = !is_general || o[9] != 0;
-    unit.layout = layout;
+    unit.layout = layout_;
     check_divides("program: conv1_groups", unit.conv1_groups, "input channels", unit.in_channels);
     check_divides("program: conv1_groups", unit.conv1_groups, "mid_channels", unit.mid_channels);
     check_divides("program: groups", unit.groups, "mid_channels", unit.mid_channels);
@@ -208,8 +200,8 @@ class ProgramReader {
     // As avg_pool2d(window), which must leave one pixel.
     const auto fits = [window](int64_t n) { return window == 0 || (window > 0 && n / window == 1); };
     if (!fits(head.height) || !fits(head.width)) {
-      fail("x: got ", shape_of(x_), ", which the units bring to ", head.height, " x ", head.width,
-           " pixels; expected one window of ", window, " x ", window);
+      fail("x: got ", shape_of(x_), ", of which ", head.height, " x ", head.width,
+           " pixels are left; expected one window of ", window, " x ", window);
     }
     head.window_height = window ? window : head.height;
     head.window_width = window ? window : head.width;
@@ -224,6 +216,52 @@ class ProgramReader {
   size_t at_ = 0;
   int64_t used_ = 0;
 };
+
+// The arguments of shuffle_network_batch_norm's convolutions, the last of which may be a linear layer, and how many
+// elements they would have if they were packed.
+inline std::pair<std::vector<ConvolutionArguments>, int64_t> network_arguments(
+    const std::vector<std::optional<Tensor>>& tensors, const std::vector<double>& eps) {
+  constexpr size_t kOfConvolution = 6, kOfLinear = 2;
+  const size_t of_all = kOfConvolution * eps.size();
+  if (tensors.size() != of_all && tensors.size() != of_all + kOfLinear) {
+    fail("tensors: got ", tensors.size(), ", expected 6 for each of the ", eps.size(),
+         " eps, and 2 for a linear layer behind them");
+  }
+  std::vector<ConvolutionArguments> arguments;
+  arguments.reserve(eps.size() + 1);
+  int64_t elements = 0;
+  const auto add_padded = [&](int64_t n) { elements += ceil_div(n, kPackedAlignment) * kPackedAlignment; };
+  for (size_t i = 0; i < tensors.size(); i += kOfConvolution) {
+    const auto* const t = &tensors[i];
+    if (!t[0]) fail("tensors: got None for a weight, at ", i);
+    ConvolutionArguments& conv =
+        arguments.emplace_back(ConvolutionArguments{"conv" + std::to_string(arguments.size() + 1), *t[0], t[1], {}});
+    if (i < of_all && t[4] && t[5]) conv.norm = BatchNorm{t[2], t[3], *t[4], *t[5], eps[i / kOfConvolution]};
+    add_padded(conv.weight.numel());
+    add_padded(conv.weight.size(0));
+  }
+  return {std::move(arguments), elements};
+}
+
+// Refuses arguments that are not those of a program's convolutions.
+inline void check_network(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Tensor& x) {
+  const size_t count = program.stem.has_value() + 3 * program.units.size() + program.head.has_value();
+  if (arguments.size() != count) {
+    fail("tensors: got those of ", arguments.size(), " convolutions and linear layers, expected ", count);
+  }
+  const ConvolutionArguments* next = arguments.data();
+  if (program.stem) {
+    const Stem& stem = program.stem->stem;
+    check_convolution(*next++, x, {stem.out_channels, stem.in_channels, stem.kernel_size, stem.kernel_size});
+  }
+  for (const PackedUnit& packed : program.units) {
+    const Unit& unit = packed.unit;
+    check_convolution(*next++, x, {unit.mid_channels, unit.conv1_depth(), 1, 1});
+    check_convolution(*next++, x, {unit.mid_channels, 1, 3, 3});
+    check_convolution(*next++, x, {unit.out_channels, unit.slice_channels(), 1, 1});
+  }
+  if (program.head) check_convolution(*next, x, {program.head->head.classes, program.head->head.channels});
+}
 
 inline Program read_program(const Tensor& x, const Tensor& weights, const std::vector<int64_t>& program) {
   const Sizes sizes = check_x(x);

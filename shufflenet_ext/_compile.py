@@ -40,7 +40,7 @@ def _with_ops(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> to
     on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in example_inputs)
     found = [found for chain in chains for found in chain.units if not (on_cuda and found.unit.variant)]
     for each in found:
-        names = stage_names(each.unit)
+        names = [stage_names(stage) for stage in each.unit.stages]
         tensors = [[None if name is None else inputs[name] for name in stage] for stage in names]
         in_order = all(stage.order is None and stage.norm_order is None for stage in each.unit.stages)
         if in_order:

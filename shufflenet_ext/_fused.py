@@ -2,6 +2,7 @@
 
 import copyreg
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from shufflenet_ext import ops, reference
 from shufflenet_ext._backend import allows_tf32, fall_back, runs_native
 from shufflenet_ext._match import Norm, Stage, Unit
-from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks, leaf_node, unfusable
+from shufflenet_ext._network import Stem
+from shufflenet_ext.modules import HOOKS, FusedShuffleBottleneck, has_hooks, leaf_node, unfusable
 
 _PLAIN = (int, float, bool, str, tuple, list, type(None))
 
@@ -20,41 +22,43 @@ _Paths = list[list[str] | None]  # of a stage's tensors, as stage_tensors has th
 _Orders = list[Tensor | None]
 
 
-class _Snapshot:
+class Snapshot:
     """A module's settings and children at the time of the proof, which must still be there at a call."""
 
     def __init__(self, module: nn.Module, *, hooks: bool) -> None:
         self.module = module
         self.type: Any = type(module) if hooks else None  # a fused class is made anew where it is unpickled
-        self.hooks = hooks  # whether hooks change what it computes: those of a unit itself run around its forward
-        self.settings = {name: value for name, value in vars(module).items() if type(value) in _PLAIN}
-        self.settings["training"] = False
+        values = {name: value for name, value in vars(module).items() if type(value) in _PLAIN}
         self.children = dict(module._modules)
-        self.missing = [value is None for value in module._parameters.values()]
+        values |= {"training": False, "_modules": self.children}
+        if hooks:  # which change what it computes; those of a unit itself run around its forward
+            values |= {name: {} for name in HOOKS}
+        self.values = tuple(values.values())
+        self.names = tuple(values)
+        self.read = operator.itemgetter(*self.names)  # all of a network's in 60 us, one by one they take 300
+        self.missing = self._missing()
 
     def holds(self) -> bool:
         module = self.module
         if torch.compiler.is_compiling():  # which traces, and then guards, one at a time
-            same = all(getattr(module, name) == value for name, value in self.settings.items())
+            same = all(getattr(module, name) == value for name, value in zip(self.names, self.values, strict=True))
         else:
-            same = self.settings.items() <= vars(module).items()
-        return (
-            same
-            and module._modules == self.children
-            and (self.type is None or type(module) is self.type)
-            and not (self.hooks and has_hooks(module))
-            and [value is None for value in module._parameters.values()] == self.missing
-        )
+            same = self.read(vars(module)) == self.values
+        return same and (self.type is None or type(module) is self.type) and self._missing() == self.missing
+
+    def _missing(self) -> list[bool]:
+        module = self.module
+        return [value is None for tensors in (module._parameters, module._buffers) for value in tensors.values()]
 
 
 class _Adopted:
-    """What a fused module knows of itself as a unit."""
+    """What a fused module knows of itself as a unit or a stem."""
 
-    def __init__(self, module: nn.Module, unit: Unit) -> None:
-        self.unit = unit
-        self.paths = [_paths(stage) for stage in unit.stages]
-        self.orders = [_orders(stage) for stage in unit.stages]
-        self.snapshots = [_Snapshot(m, hooks=m is not module) for m in module.modules()]
+    def __init__(self, module: nn.Module, part: Unit | Stem) -> None:
+        self.part: Any = part
+        self.paths = [_paths(stage) for stage in part.stages]
+        self.orders = [_orders(stage) for stage in part.stages]
+        self.snapshots = [Snapshot(m, hooks=m is not module) for m in module.modules()]
 
     def training(self) -> bool:
         return any(snapshot.module.training for snapshot in self.snapshots)
@@ -73,19 +77,15 @@ class _Adopted:
                     of[norm].module, of[norm].type = synced, nn.SyncBatchNorm  # its settings must be the norm's
 
 
-def stage_names(unit: Unit) -> list[list[str | None]]:
-    """The names of :func:`stage_tensors`."""
-    return [_names(stage) for stage in unit.stages]
-
-
-def _names(stage: Stage) -> list[str | None]:
+def stage_names(stage: Stage) -> list[str | None]:
+    """The names of a stage of :func:`stage_tensors`."""
     norm = stage.norm
     norm_names = [None] * 4 if norm is None else [norm.weight, norm.bias, norm.mean, norm.var]
     return [stage.weight, stage.bias, *norm_names]
 
 
 def _paths(stage: Stage) -> _Paths:
-    return [None if name is None else name.split(".") for name in _names(stage)]
+    return [None if name is None else name.split(".") for name in stage_names(stage)]
 
 
 def _read(module: Any, path: list[str]) -> Any:
@@ -94,12 +94,12 @@ def _read(module: Any, path: list[str]) -> Any:
     return getattr(module, path[-1])
 
 
-def raw_tensors(module: nn.Module, unit: Unit) -> list[list[Tensor | None]]:
+def raw_tensors(module: nn.Module, unit: Unit | Stem) -> list[list[Tensor | None]]:
     """As :func:`stage_tensors`, each as the module has it."""
     return _read_all(module, [_paths(stage) for stage in unit.stages], [[None] * 6] * len(unit.stages))
 
 
-def stage_tensors(module: nn.Module, unit: Unit) -> list[list[Tensor | None]]:
+def stage_tensors(module: nn.Module, unit: Unit | Stem) -> list[list[Tensor | None]]:
     """Of each convolution: weight, bias, and the norm's weight, bias, mean, variance; in the unit's order."""
     return _read_all(module, [_paths(stage) for stage in unit.stages], [_orders(stage) for stage in unit.stages])
 
@@ -157,6 +157,16 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def plain_stem(x: Tensor, stem: Stem, tensors: list[list[Tensor | None]], *, training: bool) -> Tensor:
+    """What a stem computes, in plain PyTorch, with or without its batch norm in training mode."""
+    ((weight, bias, gamma, beta, mean, var),), norm = tensors, stem.stage.norm
+    assert weight is not None
+    y = F.conv2d(x, weight, bias, stride=stem.stride, padding=stem.padding)
+    y = y if norm is None else F.batch_norm(y, mean, var, gamma, beta, training, 0.0, norm.eps)
+    y = F.relu(y) if stem.relu else y
+    return F.max_pool2d(y, 3, stride=2, padding=1) if stem.max_pool else y
+
+
 def plain_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]], *, training: bool) -> Tensor:
     """What a unit computes, in plain PyTorch, with or without its batch norms in training mode."""
 
@@ -192,8 +202,8 @@ def run_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]]) -> Tenso
     return ops.shuffle_bottleneck(x, *folded, **unit.options)
 
 
-class FusedUnit(nn.Module):
-    """The mixin by which :func:`shufflenet_ext.fuse` makes a module of any class run fused in eval mode.
+class Fused(nn.Module):
+    """A mixin by which :func:`shufflenet_ext.fuse` makes a module of any class run fused in eval mode.
 
     In training mode, and wherever the module is not what it was at the time of :func:`shufflenet_ext.fuse`, it runs its
     own class's code.
@@ -201,22 +211,9 @@ class FusedUnit(nn.Module):
 
     _adopted: _Adopted
 
-    @property
-    def fused_unit(self) -> Unit:
-        """The unit that it is: its geometry, and which of its tensors are whose."""
-        return self._adopted.unit
-
     def _run(self, x: Tensor) -> Tensor | None:
-        """The unit's result by the native op; None where the module's own code is to run."""
-        adopted = self._adopted
-        if not adopted.unchanged():
-            if not adopted.training():
-                fall_back(f"a fused {type(self).__name__} is not what it was when fuse() proved it")
-            return None
-        unit = adopted.unit
-        if not runs_native(x, lambda: [unit.sizes], unit.variant):
-            return None
-        return run_unit(x, unit, _read_all(self, adopted.paths, adopted.orders))
+        """The module's result by the native op; None where its own code is to run."""
+        raise NotImplementedError
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Does what every module's does; convert_sync_batchnorm calls it for each child."""
@@ -227,21 +224,42 @@ class FusedUnit(nn.Module):
         reduced: Any = super().__reduce_ex__(protocol)
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
-        return _new, (type(self).__mro__[2], *reduced[1][1:]), *reduced[2:]
+        mixin, base = type(self).__bases__
+        return _new, (mixin, base, *reduced[1][1:]), *reduced[2:]
 
 
-def _new(base: type[nn.Module], *args: Any) -> nn.Module:
-    created: nn.Module = copyreg.__newobj__(_fused_class(base), *args)  # type: ignore[attr-defined]
+class FusedUnit(Fused):
+    """The mixin of a unit."""
+
+    @property
+    def fused_unit(self) -> Unit:
+        """The unit that it is: its geometry, and which of its tensors are whose."""
+        unit: Unit = self._adopted.part
+        return unit
+
+    def _run(self, x: Tensor) -> Tensor | None:
+        adopted, unit = self._adopted, self.fused_unit
+        if not adopted.unchanged():
+            if not adopted.training():
+                fall_back(f"a fused {type(self).__name__} is not what it was when fuse() proved it")
+            return None
+        if not runs_native(x, lambda: [unit.sizes], unit.variant):
+            return None
+        return run_unit(x, unit, _read_all(self, adopted.paths, adopted.orders))
+
+
+def _new(mixin: type[Fused], base: Any, *args: Any) -> nn.Module:
+    created: nn.Module = copyreg.__newobj__(_fused_class(mixin, base), *args)  # type: ignore[attr-defined]
     return created
 
 
-_fused_classes: dict[Any, type[nn.Module]] = {}  # by the classes that they were made from
+_fused_classes: dict[Any, type[nn.Module]] = {}  # by the mixins and the classes that they were made from
 
 
-def _fused_class(base: Any) -> type[nn.Module]:
+def _fused_class(mixin: type[Fused], base: Any) -> type[nn.Module]:
     """The class whose objects are those of ``base``, fused."""
-    if base in _fused_classes:
-        return _fused_classes[base]
+    if (mixin, base) in _fused_classes:
+        return _fused_classes[mixin, base]
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -254,14 +272,14 @@ def _fused_class(base: Any) -> type[nn.Module]:
         return base.forward(self, *args, **kwargs)
 
     namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "forward": forward}
-    created = type(f"Fused{base.__name__}", (FusedUnit, base), namespace)
-    return _fused_classes.setdefault(base, created)
+    created = type(f"Fused{base.__name__}", (mixin, base), namespace)
+    return _fused_classes.setdefault((mixin, base), created)
 
 
-def adopt(module: nn.Module, unit: Unit) -> None:
+def adopt(module: nn.Module, part: Unit | Stem, mixin: type[Fused]) -> None:
     """Makes a module run fused. It keeps its tensors, children, hooks and everything else that it has."""
-    module.__class__ = _fused_class(type(module))
-    adopted = _Adopted(module, unit)
+    module.__class__ = _fused_class(mixin, type(module))
+    adopted = _Adopted(module, part)
     object.__setattr__(module, "_adopted", adopted)
 
 

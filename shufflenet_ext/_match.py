@@ -6,6 +6,7 @@ from typing import Any
 from shufflenet_ext._backend import unit_variant
 from shufflenet_ext._graph import Graph, Operation, Parameter, Wire
 from shufflenet_ext._native import UnitSizes
+from shufflenet_ext._program import StepKind
 
 Order = tuple[int, ...]
 
@@ -62,6 +63,16 @@ class Unit:
     def variant(self) -> dict[str, Any]:
         """The op's arguments that set the unit apart from the original code's."""
         return unit_variant(self.groups, self.shuffle_groups, self.shortcut_first, self.shortcut_relu, self.stride)
+
+    @property
+    def step(self) -> list[int]:
+        """Its step in a program."""
+        numbers = [self.mid_channels, self.out_channels, self.conv1_groups, self.groups, self.stride]
+        numbers += [int(self.conv2_relu), int(self.pool_count_include_pad)]
+        if not self.variant:
+            return [StepKind.UNIT.value, *numbers]
+        general = self.shuffle_groups, int(self.shortcut_first), int(self.shortcut_relu)
+        return [StepKind.GENERAL_UNIT.value, *numbers, *general]
 
     @property
     def op_options(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from shufflenet_ext._graph import Graph, Operation, Parameter, Wire
 from shufflenet_ext._match import Found, NearMiss, Stage, named, pair, square, unit_at
+from shufflenet_ext._program import StepKind
 
 _MOST_STEM_SIZE = 11  # of a kernel; csrc/network.h
 
@@ -20,6 +21,17 @@ class Stem:
     max_pool: bool
     relu: bool
 
+    @property
+    def stages(self) -> tuple[Stage]:
+        """Its one stage."""
+        return (self.stage,)
+
+    @property
+    def step(self) -> list[int]:
+        """Its step in a program."""
+        numbers = self.out_channels, self.size, self.stride, self.padding, int(self.max_pool), int(self.relu)
+        return [StepKind.STEM.value, *numbers]
+
 
 @dataclass(frozen=True)
 class Head:
@@ -31,6 +43,12 @@ class Head:
     window: int  # 0: the mean of all pixels; else of the upper left window x window
     exact: bool  # whether the plane must be as large as the window
     whole: bool  # whether the window was the whole plane when the graph was traced
+
+    @property
+    def step(self) -> list[int]:
+        """Its step in a program."""
+        # Where a window must be the whole plane, the captured graph holds for planes of its size alone.
+        return [StepKind.HEAD.value, self.classes, 0 if self.whole and self.exact else self.window]
 
 
 @dataclass
@@ -103,9 +121,10 @@ class _Readers:
         )
 
 
-def _add_stem(chain: Chain, readers: _Readers) -> None:
+def stem_at(end: Wire) -> tuple[Stem, Wire, list[Operation]] | None:
+    """The stem whose result a wire holds, what it reads and the operations that it is; None where it is none's."""
     operations: list[Operation] = []
-    at = chain.input.only()
+    at = end.only()
     relu = max_pool = False
     while at is not None and at.name in ("relu", "max_pool2d", "max_pool2d_with_indices"):
         a = at.arguments
@@ -119,7 +138,7 @@ def _add_stem(chain: Chain, readers: _Readers) -> None:
                 pair(a["dilation"]),
             )
             if max_pool or usual != ((3, 3), (2, 2), (1, 1), (1, 1)) or a["ceil_mode"]:
-                return
+                return None
             max_pool = True
         operations.append(at)
         at = a["self"].only() if isinstance(a["self"], Wire) else None
@@ -129,23 +148,26 @@ def _add_stem(chain: Chain, readers: _Readers) -> None:
         norm = at, list(range(at.channels))
         at = at.arguments["input"].only() if isinstance(at.arguments["input"], Wire) else None
     if at is None or at.name != "conv2d" or at.arguments["groups"] != 1:
-        return
+        return None
     operations.append(at)
     source = at.arguments["input"]
     try:
         size, stride, padding, dilation = square(at)
         stage = Stage(*named(at, norm, "the stem"))
     except NearMiss:
-        return
+        return None
     if not (1 <= size <= _MOST_STEM_SIZE and stride in (1, 2) and 0 <= padding < size and dilation == 1):
-        return
-    if not isinstance(source, Wire) or not readers.are_all_inside(
-        [*operations, *chain.operations], chain.end, operations
-    ):
-        return
-    chain.stem = Stem(stage, at.channels, size, stride, padding, max_pool, relu)
-    chain.input = source
-    chain.operations += operations
+        return None
+    if not isinstance(source, Wire):
+        return None
+    return Stem(stage, at.channels, size, stride, padding, max_pool, relu), source, operations
+
+
+def _add_stem(chain: Chain, readers: _Readers) -> None:
+    found = stem_at(chain.input)
+    if found is not None and readers.are_all_inside([*found[2], *chain.operations], chain.end, found[2]):
+        chain.stem, chain.input, operations = found
+        chain.operations += operations
 
 
 def _add_head(chain: Chain, readers: _Readers, graph: Graph) -> None:

@@ -2,20 +2,19 @@
 
 Each step is its kind and the integers that are listed here:
 
-- ``STEM, out_channels, kernel_size, stride, padding, max_pool``: a square convolution (11×11 at most), a ReLU and,
-  where ``max_pool`` is 1, a max pool of 3×3 with stride 2 and padding 1. It comes first.
+- ``STEM, out_channels, kernel_size, stride, padding, max_pool, relu``: a square convolution (11×11 at most), where
+  ``relu`` is 1 a ReLU and, where ``max_pool`` is 1, a max pool of 3×3 with stride 2 and padding 1. It comes first.
 - ``UNIT, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu, pool_count_include_pad``: a unit.
 - ``GENERAL_UNIT``, the integers of a unit, then ``shuffle_groups, shortcut_first, shortcut_relu``: a unit in general.
 - ``AGAIN, times``: the unit before, so many times more, with weights of its own each time.
 - ``HEAD, classes, pool_window``: the mean of the upper left ``pool_window`` × ``pool_window`` pixels (0: of all), and a
   linear layer. It comes last.
 
-The op takes a stem and a head or neither, around one unit at least. The weights are in the order in which the steps
-name their convolutions, each of them weight then bias, with batch norm folded in, and padded as
-``reference.pack_weights`` does it.
+A program has one step at least. The weights are in the order in which the steps name their convolutions, each of them
+weight then bias, with batch norm folded in, and padded as ``reference.pack_weights`` does it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 
 from shufflenet_ext._checks import check_divides
@@ -33,7 +32,24 @@ class StepKind(IntEnum):
 
 _MOST_KERNEL_SIZE = 11  # the largest convolution of a stem, as in csrc/network.h
 # How many integers follow a step's kind.
-_STEP_LENGTHS = {StepKind.STEM: 5, StepKind.UNIT: 7, StepKind.HEAD: 2, StepKind.AGAIN: 1, StepKind.GENERAL_UNIT: 10}
+_STEP_LENGTHS = {StepKind.STEM: 6, StepKind.UNIT: 7, StepKind.HEAD: 2, StepKind.AGAIN: 1, StepKind.GENERAL_UNIT: 10}
+
+
+def program_of(steps: Iterable[list[int]]) -> list[int]:
+    """The program of some steps. It is short: each number takes some 40 ns on its way through the dispatcher."""
+    program: list[int] = []
+    before, again = None, False  # the step before, and whether the program ends with how often that is repeated
+    for step in steps:
+        if step != before:
+            program += step
+            again = False
+        elif again:
+            program[-1] += 1
+        else:
+            program += [StepKind.AGAIN.value, 1]
+            again = True
+        before = step
+    return program
 
 
 def split_program(program: list[int]) -> Iterator[tuple[StepKind, list[int]]]:
@@ -70,7 +86,7 @@ def split_program(program: list[int]) -> Iterator[tuple[StepKind, list[int]]]:
 def check_step(kind: StepKind, step: list[int], channels: int, height: int, width: int) -> None:
     """Raises ValueError unless a program's step fits images of these sizes."""
     if kind is StepKind.STEM:
-        out_channels, size, stride, padding, _ = step
+        out_channels, size, stride, padding = step[:4]
         _check_positive(out_channels=out_channels)
         if not 1 <= size <= _MOST_KERNEL_SIZE:
             raise ValueError(f"program: got kernel_size {size}, expected 1 to {_MOST_KERNEL_SIZE}")

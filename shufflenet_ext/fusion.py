@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shufflenet_ext._fused import FusedUnit, adopt, plain_unit, raw_tensors, stage_tensors
-from shufflenet_ext._graph import trace
+from shufflenet_ext._chain import FusedSequential, FusedStem, joins
+from shufflenet_ext._fused import FusedUnit, adopt, plain_stem, plain_unit, raw_tensors, stage_tensors
+from shufflenet_ext._graph import Wire, trace
 from shufflenet_ext._match import NearMiss, Unit, unit_of
+from shufflenet_ext._network import Stem, stem_at
 from shufflenet_ext.modules import FusedShuffleBottleneck, ShuffleBottleneck, has_hooks
 
 _TOLERANCE = 1e-9  # of a float64 comparison, relative to the largest output; other units differ by far more
 # A unit's three convolutions, as their weights.
 _CONVOLUTIONS = 3
+_MOST_STEM_CHANNELS = 4  # of the images that a stem reads; behind other layers a convolution is PyTorch's own matter
 
 
 class FuseWarning(UserWarning):
@@ -32,6 +35,10 @@ def fuse(model: nn.Module) -> nn.Module:
     becomes a subclass of the one that it has, with another forward for eval mode. A :class:`ShuffleBottleneck`
     becomes a :class:`FusedShuffleBottleneck`. Works on training and eval models.
 
+    Where the model has units, a module that is its stem (a convolution of an image with its norm, ReLU and max pool)
+    is swapped in the same way, and swapped modules that follow each other in an nn.Sequential run as one op in eval
+    mode, on the CPU and where no gradients are wanted.
+
     Returns the model. TypeError if ``model`` is not a module. A :class:`FuseWarning` names each module that has a
     unit's convolutions and was left all the same, and why. Where no unit was found, it says what came nearest.
     """
@@ -44,6 +51,8 @@ def fuse(model: nn.Module) -> nn.Module:
     try:
         with torch.device("cpu"):
             fused = search.visit("", model)
+            if search.fused:
+                _join(fused)
     finally:
         torch.set_num_threads(threads)
     for message in search.warnings():
@@ -80,7 +89,7 @@ class _Search:
         convolutions = tuple(id(p) for p in module.parameters() if p.dim() == 4)
         if self.fused == before and len(convolutions) == _CONVOLUTIONS:
             try:
-                adopt(module, self.proved_unit(module))
+                adopt(module, self.proved_unit(module), FusedUnit)
                 self.fused += 1
                 self.misses.pop(convolutions, None)
             except NearMiss as miss:
@@ -94,7 +103,7 @@ class _Search:
         copied = _float64_copy(module)
         looks = type(module), repr(module), tuple((name, t.shape) for name, t in copied.state_dict().items())
         unit = self.alike.get(looks)
-        if unit is None or _difference(copied, unit) > _TOLERANCE:
+        if unit is None or _difference(copied, unit, unit.in_channels) > _TOLERANCE:
             unit = self.alike[looks] = _traced_unit(copied)
         tensors = [id(tensor) for stage in raw_tensors(module, unit) for tensor in stage if tensor is not None]
         if len(set(tensors)) < len(tensors):
@@ -162,11 +171,43 @@ def _traced_unit(copied: nn.Module) -> Unit:
         except Exception as error:  # whatever a user's code may raise
             causes.append(NearMiss(0, f"it cannot be traced ({str(error).partition(chr(10))[0]})"))
             continue
-        difference = _difference(copied, unit)
+        difference = _difference(copied, unit, unit.in_channels)
         if difference <= _TOLERANCE:
             return unit
         causes.append(NearMiss(7, f"its results differ from the fused unit's by {difference:.3g} of the largest"))
     raise max(causes, key=lambda miss: miss.depth) if causes else NearMiss(0, "it has no convolution")
+
+
+def _join(module: nn.Module) -> None:
+    """Makes a stem ahead of the units run fused, and Sequentials run fused modules that follow each other as one."""
+    if isinstance(module, FusedUnit | FusedShuffleBottleneck | FusedStem | nn.Conv2d):
+        return
+    if sum(p.dim() == 4 for p in module.parameters()) == 1:
+        stem = _proved_stem(module)
+        if stem is not None:
+            adopt(module, stem, FusedStem)
+            return
+    for child in module.children():
+        _join(child)
+    if type(module) is nn.Sequential and joins(module):
+        module.__class__ = FusedSequential
+
+
+def _proved_stem(module: nn.Module) -> Stem | None:
+    """The stem that a module is, on images; None if it is none, or its results are not the stem's."""
+    (channels,) = {p.shape[1] for p in module.parameters() if p.dim() == 4}
+    if channels > _MOST_STEM_CHANNELS:
+        return None
+    try:
+        copied = _float64_copy(module)
+        with torch.random.fork_rng(devices=[]):
+            graph = trace(copied, (torch.zeros(2, channels, 32, 33, dtype=torch.float64),))
+    except Exception:  # whatever a user's code may raise
+        return None
+    found = stem_at(graph.outputs[0]) if len(graph.outputs) == 1 and isinstance(graph.outputs[0], Wire) else None
+    if found is None or found[1].only() not in graph.inputs or len(graph.operations) != len(found[2]) + 1:
+        return None
+    return found[0] if _difference(copied, found[0], channels) <= _TOLERANCE else None
 
 
 def _possible_channels(module: nn.Module) -> list[int]:
@@ -182,8 +223,8 @@ def _possible_channels(module: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
-def _difference(module: nn.Module, unit: Unit) -> float:
-    """The largest relative difference between a float64 module and the unit, over both modes and some sizes."""
+def _difference(module: nn.Module, part: Unit | Stem, channels: int) -> float:
+    """The largest relative difference between a float64 module and its part, over both modes and some sizes."""
     generator = torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
     for value in state.values():
@@ -194,8 +235,12 @@ def _difference(module: nn.Module, unit: Unit) -> float:
     worst = 0.0
     for training, shape in itertools.product((False, True), ((3, 6, 7), (1, 5, 4), (2, 11, 9))):
         batch, *size = shape
-        x = torch.randn((batch, unit.in_channels, *size), generator=generator, dtype=torch.float64)
-        expected = plain_unit(x, unit, stage_tensors(module, unit), training=training)
+        x = torch.randn((batch, channels, *size), generator=generator, dtype=torch.float64)
+        tensors = stage_tensors(module, part)
+        if isinstance(part, Unit):
+            expected = plain_unit(x, part, tensors, training=training)
+        else:
+            expected = plain_stem(x, part, tensors, training=training)
         try:
             got: Any = module.train(training)(x.clone())
         except Exception:  # a foreign unit may refuse what ours takes

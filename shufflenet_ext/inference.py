@@ -2,26 +2,25 @@
 
 import copy
 import inspect
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from shufflenet_ext import reference
 from shufflenet_ext._backend import implementation
 from shufflenet_ext._capture import capture
+from shufflenet_ext._chain import FusedSequential, Part
 from shufflenet_ext._checks import check_tensor
 from shufflenet_ext._fused import foldable_unit, folded, tensor_of
-from shufflenet_ext._match import Stage, Unit
+from shufflenet_ext._match import Unit
 from shufflenet_ext._native import UnitSizes
 from shufflenet_ext._network import Chain, Head, Stem
-from shufflenet_ext._program import StepKind
+from shufflenet_ext._program import program_of
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
 from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
@@ -35,75 +34,30 @@ class _EvalOnly(nn.Module):
         return super().train(False)
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that equals conv followed by norm in eval mode.
-
-    Computed in float64, then rounded once, to ``dtype`` or, if None, to that of conv.
-    """
-    weight, bias = torch.nn.utils.fuse_conv_bn_weights(
-        conv.weight.double(),
-        None if conv.bias is None else conv.bias.double(),
-        _required(norm.running_mean).double(),
-        _required(norm.running_var).double(),
-        norm.eps,
-        None if norm.weight is None else norm.weight.double(),
-        None if norm.bias is None else norm.bias.double(),
-    )
-    dtype = dtype or conv.weight.dtype
-    return weight.detach().to(dtype), bias.detach().to(dtype)
-
-
-def _required(statistics: Tensor | None) -> Tensor:
-    if statistics is None:
-        raise ValueError("model: a batch norm has no running statistics, so it cannot be folded")
-    return statistics
-
-
 class _Steps:
-    """Steps of a program and their weights, as they are put together; see :func:`reference.shuffle_network`."""
+    """Steps of a program and their weights; see :func:`reference.shuffle_network`."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        self.dtype = dtype  # of the weights; None: each convolution's
-        self.program: list[int] = []
-        self.tensors: list[Tensor] = []
-        self.sizes: list[UnitSizes] = []  # of the units
-        self.variant: dict[str, Any] = {}  # what sets a unit apart from the original code's, if one is
-        self.unit: list[int] = []  # the last one's numbers
-        self.again = False  # whether the program ends with how many times more it has them
-
-    def add_stem(
-        self, weight: Tensor, bias: Tensor, *, out_channels: int, size: int, stride: int, padding: int, max_pool: bool
-    ) -> None:
-        self.program += [StepKind.STEM.value, out_channels, size, stride, padding, max_pool]
-        self.tensors += [weight, bias]
-
-    def add_unit(self, module: nn.Module, unit: Unit) -> None:
-        kind = StepKind.GENERAL_UNIT if unit.variant else StepKind.UNIT
-        step = [kind.value, unit.mid_channels, unit.out_channels, unit.conv1_groups, unit.groups, unit.stride]
-        step += [unit.conv2_relu, unit.pool_count_include_pad]
-        if unit.variant:
-            step += [unit.shuffle_groups, unit.shortcut_first, unit.shortcut_relu]
-        # Few numbers: each takes some 40 ns on its way through the dispatcher.
-        if step != self.unit:
-            self.unit, self.again = step, False
-            self.program += step
-        elif self.again:
-            self.program[-1] += 1
-        else:
-            self.program += [StepKind.AGAIN.value, 1]
-            self.again = True
-        for stage in unit.stages:
-            self.tensors += folded(module, stage, self.dtype)
-        self.sizes.append(unit.sizes)
-        self.variant = self.variant or unit.variant
-
-    def add_head(self, weight: Tensor, bias: Tensor | None, *, pool_window: int) -> None:
-        self.program += [StepKind.HEAD.value, len(weight), pool_window]
-        bias = weight.new_zeros(len(weight)) if bias is None else bias
-        self.tensors += [tensor.detach().to(self.dtype or tensor.dtype) for tensor in (weight, bias)]
+    def __init__(self, parts: Sequence[Part], dtype: torch.dtype | None) -> None:
+        """``dtype`` is that of the weights; None: each tensor's."""
+        self.program = program_of(part.step for _, part in parts)
+        self.tensors = [tensor for part in parts for tensor in _weights_of(*part, dtype)]
+        units = [part for _, part in parts if isinstance(part, Unit)]
+        self.sizes = [unit.sizes for unit in units]
+        # What sets a unit apart from the original code's, if one is.
+        self.variant: dict[str, Any] = next((unit.variant for unit in units if unit.variant), {})
 
     def packed(self) -> Tensor:
         return reference.pack_weights(self.tensors)
+
+
+def _weights_of(module: nn.Module, part: Stem | Unit | Head, dtype: torch.dtype | None) -> Iterator[Tensor]:
+    if isinstance(part, Head):
+        weight = tensor_of(module, part.weight)
+        bias = weight.new_zeros(len(weight)) if part.bias is None else tensor_of(module, part.bias)
+        yield from (tensor.detach().to(dtype or tensor.dtype) for tensor in (weight, bias))
+    else:
+        for stage in part.stages:
+            yield from folded(module, stage, dtype)
 
 
 class InferenceUnits(_EvalOnly):
@@ -113,9 +67,7 @@ class InferenceUnits(_EvalOnly):
 
     def __init__(self, units: Iterable[tuple[nn.Module, Unit]], dtype: torch.dtype | None) -> None:
         super().__init__()
-        steps = _Steps(dtype)
-        for unit in units:
-            steps.add_unit(*unit)
+        steps = _Steps(list(units), dtype)
         self.register_buffer("weights", steps.packed())
         self.program = steps.program
         self.sizes, self.variant = steps.sizes, steps.variant
@@ -132,119 +84,35 @@ class InferenceUnits(_EvalOnly):
         return explain_steps(self, x, [f"unit {i}" for i in range(1, len(self.sizes) + 1)])
 
 
-class InferenceChain(_EvalOnly):
-    """Units of a captured model, with or without its stem and head. Made by :func:`optimize_for_inference`.
-
-    A stem or a head that a program cannot say, or one without the other, is PyTorch's, with its norm folded.
-    """
-
-    def __init__(self, model: nn.Module, chain: Chain, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        parts: list[nn.Module] = []
-        if chain.stem is not None:
-            parts.append(_Stem(model, chain.stem, dtype))
-        parts.append(InferenceUnits([(model, found.unit) for found in chain.units], dtype))
-        if chain.head is not None:
-            parts.append(_Head(model, chain.head, dtype))
-        self.parts = nn.Sequential(*parts)
-        super().train(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.parts(x)
-
-
 def _captured(model: nn.Module, chain: Chain, dtype: torch.dtype | None) -> nn.Module:
-    """What takes the place of a chain of a captured model: one op, where a program can say all of it."""
-    stem, head = chain.stem, chain.head
-    if stem is None or head is None or not stem.relu:
-        return InferenceChain(model, chain, dtype)
-    parts = [_Steps(dtype) for _ in range(3)]
-    parts[0].add_stem(
-        *folded(model, stem.stage, dtype),
-        out_channels=stem.out_channels,
-        size=stem.size,
-        stride=stem.stride,
-        padding=stem.padding,
-        max_pool=stem.max_pool,
-    )
-    for found in chain.units:
-        parts[1].add_unit(model, found.unit)
-    # Where a window must be the whole plane, the captured graph holds for planes of its size alone.
-    weight, bias = (None if name is None else tensor_of(model, name) for name in (head.weight, head.bias))
-    assert weight is not None
-    parts[2].add_head(weight, bias, pool_window=0 if head.whole and head.exact else head.window)
-    return InferenceNetwork(parts, [f"unit {i}" for i in range(1, len(chain.units) + 1)])
-
-
-class _Folded(_EvalOnly):
-    """Convolutions with their norms folded in."""
-
-    def __init__(self, model: nn.Module, stages: Iterable[Stage], dtype: torch.dtype | None) -> None:
-        super().__init__()
-        for number, stage in enumerate(stages, 1):
-            weight, bias = folded(model, stage, dtype)
-            self.register_buffer(f"weight{number}", weight)
-            self.register_buffer(f"bias{number}", bias)
-
-
-class _Stem(_Folded):
-    weight1: Tensor
-    bias1: Tensor
-
-    def __init__(self, model: nn.Module, stem: Stem, dtype: torch.dtype | None) -> None:
-        super().__init__(model, [stem.stage], dtype)
-        self.stem = stem
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.to(self.weight1.dtype)
-        y = F.conv2d(y, self.weight1, self.bias1, stride=self.stem.stride, padding=self.stem.padding)
-        y = F.relu(y) if self.stem.relu else y
-        return (F.max_pool2d(y, 3, stride=2, padding=1) if self.stem.max_pool else y).to(x.dtype)
-
-
-class _Head(_EvalOnly):
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, model: nn.Module, head: Head, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.head = head
-        for name, path in (("weight", head.weight), ("bias", head.bias)):
-            tensor = None if path is None else tensor_of(model, path).detach()
-            self.register_buffer(name, None if tensor is None else tensor.to(dtype or tensor.dtype).clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy) and (node := leaf_node(self, x)) is not None:
-            return node
-        window = self.head.window
-        if window == 0:
-            y = x.mean((2, 3))
-        else:
-            y = F.avg_pool2d(x, window, stride=1 if self.head.exact else window)
-            if y.shape[2:] != (1, 1):
-                raise ValueError(
-                    f"x: got {list(x.shape[2:])} pixels ahead of the head, expected one window of {window}"
-                )
-        return F.linear(y.flatten(1).to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+    """What takes the place of a chain of a captured model: one op."""
+    parts: list[Part] = [(model, found.unit) for found in chain.units]
+    names = [f"unit {i}" for i in range(1, len(parts) + 1)]
+    if chain.stem is not None:
+        parts.insert(0, (model, chain.stem))
+    if chain.head is not None:
+        parts.append((model, chain.head))
+    return InferenceNetwork(parts, names, dtype)
 
 
 class InferenceNetwork(_EvalOnly):
-    """A whole network for inference: one op on packed weights. Made by :func:`optimize_for_inference`.
+    """A network, or a part of one, for inference: one op on packed weights. Made by :func:`optimize_for_inference`.
 
     On a GPU the units are one op; the stem and the head are PyTorch's.
     """
 
     weights: Tensor
 
-    def __init__(self, parts: Sequence[_Steps], unit_names: Sequence[str]) -> None:
-        """``parts`` are the steps of the stem, the units and the head."""
+    def __init__(self, network: Sequence[Part], unit_names: Sequence[str], dtype: torch.dtype | None) -> None:
+        """``network`` is units, with or without a stem ahead and a head behind."""
         super().__init__()
-        self.step_names = ["stem", *unit_names, "means", "linear"]
-        packed = [part.packed() for part in parts]
-        self.register_buffer("weights", torch.cat(packed))
-        self.programs = [part.program for part in parts]
+        parts = [_Steps([part for part in network if isinstance(part[1], kind)], dtype) for kind in (Stem, Unit, Head)]
+        stem, _, head = self.programs = [part.program for part in parts]
+        self.step_names = [*(["stem"] if stem else []), *unit_names, *(["means", "linear"] if head else [])]
+        packed = [part.packed() if part.tensors else None for part in parts]
+        self.register_buffer("weights", torch.cat([weights for weights in packed if weights is not None]))
         self.program = [number for part in parts for number in part.program]
-        self.lengths = [len(weights) for weights in packed]
+        self.lengths = [0 if weights is None else len(weights) for weights in packed]
         self.sizes, self.variant = parts[1].sizes, parts[1].variant
         super().train(False)
 
@@ -255,9 +123,13 @@ class InferenceNetwork(_EvalOnly):
         if not x.is_cuda:
             return _run(x, _weights(self), self.program, self.sizes, self.variant)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
-        dtype = x.dtype
-        x = reference.shuffle_network(_for_cuda(x, self.weights), *stem)
-        return reference.shuffle_network(_run(x, *units, self.sizes, self.variant), *head).to(dtype)
+        y = _for_cuda(x, self.weights)
+        if stem[1]:
+            y = reference.shuffle_network(y, *stem)
+        y = _run(y, *units, self.sizes, self.variant)
+        if head[1]:
+            y = reference.shuffle_network(y, *head)
+        return y.to(x.dtype)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each step runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -340,9 +212,9 @@ class InferenceModel(_EvalOnly):
         )
 
 
-def _with_arguments_of(model: nn.Module, optimized: InferenceModel) -> InferenceModel:
-    """Gives an InferenceModel the arguments of the model that it was made from."""
-    parameters = inspect.signature(model.forward).parameters.values()
+def _with_arguments_of(model: nn.Module, optimized: InferenceModel, count: int | None = None) -> InferenceModel:
+    """Gives an InferenceModel the arguments of the model it was made from: all, or those that it was captured with."""
+    parameters = [*inspect.signature(model.forward).parameters.values()][:count]
     optimized.__class__ = _class_with(tuple((p.name, p.kind, p.default is p.empty, p.default) for p in parameters))
     return optimized
 
@@ -434,7 +306,7 @@ def optimize_for_inference(
         captured = capture(
             copy.deepcopy(model).eval(), example_inputs, lambda module, chain: _captured(module, chain, dtype)
         )
-        return _with_arguments_of(model, InferenceModel(captured.module, captured.sizes))
+        return _with_arguments_of(model, InferenceModel(captured.module, captured.sizes), len(example_inputs))
     copied = fuse(copy.deepcopy(model).eval())
     return _with_arguments_of(model, InferenceModel(_inference_twin(copied, dtype, {})))
 
@@ -446,9 +318,11 @@ def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn
     units = _chain(module)
     # Only what these classes' own code does between the modules is known; a subclass may do something else.
     if type(module) is ShuffleNetCifar or type(module) is ShuffleNetV1:
-        stages = [_chain(stage) for stage in (module.layer1, module.layer2, module.layer3)]
-        if all(stages) and _plain_ends(module):
-            twins[module] = _own_network(module, stages, dtype)
+        parts = module.parts()
+        if parts is not None:
+            layers = enumerate((module.layer1, module.layer2, module.layer3), 1)
+            names = [f"unit {i}.{j}" for i, layer in layers for j in range(1, len(layer) + 1)]
+            twins[module] = InferenceNetwork(parts, names, dtype)
             return twins[module]
     elif units:
         twins[module] = InferenceUnits(units, dtype)
@@ -460,46 +334,10 @@ def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn
     return module
 
 
-def _own_network(
-    network: ShuffleNetCifar | ShuffleNetV1,
-    stages: Sequence[Sequence[tuple[nn.Module, Unit]]],
-    dtype: torch.dtype | None,
-) -> InferenceNetwork:
-    for_cifar = isinstance(network, ShuffleNetCifar)
-    parts = stem, units, head = [_Steps(dtype) for _ in range(3)]
-    conv, linear = network.conv1, network.linear
-    assert isinstance(conv.padding[0], int)
-    stem.add_stem(
-        *_folded(conv, network.bn1, dtype),
-        out_channels=conv.out_channels,
-        size=conv.kernel_size[0],
-        stride=conv.stride[0],
-        padding=conv.padding[0],
-        max_pool=not for_cifar,
-    )
-    for unit in itertools.chain.from_iterable(stages):
-        units.add_unit(*unit)
-    head.add_head(linear.weight, linear.bias, pool_window=4 if for_cifar else 0)
-    return InferenceNetwork(
-        parts, [f"unit {i}.{j}" for i, stage in enumerate(stages, 1) for j in range(1, len(stage) + 1)]
-    )
-
-
-def _plain_ends(network: ShuffleNetCifar | ShuffleNetV1) -> bool:
-    """Whether the network's stem and head are what the op has, and no more than their weights."""
-    conv, norm, linear = ends = network.conv1, network.bn1, network.linear
-    if (type(conv), type(linear)) != (nn.Conv2d, nn.Linear) or any(map(has_hooks, (network, *ends))):
-        return False
-    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_mean is None:
-        return False
-    size, stride, padding = conv.kernel_size, conv.stride, conv.padding
-    square = len(set(size)) == len(set(stride)) == len(set(padding)) == 1 and isinstance(padding[0], int)
-    plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
-    return plain and square and stride[0] in (1, 2) and int(padding[0]) < size[0]
-
-
 def _chain(module: nn.Module) -> list[tuple[nn.Module, Unit]]:
     """The units that the module is: itself, or those of a Sequential of nothing else; none for other modules."""
-    children = list(module) if type(module) is nn.Sequential and not has_hooks(module) else [module]
+    children: list[nn.Module] = [module]
+    if isinstance(module, nn.Sequential) and type(module) in (nn.Sequential, FusedSequential) and not has_hooks(module):
+        children = list(module)
     units = [(child, unit) for child in children if (unit := foldable_unit(child)) is not None]
     return units if len(units) == len(children) else []

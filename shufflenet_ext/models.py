@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shufflenet_ext._chain import Part, network_plan, own_parts, run_by_plan
 from shufflenet_ext._checks import check_int
 from shufflenet_ext.modules import STEM_CHANNELS, FusedShuffleBottleneck
 
@@ -34,9 +35,16 @@ class ShuffleNetCifar(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Takes images (N, 3, 32, 32) and returns logits (N, 10)."""
+        logits = run_by_plan(self, x, lambda: network_plan(self.parts()))
+        if logits is not None:
+            return logits
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(F.avg_pool2d(x, 4).flatten(1))
+
+    def parts(self) -> list[Part] | None:
+        """The stem, the units and the head that it is; None where it is more, as with hooks."""
+        return own_parts(self, max_pool=False, window=4)
 
 
 def ShuffleNetG2() -> ShuffleNetCifar:  # noqa: N802 (the original code's name)
@@ -66,9 +74,16 @@ class ShuffleNetV1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Takes images (N, 3, H, W) and returns logits (N, num_classes)."""
+        logits = run_by_plan(self, x, lambda: network_plan(self.parts()))
+        if logits is not None:
+            return logits
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    def parts(self) -> list[Part] | None:
+        """The stem, the units and the head that it is; None where it is more, as with hooks."""
+        return own_parts(self, max_pool=True, window=0)
 
 
 def shufflenet_v1(groups: int = 3, width: float = 1.0, num_classes: int = 1000) -> ShuffleNetV1:

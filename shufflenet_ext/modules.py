@@ -139,6 +139,9 @@ class ShuffleBottleneck(nn.Module):
         return f"stride={self.stride}, groups={self.groups}"
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # attributes of a module
+
+
 def leaf_node(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A call of the module as one node of the graph that torch.fx.symbolic_trace makes, as a torch.nn module's is.
 
@@ -154,8 +157,7 @@ def leaf_node(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs more than its forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(getattr(module, name) for name in HOOKS)
 
 
 def _pads_to_same_size(conv: nn.Conv2d) -> bool:

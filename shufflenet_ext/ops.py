@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from shufflenet_ext import _native, reference
@@ -235,7 +236,7 @@ def _register_flop_formula(name: str) -> None:
     plain = _plain(name)
 
     def flop(*args: Any, out_val: Tensor, **kwargs: Any) -> int:
-        shapes = [arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args]
+        shapes = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args)
         with FlopCounterMode(display=False) as counter:
             plain(*shapes, **kwargs)
         return counter.get_total_flops()
@@ -267,14 +268,16 @@ def _register_autocast(name: str) -> None:
 if _native.native_error is None:
     _library = torch.library.Library("shufflenet_ext", "FRAGMENT")
     for _name in ("pointwise_shuffle_depthwise", "shuffle_bottleneck", "shuffle_bottleneck_batch_norm"):
-        _register_autograd(_name)  # shuffle_network is for inference, and has no backward pass
+        _register_autograd(_name)  # networks are for inference, and have no backward pass
     for _name in (
         "pointwise_shuffle_depthwise",
         "shuffle_bottleneck",
         "shuffle_bottleneck_batch_norm",
         "shuffle_network",
+        "shuffle_network_batch_norm",
     ):
-        _register_autocast(_name)
+        if _name != "shuffle_network_batch_norm":  # which is not called under autocast: see _chain.py
+            _register_autocast(_name)
         _register_fake(_name)
         _register_transforms(_name)
         _register_decomposition(_name)

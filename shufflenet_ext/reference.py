@@ -123,7 +123,7 @@ def shuffle_bottleneck(
 
 
 def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
-    """Runs units one behind the other, with or without a network's stem and head (Table 1), for inference.
+    """Runs a network (Table 1) or a part of one, its steps one behind the other, for inference.
 
     Args:
         x: (N, C, H, W).
@@ -149,11 +149,12 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
         channels = int(x.shape[1])  # a number in a traced graph too, as the weights are for so many
         check_step(kind, step, channels, *x.shape[2:])
         if kind is StepKind.STEM:
-            out_channels, size, stride, padding, max_pool = step
+            out_channels, size, stride, padding, max_pool, relu = step
             x = F.conv2d(x, *packed.take(out_channels, channels, size, size), stride=stride, padding=padding)
             if max_pool:
                 x = F.max_pool2d(x, 3, stride=2, padding=1)  # the same as behind the ReLU, which then has less to do
-            x = F.relu(x)
+            if relu:
+                x = F.relu(x)
         elif kind in (StepKind.UNIT, StepKind.GENERAL_UNIT):
             mid, out, conv1_groups, groups, stride, conv2_relu, include_pad = step[:7]
             shuffle_groups, shortcut_first, shortcut_relu = step[7:] or (groups, False, True)
@@ -177,6 +178,37 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
             x = F.linear(x.flatten(1), *packed.take(classes, channels))
     packed.check_all_taken()
     return x.to(dtype)
+
+
+def shuffle_network_batch_norm(x: Tensor, tensors: list[Tensor | None], eps: list[float], program: list[int]) -> Tensor:
+    """:func:`shuffle_network` from a model's own tensors, with its batch norms in inference mode.
+
+    Args:
+        x: (N, C, H, W).
+        tensors: of each convolution, in the steps' order: weight and bias, then weight, bias, mean and variance of its
+            batch norm, None for what it has not; of the linear layer, weight and bias.
+        eps: of each convolution's batch norm.
+        program: what the steps are; see ``shufflenet_ext._program``.
+
+    Raises ValueError for arguments that are not as above.
+    """
+    check_tensor("x", x)
+    if len(tensors) - 6 * len(eps) not in (0, 2):
+        expected = f"6 for each of the {len(eps)} eps, and 2 for a linear layer behind them"
+        raise ValueError(f"tensors: got {len(tensors)}, expected {expected}")
+    folded: list[Tensor] = []
+    for i in range(0, len(tensors), 6):
+        weight, bias, gamma, beta, mean, var = [*tensors[i : i + 6], None, None, None, None][:6]
+        check_tensor("tensors", weight)
+        assert weight is not None
+        shift = weight.new_zeros(len(weight)) if bias is None else bias
+        if mean is not None and var is not None:
+            scale = torch.rsqrt(var + eps[i // 6])
+            scale = scale if gamma is None else gamma * scale
+            shift = (shift - mean) * scale if beta is None else beta + (shift - mean) * scale
+            weight = weight * scale.to(weight.dtype).view(-1, 1, 1, 1)
+        folded += [weight, shift.to(weight.dtype)]
+    return shuffle_network(x, pack_weights(folded), program)
 
 
 # Packed arrays are padded to a multiple of so many elements, as in csrc/program.h.

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -31,9 +31,9 @@ VECTOR_BYTES = {"baseline": 16, "neon": 16, "avx2": 32, "avx512": 64}
 @contextmanager
 def selected_isa(isa: str) -> Iterator[None]:
     """Runs the block with the kernels of one of the CPU's instruction sets."""
-    previous = _native.build_info()["cpu_isa"]
+    previous = _native.cpu_isa()
     _native.select_cpu_isa(isa)
-    assert _native.build_info()["cpu_isa"] == isa
+    assert _native.cpu_isa() == isa
     try:
         yield
     finally:
@@ -154,18 +154,23 @@ class Unit:
 
 @dataclass(frozen=True)
 class Network:
-    """A call of shuffle_network: units one behind the other, with a stem and a head or neither."""
+    """A call of shuffle_network: units one behind the other, with or without a stem and a head."""
 
     units: tuple[Unit, ...]
-    stem: tuple[int, ...] | None = None  # out_channels, kernel_size, stride, padding, max_pool
+    stem: tuple[int, ...] | None = None  # out_channels, kernel_size, stride, padding, max_pool and, unless 1, relu
     head: tuple[int, ...] | None = None  # classes, pool_window
     batch: int = 2
     in_channels: int | None = None  # the first unit's
     plane: tuple[int, int] = (14, 14)
 
     @property
+    def channels(self) -> int:
+        """Those of x."""
+        return self.in_channels or self.units[0].in_channels
+
+    @property
     def program(self) -> list[int]:
-        program = [] if self.stem is None else [0, *self.stem]
+        program = [] if self.stem is None else [0, *self.stem, 1][:7]
         for unit in self.units:
             o = unit.options
             is_general = unit.shuffle_groups is not None or unit.shortcut_first or not unit.shortcut_relu
@@ -188,12 +193,14 @@ class Network:
         parameters: list[Tensor] = []
         if self.stem is not None:
             out_channels, size = self.stem[:2]
-            parameters += layer(out_channels, self.in_channels or self.units[0].in_channels, size, size)
+            parameters += layer(out_channels, self.channels, size, size)
         for unit in self.units:
             parameters += unit.tensors(dtype)[1:]
         if self.head is not None:
-            last = self.units[-1]
-            channels = (last.out_channels or last.in_channels) + (last.in_channels if last.stride == 2 else 0)
+            channels = self.stem[0] if self.stem else self.channels
+            if self.units:
+                last = self.units[-1]
+                channels = (last.out_channels or last.in_channels) + (last.in_channels if last.stride == 2 else 0)
             parameters += layer(self.head[0], channels)
         return [parameter.to(torch.get_default_device()) for parameter in parameters]
 
@@ -201,15 +208,9 @@ class Network:
         self, dtype: torch.dtype = torch.float32, layout: torch.memory_format = LAYOUTS[0]
     ) -> tuple[Tensor, Tensor, list[int]]:
         """The op's arguments, on torch's default device."""
-        x = replace(
-            self.units[0],
-            batch=self.batch,
-            in_channels=self.in_channels or self.units[0].in_channels,
-            out_channels=None,
-            conv1_groups=1,
-            groups=1,
-            plane=self.plane,
-        ).tensors(dtype, layout)[0]
+        x = Unit(groups=1, in_channels=self.channels, mid_channels=1, batch=self.batch, plane=self.plane).tensors(
+            dtype, layout
+        )[0]
         return x, reference.pack_weights(self.parameters(dtype)), self.program
 
     def check(self, x: Tensor, weights: Tensor, program: list[int]) -> Tensor:

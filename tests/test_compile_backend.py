@@ -5,11 +5,11 @@ from importlib import metadata
 
 import pytest
 import torch
-from public_styles import CifarStyle
 from support import randomize
 from torch import nn
 
 import shufflenet_ext as se
+from benchmarks.public_styles import CifarStyle
 from shufflenet_ext._compile import backend
 
 

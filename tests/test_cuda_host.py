@@ -14,13 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compiled import CXX, compiled
 
 from benchmarks.cuda_toolkit import KERNEL, ROOT, build_planner, plans
 
 SOURCES = ROOT / "tests" / "cuda"
-CXX = os.environ.get("CXX", "g++").split()[0]
-FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing"]
-SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-fno-strict-aliasing", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
 pytestmark = pytest.mark.skipif(
@@ -31,21 +30,8 @@ pytestmark = pytest.mark.skipif(
 Case = dict[str, int | str]
 
 
-def build(source: str, target: Path, *flags: str, kernel: Path = KERNEL) -> Path:
-    command = [
-        CXX,
-        *FLAGS,
-        *flags,
-        f"-I{kernel}",
-        f"-I{KERNEL}",
-        f"-I{SOURCES}",
-        "-o",
-        str(target),
-        str(SOURCES / source),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
+def build(*flags: str, kernel: Path = KERNEL) -> Path:
+    return compiled([SOURCES / "unit_test.cpp"], *flags, f"-I{kernel}", f"-I{KERNEL}", f"-I{SOURCES}")
 
 
 def line(case: Case) -> str:
@@ -78,16 +64,15 @@ def failures_of_a_process(program: Path, cases: list[Case]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def programs() -> dict[str, Path]:
     """The kernel for 16-bit dtypes as compiled for sm_80 and newer and for sm_75, and for the others."""
-    folder = tmp_path_factory.mktemp("cuda_host")
     wanted = {
         "mma": ["-O1", *SANITIZE, "-DSHUFFLENET_TEST_DTYPE16"],
         "sm_75": ["-O1", *SANITIZE, "-DSHUFFLENET_TEST_DTYPE16", "-DSHUFFLENET_TEST_ARCH=75"],
         "wide": ["-O1", *SANITIZE],
     }
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        built = pool.map(lambda name: build("unit_test.cpp", folder / name, *wanted[name]), wanted)
+        built = pool.map(lambda name: build(*wanted[name]), wanted)
         return dict(zip(wanted, built, strict=True))
 
 
@@ -233,7 +218,7 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         place.mkdir()
         (place / "unit_kernel.cuh").write_text(source.replace(right, planted))
         flags = ["-O0", "-fsanitize=address", *([] if "TF32" in name else ["-DSHUFFLENET_TEST_DTYPE16"])]
-        return build("unit_test.cpp", place / "mutant", *flags, kernel=place)
+        return build(*flags, kernel=place)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(MUTATIONS, pool.map(build_mutant, MUTATIONS), strict=True))

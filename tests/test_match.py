@@ -8,15 +8,16 @@ import fuzz_match
 import pytest
 import pytorchcv.models.shufflenet
 import torch
-from public_styles import STYLES, BiasedStyle, BlocksStyle
 from styles import NEAR_MISSES, random_style, random_unit
-from support import assert_as_accurate, randomize
+from support import assert_as_accurate, each_isa_for_bfloat16, randomize
 from torch import nn
 
 import shufflenet_ext as se
+from benchmarks.public_styles import STYLES, BiasedStyle, BlocksStyle
 from shufflenet_ext._fused import FusedUnit
 from shufflenet_ext._graph import trace
 from shufflenet_ext._match import NearMiss, unit_of
+from shufflenet_ext.inference import InferenceNetwork
 
 SHORT = ("shufflenet_g1_wd4", "shufflenet_g3_w1", "shufflenet_g8_w1")  # of which the short suite makes do
 PYTORCHCV = sorted(name for name in dir(pytorchcv.models.shufflenet) if name.startswith("shufflenet_g"))
@@ -79,8 +80,9 @@ def test_whole_models(style):
     model = randomize(style()).eval()
     optimized = se.optimize_for_inference(model, example_inputs=(torch.randn(1, 3, size, size),))
     called = [node.target for node in optimized.model.graph.nodes if node.op in ("call_module", "call_function")]
-    # One call, and what is behind the network.
+    # One call of one op, and what is behind the network.
     assert called[0] == "chain0"
+    assert isinstance(optimized.model.chain0, InferenceNetwork)
     assert called[1:] == ([torch.ops.aten.log_softmax.int] if style is BiasedStyle else [])
     for batch in (1, 3):
         assert_same(optimized, model, torch.randn(batch, 3, size, size))
@@ -94,6 +96,21 @@ def test_whole_models(style):
         assert_same(optimized, model, x)
     twin = pickle.loads(pickle.dumps(copy.deepcopy(optimized)))
     assert_same(twin, model, torch.randn(2, 3, size, size))
+
+
+@each_isa_for_bfloat16
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__)
+def test_whole_models_in_bfloat16(style, isa):
+    size, _ = STYLES[style]
+    model = randomize(style()).eval()
+    x = torch.randn(2, 3, size, size)
+    optimized = se.optimize_for_inference(model, torch.bfloat16, example_inputs=(x,))
+    with torch.no_grad():
+        exact, plain = copy.deepcopy(model).double()(x.double()), copy.deepcopy(model).bfloat16()(x.bfloat16())
+        for given in (x, x.bfloat16()):
+            got = optimized(given)
+            assert got.dtype == given.dtype
+            assert_as_accurate(got.bfloat16(), plain, exact)
 
 
 @pytest.mark.parametrize("name", ["shufflenet_g1_wd4", "shufflenet_g8_w1"])
@@ -110,7 +127,7 @@ def test_a_model_of_which_a_part_is_known():
     class Segmenter(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone = BlocksStyle().stage3
+            self.backbone = BlocksStyle().stages[2:]
             self.stem = nn.Conv2d(3, 48, 5, 2, 2)
             self.decoder = nn.Conv2d(96, 5, 3, padding=1)
 
@@ -125,6 +142,8 @@ def test_a_model_of_which_a_part_is_known():
     optimized = se.optimize_for_inference(model, example_inputs=arguments)
     calls = [node.target for node in optimized.model.graph.nodes if node.op == "call_module"]
     assert calls == ["chain0"]
+    with pytest.raises(TypeError, match="flip"):
+        optimized(*arguments, flip=True)  # the graph was captured without it
     for x in (torch.randn(2, 3, 16, 24), torch.randn(1, 3, 16, 24)):
         with torch.no_grad():
             got, expected = optimized(x, 2.0), model(x, 2.0)

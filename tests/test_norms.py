@@ -10,7 +10,7 @@ from torch import nn
 
 import shufflenet_ext as se
 
-OP = "shuffle_bottleneck_batch_norm"
+UNIT, CHAIN = "shuffle_bottleneck_batch_norm", "shuffle_network_batch_norm"
 
 
 def without_affine(channels):
@@ -53,10 +53,10 @@ def images(batch=2):
     return torch.randn(batch, 24, 7, 6)
 
 
-def assert_native(fused, plain, op=OP, times=2):
+def assert_native(fused, plain, op=CHAIN):
     x = images()
     with torch.no_grad():
-        with assert_ran(op, times):
+        with assert_ran(op, 1):
             got = fused(x)
         assert_as_accurate(got, plain(x), copy.deepcopy(plain).double()(x.double()))
 
@@ -67,7 +67,7 @@ def test_norms_with_statistics_are_native(unit_class, kind):
     plain = units(unit_class, kind)
     fused = se.fuse(copy.deepcopy(plain))
     assert_native(fused, plain)
-    assert_native(se.optimize_for_inference(fused), plain, "shuffle_network", 1)
+    assert_native(se.optimize_for_inference(fused), plain, "shuffle_network")
 
 
 @each_kind
@@ -132,7 +132,7 @@ def test_norms_converted_behind_fuse(unit_class):
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in fused.modules()) == 6
     assert_native(fused, plain)
     assert_native(copy.deepcopy(fused), plain)
-    assert_native(se.optimize_for_inference(fused), plain, "shuffle_network", 1)
+    assert_native(se.optimize_for_inference(fused), plain, "shuffle_network")
     x = images(3)
     torch.testing.assert_close(fused.train()(x), plain.train()(x))
     # What changes in a converted norm is seen as in any other.
@@ -175,7 +175,7 @@ def test_fuse_amid_distributed_training():
         plain(images())  # in distributed training it takes no tensors of a CPU
     fused = se.fuse(plain).eval()
     assert type(fused.bn1) is nn.SyncBatchNorm
-    with assert_ran(OP):
+    with assert_ran(UNIT):
         fused(images())
 
 

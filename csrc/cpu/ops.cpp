@@ -33,15 +33,39 @@ Tensor run(const UnitArguments& arguments) {
   return result;
 }
 
-Tensor run_packed(const Tensor& given_x, const Tensor& weights, const Program& program, bool) {
-  check_ends(program);
+// Calls run(call) with what a program takes and gives.
+template <class Run>
+Tensor with_result(const Program& program, const Tensor& given_x, const Run& run) {
   const Tensor x = dense(given_x, program.layout);
   const Tensor result =
       program.head ? empty_like_x<2>(x, {x.size(0), program.head->head.classes}, {program.head->head.classes, 1})
                    : empty_like_x(x, program.sizes, program.layout);
-  if (x.size(0) == 0) return result;
-  run_program(program, {weights.const_data_ptr(), dtype_of("weights", weights), weights.numel()}, call_of(x, result));
+  if (x.size(0) > 0) run(call_of(x, result));
   return result;
+}
+
+Tensor run_packed(const Tensor& x, const Tensor& weights, const Program& program, bool) {
+  return with_result(program, x, [&](const Call& call) {
+    run_program(program, {weights.const_data_ptr(), dtype_of("weights", weights), weights.numel()}, call);
+  });
+}
+
+template <class A>
+void run_tensors_as(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Call& call) {
+  const std::vector<ConvolutionData<A>> data(arguments.begin(), arguments.end());
+  std::vector<Convolution> convolutions;
+  for (const ConvolutionData<A>& each : data) convolutions.push_back(each.pointers);
+  run_program(program, convolutions.data(), call);
+}
+
+Tensor run_tensors(Tensor x, std::vector<std::optional<Tensor>> tensors, std::vector<double> eps,
+                   std::vector<int64_t> integers, bool) {
+  const auto [arguments, elements] = network_arguments(tensors, eps);
+  const Program program = ProgramReader(check_x(x), layout_of(x), elements, integers).read();
+  check_network(program, arguments, x);
+  return with_result(program, x, [&, &arguments = arguments](const Call& call) {
+    (call.dtype == Dtype::float64 ? run_tensors_as<double> : run_tensors_as<float>)(program, arguments, call);
+  });
 }
 
 }  // namespace
@@ -49,4 +73,5 @@ Tensor run_packed(const Tensor& given_x, const Tensor& weights, const Program& p
 
 STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CPU, m) {
   shufflenet::Ops<shufflenet::cpu::run, shufflenet::cpu::run_packed>::implement(m);
+  m.impl("shuffle_network_batch_norm", TORCH_BOX(&shufflenet::cpu::run_tensors));
 }

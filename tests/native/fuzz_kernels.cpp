@@ -645,6 +645,7 @@ static StemCase random_stem() {
   s.height = least + (shape == 0 ? uniform(40, 90) : shape == 1 ? uniform(0, 5) : uniform(0, 20));
   s.width = least + (shape == 1 ? uniform(200, 600) : uniform(0, 75));
   s.max_pool = uniform(0, 1);
+  s.relu = uniform(0, 1);
   s.layout = static_cast<Layout>(uniform(0, 1));
   c.values = random_values(s.in_channels * s.height * s.width);
   c.weights = random_weights(s.out_channels, s.taps());
@@ -692,7 +693,7 @@ static void check_stem_result(const StemCase& stem_case, int64_t plane, double r
           sum += term;
           terms += std::isnan(term) ? 0 : std::abs(term);
         }
-        convolved.push_back(relu(sum));
+        convolved.push_back(s.relu ? relu(sum) : sum);
         size.push_back(terms);
       }
     }
@@ -702,7 +703,7 @@ static void check_stem_result(const StemCase& stem_case, int64_t plane, double r
         expected = convolved[p];
         terms = size[p];
       } else if (p < pixels) {
-        expected = 0;
+        expected = -std::numeric_limits<double>::infinity();
         for (int64_t tap = 0; tap < 9; ++tap) {
           const int64_t row = p / s.out_width() * 2 - 1 + tap / 3, column = p % s.out_width() * 2 - 1 + tap % 3;
           if (row < 0 || row >= s.conv_height() || column < 0 || column >= s.conv_width()) continue;
@@ -873,17 +874,18 @@ static void check_pair_head(const Isa& isa) {
   }
 }
 
-// Images to planes of pairs and back, which must be what they were.
-static void check_pair_images(const Isa& isa) {
-  const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
-  const ImageKernel& kernel = *isa.pair_kernels(dtype)->image();
+// Images to planes of a format, whose elements are of a dtype, and back, which must be what they were.
+static void check_images(Dtype dtype, const Kernels& kernels, Dtype in_planes, const Isa& isa) {
+  const ImageKernel& kernel = kernels.image();
+  const int64_t together = kernels.unit().channels_per_element();  // channels of an element of a plane
   const Layout layout = uniform(0, 1) ? Layout::contiguous : Layout::channels_last;
-  const TensorImage image = {layout, 2 * uniform(1, 40), uniform(1, 100)};
-  const int64_t plane = image.pixels + uniform(0, 9), elements = image.channels * image.pixels;
+  const TensorImage image = {layout, together * uniform(1, 40), uniform(1, 100)};
+  const int64_t elements = image.channels * image.pixels;
+  const int64_t plane = together > 1 ? image.pixels + uniform(0, 9) : padded_plane(image.pixels);
   Array<char> x;
   for (int64_t i = 0; i < elements; ++i) put(dtype, static_cast<double>(uniform(-128, 128)) / 64, x);
   x.shrink_to_fit();
-  Array<uint16_t> pairs(image.channels * plane + kPairsSlackBytes / 2, 0xffff);
+  Array<char> planes(image.channels * plane * size_of(in_planes) + (together > 1 ? kPairsSlackBytes : 0), '\xff');
   Array<char> back(x.size(), '\xff');
   const Buffer workspace(kernel.workspace_bytes(image));
   const auto each = [&](const auto& convert) {
@@ -893,17 +895,17 @@ static void check_pair_images(const Isa& isa) {
       }
     });
   };
-  each([&](Range share) { kernel.read(image, x.data(), share, pairs.data(), plane, workspace.get()); });
+  each([&](Range share) { kernel.read(image, x.data(), share, planes.data(), plane, workspace.get()); });
   for (int64_t i = 0; i < elements; ++i) {
-    const bool planes = layout == Layout::contiguous;
-    const int64_t c = planes ? i / image.pixels : i % image.channels,
-                  p = planes ? i % image.pixels : i / image.channels;
-    const double got = get(Dtype::bfloat16, pairs.data(), 2 * (c / 2 * plane + p) + c % 2);
-    check_value(got, get(dtype, x.data(), i), 0, "image to pairs", i, isa);
+    const bool contiguous = layout == Layout::contiguous;
+    const int64_t c = contiguous ? i / image.pixels : i % image.channels,
+                  p = contiguous ? i % image.pixels : i / image.channels;
+    const double got = get(in_planes, planes.data(), together * (c / together * plane + p) + c % together);
+    check_value(got, get(dtype, x.data(), i), 0, "image to planes", i, isa);
   }
-  each([&](Range share) { kernel.write(image, pairs.data(), plane, share, back.data(), workspace.get()); });
+  each([&](Range share) { kernel.write(image, planes.data(), plane, share, back.data(), workspace.get()); });
   for (int64_t i = 0; i < elements; ++i) {
-    check_value(get(dtype, back.data(), i), get(dtype, x.data(), i), 0, "pairs to image", i, isa);
+    check_value(get(dtype, back.data(), i), get(dtype, x.data(), i), 0, "planes to image", i, isa);
   }
 }
 
@@ -912,7 +914,8 @@ static void check_pairs(const Isa& isa, long units) {
     check_pair_unit(random_pair_case(), isa);
     check_pair_stem(isa);
     check_pair_head(isa);
-    check_pair_images(isa);
+    const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
+    check_images(dtype, *isa.pair_kernels(dtype), Dtype::bfloat16, isa);
   }
   std::printf("%s: %ld units, stems, heads and images of pairs\n", isa.name(), units);
 }
@@ -926,6 +929,7 @@ static void check_stem_and_head(const Isa& isa) {
     check_stem<float>(dtype, isa);
     check_head<float>(dtype, isa);
   }
+  check_images(dtype, isa.kernels(dtype), dtype == Dtype::float64 ? dtype : Dtype::float32, isa);
 }
 
 int main(int argc, char** argv) {
@@ -936,7 +940,7 @@ int main(int argc, char** argv) {
     select_isa(name);
     for (long i = 0; i < units; ++i) check(random_case(), isa());
     for (long i = 0; i < units; ++i) check_stem_and_head(isa());
-    std::printf("%s: %ld units, stems and heads\n", name.c_str(), units);
+    std::printf("%s: %ld units, stems, heads and images\n", name.c_str(), units);
     if (isa().pair_kernels(Dtype::bfloat16)) check_pairs(isa(), units);
   }
   check_pairs(plain_pairs, units);

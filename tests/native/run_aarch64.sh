@@ -18,5 +18,5 @@ plain=$!
 # Under qemu a sanitized unit takes ten times as long as another: a fifth as many. The leak checker traces the process,
 # which qemu does not emulate.
 BUILD_DIR=build/aarch64-sanitize RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu" ASAN_OPTIONS=detect_leaks=0 \
-  sh "$here/run_sanitized.sh" "${1:-400}" "${2:-0}"
+  sh "$here/run_sanitized.sh" "${1:-200}" "${2:-0}"
 wait $plain

@@ -9,7 +9,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 export CXX="${CXX:-c++}" FLAGS="${FLAGS:--O3}"
 build=${BUILD_DIR:-build/fuzz}
-units=${1:-2000}
+units=${1:-1000}
 seed=${2:-0}
 cores=$(getconf _NPROCESSORS_ONLN)
 mkdir -p "$build"

@@ -95,14 +95,6 @@ class PairImages final : public ImageKernel {
     planes_to_image<T>(
         some_channels<T>(image, to, channels), 0, image.pixels, {0, channels.count()}, read_only(planes));
   }
-
- private:
-  // Some channels, kImageChannels at most, of a tensor's image, as if it had no others.
-  template <class U, class Data>
-  static Image<U> some_channels(const TensorImage& image, Data* data, Range channels) {
-    const int64_t step = image.layout == Layout::contiguous ? image.pixels : 1;
-    return {static_cast<U*>(data) + channels.begin * step, image.layout, image.channels, image.pixels};
-  }
 };
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

@@ -66,6 +66,33 @@ void planes_to_image(const Image<T>& image, int64_t begin, int64_t pixels, Range
   }
 }
 
+// Some channels, kImageChannels at most, of a tensor's image, as if it had no others.
+template <class U, class Data>
+Image<U> some_channels(const TensorImage& image, Data* data, Range channels) {
+  const int64_t step = image.layout == Layout::contiguous ? image.pixels : 1;
+  return {static_cast<U*>(data) + channels.begin * step, image.layout, image.channels, image.pixels};
+}
+
+// Between tensors' images and planes of floats, which are padded to whole vectors.
+template <class T>
+class FloatImages final : public ImageKernel {
+ public:
+  using A = accumulator_t<T>;
+
+  int64_t workspace_bytes(const TensorImage&) const override { return 0; }
+
+  void read(const TensorImage& image, const void* from, Range channels, void* to, int64_t plane, void*) const override {
+    const Planes<A> planes = Planes<A>{static_cast<A*>(to), plane}.from(channels.begin);
+    image_to_planes<T>(some_channels<const T>(image, from, channels), 0, image.pixels, {0, channels.count()}, planes);
+  }
+
+  void write(const TensorImage& image, const void* from, int64_t plane, Range channels, void* to,
+             void*) const override {
+    const Planes<const A> planes = Planes<const A>{static_cast<const A*>(from), plane}.from(channels.begin);
+    planes_to_image<T>(some_channels<T>(image, to, channels), 0, image.pixels, {0, channels.count()}, planes);
+  }
+};
+
 // Converts an array of a 16-bit dtype to float.
 template <class T>
 void widen(const void* from, void* to, int64_t n) {

@@ -9,7 +9,7 @@
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 template <class T>
-inline constexpr KernelsOf<UnitOf<FloatFormat<T>>, FloatStem<T>, FloatHead<T>> kFloatKernels{};
+inline constexpr KernelsOf<UnitOf<FloatFormat<T>>, FloatStem<T>, FloatHead<T>, FloatImages<T>> kFloatKernels{};
 
 // Does rounds of multiply-adds: as many independent chains as a tile of a pointwise convolution has, but no loads.
 template <class A>

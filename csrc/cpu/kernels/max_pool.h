@@ -7,14 +7,22 @@ namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 inline constexpr int64_t kPoolRows = 3;
 
-// The max pool. All values are at least 0 or NaN: without their signs they are in order as integers of their size, NaN
-// the largest, and zeros can stand for the padding. A lane of A can so be a value, or two of bfloat16.
+// The max pool, by the bits of the values, integers of their size that are in the values' order, NaN the largest, and
+// the smallest 0, which so can stand for the padding. A lane of A can be a value, or two of bfloat16. Where all values
+// are at least 0 or NaN, as behind a ReLU, they are such integers without their signs. Where they are not (an unsigned
+// Integer), it is their distance from minus infinity: that of a NaN of either sign is past infinity's.
 template <class A, class Integer>
 class MaxPool {
   using S = Simd<A>;
   using V = typename S::V;
   using Rows = const A* [kPoolRows];
   typedef Integer Bits __attribute__((vector_size(kVectorBytes)));
+  typedef std::make_signed_t<Integer> SignedBits __attribute__((vector_size(kVectorBytes)));
+  static constexpr bool kAnySign = std::is_unsigned_v<Integer>;
+  static constexpr auto kWithoutSign = std::numeric_limits<std::make_signed_t<Integer>>::max();
+  static constexpr int kExponentBits = sizeof(Integer) == 8 ? 11 : 8;
+  static constexpr Integer kInfinity =
+      kWithoutSign >> (8 * sizeof(Integer) - 1 - kExponentBits) << (8 * sizeof(Integer) - 1 - kExponentBits);
 
  public:
   // Computes a row of results. One of the rows that lies outside of the image can be any of the others once more.
@@ -28,33 +36,47 @@ class MaxPool {
         columns.next(largest_inside(from, first, width), largest_inside(from, second, width));
       }
       const V result = largest(largest(columns.left, columns.centre), columns.right);
-      S::store(to + column, result, S::first(out_width - column));
+      S::store(to + column, value(result), S::first(out_width - column));
     }
   }
 
  private:
-  static V signless(V v) {
-    return reinterpret_cast<V>(reinterpret_cast<Bits>(v) & std::numeric_limits<Integer>::max());
+  // Turns the sign of numbers whose sign bit is set: two's complement becomes sign and magnitude's negation, and back.
+  static V ordered(V v) {
+    const SignedBits bits = reinterpret_cast<SignedBits>(v), magnitude = bits & kWithoutSign;
+    if constexpr (!kAnySign) return reinterpret_cast<V>(magnitude);
+    const SignedBits negative = bits >> (8 * sizeof(Integer) - 1);
+    return reinterpret_cast<V>(reinterpret_cast<Bits>((magnitude ^ negative) - negative) + kInfinity);
+  }
+  static V value(V v) {
+    if constexpr (!kAnySign) return v;
+    const SignedBits bits = reinterpret_cast<SignedBits>(reinterpret_cast<Bits>(v) - kInfinity);
+    const SignedBits negative = bits >> (8 * sizeof(Integer) - 1);
+    return reinterpret_cast<V>(((bits ^ negative) - negative) | (negative & ~kWithoutSign));
   }
   static V largest(V a, V b) {
     const Bits first = reinterpret_cast<Bits>(a), second = reinterpret_cast<Bits>(b);
     return reinterpret_cast<V>(first > second ? first : second);
   }
   static V largest(const Rows& from, int64_t column) {
-    V result = signless(S::load(from[0] + column));
-    for (int i = 1; i < kPoolRows; ++i) result = largest(result, signless(S::load(from[i] + column)));
+    V result = ordered(S::load(from[0] + column));
+    for (int i = 1; i < kPoolRows; ++i) result = largest(result, ordered(S::load(from[i] + column)));
     return result;
   }
   // The same where some of the columns lie behind the row's end.
   static V largest_inside(const Rows& from, int64_t column, int64_t width) {
     const auto inside = S::first(std::max<int64_t>(0, width - column));
     V result = {};
-    for (const A* row : from) result = largest(result, signless(S::load(row + column, inside)));
+    for (const A* row : from) result = largest(result, S::keep(ordered(S::load(row + column, inside)), inside));
     return result;
   }
 };
 
-template <class A>
-using MaxPoolOfElements = MaxPool<A, std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
+// Pools a row of a stem, whose values are as large as Integer, a signed type.
+template <class Integer, class A>
+void max_pool_row(const Stem& stem, const A* const (&from)[kPoolRows], A* to) {
+  const auto row = stem.relu ? MaxPool<A, Integer>::row : MaxPool<A, std::make_unsigned_t<Integer>>::row;
+  row(from, stem.conv_width(), stem.out_width(), to);
+}
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

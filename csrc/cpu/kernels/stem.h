@@ -219,7 +219,7 @@ void pool_rows(const Stem& stem, const RowTile& tile, int64_t row, int64_t end, 
       const A* const middle = convolved + (r - row) * width;
       const A* const above = r > row ? middle - width : row > 0 ? last_row : middle;
       const A* const below = r + 1 < end ? middle + width : middle;
-      MaxPoolOfElements<A>::row({above, middle, below}, width, out_width, to);
+      max_pool_row<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, A>(stem, {above, middle, below}, to);
     }
     copy_vectors(convolved + (end - 1 - row) * width, width, last_row);
   }

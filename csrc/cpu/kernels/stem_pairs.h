@@ -102,8 +102,8 @@ class PairStem final : public StemKernel {
       const int64_t middle = 2 * row;
       const auto first = convolved(std::max<int64_t>(0, middle - 1)), last = convolved(rows_end - 1);
       for (int64_t c = 0; c < channels; ++c) {
-        MaxPool<float, int16_t>::row({lanes(first, c), lanes(convolved(middle), c), lanes(last, c)}, stem.conv_width(),
-                                     stem.out_width(), reinterpret_cast<float*>(to + c * result_plane));
+        max_pool_row<int16_t, float>(stem, {lanes(first, c), lanes(convolved(middle), c), lanes(last, c)},
+                                     reinterpret_cast<float*>(to + c * result_plane));
       }
     }
   }

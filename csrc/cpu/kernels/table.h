@@ -136,8 +136,7 @@ class Kernels {
   virtual const UnitKernel& unit() const = 0;
   virtual const StemKernel& stem() const = 0;
   virtual const HeadKernel& head() const = 0;
-  // Null: units read and write tensors themselves.
-  virtual const ImageKernel* image() const = 0;
+  virtual const ImageKernel& image() const = 0;
 };
 
 inline constexpr int64_t kPairsSlackBytes = 64;  // behind an image's planes of pairs: whole vectors are read

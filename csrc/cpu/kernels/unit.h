@@ -274,26 +274,20 @@ class UnitOf final : public UnitKernel {
   }
 };
 
-// The kernels of a format, by their classes; Image is void where tensors are not converted.
-template <class Unit, class Stem, class Head, class Image = void>
+// The kernels of a format, by their classes.
+template <class Unit, class Stem, class Head, class Image>
 class KernelsOf final : public Kernels {
  public:
   const UnitKernel& unit() const override { return kUnit; }
   const StemKernel& stem() const override { return kStem; }
   const HeadKernel& head() const override { return kHead; }
-  const ImageKernel* image() const override {
-    if constexpr (std::is_void_v<Image>) {
-      return nullptr;
-    } else {
-      static constexpr Image kImage{};
-      return &kImage;
-    }
-  }
+  const ImageKernel& image() const override { return kImage; }
 
  private:
   static constexpr Unit kUnit{};
   static constexpr Stem kStem{};
   static constexpr Head kHead{};
+  static constexpr Image kImage{};
 };
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

@@ -18,13 +18,33 @@ int64_t element_bytes(Dtype dtype) {
 
 Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
 
+bool is_in_pairs(const Kernels& kernels) { return kernels.unit().channels_per_element() > 1; }
+
 // The kernels for a program: on planes of pairs where they can run it. Otherwise a program in bfloat16 is computed in
 // float, from weights that each call widens.
 const Kernels& kernels_for(const Program& program, Dtype dtype, Dtype weights) {
   const auto fits = [](const PackedUnit& packed) { return has_pairs(packed.unit); };
-  const bool all_fit = std::all_of(program.units.begin(), program.units.end(), fits);
+  const bool all_fit = std::all_of(program.units.begin(), program.units.end(), fits) &&
+                       (!program.stem || program.stem->stem.out_channels % 2 == 0) && program.sizes[1] % 2 == 0;
   const Kernels* const pairs = weights == Dtype::bfloat16 && all_fit ? isa().pair_kernels(dtype) : nullptr;
   return pairs ? *pairs : isa().kernels(dtype);
+}
+
+// The convolutions of a program's steps, in their order, in the call's memory.
+const Convolution* convolutions_of(const Program& program, ProgramWeights weights, CallMemory& memory) {
+  const int64_t count = 3 * static_cast<int64_t>(program.units.size()) + 2;
+  Convolution* const first = memory.array<Convolution>(count);
+  Convolution* next = first;
+  if (program.stem) *next++ = weights.stem(program.stem->conv, program.stem->stem);
+  for (const auto& [unit, conv1, conv2, conv3] : program.units) {
+    *next++ = weights.pointwise(conv1, unit.mid_channels, unit.conv1_depth());
+    *next++ = weights.depthwise(conv2, unit.mid_channels);
+    *next++ = weights.pointwise(conv3, unit.out_channels, unit.slice_channels());
+  }
+  if (program.head) {
+    *next++ = weights.pointwise(program.head->linear, program.head->head.classes, program.head->head.channels);
+  }
+  return first;
 }
 
 // What a program's steps are made for.
@@ -39,49 +59,51 @@ struct Steps {
   const LinearStep* linear = nullptr;  // behind them, where there is a head
 };
 
-// Makes a program's steps, in the call's memory.
-Steps steps_of(const Program& program, const Kernels& kernels, const PackedWeights& packed, const Setup& setup,
+// Makes a program's steps, in the call's memory. They work on planes of the kernels' format, to which tensors are
+// converted, and back, unless they are such planes already.
+Steps steps_of(const Program& program, const Kernels& kernels, const Convolution* conv, const Setup& setup,
                CallMemory& memory) {
   const auto& [dtype, images, threads, sharing] = setup;
-  const bool in_pairs = kernels.image();  // tensors are converted to the units' planes, and back
-  ProgramWeights weights(packed, accumulator_of(dtype), in_pairs, memory);
-  // Between a stem and a head all is contiguous and of the accumulator type; units alone are of x's.
-  const bool in_floats = program.stem && !in_pairs;
-  const UnitKernel& unit_kernel = (in_floats ? isa().kernels(accumulator_of(dtype)) : kernels).unit();
+  const Dtype accumulator = accumulator_of(dtype);
+  const bool in_pairs = is_in_pairs(kernels);
+  const UnitKernel& unit_kernel = in_pairs ? kernels.unit() : isa().kernels(accumulator).unit();
+  const bool converts = in_pairs || dtype != accumulator || program.layout != Layout::contiguous;
   Steps steps;
-  steps.images.reserve(program.units.size() + 2);
+  steps.images.reserve(program.units.size() + 3);
   const auto add_channels_step = [&, threads = threads](const ChannelsWork& work, const auto& run) {
     steps.images.push_back(memory.make<ChannelsStep<std::decay_t<decltype(run)>>>(work, threads, run));
   };
+  // Elements from plane to plane of what a step writes: the last one may write a tensor.
+  const auto plane_of = [&](int64_t pixels, bool is_last) {
+    return is_last && !program.head && !converts ? pixels : padded_plane(pixels);
+  };
 
-  const Unit& first = program.units.front().unit;
-  int64_t plane = first.height * first.width;  // elements from plane to plane of what the next step reads
-  if (program.stem || in_pairs) plane = padded_plane(plane);
+  int64_t plane = program.x[2] * program.x[3];  // of what the next step reads
   if (program.stem) {
-    const Convolution conv = weights.stem(program.stem->conv, program.stem->stem);
-    steps.images.push_back(
-        memory.make<StemStep>(program.stem->stem, conv, plane, kernels.stem(), unit_kernel, threads));
-  } else if (in_pairs) {
-    const TensorImage image = {program.layout, first.in_channels, first.height * first.width};
-    const int64_t bytes = first.in_channels / unit_kernel.channels_per_element() * plane * unit_kernel.element_bytes();
-    add_channels_step({"conversion", first.in_channels, first.height, first.width, true, bytes},
-                      [=, &kernel = *kernels.image()](const void* from, void* to, Range channels) {
-                        void* const workspace = thread_workspace.reserve(kernel.workspace_bytes(image));
-                        kernel.read(image, from, channels, to, plane, workspace);
-                      });
+    const Stem& stem = program.stem->stem;
+    plane = plane_of(stem.out_height() * stem.out_width(), program.units.empty());
+    steps.images.push_back(memory.make<StemStep>(stem, *conv++, plane, kernels.stem(), unit_kernel, threads));
+  } else if (converts) {
+    const auto [n, channels, height, width] = program.x;
+    (void)n;
+    const TensorImage image = {program.layout, channels, height * width};
+    plane = padded_plane(image.pixels);
+    const int64_t bytes = channels / unit_kernel.channels_per_element() * plane * unit_kernel.element_bytes();
+    add_channels_step(
+        {"conversion", channels, height, width, true, bytes},
+        [=, &kernel = kernels.image()](const void* from, void* to, Range some) {
+          kernel.read(image, from, some, to, plane, thread_workspace.reserve(kernel.workspace_bytes(image)));
+        });
   }
-  for (size_t i = 0; i < program.units.size(); ++i) {
-    const PackedUnit& given = program.units[i];
-    Unit unit = given.unit;
-    if (in_pairs) unit.layout = Layout::contiguous;
-    const bool is_result = i + 1 == program.units.size() && !program.head && !in_pairs;
-    const int64_t pixels = unit.out_height() * unit.out_width();
+  for (const PackedUnit& packed : program.units) {
+    Unit unit = packed.unit;
+    unit.layout = Layout::contiguous;
     UnitPointers pointers;
-    pointers.conv1 = weights.pointwise(given.conv1, unit.mid_channels, unit.conv1_depth());
-    pointers.conv2 = weights.depthwise(given.conv2, unit.mid_channels);
-    pointers.conv3 = weights.pointwise(given.conv3, unit.out_channels, unit.slice_channels());
+    pointers.conv1 = *conv++;
+    pointers.conv2 = *conv++;
+    pointers.conv3 = *conv++;
     pointers.x_plane = plane;
-    pointers.result_plane = plane = is_result ? pixels : padded_plane(pixels);
+    pointers.result_plane = plane = plane_of(unit.out_height() * unit.out_width(), &packed == &program.units.back());
     steps.images.push_back(memory.make<UnitStep>(unit, pointers, unit_kernel, threads, sharing));
   }
   if (program.head) {
@@ -91,23 +113,40 @@ Steps steps_of(const Program& program, const Kernels& kernels, const PackedWeigh
                       [=, &kernel, images = images](const void* from, void* to, Range channels) {
                         kernel.means(head, images, from, plane, channels, to);
                       });
-    const Convolution layer = weights.pointwise(program.head->linear, head.classes, head.channels);
-    steps.linear = memory.make<LinearStep>(head, images, layer, kernel, threads);
-  } else if (in_pairs) {
+    steps.linear = memory.make<LinearStep>(head, images, *conv++, kernel, threads);
+  } else if (converts) {
     const auto [n, channels, height, width] = program.sizes;
     (void)n;
     const TensorImage image = {program.layout, channels, height * width};
     add_channels_step(
         {"conversion", channels, height, width, true, channels * height * width * element_bytes(dtype)},
-        [=, &kernel = *kernels.image()](const void* from, void* to, Range some) {
+        [=, &kernel = kernels.image()](const void* from, void* to, Range some) {
           kernel.write(image, from, plane, some, to, thread_workspace.reserve(kernel.workspace_bytes(image)));
         });
   }
   return steps;
 }
 
-int64_t elements_of_x(const Unit& unit) { return unit.in_channels * unit.height * unit.width; }
-int64_t elements_of_x(const Stem& stem) { return stem.in_channels * stem.height * stem.width; }
+// Runs a program from the convolutions that `convolutions_in` finds in a call's memory.
+template <class ConvolutionsIn>
+void run_steps(const Program& program, const Kernels& kernels, const Call& call,
+               const ConvolutionsIn& convolutions_in) {
+  CallMemory memory;
+  const int64_t threads = torch::stable::get_num_threads();
+  const Images images = images_of(call.images, threads);
+  const Setup setup = {call.dtype, call.images, threads, images};
+  const Steps steps = steps_of(program, kernels, convolutions_in(memory), setup, memory);
+  // Zeros: a format may compute with means of images that are none.
+  std::unique_ptr<char[]> means;
+  if (steps.linear) means.reset(new char[steps.linear->means_bytes()]());
+  const int64_t x_bytes = program.x[1] * program.x[2] * program.x[3] * element_bytes(call.dtype);
+  Phases phases(memory);
+  add_phases(steps.images, {images, call.x, x_bytes, steps.linear ? means.get() : call.result}, phases);
+  if (steps.linear) {
+    steps.linear->share(static_cast<int64_t>(steps.images.size()), means.get(), call.result, phases);
+  }
+  run_phases(phases);
+}
 
 }  // namespace
 
@@ -117,34 +156,31 @@ void run_unit(const Unit& unit, const UnitPointers& pointers, const Call& call) 
   const Images images = images_of(call.images, threads);
   const ImageSteps steps = {memory.make<UnitStep>(unit, pointers, isa().kernels(call.dtype).unit(), threads, images)};
   Phases phases(memory);
-  add_phases(steps, {images, call.x, elements_of_x(unit) * element_bytes(call.dtype), call.result}, phases);
+  add_phases(steps,
+             {images, call.x, unit.in_channels * unit.height * unit.width * element_bytes(call.dtype), call.result},
+             phases);
   run_phases(phases);
 }
 
 void run_program(const Program& program, const PackedWeights& weights, const Call& call) {
-  CallMemory memory;
-  const int64_t threads = torch::stable::get_num_threads();
-  const Images images = images_of(call.images, threads);
   const Kernels& kernels = kernels_for(program, call.dtype, weights.dtype);
-  const Steps steps = steps_of(program, kernels, weights, {call.dtype, call.images, threads, images}, memory);
-  // Zeros: a format may compute with means of images that are none.
-  std::unique_ptr<char[]> means;
-  if (steps.linear) means.reset(new char[steps.linear->means_bytes()]());
-  const int64_t elements = program.stem ? elements_of_x(program.stem->stem) : elements_of_x(program.units[0].unit);
-  Phases phases(memory);
-  add_phases(steps.images,
-             {images, call.x, elements * element_bytes(call.dtype), steps.linear ? means.get() : call.result}, phases);
-  if (steps.linear) {
-    steps.linear->share(static_cast<int64_t>(steps.images.size()), means.get(), call.result, phases);
-  }
-  run_phases(phases);
+  run_steps(program, kernels, call, [&](CallMemory& memory) {
+    return convolutions_of(program, {weights, accumulator_of(call.dtype), is_in_pairs(kernels), memory}, memory);
+  });
+}
+
+void run_program(const Program& program, const Convolution* convolutions, const Call& call) {
+  run_steps(program, isa().kernels(call.dtype), call, [=](CallMemory&) { return convolutions; });
 }
 
 Description describe_program(const Program& program, Dtype weights, const Call& call, int64_t threads) {
   CallMemory memory;
   const Images images = images_of(call.images, threads);
   const Setup setup = {call.dtype, call.images, threads, {1, 1}};  // so that both ways are there
-  const Steps steps = steps_of(program, kernels_for(program, call.dtype, weights), {}, setup, memory);
+  const Kernels& kernels = kernels_for(program, call.dtype, weights);
+  const Convolution* const convolutions =
+      convolutions_of(program, {{}, accumulator_of(call.dtype), is_in_pairs(kernels), memory}, memory);
+  const Steps steps = steps_of(program, kernels, convolutions, setup, memory);
   Description description;
   description.images_alone = images.alone;
   description.images_shared = images.shared;

@@ -19,6 +19,9 @@ void run_unit(const Unit& unit, const UnitPointers& pointers, const Call& call);
 
 void run_program(const Program& program, const PackedWeights& weights, const Call& call);
 
+// The same with the convolutions of the steps in their order, in the accumulator type.
+void run_program(const Program& program, const Convolution* convolutions, const Call& call);
+
 // How a call of run_program runs, in words and numbers, for explain.
 struct Description {
   int64_t images_alone = 0, images_shared = 0;

@@ -1,6 +1,7 @@
-"""Small networks in the styles in which ShuffleNet was published, each in classes of its own."""
+"""Networks in the styles in which ShuffleNet was published, each in classes of its own; small unless told otherwise."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,20 +38,33 @@ class ShuffledBehind(nn.Module):
 
 
 class MegviiStyle(nn.Module):
-    def __init__(self) -> None:
+    """Their whole network; ``stages`` are each one's channels and units."""
+
+    def __init__(
+        self,
+        stem: int = 12,
+        stages: Sequence[tuple[int, int]] = ((48, 2), (96, 2)),
+        groups: int = 2,
+        window: int = 4,
+        classes: int = 10,
+    ) -> None:
         super().__init__()
         self.first_conv = nn.Sequential(
-            nn.Conv2d(3, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True)
+            nn.Conv2d(3, stem, 3, 2, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)
         )
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        channels = [(12, 48, True, 2), (48, 48, False, 1), (48, 96, False, 2), (96, 96, False, 1)]
-        self.features = nn.Sequential(*(ShuffledBehind(i, o, 3, first, s) for i, o, first, s in channels))
-        self.globalpool = nn.AvgPool2d(4)
-        self.classifier = nn.Sequential(nn.Linear(96, 10, bias=False))
+        units, inputs = [], stem
+        for channels, count in stages:
+            units.append(ShuffledBehind(inputs, channels, groups, inputs == stem, 2))
+            units += [ShuffledBehind(channels, channels, groups, False, 1) for _ in range(count - 1)]
+            inputs = channels
+        self.features = nn.Sequential(*units)
+        self.globalpool = nn.AvgPool2d(window)
+        self.classifier = nn.Sequential(nn.Linear(inputs, classes, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.globalpool(self.features(self.maxpool(self.first_conv(x))))
-        return self.classifier(x.contiguous().view(-1, 96))
+        return self.classifier(x.contiguous().view(len(x), -1))
 
 
 class CifarUnit(nn.Module):
@@ -142,13 +156,15 @@ class Blocks(nn.Module):
         super().__init__()
         mid = out_channels // 4
 
-        def block(*args: int, **options: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(*args, **options), nn.BatchNorm2d(args[1]))
+        outputs = out_channels - in_channels if stride == 2 else out_channels
 
-        self.bottleneck = nn.Sequential(block(in_channels, mid, 1, groups=groups), nn.ReLU(inplace=True))
+        def block(conv: nn.Conv2d) -> nn.Sequential:
+            return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))
+
+        self.bottleneck = nn.Sequential(block(nn.Conv2d(in_channels, mid, 1, groups=groups)), nn.ReLU(inplace=True))
         self.channel_shuffle = nn.ChannelShuffle(groups)
-        self.depthwise = block(mid, mid, 3, groups=mid, stride=stride, padding=1)
-        self.expand = block(mid, out_channels - in_channels if stride == 2 else out_channels, 1, groups=groups)
+        self.depthwise = block(nn.Conv2d(mid, mid, 3, stride, 1, groups=mid))
+        self.expand = block(nn.Conv2d(mid, outputs, 1, groups=groups))
         self.relu = nn.ReLU(inplace=True)
         self.shortcut = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else nn.Sequential()
         self.fusion = self._cat if stride == 2 else self._add
@@ -166,17 +182,24 @@ class Blocks(nn.Module):
 
 
 class BlocksStyle(nn.Module):
-    def __init__(self) -> None:
+    """Their whole network; ``stages`` are each one's channels and units."""
+
+    def __init__(
+        self, stages: Sequence[tuple[int, int]] = ((48, 2), (96, 2)), groups: int = 3, classes: int = 10
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(inplace=True))
-        self.stage2 = nn.Sequential(Blocks(24, 48, 2, 3), Blocks(48, 48, 1, 3))
-        self.stage3 = nn.Sequential(Blocks(48, 96, 2, 3), Blocks(96, 96, 1, 3))
+        self.stages, inputs = nn.Sequential(), 24
+        for channels, count in stages:
+            self.stages.append(Blocks(inputs, channels, 2, groups))
+            self.stages.extend(Blocks(channels, channels, 1, groups) for _ in range(count - 1))
+            inputs = channels
         self.avg = nn.AdaptiveAvgPool2d((1, 1))
         self.drop = nn.Dropout(0.2)
-        self.fc = nn.Linear(96, 10)
+        self.fc = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.avg(self.stage3(self.stage2(self.conv1(x))))
+        x = self.avg(self.stages(self.conv1(x)))
         return self.fc(self.drop(x.view(x.size(0), -1)))
 
 

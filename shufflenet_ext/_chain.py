@@ -1,0 +1,212 @@
+"""Fused modules one behind the other as one op for inference, which reads their tensors as they are at the call."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from shufflenet_ext._backend import runs_native
+from shufflenet_ext._fused import Fused, Snapshot, foldable_unit, stage_names
+from shufflenet_ext._match import Norm, Stage, Unit
+from shufflenet_ext._network import Head, Stem
+from shufflenet_ext._program import program_of
+from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks
+
+# What a module is of a network, and the module whose tensors it names.
+Part = tuple[nn.Module, Stem | Unit | Head]
+
+
+def is_plain_inference(x: Any) -> bool:
+    """Whether a call on x may be one native op of several modules.
+
+    It may not where gradients are wanted, or where PyTorch traces, transforms or casts the call: there each module
+    runs on its own, as it does on devices other than the CPU.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and x.is_cpu
+        and x.dim() == 4
+        and runs_native(x, tuple)
+    )
+
+
+class _Op:
+    """Parts of a network, one behind the other, as one op."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.program = program_of(part.step for _, part in parts)
+        self.eps: list[float] = []
+        # Of each tensor: where it is, its name there, and the order in which it is read.
+        self.places: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        for module, part in parts:
+            if isinstance(part, Head):
+                self.places += [_place(module, name, None) for name in (part.weight, part.bias)]
+                continue
+            self.eps += [0.0 if stage.norm is None else stage.norm.eps for stage in part.stages]
+            for stage in part.stages:
+                orders = [stage.order] * 2 + [stage.norm_order] * 4
+                self.places += [_place(module, *each) for each in zip(stage_names(stage), orders, strict=True)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tensors = [values.get(name) if order is None else values[name][order] for values, name, order in self.places]
+        return torch.ops.shufflenet_ext.shuffle_network_batch_norm(x, tensors, self.eps, self.program)
+
+
+def _place(module: nn.Module, name: str | None, order: Any) -> tuple[dict[str, Any], str, Tensor | None]:
+    if name is None:
+        return {}, "", None
+    *path, last = name.split(".")
+    for child in path:
+        module = module._modules[child]  # type: ignore[assignment]
+    values = module._parameters if last in module._parameters else module._buffers
+    return values, last, None if order is None else torch.tensor(order)
+
+
+class Plan:
+    """How a module's call runs: ops and modules one behind the other. It holds while the modules are what they were."""
+
+    def __init__(self, runs: Sequence[list[Part] | nn.Module], containers: Sequence[nn.Module]) -> None:
+        self.steps: list[Callable[[Tensor], Tensor]] = [_Op(run) if isinstance(run, list) else run for run in runs]
+        inside = [m for run in runs if isinstance(run, list) for part, _ in run for m in part.modules()]
+        snapshots = [Snapshot(m, hooks=True) for m in dict.fromkeys([*containers, *inside])]
+        self.modules = [snapshot.module for snapshot in snapshots]
+        self.types = [snapshot.type for snapshot in snapshots]
+        self.reads = [(snapshot.read, vars(snapshot.module)) for snapshot in snapshots]
+        self.values = [snapshot.values for snapshot in snapshots]
+        self.missing = self._missing()
+
+    def unchanged(self) -> bool:
+        """As Snapshot.holds of each module, at once."""
+        return (
+            list(map(type, self.modules)) == self.types
+            and [read(values) for read, values in self.reads] == self.values
+            and self._missing() == self.missing
+        )
+
+    def _missing(self) -> list[bool]:
+        ops = [step for step in self.steps if isinstance(step, _Op)]
+        return [values.get(name) is None for op in ops for values, name, _ in op.places]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+_plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+
+
+def run_by_plan(module: nn.Module, x: Any, make: Callable[[], Plan | None]) -> Tensor | None:
+    """The result of a module in eval mode by its plan; None where its own code is to run."""
+    if not is_plain_inference(x):
+        return None
+    plan = _plans.get(module)
+    if plan is None or not plan.unchanged():
+        plan = None if any(m.training for m in module.modules()) else make()
+        if plan is None:
+            return None
+        _plans[module] = plan
+    return plan(x)
+
+
+class FusedStem(Fused):
+    """The mixin of a stem."""
+
+    def _run(self, x: Tensor) -> Tensor | None:
+        def make() -> Plan | None:
+            part = part_of(self)
+            return None if part is None else Plan([[(self, part)]], [])
+
+        return run_by_plan(self, x, make)
+
+
+class FusedSequential(nn.Sequential):
+    """A Sequential in which fused modules that follow each other run as one op. Made by :func:`shufflenet_ext.fuse`."""
+
+    def forward(self, input: Any) -> Any:  # noqa: A002 (nn.Sequential's name)
+        result = run_by_plan(self, input, lambda: sequential_plan(self))
+        return super().forward(input) if result is None else result
+
+
+def sequential_plan(sequential: nn.Sequential) -> Plan | None:
+    """How a Sequential runs with modules joined; None where there are no two to join."""
+    containers: list[nn.Module] = []
+    runs: list[list[Part] | nn.Module] = []
+    for leaf in _leaves(sequential, containers):
+        part = part_of(leaf)
+        if part is None:
+            runs.append(leaf)
+        elif isinstance(part, Unit) and runs and isinstance(runs[-1], list):
+            runs[-1].append((leaf, part))
+        else:
+            runs.append([(leaf, part)])
+    joined = [run if isinstance(run, nn.Module) or len(run) > 1 else run[0][0] for run in runs]
+    return Plan(joined, containers) if any(isinstance(run, list) for run in joined) else None
+
+
+def joins(sequential: nn.Sequential) -> bool:
+    """Whether fused modules follow each other in a Sequential, which so can run as one op in eval mode."""
+    fused = [isinstance(leaf, Fused | FusedShuffleBottleneck) for leaf in _leaves(sequential, [])]
+    return any(first and second for first, second in itertools.pairwise(fused))
+
+
+def _leaves(sequential: nn.Sequential, containers: list[nn.Module]) -> Iterator[nn.Module]:
+    """The modules that it calls, those of Sequentials inside it included; these are put into ``containers``."""
+    containers.append(sequential)
+    for child in sequential:
+        if type(child) in (nn.Sequential, FusedSequential) and not has_hooks(child):
+            yield from _leaves(child, containers)  # type: ignore[arg-type]
+        else:
+            yield child
+
+
+def part_of(module: nn.Module) -> Stem | Unit | None:
+    """The stem or the unit that a fused module is, where it is no more than its tensors."""
+    if isinstance(module, FusedStem):
+        return module._adopted.part if not has_hooks(module) and module._adopted.unchanged() else None
+    return foldable_unit(module)
+
+
+def own_parts(network: Any, *, max_pool: bool, window: int) -> list[Part] | None:
+    """The parts of one of this package's networks; None where it is more than them."""
+    conv, norm, linear = ends = network.conv1, network.bn1, network.linear
+    layers = network.layer1, network.layer2, network.layer3
+    if any(map(has_hooks, (network, *ends, *layers))) or not {nn.Sequential, FusedSequential}.issuperset(
+        map(type, layers)
+    ):
+        return None
+    if (type(conv), type(linear)) != (nn.Conv2d, nn.Linear):
+        return None
+    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_mean is None:
+        return None
+    size, stride, padding = conv.kernel_size, conv.stride, conv.padding
+    if len(set(size)) > 1 or len(set(stride)) > 1 or len(set(padding)) > 1 or isinstance(padding, str):
+        return None
+    plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
+    if not plain or stride[0] not in (1, 2) or padding[0] >= size[0]:
+        return None
+
+    def name(module: str, tensor: str) -> str | None:
+        return None if getattr(getattr(network, module), tensor) is None else f"{module}.{tensor}"
+
+    stage = Stage(
+        "conv1.weight",
+        name("conv1", "bias"),
+        Norm(name("bn1", "weight"), name("bn1", "bias"), "bn1.running_mean", "bn1.running_var", norm.eps),
+    )
+    stem = Stem(stage, conv.out_channels, size[0], stride[0], padding[0], max_pool, relu=True)
+    head = Head("linear.weight", name("linear", "bias"), linear.out_features, window, exact=False, whole=False)
+    units = [(unit, part) for layer in layers for unit in layer if (part := part_of(unit)) is not None]
+    return [(network, stem), *units, (network, head)] if len(units) == sum(map(len, layers)) else None
+
+
+def network_plan(parts: list[Part] | None) -> Plan | None:
+    """How a network of these parts runs as one op."""
+    return None if parts is None else Plan([parts], [])
