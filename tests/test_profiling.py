@@ -65,3 +65,14 @@ def test_the_profiler_names_the_ops():
     names = [event.name for event in profile.events()]
     for op in (*OPS, "shuffle_network"):
         assert names.count(f"shufflenet_ext::{op}") == 1
+
+
+def test_flop_of_fused_networks():
+    net = randomize(se.models.shufflenet_v1(width=0.25)).eval()
+    x = torch.randn(2, 3, 33, 32)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            net(x)
+        assert list(counter.get_flop_counts()["Global"]) == [torch.ops.shufflenet_ext.shuffle_network_batch_norm]
+        with se.use_backend("reference"):
+            assert counter.get_total_flops() == flop(lambda: net(x)) > 0
