@@ -27,6 +27,7 @@ def is_plain_inference(x: Any) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and type(x) is Tensor
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")

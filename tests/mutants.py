@@ -572,7 +572,7 @@ MUTANTS = [
         "shufflenet_ext/_chain.py",
         "not torch.is_grad_enabled()",
         "True",
-        "test_chain.py::test_gradients_autocast_and_transforms_take_it_module_by_module",
+        "test_chain.py::test_gradients_autocast_and_tracing_take_it_module_by_module",
     ),
     Mutant(
         "fuse takes a convolution of features for a stem",

@@ -189,7 +189,7 @@ def test_modules_of_a_network_in_training_mode(net):
     assert names.count("shufflenet_ext::shuffle_bottleneck_batch_norm") == 15
 
 
-def test_gradients_autocast_and_transforms_take_it_module_by_module(net):
+def test_gradients_autocast_and_tracing_take_it_module_by_module(net):
     x = images.clone().requires_grad_()
     _, names = ran(net, x)
     assert names == UNIT_BY_UNIT
@@ -200,6 +200,28 @@ def test_gradients_autocast_and_transforms_take_it_module_by_module(net):
     with torch.no_grad(), autocast(torch.bfloat16):
         _, names = ran(net, images)
         assert OP not in names
+    with torch.no_grad():
+        traced = torch.jit.trace(net, images)
+        _, names = ran(traced, images)
+        assert OP not in names
+        assert_close(traced(images), net(images))
+        nodes = [str(node.target) for node in torch.export.export(net, (images,)).graph.nodes]
+        assert nodes.count("shufflenet_ext.shuffle_bottleneck_batch_norm.default") == 16
+        weights = {name: tensor * 1.1 for name, tensor in net.named_parameters()}
+        got = torch.func.functional_call(net, weights, (images,))
+        with se.use_backend("reference"):
+            assert_close(got, torch.func.functional_call(net, weights, (images,)))
+
+
+def test_a_unit_used_twice():
+    unit = se.FusedShuffleBottleneck(24, 24, 1, 3)
+    twice = randomize(se.fuse(nn.Sequential(unit, unit, se.ShuffleBottleneck(24, 24, 1, 3)))).eval()
+    x = torch.randn(2, 24, 9, 9)
+    with torch.no_grad():
+        got, names = ran(twice, x)
+        assert names == [OP]
+        with se.use_backend("reference"):
+            assert_close(got, twice(x))
 
 
 def test_unsupported_dtypes_and_the_reference(net):
