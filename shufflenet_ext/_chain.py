@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ def is_plain_inference(x: Any) -> bool:
     """Whether a call on x may be one native op of several modules.
 
     It may not where gradients are wanted, or where PyTorch traces, transforms or casts the call: there each module
-    runs on its own, as it does on devices other than the CPU.
+    runs on its own, as it does with hooks of all modules and on devices other than the CPU.
     """
     return (
         not torch.compiler.is_compiling()
@@ -32,6 +31,7 @@ def is_plain_inference(x: Any) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not nn.modules.module._has_any_global_hook()
         and x.is_cpu
         and x.dim() == 4
         and runs_native(x, tuple)
@@ -85,11 +85,20 @@ class Plan:
 
     def unchanged(self) -> bool:
         """As Snapshot.holds of each module, at once."""
+        try:
+            same = [read(values) for read, values in self.reads] == self.values
+        except KeyError:  # a setting was deleted
+            return False
         return (
-            list(map(type, self.modules)) == self.types
-            and [read(values) for read, values in self.reads] == self.values
+            same
+            and list(map(type, self.modules)) == self.types
+            and not any("forward" in values for _, values in self.reads)
             and self._missing() == self.missing
         )
+
+    def __reduce__(self) -> Any:
+        """Copies as a mere object: a copy of the module makes a plan of its own."""
+        return object, ()
 
     def _missing(self) -> list[bool]:
         ops = [step for step in self.steps if isinstance(step, _Op)]
@@ -101,19 +110,16 @@ class Plan:
         return x
 
 
-_plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
-
-
 def run_by_plan(module: nn.Module, x: Any, make: Callable[[], Plan | None]) -> Tensor | None:
-    """The result of a module in eval mode by its plan; None where its own code is to run."""
+    """The result of a module in eval mode by its plan, which it keeps; None where its own code is to run."""
     if not is_plain_inference(x):
         return None
-    plan = _plans.get(module)
-    if plan is None or not plan.unchanged():
+    plan = vars(module).get("_plan")
+    if not isinstance(plan, Plan) or not plan.unchanged():
         plan = None if any(m.training for m in module.modules()) else make()
         if plan is None:
             return None
-        _plans[module] = plan
+        vars(module)["_plan"] = plan
     return plan(x)
 
 

@@ -40,11 +40,16 @@ class Snapshot:
 
     def holds(self) -> bool:
         module = self.module
-        if torch.compiler.is_compiling():  # which traces, and then guards, one at a time
-            same = all(getattr(module, name) == value for name, value in zip(self.names, self.values, strict=True))
-        else:
-            same = self.read(vars(module)) == self.values
-        return same and (self.type is None or type(module) is self.type) and self._missing() == self.missing
+        if self.type is not None and (type(module) is not self.type or "forward" in vars(module)):
+            return False
+        try:
+            if torch.compiler.is_compiling():  # which traces, and then guards, one at a time
+                same = all(getattr(module, name) == value for name, value in zip(self.names, self.values, strict=True))
+            else:
+                same = self.read(vars(module)) == self.values
+        except (AttributeError, KeyError):  # a setting was deleted
+            return False
+        return same and self._missing() == self.missing
 
     def _missing(self) -> list[bool]:
         module = self.module

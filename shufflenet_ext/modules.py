@@ -156,8 +156,8 @@ def leaf_node(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs more than its forward."""
-    return any(getattr(module, name) for name in HOOKS)
+    """Whether a call of the module runs more than its class's forward."""
+    return any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
 
 
 def _pads_to_same_size(conv: nn.Conv2d) -> bool:

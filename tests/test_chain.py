@@ -1,7 +1,9 @@
 """Several modules as one op in eval mode, shuffle_network_batch_norm: whole networks, stems, and Sequentials."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -170,15 +172,36 @@ def test_nothing_is_stale(net):
         lambda net: net.layer2.register_forward_hook(lambda module, args, y: y * 2),
         lambda net: net.layer2[1].register_forward_hook(lambda module, args, y: y * 2),
         lambda net: net.bn1.register_forward_hook(lambda module, args, y: y * 2),
+        lambda net: setattr(net.conv1, "forward", lambda x: nn.Conv2d.forward(net.conv1, 2 * x)),
         lambda net: setattr(net, "bn1", nn.Identity()),
         lambda net: setattr(net.conv1, "padding_mode", "circular"),
     ],
-    ids=["net", "stage", "unit", "norm", "replaced", "padding"],
+    ids=["net", "stage", "unit", "norm", "forward", "replaced", "padding"],
 )
 def test_a_network_that_is_more_than_its_parts_runs_module_by_module(net, change):
     check(net)
     change(net)
     check(net, UNIT_BY_UNIT)
+
+
+def test_hooks_of_all_modules_see_every_one(net):
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(module)):
+        check(net, UNIT_BY_UNIT)
+    assert net.layer1[2] in seen
+
+
+def test_a_plan_does_not_keep_its_network_alive():
+    net = randomize(se.models.ShuffleNetG2()).eval()
+    check(net)
+    net.layer1[0].tag = 3
+    check(net)
+    del net.layer1[0].tag
+    check(net)
+    kept = weakref.ref(net.layer1[0])
+    del net
+    gc.collect()
+    assert kept() is None
 
 
 def test_modules_of_a_network_in_training_mode(net):
