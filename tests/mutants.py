@@ -556,9 +556,23 @@ MUTANTS = [
     Mutant(
         "a stale plan: a network's op goes on with modules that were replaced",
         "shufflenet_ext/_chain.py",
-        "if plan is None or not plan.unchanged():",
-        "if plan is None:",
+        "if not isinstance(plan, Plan) or not plan.unchanged():",
+        "if not isinstance(plan, Plan):",
         "test_chain.py::test_nothing_is_stale",
+    ),
+    Mutant(
+        "a stale plan: a forward put on a module of a network is not called",
+        "shufflenet_ext/_chain.py",
+        'not any("forward" in values for _, values in self.reads)',
+        "True",
+        "test_chain.py::test_a_network_that_is_more_than_its_parts_runs_module_by_module",
+    ),
+    Mutant(
+        "torch.compile: a stride that depends on the sizes is taken for what it is at some",
+        "shufflenet_ext/_compile.py",
+        'any(isinstance(node.meta.get("val"), torch.SymInt) for node in operation.node.all_input_nodes)',
+        "False",
+        "test_compile_backend.py::test_what_depends_on_the_sizes_is_left_to_inductor",
     ),
     Mutant(
         "a stale plan: hooks inside a network no longer run",
