@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import OPS, Network, Unit, network_op, plain_twin, randomize
+from test_chain import STEM, UNITS, arguments
 from torch.utils.flop_counter import FlopCounterMode
 
 import shufflenet_ext as se
@@ -73,6 +74,15 @@ def test_flop_of_fused_networks():
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             net(x)
-        assert list(counter.get_flop_counts()["Global"]) == [torch.ops.shufflenet_ext.shuffle_network_batch_norm]
+        # By the hooks of all modules that it counts each one's with, so the network runs module by module.
+        assert list(counter.get_flop_counts()["ShuffleNetV1.layer1.0"]) == [
+            torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm
+        ]
         with se.use_backend("reference"):
             assert counter.get_total_flops() == flop(lambda: net(x)) > 0
+
+
+def test_flop_of_networks_as_one_op():
+    given = arguments(Network(UNITS, STEM, (10, 0), in_channels=3))
+    expected = flop(lambda: reference.shuffle_network_batch_norm(*given))
+    assert flop(lambda: torch.ops.shufflenet_ext.shuffle_network_batch_norm(*given)) == expected > 0
