@@ -64,7 +64,7 @@ class MegviiStyle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.globalpool(self.features(self.maxpool(self.first_conv(x))))
-        return self.classifier(x.contiguous().view(len(x), -1))
+        return self.classifier(x.contiguous().view(x.shape[0], -1))
 
 
 class CifarUnit(nn.Module):
