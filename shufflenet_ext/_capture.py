@@ -19,6 +19,7 @@ class Captured:
 
     module: torch.fx.GraphModule  # takes the model's own arguments
     chains: int
+    whole: nn.Module | None  # the chain's, where the model takes a tensor, returns one and is no more than that chain
     # Sizes that the graph holds for, by the number of the tensor among the model's arguments; None: any.
     sizes: list[tuple[int | None, ...]]
 
@@ -56,7 +57,11 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], chain_module: Cha
     module.delete_all_unused_submodules()
     module.graph._tracer_cls = None  # export's own cannot be made anew, where a copy is unpickled
     # As a plain GraphModule: export's own refuses train() and eval().
-    return Captured(torch.fx.GraphModule(module, module.graph), len(chains), [tuple(size) for size in sizes])
+    captured = torch.fx.GraphModule(module, module.graph)
+    nodes = list(captured.graph.nodes)
+    is_whole = [node.op for node in nodes] == ["placeholder", "call_module", "output"]
+    whole = captured.get_submodule(nodes[1].target) if is_whole and first.program.call_spec.out_spec.is_leaf() else None
+    return Captured(captured, len(chains), whole, [tuple(size) for size in sizes])
 
 
 def _call_module(graph: torch.fx.Graph, name: str, x: torch.fx.Node) -> torch.fx.Node:

@@ -83,6 +83,7 @@ def test_whole_models(style):
     # One call of one op, and what is behind the network.
     assert called[0] == "chain0"
     assert isinstance(optimized.model.chain0, InferenceNetwork)
+    assert optimized.called == [optimized.model if style is BiasedStyle else optimized.model.chain0]
     assert called[1:] == ([torch.ops.aten.log_softmax.int] if style is BiasedStyle else [])
     for batch in (1, 3):
         assert_same(optimized, model, torch.randn(batch, 3, size, size))
@@ -96,6 +97,7 @@ def test_whole_models(style):
         assert_same(optimized, model, x)
     twin = pickle.loads(pickle.dumps(copy.deepcopy(optimized)))
     assert_same(twin, model, torch.randn(2, 3, size, size))
+    assert twin.called == [twin.model if style is BiasedStyle else twin.model.chain0]
 
 
 @each_isa_for_bfloat16
