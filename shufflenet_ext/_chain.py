@@ -183,11 +183,10 @@ def part_of(module: nn.Module) -> Stem | Unit | None:
 
 def own_parts(network: Any, *, max_pool: bool, window: int) -> list[Part] | None:
     """The parts of one of this package's networks; None where it is more than them."""
-    conv, norm, linear = ends = network.conv1, network.bn1, network.linear
+    conv, norm, linear = network.conv1, network.bn1, network.linear
     layers = network.layer1, network.layer2, network.layer3
-    if any(map(has_hooks, (network, *ends, *layers))) or not {nn.Sequential, FusedSequential}.issuperset(
-        map(type, layers)
-    ):
+    # Hooks of any module first: where there are some, this is asked at each call.
+    if any(map(has_hooks, network.modules())) or not {nn.Sequential, FusedSequential}.issuperset(map(type, layers)):
         return None
     if (type(conv), type(linear)) != (nn.Conv2d, nn.Linear):
         return None
