@@ -53,8 +53,8 @@ def run_while_tracing(function: Callable[..., Any]) -> None:
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# A unit as the planner takes it: the shape of conv1's weight, that of conv3's if there is one, conv1_groups, groups and
-# stride, all in one tuple.
+# A unit as the planner takes it: the shape of conv1's weight, that of conv3's if there is one, conv1_groups, groups,
+# stride and shuffle_groups, all in one tuple.
 UnitSizes = tuple[int, ...]
 
 

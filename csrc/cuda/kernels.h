@@ -14,6 +14,14 @@ const void* kernel_bfloat16(Layout layout);
 const void* kernel_float16(Layout layout);
 const void* kernel_tfloat32(Layout layout);
 
+// The kernels of a unit that is cut into strips, of 16-bit dtypes.
+struct StripKernels {
+  const void* strip;
+  const void* pack;
+};
+StripKernels strip_kernels_float16();
+StripKernels strip_kernels_bfloat16();
+
 // Returns a device's properties, which are asked for once. Throws std::runtime_error where CUDA fails.
 const Device& device_properties(int index);
 

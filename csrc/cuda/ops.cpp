@@ -42,7 +42,7 @@ class ConvolutionData {
 
 // Returns the unit's plan. Making one takes some microseconds, so each thread keeps those that it has made.
 Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
-  using Key = std::array<int64_t, 12>;
+  using Key = std::array<int64_t, 14>;
   constexpr size_t kMost = 256;  // bounds the memory that shapes take which change with every call
   thread_local std::map<Key, Plan> plans;
   const Key key = {
@@ -54,6 +54,8 @@ Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
       u.out_channels,
       u.conv1_groups,
       u.groups,
+      u.shuffle_groups,
+      u.shortcut_first,
       u.stride,
       static_cast<int64_t>(u.layout),
       static_cast<int64_t>(dtype),
@@ -64,16 +66,6 @@ Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
   return plans[key] = plan_unit(u, dtype, device_properties(device_index));
 }
 
-// Refuses what the kernel does not know of a unit in general.
-void check_is_plain(const Unit& unit) {
-  const bool is_shuffled = unit.shuffle_groups != unit.groups;
-  if (!is_shuffled && !(unit.concatenates_pool() && (unit.shortcut_first || !unit.shortcut_relu))) return;
-  fail(is_shuffled           ? "shuffle_groups"
-       : unit.shortcut_first ? "shortcut_first"
-                             : "shortcut_relu",
-       ": got a unit that is not the paper's, expected that one (on CUDA)");
-}
-
 // A unit's parameters in the device's memory.
 struct UnitParameters {
   ConvolutionPointers conv1, conv2, conv3;
@@ -82,7 +74,6 @@ struct UnitParameters {
 // Launches the unit on the device of x, in that device's current stream. x must be dense.
 void launch_unit(const Unit& unit, const Tensor& x, const UnitParameters& parameters, bool allow_tf32,
                  const Tensor& result) {
-  check_is_plain(unit);
   const int32_t device = x.get_device_index();
   Dtype dtype = dtype_of("x", x);
   if (dtype == Dtype::float32 && allow_tf32 && uses_mma(Dtype::tfloat32, device_properties(device))) {
@@ -154,15 +145,15 @@ Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& 
 }
 
 // Returns the unit that `sizes` describes: the shape of conv1's weight, that of conv3's (left out where the unit has no
-// conv3), then conv1_groups, groups and stride. Throws std::invalid_argument where they describe none.
+// conv3), then conv1_groups, groups, stride and shuffle_groups. Throws std::invalid_argument where they describe none.
 Unit unit_of(const std::vector<int64_t>& x, const std::vector<int64_t>& sizes, bool channels_last) {
   const auto positive = [](int64_t n) { return n > 0; };
-  const bool has_conv3 = sizes.size() == 11;
+  const bool has_conv3 = sizes.size() == 12;
   if (x.size() != 4 || x[0] < 0 || !std::all_of(x.begin() + 1, x.end(), positive) ||
-      (sizes.size() != 7 && !has_conv3) || !std::all_of(sizes.begin(), sizes.end(), positive)) {
+      (sizes.size() != 8 && !has_conv3) || !std::all_of(sizes.begin(), sizes.end(), positive)) {
     throw std::invalid_argument("sizes: these are no unit's");
   }
-  const int64_t* const options = &sizes[sizes.size() - 3];
+  const int64_t* const options = &sizes[sizes.size() - 4];
   Unit unit;
   unit.batch = x[0];
   unit.in_channels = x[1];
@@ -173,9 +164,11 @@ Unit unit_of(const std::vector<int64_t>& x, const std::vector<int64_t>& sizes, b
   unit.conv1_groups = options[0];
   unit.groups = options[1];
   unit.stride = options[2];
+  unit.shuffle_groups = options[3];
   unit.layout = channels_last ? Layout::channels_last : Layout::contiguous;
   if (unit.stride > 2 || unit.in_channels % unit.conv1_groups != 0 || unit.mid_channels % unit.conv1_groups != 0 ||
-      unit.mid_channels % unit.groups != 0 || unit.out_channels % unit.groups != 0) {
+      unit.mid_channels % unit.groups != 0 || unit.mid_channels % unit.shuffle_groups != 0 ||
+      unit.out_channels % unit.groups != 0) {
     throw std::invalid_argument("sizes: these are no unit's");
   }
   return unit;

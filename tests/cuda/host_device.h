@@ -23,6 +23,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <set>
 #include <type_traits>
 #include <vector>
 
@@ -70,6 +71,14 @@ class Machine {
     fibers_[running_].state = State::at_barrier;
     fibers_[running_].line = line;
     to_scheduler();
+  }
+
+  // The value counts for all threads of the block as soon as the last of them has arrived.
+  bool barrier_or(bool value, int line) {
+    const int64_t epoch = epoch_;
+    if (value) epochs_with_any_.insert(epoch);
+    barrier(line);
+    return epochs_with_any_.count(epoch) != 0;
   }
 
   // The last lane of the warp to arrive runs `complete` for all of them; `arguments` are each lane's own.
@@ -272,6 +281,7 @@ class Machine {
   size_t scheduler_stack_bytes_ = 0;
   int running_ = 0;
   int64_t epoch_ = 0;
+  std::set<int64_t> epochs_with_any_;
 };
 
 // ---- Types ----------------------------------------------------------------------------------------------------------
@@ -397,12 +407,13 @@ struct LoadLane {
   int64_t row;
 };
 
-inline void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) {
+template <int kMatrices>
+void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) {
   LoadLane mine = {to, row};
   Machine& machine = *Machine::current();
   machine.warp_wide(line, &mine, [&](void** lanes) {
     const auto lane_of = [&](int i) -> LoadLane& { return *static_cast<LoadLane*>(lanes[i]); };
-    for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int matrix = 0; matrix < kMatrices; ++matrix) {
       uint16_t elements[8][8];
       for (int i = 0; i < 8; ++i) {
         const int64_t at = lane_of(8 * matrix + i).row;
@@ -424,7 +435,7 @@ inline void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) 
 
 template <bool kTransposed, class T>
 void load_matrices(uint32_t (&to)[4], Shared<const T> row, int line = __builtin_LINE()) {
-  detail::load_matrices(to, row.offset, kTransposed, line);
+  detail::load_matrices<4>(to, row.offset, kTransposed, line);
 }
 // The architecture that the kernel is compiled for, as __CUDA_ARCH__ / 10 is in device.cuh.
 #ifndef SHUFFLENET_TEST_ARCH

@@ -1,13 +1,17 @@
-// Runs csrc/cuda/unit_kernel.cuh on the CPU (host_device.h) and compares it with a naive unit in double. Reads cases
+// Runs csrc/cuda/unit_kernel.cuh, or strip_kernel.cuh, on the CPU (host_device.h) and compares it with a naive unit in double. Reads cases
 // from standard input, one a line as `key=value` pairs, and answers each with "ok <error>" or "wrong <error> <what>",
 // where the error is relative to the largest magnitude of the result and in units of the dtype's rounding.
-#define SHUFFLENET_TEST_DEVICE "host_device.h"
+#define SHUFFLENET_TEST_DEVICE "host_matrices.h"
 
 #include <iostream>
 #include <sstream>
 #include <string>
 
 #include "case.h"
+#ifdef SHUFFLENET_TEST_DTYPE16
+#include "pack_kernel.cuh"
+#include "strip_kernel.cuh"
+#endif
 #include "unit_kernel.cuh"
 
 namespace shufflenet::cuda {
@@ -93,8 +97,7 @@ double rounded(double value) {
 
 // The unit in double, with intermediates rounded to T as the kernel's are.
 template <class T, class C>
-Tensor4 naive_unit(const Sizes& s, Tensor4& x, const C& conv1, const C& conv2, const C* conv3) {
-  const int64_t slice = s.mid_channels / s.groups;
+Tensor4 naive_unit(const Unit& unit, const Sizes& s, Tensor4& x, const C& conv1, const C& conv2, const C* conv3) {
   Tensor4 y1(s.batch, s.mid_channels, s.height, s.width), y2(s.batch, s.mid_channels, s.out_height, s.out_width);
   Tensor4 result(s.batch, s.result_channels, s.out_height, s.out_width);
   const auto pointwise =
@@ -104,9 +107,10 @@ Tensor4 naive_unit(const Sizes& s, Tensor4& x, const C& conv1, const C& conv2, c
         for (int64_t k = 0; k < depth; ++k) sum += conv.weight[row * depth + k] * from.at(n, first + k, h, w);
         return conv.scale[row] * sum + conv.shift[row];
       };
+  const int64_t first = unit.first_conv3_channel(), pooled = unit.first_pooled_channel();
   for (int64_t n = 0; n < s.batch; ++n) {
     for (int64_t c = 0; c < s.mid_channels; ++c) {
-      const int64_t row = c % s.groups * slice + c / s.groups;  // the shuffle
+      const int64_t row = c % s.shuffle_groups * (s.mid_channels / s.shuffle_groups) + c / s.shuffle_groups;
       for (int64_t h = 0; h < s.height; ++h) {
         for (int64_t w = 0; w < s.width; ++w) {
           y1.at(n, c, h, w) =
@@ -135,7 +139,7 @@ Tensor4 naive_unit(const Sizes& s, Tensor4& x, const C& conv1, const C& conv2, c
         for (int64_t c = 0; c < s.out_channels; ++c) {
           double value = pointwise(y2, s.groups, s.out_channels, *conv3, n, c, h, w);
           if (s.stride == 1) value += x.at(n, c, h, w);
-          result.at(n, c, h, w) = std::max(0.0, value);
+          result.at(n, first + c, h, w) = std::max(0.0, value);
         }
         if (s.stride == 1) continue;
         for (int64_t c = 0; c < s.in_channels; ++c) {
@@ -146,7 +150,8 @@ Tensor4 naive_unit(const Sizes& s, Tensor4& x, const C& conv1, const C& conv2, c
             sum += x.at(n, c, row, column);
             ++count;
           }
-          result.at(n, s.out_channels + c, h, w) = std::max(0.0, sum / (s.pool_count_include_pad ? 9 : count));
+          const double mean = sum / (s.pool_count_include_pad ? 9 : count);
+          result.at(n, pooled + c, h, w) = unit.shortcut_relu ? std::max(0.0, mean) : mean;
         }
       }
     }
@@ -167,8 +172,57 @@ constexpr double kRounding<BFloat16> = 0x1p-8;
 template <>
 constexpr double kRounding<TFloat32> = kHasMma<TFloat32> ? 0x1p-11 : 0x1p-24;  // of the products' operands
 
+// The pointers that a launch works on.
+struct Launch {
+  const void* x;
+  ConvolutionPointers conv1, conv2, conv3;
+  void* result;
+};
+
+template <class T, Layout kLayout>
+void run_windows(const Case& c, const Unit& unit, Dtype dtype, const Launch& launch) {
+  const Sizes s = sizes_of(unit);
+  Tiling tiling = plan_unit(unit, dtype, c.device()).tiling;
+  // A case may cut the unit otherwise than the planner would.
+  tiling.tile_rows = static_cast<int>(c.number("tile_rows", tiling.tile_rows));
+  tiling.tile_columns = static_cast<int>(c.number("tile_columns", tiling.tile_columns));
+  tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
+  tiling.chunk = static_cast<int>(c.number("chunk", unit.slice_channels() * tiling.slices));
+  tiling.tile_depth = static_cast<int>(c.number("tile_depth", tiling.tile_depth));
+  const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
+  choose_vectors(
+      unit, dtype, tiling,
+      {address(launch.x), address(launch.conv1.weight), address(launch.conv3.weight), address(launch.result)});
+  const SharedLayout layout(s, tiling, kLayout, sizeof(T), sizeof(accumulator_t<T>));
+  const KernelArguments arguments = {
+      s, tiling, layout, launch.x, launch.conv1, launch.conv2, launch.conv3, launch.result};
+  Machine machine(kThreads, layout.bytes, c.number("seed", 0));
+  machine.launch(std::min(c.number("blocks", 1 << 20), tiling.windows(s)), [&] { Block<T, kLayout>(arguments).run(); });
+}
+
+#ifdef SHUFFLENET_TEST_DTYPE16
+template <class T>
+void run_strips(const Case& c, const Unit& unit, Dtype dtype, const Launch& launch) {
+  const Sizes s = sizes_of(unit);
+  StripTiling tiling = plan_strips(unit, dtype, c.device()).tiling;
+  tiling.rows = static_cast<int>(c.number("rows", tiling.rows));
+  tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
+  tiling.warps = static_cast<int>(c.number("warps", tiling.warps));
+  tiling.gap = static_cast<int>(c.number("gap", tiling.gap));
+  const StripLayout layout(s, tiling);
+  const PackedLayout& packed = layout.packed;
+  Buffer<Fragment> fragments(int64_t{packed.part} * tiling.parts(s));
+  const PackArguments pack = {s, tiling.slices, packed, launch.conv1, launch.conv2, launch.conv3, fragments.data};
+  Machine packer(kPackThreads, pack_shared_bytes(s, packed), c.number("seed", 0));
+  packer.launch(c.number("blocks", 3), [&] { Packer<T>(pack).run(); });
+  const StripArguments arguments = {s, tiling, layout, launch.x, fragments.data, launch.result};
+  Machine machine(tiling.warps * 32, layout.bytes, c.number("seed", 0));
+  machine.launch(std::min(c.number("blocks", 1 << 20), tiling.blocks(s)), [&] { StripBlock<T>(arguments).run(); });
+}
+#endif
+
 template <class T, Layout kLayout, class Norm>
-std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
+std::string run(const Case& c, const Unit& unit, Dtype dtype) {
   const Sizes s = sizes_of(unit);
   const int64_t shift = c.number("shift", 0);  // elements between an aligned address and each tensor
   std::mt19937_64 random(c.number("seed", 0));
@@ -193,24 +247,16 @@ std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
   std::unique_ptr<C> conv3;
   if (s.out_channels) conv3.reset(new C(s.out_channels, s.mid_channels / s.groups, behind, shift, random));
 
-  const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
-  choose_vectors(unit, dtype, tiling,
-                 {address(x.data), address(conv1.pointers.weight), conv3 ? address(conv3->pointers.weight) : 0,
-                  address(result.data)});
-  const SharedLayout layout(s, tiling, kLayout, sizeof(T), sizeof(accumulator_t<T>));
-  const KernelArguments arguments = {
-      s,
-      tiling,
-      layout,
-      x.data,
-      conv1.pointers,
-      conv2.pointers,
-      conv3 ? conv3->pointers : ConvolutionPointers{},
-      result.data};
-  Machine machine(kThreads, layout.bytes, c.number("seed", 0));
-  machine.launch(std::min(c.number("blocks", 1 << 20), tiling.windows(s)), [&] { Block<T, kLayout>(arguments).run(); });
+  const Launch launch = {
+      x.data, conv1.pointers, conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{}, result.data};
+#ifdef SHUFFLENET_TEST_DTYPE16
+  if (c.text("flow", "windows") == "strips") {
+    run_strips<T>(c, unit, dtype, launch);
+  } else
+#endif
+    run_windows<T, kLayout>(c, unit, dtype, launch);
 
-  Tensor4 expected = naive_unit<T>(s, x_double, conv1, conv2, conv3.get());
+  Tensor4 expected = naive_unit<T>(unit, s, x_double, conv1, conv2, conv3.get());
   double largest = 1e-30, error = 0;
   for (double value : expected.data) largest = std::max(largest, std::abs(value));
   std::string where;
@@ -238,34 +284,31 @@ std::string run(const std::string& line) {
   const Case c(line);
   const Unit unit = c.unit();
   const Dtype type = c.dtype();
-  const Plan plan = plan_unit(unit, type, c.device());
-  if (!plan.ok) return "unplanned " + plan.explanation;
-  Tiling tiling = plan.tiling;
-  // A case may cut the unit otherwise than the planner would.
-  tiling.tile_rows = static_cast<int>(c.number("tile_rows", tiling.tile_rows));
-  tiling.tile_columns = static_cast<int>(c.number("tile_columns", tiling.tile_columns));
-  tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
-  tiling.chunk = static_cast<int>(c.number("chunk", unit.slice_channels() * tiling.slices));
-  tiling.tile_depth = static_cast<int>(c.number("tile_depth", tiling.tile_depth));
+  if (c.text("flow", "windows") == "strips") {
+    const StripPlan plan = plan_strips(unit, type, c.device());
+    if (!plan.ok) return "unplanned " + plan.explanation;
+  } else if (const Plan plan = plan_unit(unit, type, c.device()); !plan.ok) {
+    return "unplanned " + plan.explanation;
+  }
   const bool last = unit.layout == Layout::channels_last;
 #ifdef SHUFFLENET_TEST_DTYPE16
   if (type == Dtype::bfloat16) {
-    return last ? run<BFloat16, Layout::channels_last, float>(c, unit, type, tiling)
-                : run<BFloat16, Layout::contiguous, float>(c, unit, type, tiling);
+    return last ? run<BFloat16, Layout::channels_last, float>(c, unit, type)
+                : run<BFloat16, Layout::contiguous, float>(c, unit, type);
   }
-  return last ? run<Float16, Layout::channels_last, Float16>(c, unit, type, tiling)
-              : run<Float16, Layout::contiguous, Float16>(c, unit, type, tiling);
+  return last ? run<Float16, Layout::channels_last, Float16>(c, unit, type)
+              : run<Float16, Layout::contiguous, Float16>(c, unit, type);
 #else
   if (type == Dtype::tfloat32) {
-    return last ? run<TFloat32, Layout::channels_last, float>(c, unit, type, tiling)
-                : run<TFloat32, Layout::contiguous, float>(c, unit, type, tiling);
+    return last ? run<TFloat32, Layout::channels_last, float>(c, unit, type)
+                : run<TFloat32, Layout::contiguous, float>(c, unit, type);
   }
   if (type == Dtype::float64) {
-    return last ? run<double, Layout::channels_last, double>(c, unit, type, tiling)
-                : run<double, Layout::contiguous, double>(c, unit, type, tiling);
+    return last ? run<double, Layout::channels_last, double>(c, unit, type)
+                : run<double, Layout::contiguous, double>(c, unit, type);
   }
-  return last ? run<float, Layout::channels_last, float>(c, unit, type, tiling)
-              : run<float, Layout::contiguous, float>(c, unit, type, tiling);
+  return last ? run<float, Layout::channels_last, float>(c, unit, type)
+              : run<float, Layout::contiguous, float>(c, unit, type);
 #endif
 }
 

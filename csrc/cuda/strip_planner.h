@@ -1,0 +1,118 @@
+// Chooses how a unit is cut into strips (strip.h), if it can be. Pure host code, as planner.h.
+#pragma once
+
+#include <cmath>
+
+#include "device.h"
+#include "strip.h"
+
+namespace shufflenet::cuda {
+
+struct StripPlan {
+  bool ok = false;
+  StripTiling tiling;
+  int64_t shared_bytes = 0;
+  int64_t blocks = 0;
+  int blocks_per_multiprocessor = 0;
+  double instructions = 0;  // that the warps of the launch execute, as predicted
+  double cycles = 0;        // predicted for the launch
+  std::string explanation;  // why there is no plan, or what it is
+};
+
+// Says why a unit cannot be cut into strips, or nothing.
+inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Device& device) {
+  if (dtype != Dtype::float16 && dtype != Dtype::bfloat16) return "strips are for 16 bits";
+  if (device.compute_capability < 80) return "strips need sm_80";
+  if (unit.layout != Layout::channels_last) return "strips are for channels_last";
+  if (!unit.adds_residual()) return "strips are for whole units of stride 1";
+  if (unit.in_channels % 8 != 0) return "strips need a multiple of 8 channels";
+  if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
+  if (unit.out_channels / unit.groups % 4 != 0) return "strips need a multiple of 4 channels in a group of conv3";
+  if (unit.mid_channels > 4096 || unit.groups * unit.conv1_groups > 256) return "too many channels or groups for strips";
+  return "";
+}
+
+// How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for sm_90.
+struct StripInstructions {
+  // Once a block; a copy of a pixel's 32 blocks; clearing a block of y1's frame.
+  static constexpr double block = 12 * 250, copy = 5, clear = 40;
+  // conv1 and conv3: an item, each two halves of 16 channels, and each tile of those; what is done to a tile's sums.
+  static constexpr double item1 = 90, item3 = 110, step = 22, tile = 9, outputs1 = 28, outputs3 = 36;
+  // The depthwise convolution of a block of 8 slots.
+  static constexpr double slots = 60, item2 = 50;
+};
+
+inline double strip_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout) {
+  using Count = StripInstructions;
+  const PackedLayout& p = layout.packed;
+  double all = 0;
+  for (int row = 0; row < s.out_height; row += t.rows) {
+    const int rows = std::min(t.rows, s.out_height - row);
+    const int image_rows = std::min(row + rows + 1, s.height) - std::max(row - 1, 0);
+    const int in_pixels = image_rows * s.width, out_pixels = rows * s.width;
+    const double items1 = double(ceil_div(in_pixels, kItemPixels)) * s.conv1_groups * p.conv1_chunks;
+    const double items2 = double(ceil_div(out_pixels, kItemPixels)) * t.slices, items3 = items2 * p.conv3_chunks;
+    all += Count::block + in_pixels * Count::copy * ceil_div(s.in_channels / kColumns, 32) +
+           Count::clear * s.conv1_groups * p.conv1_tiles +
+           items1 * (Count::item1 + p.conv1_chunk * Count::outputs1 +
+                     p.conv1_steps * (Count::step + p.conv1_chunk * Count::tile)) +
+           items2 * (Count::item2 + p.blocks * Count::slots) +
+           items3 * (Count::item3 + p.conv3_chunk * 2 * Count::outputs3 +
+                     p.conv3_steps * (Count::step + 2 * p.conv3_chunk * Count::tile));
+  }
+  return all * static_cast<double>(s.batch) * t.parts(s);
+}
+
+// Predicts the cycles of a launch, as predicted_cycles in planner.h does: blocks run in rounds, of which each takes as
+// long as its instructions or its memory traffic, and the times that a block waits for memory with nothing else to do.
+inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLayout& layout, const Device& device,
+                           int blocks_per_multiprocessor) {
+  constexpr double kWaits = 2;  // for x, and for the first operands of weights
+  const Sizes s = sizes_of(unit);
+  Sizes one = s;
+  one.batch = 1;
+  const double of_image = static_cast<double>(t.strips(s)) * t.parts(s);
+  const double blocks = std::max<double>(1, s.batch) * of_image;  // an empty batch is cut as one image is
+  const double instructions = strip_instructions(one, t, layout) / of_image;
+  const double rows = static_cast<double>(s.out_height) / t.strips(s);
+  // Each part of an image copies all of x, the first from memory and the others from the cache.
+  const double bytes = 2.0 * s.in_channels * s.width * (rows + (rows + 2)) / t.parts(s);
+  const double side_by_side =
+      std::min<double>(blocks_per_multiprocessor, std::ceil(blocks / device.multiprocessors));
+  const double a_cycle = std::min(kMostInstructions, side_by_side * t.warps / kWarpInterval);
+  const double round =
+      side_by_side * std::max(instructions / a_cycle, bytes / bandwidth_of(device)) + kWaits * kLatency;
+  return std::ceil(blocks / (side_by_side * device.multiprocessors)) * round;
+}
+
+inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device) {
+  StripPlan best;
+  best.explanation = obstacle_to_strips(unit, dtype, device);
+  if (!best.explanation.empty()) return best;
+  const Sizes s = sizes_of(unit);
+  int64_t least_bytes = std::numeric_limits<int64_t>::max();
+  for (int slices = s.groups; slices >= 1; --slices) {
+    if (s.groups % slices != 0) continue;
+    for (int strips = 1, rows = 0; strips <= s.out_height; ++strips) {
+      if (ceil_div(s.out_height, strips) == rows) continue;
+      rows = ceil_div(s.out_height, strips);
+      if (int64_t{rows} * s.width > 1 << 14) continue;  // more pixels than shared memory holds, and than fit 32 bits
+      for (int warps : {12, 8, 6, 4}) {
+        for (int gap : {8, 1}) {
+          const StripTiling t = {rows, slices, warps, gap};
+          const StripLayout layout(s, t);
+          least_bytes = std::min(least_bytes, layout.bytes);
+          if (layout.bytes > device.shared_per_block || pack_shared_bytes(s, layout.packed) > 48 * 1024) continue;
+          const int64_t by_shared = device.shared_per_multiprocessor / (layout.bytes + kReservedPerBlock);
+          const int blocks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, kMostStripWarps / warps)));
+          const double cycles = strip_cycles(unit, t, layout, device, blocks);
+          if (best.ok && cycles >= best.cycles) continue;
+          best = {true, t, layout.bytes, t.blocks(s), blocks, strip_instructions(s, t, layout), cycles, {}};
+        }
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace shufflenet::cuda
