@@ -29,8 +29,9 @@ struct alignas(kSize * sizeof(T)) Vector {
 
 SHUFFLENET_DEVICE int least(int a, int b) { return a < b ? a : b; }
 SHUFFLENET_DEVICE int most(int a, int b) { return a > b ? a : b; }
-SHUFFLENET_DEVICE int warp_index() { return thread_index() / 32; }
-SHUFFLENET_DEVICE int lane_index() { return thread_index() % 32; }
+// Of no sign, so that dividing by a power of two is one shift.
+SHUFFLENET_DEVICE int warp_index() { return static_cast<int>(static_cast<uint32_t>(thread_index()) / 32); }
+SHUFFLENET_DEVICE int lane_index() { return static_cast<int>(static_cast<uint32_t>(thread_index()) % 32); }
 
 // Divides by a number that is used often, by multiplying with its inverse. The quotient is exact while the product of
 // dividend and divisor is below 2^32. It is for the pixels of a window, as shared memory bounds their number.

@@ -16,16 +16,29 @@ SHUFFLENET_DEVICE uint32_t shared_base() { return shared_address(shared_memory()
 struct alignas(16) Fragment {
   uint32_t words[4];
 };
-SHUFFLENET_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+struct Vector4 {
+  float values[4];
+};
 SHUFFLENET_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 
-// Loads from memory that nobody writes while the kernel runs.
+// Loads the fragment that lies kAhead fragments further on in memory that nobody writes while the kernel runs.
+template <int kAhead = 0>
 SHUFFLENET_DEVICE Fragment load_constant(const Fragment* from) {
   Fragment f;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4+%5];"
                : "=r"(f.words[0]), "=r"(f.words[1]), "=r"(f.words[2]), "=r"(f.words[3])
-               : "l"(from));
+               : "l"(from), "n"(kAhead * static_cast<int>(sizeof(Fragment))));
   return f;
+}
+
+// Loads four floats in the same way.
+template <int kAhead>
+SHUFFLENET_DEVICE Vector4 load_floats(const Fragment* from) {
+  Vector4 v;
+  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4+%5];"
+               : "=f"(v.values[0]), "=f"(v.values[1]), "=f"(v.values[2]), "=f"(v.values[3])
+               : "l"(from), "n"(kAhead * static_cast<int>(sizeof(Fragment))));
+  return v;
 }
 
 // Starts to copy 16 bytes, as copy_async does.
@@ -42,10 +55,6 @@ SHUFFLENET_DEVICE uint32_t load_pair(uint32_t at) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
   return value;
-}
-template <int kOffset>
-SHUFFLENET_DEVICE void load_two_pairs(uint32_t (&to)[2], uint32_t at) {
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2+%3];" : "=r"(to[0]), "=r"(to[1]) : "r"(at), "n"(kOffset) : "memory");
 }
 
 // Loads four 8x8 matrices, as load_matrices of device.cuh does, or two, whose rows lanes 0 to 15 pass the addresses of.
@@ -88,14 +97,28 @@ SHUFFLENET_DEVICE void store_matrices(uint32_t row, const uint32_t (&from)[kMatr
 #endif
 }
 
-// Writes 8 bytes of global memory.
-SHUFFLENET_DEVICE void store_two_pairs(void* to, const uint32_t (&from)[2]) {
-  *static_cast<uint2*>(to) = make_uint2(from[0], from[1]);
+// Returns whether the value is true in any lane of the warp.
+SHUFFLENET_DEVICE bool warp_any(bool value) { return __any_sync(0xffffffffu, value); }
+
+// Sets d to the product of a and b, as multiply_matrices adds it to d.
+SHUFFLENET_DEVICE void set_to_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Float16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, "
+      "%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.f));
+#endif
 }
-
-// A barrier of the block that returns whether the value is true in any of its threads.
-SHUFFLENET_DEVICE bool barrier_or(bool value) { return __syncthreads_or(value); }
-
+SHUFFLENET_DEVICE void set_to_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+      "%10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.f));
+#endif
+}
 SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[2], uint32_t b, BFloat16) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
@@ -132,7 +155,7 @@ SHUFFLENET_DEVICE uint32_t pack(float low, float high, BFloat16) {
   return pair;
 }
 
-// Returns relu(a + b), rounded once; 0x3c00 and 0x3f80 are 1.
+// Returns relu(a + b), rounded once; 0x3c00 and 0x3f80 are 1: there is no addition with a ReLU.
 SHUFFLENET_DEVICE uint32_t add_relu(uint32_t a, uint32_t b, Float16) {
   uint32_t sum = 0;
 #if __CUDA_ARCH__ >= 800
@@ -148,20 +171,17 @@ SHUFFLENET_DEVICE uint32_t add_relu(uint32_t a, uint32_t b, BFloat16) {
   return sum;
 }
 
-// Returns the greater of each half, or NaN.
-SHUFFLENET_DEVICE uint32_t greater(uint32_t a, uint32_t b, Float16) {
-  uint32_t most = 0;
+// Adds to two pairs those of shared memory at `at`, applies a ReLU, rounds once, and writes the 8 bytes to global memory.
+// Both addresses are kOffset bytes less than meant.
+template <int kOffset, class T>
+SHUFFLENET_DEVICE void add_relu_and_store(void* to, uint32_t at, uint32_t low, uint32_t high, T) {
 #if __CUDA_ARCH__ >= 800
-  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  uint32_t x[2];
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2+%3];" : "=r"(x[0]), "=r"(x[1]) : "r"(at), "n"(kOffset) : "memory");
+  asm volatile("st.global.v2.u32 [%0+%1], {%2, %3};" ::"l"(to), "n"(kOffset), "r"(add_relu(low, x[0], T{})),
+               "r"(add_relu(high, x[1], T{}))
+               : "memory");
 #endif
-  return most;
-}
-SHUFFLENET_DEVICE uint32_t greater(uint32_t a, uint32_t b, BFloat16) {
-  uint32_t most = 0;
-#if __CUDA_ARCH__ >= 800
-  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
-#endif
-  return most;
 }
 
 }  // namespace shufflenet::cuda

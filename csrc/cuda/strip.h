@@ -29,7 +29,7 @@ inline constexpr int kMostStripWarps = 12;  // so that a thread may have 168 reg
 struct StripTiling {
   int rows = 0;    // of the result
   int slices = 0;  // a divisor of groups
-  int warps = 0;
+  int warps = 0;  // an even number, so that the pixels that a warp copies all have the same swizzle
   // Pixels of y1 between two rows, of which the ones next to an image's are zeros. One is enough. With eight, each eight
   // pixels of a tile lie in different banks of shared memory, even where the tile goes on in the next row.
   int gap = 0;
@@ -49,9 +49,9 @@ struct Chunks {
 // the group's own lie in the first one.
 struct GroupStart {
   SHUFFLENET_HOST_DEVICE GroupStart(const Sizes& s, int group) {
-    const int channel = group * s.conv1_depth;
-    block = channel / kColumns;
-    skipped = channel % kColumns;
+    const unsigned channel = static_cast<unsigned>(group * s.conv1_depth);
+    block = static_cast<int>(channel / kColumns);
+    skipped = static_cast<int>(channel % kColumns);
   }
   int block, skipped;
 };
@@ -149,13 +149,13 @@ struct PackedLayout {
 // A block's shared memory, as byte offsets.
 struct StripLayout {
   SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t)
-      : packed(s, t.slices), x_pitch(0), x_blocks(0), y1_pitch(0), y1_pixels(0), y1(0), y2(0), y2_bytes(0), bytes(0) {
+      : packed(s, t.slices), x_pitch(0), own_blocks(s.in_channels / kColumns), x_blocks(0), y1_pitch(0), y1_pixels(0), y1(0), y2(0), y2_bytes(0), bytes(0) {
     // An odd number of 32 bytes: with the swizzle of x_swizzle, eight neighbouring pixels' blocks lie in different banks.
     const int block_pairs = ceil_div(s.in_channels, 2 * kColumns);
     x_pitch = (block_pairs % 2 == 1 ? block_pairs : block_pairs + 1) * 2 * kBlockBytes;
     // Blocks of a pixel that are read: behind its own channels lie those that the last group's last step reads as well.
     const int last = GroupStart(s, s.conv1_groups - 1).block + 2 * packed.conv1_halves;
-    x_blocks = static_cast<int>(round_up(last > s.in_channels / kColumns ? last : s.in_channels / kColumns, 2));
+    x_blocks = static_cast<int>(round_up(last > own_blocks ? last : own_blocks, 2));
     const int in_rows = t.rows + 2, image_rows = in_rows < s.height ? in_rows : s.height;
     const int64_t pixels = int64_t{image_rows} * s.width;
     y1_pitch = s.width + t.gap;
@@ -180,7 +180,8 @@ struct StripLayout {
   SHUFFLENET_HOST_DEVICE int x_offset(int pixel, int at) const { return pixel * x_pitch + (at ^ x_swizzle(pixel)); }
 
   PackedLayout packed;
-  int x_pitch, x_blocks;  // bytes from one pixel of x to the next; blocks that are read of it
+  int x_pitch;  // bytes from one pixel of x to the next
+  int own_blocks, x_blocks;  // that a pixel has, and that are read from its first on
   int y1_pitch, y1_pixels;
   int y1;            // [conv1_groups][conv1_tiles][y1_pixels] blocks
   int y2, y2_bytes;  // of each warp: [2 * conv3_halves][kItemPixels] blocks

@@ -28,18 +28,6 @@ SHUFFLENET_DEVICE void for_each(const F& f) {
 template <int kTiles>
 using Sums = float[kTilesOfItem][kTiles][4];
 
-template <int kTiles>
-SHUFFLENET_DEVICE void clear(Sums<kTiles>& sums) {
-  SHUFFLENET_UNROLL
-  for (int m = 0; m < kTilesOfItem; ++m) {
-    SHUFFLENET_UNROLL
-    for (int n = 0; n < kTiles; ++n) {
-      SHUFFLENET_UNROLL
-      for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
-    }
-  }
-}
-
 // The channels of x that a group reads, of the blocks that are loaded: `depth` of them behind `skipped` ones.
 struct ChannelMask {
   // Clears what a lane holds of other channels, in the half (16 channels) `half` of a tile's operand. They are multiplied
@@ -56,66 +44,63 @@ struct ChannelMask {
   int skipped, depth;
 };
 
-// Adds to the sums of kTiles tiles the product of 16 x `halves` channels. row[m] is the address of the lane's pixel of
-// tile m (lanes 16 to 31 give that of the next 8 channels), from which each half lies kHalfBytes further than the last.
-template <class T, int kTiles, int kHalfBytes>
-SHUFFLENET_DEVICE void multiply(Sums<kTiles>& sums, uint32_t (&row)[kTilesOfItem], const Fragment* weights, int halves,
-                                const ChannelMask* mask) {
-  SHUFFLENET_NO_UNROLL
-  for (int half = 0; half < halves; half += 2) {
-    Fragment b[kTiles];
+// Multiplies half kHalf (16 channels) of a step for kTiles tiles: the first half of all sets the sums.
+template <class T, int kHalf, bool kSets, int kTiles>
+SHUFFLENET_DEVICE void multiply_half(Sums<kTiles>& sums, const uint32_t (&a)[kTilesOfItem][4],
+                                     const Fragment (&b)[kTiles]) {
+  SHUFFLENET_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
     SHUFFLENET_UNROLL
-    for (int n = 0; n < kTiles; ++n) b[n] = load_constant(weights + n * 32);
+    for (int m = 0; m < kTilesOfItem; ++m) {
+      if constexpr (kSets) {
+        set_to_product(sums[m][n], a[m], {b[n].words[2 * kHalf], b[n].words[2 * kHalf + 1]}, T{});
+      } else {
+        multiply_matrices(sums[m][n], a[m], {b[n].words[2 * kHalf], b[n].words[2 * kHalf + 1]}, T{});
+      }
+    }
+  }
+}
+
+// Multiplies 32 pixels by kTiles tiles, over 16 x `halves` channels. row[m] is the address of the lane's pixel of tile m
+// (lanes 16 to 31 give that of the next 8 channels), from which each half lies kHalfBytes further than the last.
+template <class T, int kHalfBytes, bool kMasked, int kTiles>
+SHUFFLENET_DEVICE void multiply(Sums<kTiles>& sums, uint32_t (&row)[kTilesOfItem], const Fragment* weights, int halves,
+                                ChannelMask mask) {
+  const auto load_half = [&](uint32_t(&a)[kTilesOfItem][4], int half, auto odd) {
+    SHUFFLENET_UNROLL
+    for (int m = 0; m < kTilesOfItem; ++m) {
+      load_matrices<decltype(odd)::value * kHalfBytes>(a[m], row[m]);
+      if constexpr (kMasked) mask.apply(a[m], half);
+    }
+  };
+  const auto step = [&](int half, auto sets) {
+    Fragment b[kTiles];
+    for_each<0, kTiles>([&](auto n) { b[decltype(n)::value] = load_constant<decltype(n)::value * 32>(weights); });
+    uint32_t a[kTilesOfItem][4];
+    load_half(a, half, std::integral_constant<int, 0>{});
+    multiply_half<T, 0, decltype(sets)::value>(sums, a, b);
+    if (half + 1 == halves) return;
+    load_half(a, half + 1, std::integral_constant<int, 1>{});
+    multiply_half<T, 1, false>(sums, a, b);
+  };
+  step(0, std::true_type{});
+  SHUFFLENET_NO_UNROLL
+  for (int half = 2; half < halves; half += 2) {
     weights += kTiles * 32;
-    const auto multiply_half = [&](auto odd) {
-      constexpr int kOdd = decltype(odd)::value;
-      uint32_t a[kTilesOfItem][4];
-      SHUFFLENET_UNROLL
-      for (int m = 0; m < kTilesOfItem; ++m) {
-        load_matrices<kOdd * kHalfBytes>(a[m], row[m]);
-        if (mask) mask->apply(a[m], half + kOdd);
-      }
-      SHUFFLENET_UNROLL
-      for (int n = 0; n < kTiles; ++n) {
-        SHUFFLENET_UNROLL
-        for (int m = 0; m < kTilesOfItem; ++m) {
-          multiply_matrices(sums[m][n], a[m], {b[n].words[2 * kOdd], b[n].words[2 * kOdd + 1]}, T{});
-        }
-      }
-    };
-    multiply_half(std::integral_constant<int, 0>{});
-    if (half + 1 < halves) multiply_half(std::integral_constant<int, 1>{});
     SHUFFLENET_UNROLL
     for (int m = 0; m < kTilesOfItem; ++m) row[m] += 2 * kHalfBytes;
+    step(half, std::false_type{});
   }
 }
 
-// Applies scale and bias to a tile's sums, rounds them, and keeps the pairs of both rows.
+// Applies scale, scale, bias, bias to a tile's sums, rounds them, and keeps the pairs of both rows.
 template <class T, bool kRelu>
-SHUFFLENET_DEVICE void finish(const float (&sum)[4], const Fragment& constants, uint32_t (&pairs)[2]) {
-  const float scale0 = float_of(constants.words[0]), scale1 = float_of(constants.words[1]);
-  const float bias0 = float_of(constants.words[2]), bias1 = float_of(constants.words[3]);
+SHUFFLENET_DEVICE void finish(const float (&sum)[4], const Vector4& affine, uint32_t (&pairs)[2]) {
+  const float(&v)[4] = affine.values;
   SHUFFLENET_UNROLL
   for (int row = 0; row < 2; ++row) {
-    pairs[row] = pack<kRelu>(multiply_add(sum[2 * row], scale0, bias0), multiply_add(sum[2 * row + 1], scale1, bias1), T{});
+    pairs[row] = pack<kRelu>(multiply_add(sum[2 * row], v[0], v[2]), multiply_add(sum[2 * row + 1], v[1], v[3]), T{});
   }
-}
-
-template <class T>
-struct NotFinite;
-template <>
-struct NotFinite<Float16> {
-  static constexpr uint32_t kExponent = 0x7c00;
-};
-template <>
-struct NotFinite<BFloat16> {
-  static constexpr uint32_t kExponent = 0x7f80;
-};
-// Whether a number of a pair is Inf or NaN.
-template <class T>
-SHUFFLENET_DEVICE bool is_not_finite(uint32_t pair) {
-  constexpr uint32_t kLow = NotFinite<T>::kExponent, kHigh = kLow << 16;
-  return (pair & kLow) == kLow || (pair & kHigh) == kHigh;
 }
 
 // The number of a pair, as a float.
@@ -130,12 +115,12 @@ SHUFFLENET_DEVICE float number_of(uint32_t pair, int i) {
 template <class T>
 SHUFFLENET_DEVICE void depthwise(Sums<1>& sums, const uint32_t (&corner)[kTilesOfItem],
                                  const uint32_t (&bottom)[kTilesOfItem], const Fragment* taps) {
-  const Fragment first = load_constant(taps), second = load_constant(taps + 32), third = load_constant(taps + 64);
+  const Fragment first = load_constant<0>(taps), second = load_constant<32>(taps), third = load_constant<64>(taps);
   SHUFFLENET_UNROLL
   for (int m = 0; m < kTilesOfItem; ++m) {
     uint32_t a[4], last[2];
     load_matrices<0>(a, corner[m]);
-    multiply_matrices(sums[m][0], a, {first.words[0], first.words[1]}, T{});
+    set_to_product(sums[m][0], a, {first.words[0], first.words[1]}, T{});
     load_matrices<kBlockBytes>(a, corner[m]);
     multiply_matrices(sums[m][0], a, {first.words[2], first.words[3]}, T{});
     load_matrices<2 * kBlockBytes>(a, corner[m]);
@@ -155,6 +140,11 @@ SHUFFLENET_DEVICE void depthwise_by_slots(Sums<1>& sums, const uint32_t (&corner
   // The lanes that hold what is on the diagonal in the lane's two columns; `taps` is the lane's own.
   const int column = lane_index() % 4 * 2, here = lane_index();
   const int lanes[2] = {column * 4 + column / 2, (column + 1) * 4 + column / 2};
+  SHUFFLENET_UNROLL
+  for (int m = 0; m < kTilesOfItem; ++m) {
+    SHUFFLENET_UNROLL
+    for (int i = 0; i < 4; ++i) sums[m][0][i] = 0;
+  }
   SHUFFLENET_NO_UNROLL
   for (int tap = 0; tap < 9; ++tap) {
     const int word = tap < 3 ? 2 * tap : tap < 6 ? 2 * (tap - 3) + 1 : tap;

@@ -23,7 +23,6 @@
 #include <functional>
 #include <memory>
 #include <random>
-#include <set>
 #include <type_traits>
 #include <vector>
 
@@ -71,14 +70,6 @@ class Machine {
     fibers_[running_].state = State::at_barrier;
     fibers_[running_].line = line;
     to_scheduler();
-  }
-
-  // The value counts for all threads of the block as soon as the last of them has arrived.
-  bool barrier_or(bool value, int line) {
-    const int64_t epoch = epoch_;
-    if (value) epochs_with_any_.insert(epoch);
-    barrier(line);
-    return epochs_with_any_.count(epoch) != 0;
   }
 
   // The last lane of the warp to arrive runs `complete` for all of them; `arguments` are each lane's own.
@@ -281,7 +272,6 @@ class Machine {
   size_t scheduler_stack_bytes_ = 0;
   int running_ = 0;
   int64_t epoch_ = 0;
-  std::set<int64_t> epochs_with_any_;
 };
 
 // ---- Types ----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,19 @@ inline uint32_t shared_base() { return 0; }
 struct alignas(16) Fragment {
   uint32_t words[4];
 };
-inline float float_of(uint32_t bits) { return bits_as<float>(bits); }
+struct Vector4 {
+  float values[4];
+};
 inline uint32_t bits_of(float value) { return bits_as<uint32_t>(value); }
-inline Fragment load_constant(const Fragment* from) { return *from; }
+template <int kAhead = 0>
+Fragment load_constant(const Fragment* from) {
+  return from[kAhead];
+}
+
+template <int kAhead>
+Vector4 load_floats(const Fragment* from) {
+  return bits_as<Vector4>(from[kAhead]);
+}
 
 inline void copy_block_async(uint32_t to, const void* from) {
   copy_async<16>(Shared<uint16_t>(to), static_cast<const uint16_t*>(from), true);
@@ -41,12 +51,6 @@ void store_shared(int64_t at, const Value& value) {
 
 inline void clear_block(uint32_t at) { detail::store_shared(at, Fragment{}); }
 inline uint32_t load_pair(uint32_t at) { return detail::load_shared<uint32_t>(at); }
-template <int kOffset>
-void load_two_pairs(uint32_t (&to)[2], uint32_t at) {
-  const uint64_t pairs = detail::load_shared<uint64_t>(at + kOffset);
-  to[0] = static_cast<uint32_t>(pairs);
-  to[1] = static_cast<uint32_t>(pairs >> 32);
-}
 
 template <int kOffset, int kMatrices>
 void load_matrices(uint32_t (&to)[kMatrices], uint32_t row, int line = __builtin_LINE()) {
@@ -70,13 +74,23 @@ void store_matrices(uint32_t row, const uint32_t (&from)[kMatrices], int line = 
   });
 }
 
-inline void store_two_pairs(void* to, const uint32_t (&from)[2]) {
-  if (reinterpret_cast<uintptr_t>(to) % 8) Machine::fail("a global address not aligned to 8");
-  std::memcpy(to, from, 8);
+inline bool warp_any(bool value, int line = __builtin_LINE()) {
+  struct Lane {
+    bool value;
+  } mine = {value};
+  Machine::current()->warp_wide(line, &mine, [](void** lanes) {
+    bool any = false;
+    for (int i = 0; i < 32; ++i) any = any || static_cast<Lane*>(lanes[i])->value;
+    for (int i = 0; i < 32; ++i) static_cast<Lane*>(lanes[i])->value = any;
+  });
+  return mine.value;
 }
 
-inline bool barrier_or(bool value, int line = __builtin_LINE()) { return Machine::current()->barrier_or(value, line); }
-
+template <class T>
+void set_to_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T, int line = __builtin_LINE()) {
+  for (float& value : d) value = 0;
+  multiply_matrices(d, a, b, T{}, line);
+}
 inline void multiply_matrices(float (&d)[4], const uint32_t (&a)[2], uint32_t b, BFloat16,
                               int line = __builtin_LINE()) {
   detail::multiply_16_bit<8, BFloat16>(d, a, &b, line);
@@ -106,18 +120,17 @@ uint32_t pack(float low, float high, T) {
 }
 // The sum of two 16-bit numbers is rounded to float first. Only bfloat16's sums may then differ from those that are
 // rounded once, and by less than float's rounding.
-template <class T>
-uint32_t add_relu(uint32_t a, uint32_t b, T) {
-  const auto sum = [&](int i) { return relu(detail::half_of<T>(a, i) + detail::half_of<T>(b, i)); };
-  return detail::pair_of<T>(sum(0), sum(1));
-}
-template <class T>
-uint32_t greater(uint32_t a, uint32_t b, T) {
-  const auto most = [&](int i) {
-    const float x = detail::half_of<T>(a, i), y = detail::half_of<T>(b, i);
-    return x != x || x > y ? x : y;
+template <int kOffset, class T>
+void add_relu_and_store(void* to, uint32_t at, uint32_t low, uint32_t high, T) {
+  char* const into = static_cast<char*>(to) + kOffset;
+  if (reinterpret_cast<uintptr_t>(into) % 8) Machine::fail("a global address not aligned to 8");
+  const uint64_t pairs = detail::load_shared<uint64_t>(at + kOffset);
+  const auto sum = [&](uint32_t a, uint32_t b) {
+    const auto one = [&](int i) { return relu(detail::half_of<T>(a, i) + detail::half_of<T>(b, i)); };
+    return detail::pair_of<T>(one(0), one(1));
   };
-  return detail::pair_of<T>(most(0), most(1));
+  const uint32_t sums[2] = {sum(low, static_cast<uint32_t>(pairs)), sum(high, static_cast<uint32_t>(pairs >> 32))};
+  std::memcpy(into, sums, 8);
 }
 
 }  // namespace shufflenet::cuda

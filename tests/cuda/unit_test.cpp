@@ -217,7 +217,7 @@ void run_strips(const Case& c, const Unit& unit, Dtype dtype, const Launch& laun
   packer.launch(c.number("blocks", 3), [&] { Packer<T>(pack).run(); });
   const StripArguments arguments = {s, tiling, layout, launch.x, fragments.data, launch.result};
   Machine machine(tiling.warps * 32, layout.bytes, c.number("seed", 0));
-  machine.launch(std::min(c.number("blocks", 1 << 20), tiling.blocks(s)), [&] { StripBlock<T>(arguments).run(); });
+  machine.launch(tiling.blocks(s), [&] { StripBlock<T>(arguments).run(); });
 }
 #endif
 
