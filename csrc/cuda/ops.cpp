@@ -112,6 +112,7 @@ void launch_unit(const Unit& unit, const Tensor& x, const UnitParameters& parame
 Tensor run(const UnitArguments& arguments) {
   const Unit unit = check_unit(arguments);
   const torch::stable::accelerator::DeviceGuard guard(arguments.x.get_device_index());
+  const CurrentDevice current(arguments.x.get_device_index());
   const Tensor x = dense(arguments.x, unit.layout);
   const Tensor result = empty_result(x, unit);
   if (unit.batch == 0) return result;
@@ -131,6 +132,7 @@ Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& 
          dtype_name(given_x.scalar_type()), " (on CUDA)");
   }
   const torch::stable::accelerator::DeviceGuard guard(given_x.get_device_index());
+  const CurrentDevice current(given_x.get_device_index());
   const char* const data = static_cast<const char*>(weights.const_data_ptr());
   const auto pointers = [&](const PackedConvolution& packed) {
     const int64_t bytes = static_cast<int64_t>(weights.element_size());
@@ -228,7 +230,9 @@ STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CUDA, m) {
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA library of shufflenet_ext: importing it registers the ops' CUDA kernels.";
   m.attr("cuda_archs") = SHUFFLENET_EXT_CUDA_ARCHS;
+  m.attr("cuda_version") = shufflenet::cuda::runtime_version();
   m.def("plan", &shufflenet::cuda::plan, pybind11::arg("x"), pybind11::arg("sizes"), pybind11::arg("channels_last"),
         pybind11::arg("dtype"), pybind11::arg("index") = 0, pybind11::arg("sm") = std::nullopt);
+  m.def("driver_version", &shufflenet::cuda::driver_version);
   m.def("device_error", &shufflenet::cuda::device_error, pybind11::arg("index"));
 }

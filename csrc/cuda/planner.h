@@ -126,8 +126,9 @@ inline void choose_vectors(const Unit& unit, Dtype dtype, Tiling& t, const Addre
   for (int* vector : {&t.result_vector, &t.pool_vector}) *vector = *vector < 8 ? element : *vector;
 }
 
+inline constexpr int64_t kReservedPerBlock = 1024;  // bytes of shared memory that CUDA takes for itself, from sm_80 on
+
 inline int blocks_per_multiprocessor(int64_t shared_bytes, int accumulator, const Device& device) {
-  constexpr int64_t kReservedPerBlock = 1024;  // bytes of shared memory that CUDA takes for itself, from sm_80 on
   const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kReservedPerBlock);
   const int64_t by_threads = device.threads_per_multiprocessor / kThreads;
   const int64_t blocks = std::min({by_shared, by_threads, int64_t{blocks_by_registers(accumulator)}});
