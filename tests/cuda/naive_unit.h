@@ -201,11 +201,12 @@ class Problem {
     Difference difference;
     for_each(expected, [&](int64_t n, int64_t j, int64_t p, int64_t at, double& want) {
       const double got = widen(result[at]);
-      const double relative = std::abs(got - want) / largest / kRounding<T>;
+      const double units = std::abs(got - want) / largest / kRounding<T>;
+      const double relative = std::isnan(units) ? 1e30 : units;
       if (relative <= difference.units) return;
       std::ostringstream text;
       text << "image " << n << " channel " << j << " pixel " << p << ": got " << got << ", expected " << want;
-      difference = {std::isnan(relative) ? 1e30 : relative, text.str()};
+      difference = {relative, text.str()};
     });
     return difference;
   }
