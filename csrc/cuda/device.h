@@ -52,6 +52,7 @@ inline double bandwidth_of(const Device& device) {
 }
 
 inline constexpr int64_t kReservedPerBlock = 1024;  // bytes of shared memory that CUDA takes for itself, from sm_80 on
+inline constexpr int64_t kSharedWithoutAsking = 48 * 1024;  // what a block has of shared memory without opting in
 
 // What the planners assume of every device.
 inline constexpr double kLatency = 1000;        // cycles of a read from memory and the barrier behind it

@@ -71,6 +71,27 @@ struct UnitParameters {
   ConvolutionPointers conv1, conv2, conv3;
 };
 
+// Launches the unit by strips. The weights are packed by each call into memory that torch lends: its allocator knows that
+// what is freed here is in use until the stream has come so far.
+void launch_by_strips(const Unit& unit, const StripPlan& plan, const Tensor& x, const UnitParameters& parameters,
+                      Dtype dtype, const Tensor& result, void* stream) {
+  const Sizes s = sizes_of(unit);
+  const StripLayout layout(s, plan.tiling);
+  const int64_t fragments = int64_t{layout.packed.part} * plan.tiling.parts(s);
+  const Tensor packed = empty_like_x<1>(x, {fragments * kBlockBytes / element_bytes(dtype)}, {1});
+  const PackArguments pack = {
+      s,
+      plan.tiling.slices,
+      layout.packed,
+      parameters.conv1,
+      parameters.conv2,
+      parameters.conv3,
+      packed.mutable_data_ptr()};
+  const StripArguments arguments = {
+      s, plan.tiling, layout, x.const_data_ptr(), packed.const_data_ptr(), result.mutable_data_ptr()};
+  launch_strips(pack, arguments, plan, dtype, stream);
+}
+
 // Launches the unit on the device of x, in that device's current stream. x must be dense.
 void launch_unit(const Unit& unit, const Tensor& x, const UnitParameters& parameters, bool allow_tf32,
                  const Tensor& result) {
@@ -82,6 +103,13 @@ void launch_unit(const Unit& unit, const Tensor& x, const UnitParameters& parame
   const Plan plan = cached_plan(unit, dtype, device);
   if (!plan.ok) fail("x: no CUDA kernel can be planned for this unit (", plan.explanation, ")");
 
+  const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  if (plan.by_strips && (address(x.const_data_ptr()) | address(result.const_data_ptr())) % 16 == 0) {
+    launch_by_strips(unit, plan.strips, x, parameters, dtype, result, stream);
+    return;
+  }
   KernelArguments kernel = {
       sizes_of(unit),
       plan.tiling,
@@ -91,18 +119,16 @@ void launch_unit(const Unit& unit, const Tensor& x, const UnitParameters& parame
       parameters.conv2,
       parameters.conv3,
       result.mutable_data_ptr()};
-  const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
   choose_vectors(
       unit, dtype, kernel.tiling,
       {address(kernel.x), address(kernel.conv1.weight), address(kernel.conv3.weight), address(kernel.result)});
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   launch(kernel, dtype, unit.layout, plan.shared_bytes, stream);
 }
 
 Tensor run(const UnitArguments& arguments) {
   const Unit unit = check_unit(arguments);
   const torch::stable::accelerator::DeviceGuard guard(arguments.x.get_device_index());
+  const CurrentDevice current(arguments.x.get_device_index());
   const Tensor x = dense(arguments.x, unit.layout);
   const Tensor result = empty_result(x, unit);
   if (unit.batch == 0) return result;
@@ -122,6 +148,7 @@ Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& 
          dtype_name(given_x.scalar_type()), " (on CUDA)");
   }
   const torch::stable::accelerator::DeviceGuard guard(given_x.get_device_index());
+  const CurrentDevice current(given_x.get_device_index());
   const char* const data = static_cast<const char*>(weights.const_data_ptr());
   const auto pointers = [&](const PackedConvolution& packed) {
     const int64_t bytes = static_cast<int64_t>(weights.element_size());
@@ -196,16 +223,20 @@ pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& s
   pybind11::dict answer;
   answer["ok"] = plan.ok;
   answer["explanation"] = plan.explanation;
-  answer["tile_rows"] = plan.tiling.tile_rows;
-  answer["tile_columns"] = plan.tiling.tile_columns;
-  answer["slices"] = plan.tiling.slices;
-  answer["chunk"] = plan.tiling.chunk;
-  answer["tile_depth"] = plan.tiling.tile_depth;
-  answer["shared_bytes"] = plan.shared_bytes;
-  answer["windows"] = plan.windows;
-  answer["blocks_per_multiprocessor"] = plan.blocks_per_multiprocessor;
+  const StripPlan& strips = plan.strips;
+  const bool by_strips = plan.by_strips;  // windows of all columns, with all of their channels at once
+  const int64_t width = unit.out_width(), depth = unit.conv1_depth();
+  answer["tile_rows"] = by_strips ? strips.tiling.rows : plan.tiling.tile_rows;
+  answer["tile_columns"] = by_strips ? width : plan.tiling.tile_columns;
+  answer["slices"] = by_strips ? strips.tiling.slices : plan.tiling.slices;
+  answer["chunk"] = by_strips ? strips.tiling.slices * unit.slice_channels() : plan.tiling.chunk;
+  answer["tile_depth"] = by_strips ? depth : plan.tiling.tile_depth;
+  answer["shared_bytes"] = by_strips ? strips.shared_bytes : plan.shared_bytes;
+  answer["windows"] = by_strips ? strips.blocks : plan.windows;
+  answer["blocks_per_multiprocessor"] =
+      by_strips ? strips.blocks_per_multiprocessor : plan.blocks_per_multiprocessor;
   answer["multiprocessors"] = device.multiprocessors;
-  answer["cycles"] = plan.cycles;
+  answer["cycles"] = by_strips ? strips.cycles : plan.cycles;
   answer["result_shape"] =
       pybind11::make_tuple(unit.batch, unit.result_channels(), unit.out_height(), unit.out_width());
   return answer;
@@ -221,7 +252,9 @@ STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CUDA, m) {
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA library of shufflenet_ext: importing it registers the ops' CUDA kernels.";
   m.attr("cuda_archs") = SHUFFLENET_EXT_CUDA_ARCHS;
+  m.attr("cuda_version") = shufflenet::cuda::runtime_version();
   m.def("plan", &shufflenet::cuda::plan, pybind11::arg("x"), pybind11::arg("sizes"), pybind11::arg("channels_last"),
         pybind11::arg("dtype"), pybind11::arg("index") = 0, pybind11::arg("sm") = std::nullopt);
+  m.def("driver_version", &shufflenet::cuda::driver_version);
   m.def("device_error", &shufflenet::cuda::device_error, pybind11::arg("index"));
 }

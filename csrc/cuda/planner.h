@@ -23,6 +23,10 @@ struct Plan {
   int blocks_per_multiprocessor = 0;
   double cycles = 0;  // predicted for the whole launch, see predicted_cycles
   std::string explanation;
+  // The plan to run the unit by strips instead, and whether that is chosen: it is for aligned tensors. Then the
+  // explanation is of it.
+  StripPlan strips;
+  bool by_strips = false;
 };
 
 // The addresses that a launch works on. Their alignment limits how wide an access can be.
@@ -171,7 +175,7 @@ inline Plan plan_unit(const Unit& unit, Dtype dtype, const Device& device) {
     const int blocks = blocks_per_multiprocessor(bytes, a, device);
     const double cycles = predicted_cycles(unit, t, dtype, device, blocks, layout);
     if (best.ok && cycles >= best.cycles) return;
-    best = {true, t, bytes, t.windows(s), blocks, cycles, {}};
+    best = {true, t, bytes, t.windows(s), blocks, cycles, {}, {}, false};
   };
   // Whole rows of as many slices as fit at once; narrower windows and fewer channels only where none does.
   for (int parts_of_slice = 1; !best.ok; parts_of_slice *= 2) {
@@ -207,6 +211,9 @@ inline Plan plan_unit(const Unit& unit, Dtype dtype, const Device& device) {
        << t.tile_depth << " channels of x at a time; " << (uses_mma(dtype, device) ? "tensor cores" : "FMA")
        << "; accesses of " << t.x_vector << " bytes to x, " << t.result_vector << " to the result";
   best.explanation = text.str();
+  best.strips = plan_strips(unit, dtype, device);
+  best.by_strips = best.strips.ok && best.strips.cycles < best.cycles;
+  if (best.by_strips) best.explanation = best.strips.explanation;
   return best;
 }
 

@@ -24,7 +24,7 @@ inline constexpr int kBlockBytes = 16;
 // The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers.
 inline constexpr int kMostConv1Tiles = 6;
 inline constexpr int kMostConv3Pairs = 5;
-inline constexpr int kMostStripWarps = 12;  // so that a thread may have 168 registers
+inline constexpr int kMostStripWarps = 8;  // so that a thread may have 255 registers
 
 struct StripTiling {
   int rows = 0;    // of the result

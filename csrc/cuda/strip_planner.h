@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <sstream>
 
 #include "device.h"
 #include "strip.h"
@@ -97,14 +98,16 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
       if (ceil_div(s.out_height, strips) == rows) continue;
       rows = ceil_div(s.out_height, strips);
       if (int64_t{rows} * s.width > 1 << 14) continue;  // more pixels than shared memory holds, and than fit 32 bits
-      for (int warps : {12, 8, 6, 4}) {
+      for (int warps : {8, 6, 4, 2}) {
         for (int gap : {8, 1}) {
           const StripTiling t = {rows, slices, warps, gap};
           const StripLayout layout(s, t);
           least_bytes = std::min(least_bytes, layout.bytes);
-          if (layout.bytes > device.shared_per_block || pack_shared_bytes(s, layout.packed) > 48 * 1024) continue;
+          if (layout.bytes > device.shared_per_block || t.blocks(s) > std::numeric_limits<int>::max()) continue;
+          if (pack_shared_bytes(s, layout.packed) > kSharedWithoutAsking) continue;
           const int64_t by_shared = device.shared_per_multiprocessor / (layout.bytes + kReservedPerBlock);
-          const int blocks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, kMostStripWarps / warps)));
+          const int blocks =
+              static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, kMostStripWarps / warps)));
           const double cycles = strip_cycles(unit, t, layout, device, blocks);
           if (best.ok && cycles >= best.cycles) continue;
           best = {true, t, layout.bytes, t.blocks(s), blocks, strip_instructions(s, t, layout), cycles, {}};
@@ -112,6 +115,18 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
       }
     }
   }
+  std::ostringstream text;
+  text << "sm_" << device.compute_capability << ": ";
+  if (best.ok) {
+    text << "strips of " << best.tiling.rows << " rows, " << best.tiling.slices << " of " << s.groups << " slices; "
+         << best.blocks << " blocks of " << best.tiling.warps * 32 << " threads, " << best.shared_bytes
+         << " bytes of shared memory, " << best.blocks_per_multiprocessor << " on a multiprocessor; x is copied once; "
+         << "about " << static_cast<int64_t>(best.instructions) << " warp instructions; tensor cores";
+  } else {
+    text << "the smallest strip takes " << least_bytes << " bytes of shared memory, and a block has "
+         << device.shared_per_block;
+  }
+  best.explanation = text.str();
   return best;
 }
 

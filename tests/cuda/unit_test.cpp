@@ -1,6 +1,7 @@
-// Runs csrc/cuda/unit_kernel.cuh, or strip_kernel.cuh, on the CPU (host_device.h) and compares it with a naive unit in double. Reads cases
-// from standard input, one a line as `key=value` pairs, and answers each with "ok <error>" or "wrong <error> <what>",
-// where the error is relative to the largest magnitude of the result and in units of the dtype's rounding.
+// Runs csrc/cuda/unit_kernel.cuh, or strip_kernel.cuh for cases of `flow=strips`, on the CPU (host_device.h) and compares
+// it with a naive unit in double. Reads cases from standard input, one a line as `key=value` pairs, and answers each with
+// "ok <error>" or "wrong <error> <what>", where the error is relative to the largest magnitude of the result and in units
+// of the dtype's rounding.
 #define SHUFFLENET_TEST_DEVICE "host_matrices.h"
 
 #include <iostream>
@@ -8,6 +9,7 @@
 #include <string>
 
 #include "case.h"
+#include "naive_unit.h"
 #ifdef SHUFFLENET_TEST_DTYPE16
 #include "pack_kernel.cuh"
 #include "strip_kernel.cuh"
@@ -17,161 +19,6 @@
 namespace shufflenet::cuda {
 namespace {
 
-// Exactly as many elements as asked for, `shift` elements behind an aligned address. AddressSanitizer guards both ends
-// where shift is 0, else the end.
-template <class T>
-struct Buffer {
-  explicit Buffer(int64_t n, int64_t shift = 0) : size(n) {
-    if (posix_memalign(&memory, 256, (n + shift) * sizeof(T))) std::abort();
-    std::memset(memory, 0xff, (n + shift) * sizeof(T));
-    data = static_cast<T*>(memory) + shift;
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(memory); }
-  int64_t size;
-  void* memory = nullptr;
-  T* data;
-};
-
-template <class T>
-std::vector<double> fill(Buffer<T>& buffer, std::mt19937_64& random, double scale, double offset = 0) {
-  std::vector<double> values(buffer.size);
-  std::uniform_real_distribution<float> uniform(-1, 1);
-  for (int64_t i = 0; i < buffer.size; ++i) {
-    narrow(static_cast<accumulator_t<T>>(uniform(random) * scale + offset), buffer.data[i]);
-    values[i] = widen(buffer.data[i]);
-  }
-  return values;
-}
-
-// What follows a convolution: its bias; a batch norm; its bias and a batch norm without weight and bias.
-enum class Behind { bias, norm, bias_and_plain_norm };
-
-// A convolution's parameters as the kernel takes them, and in double.
-template <class T, class Norm>
-struct TestConvolution {
-  TestConvolution(int64_t rows, int64_t depth, Behind behind, int64_t offset, std::mt19937_64& random)
-      : weight_data(rows * depth, offset), bias(rows), gamma(rows), beta(rows), mean(rows), var(rows) {
-    weight = fill(weight_data, random, std::sqrt(2.0 / static_cast<double>(depth)));
-    pointers.weight = weight_data.data;
-    const auto biases = fill(bias, random, 0.5);
-    const auto g = fill(gamma, random, 0.5, 1), b = fill(beta, random, 0.5), m = fill(mean, random, 0.5),
-               v = fill(var, random, 0.5, 1);
-    const bool has_norm = behind != Behind::bias, has_bias = behind != Behind::norm, affine = behind == Behind::norm;
-    for (int64_t i = 0; i < rows; ++i) {
-      scale.push_back(has_norm ? (affine ? g[i] : 1) / std::sqrt(v[i] + 1e-5) : 1);
-      const double centred = (has_bias ? biases[i] : 0) - (has_norm ? m[i] : 0);
-      shift.push_back(centred * scale[i] + (affine ? b[i] : 0));
-    }
-    const bool is_float32 = std::is_same_v<Norm, float>;
-    if (has_bias) pointers.bias = {bias.data, false};
-    if (has_norm) {
-      pointers.norm_mean = {mean.data, is_float32};
-      pointers.norm_var = {var.data, is_float32};
-      pointers.eps = 1e-5;
-    }
-    if (affine) {
-      pointers.norm_weight = {gamma.data, is_float32};
-      pointers.norm_bias = {beta.data, is_float32};
-    }
-  }
-  Buffer<T> weight_data, bias;
-  Buffer<Norm> gamma, beta, mean, var;
-  std::vector<double> weight, scale, shift;
-  ConvolutionPointers pointers;
-};
-
-struct Tensor4 {  // contiguous, in double
-  Tensor4(int64_t n, int64_t c, int64_t h, int64_t w) : n(n), c(c), h(h), w(w), data(n * c * h * w) {}
-  double& at(int64_t i, int64_t j, int64_t k, int64_t l) { return data[((i * c + j) * h + k) * w + l]; }
-  int64_t n, c, h, w;
-  std::vector<double> data;
-};
-
-template <class T>
-double rounded(double value) {
-  T narrowed;
-  narrow(static_cast<accumulator_t<T>>(value), narrowed);
-  return widen(narrowed);
-}
-
-// The unit in double, with intermediates rounded to T as the kernel's are.
-template <class T, class C>
-Tensor4 naive_unit(const Unit& unit, const Sizes& s, Tensor4& x, const C& conv1, const C& conv2, const C* conv3) {
-  Tensor4 y1(s.batch, s.mid_channels, s.height, s.width), y2(s.batch, s.mid_channels, s.out_height, s.out_width);
-  Tensor4 result(s.batch, s.result_channels, s.out_height, s.out_width);
-  const auto pointwise =
-      [](Tensor4& from, int64_t groups, int64_t rows, const C& conv, int64_t n, int64_t row, int64_t h, int64_t w) {
-        const int64_t depth = from.c / groups, first = row / (rows / groups) * depth;
-        double sum = 0;
-        for (int64_t k = 0; k < depth; ++k) sum += conv.weight[row * depth + k] * from.at(n, first + k, h, w);
-        return conv.scale[row] * sum + conv.shift[row];
-      };
-  const int64_t first = unit.first_conv3_channel(), pooled = unit.first_pooled_channel();
-  for (int64_t n = 0; n < s.batch; ++n) {
-    for (int64_t c = 0; c < s.mid_channels; ++c) {
-      const int64_t row = c % s.shuffle_groups * (s.mid_channels / s.shuffle_groups) + c / s.shuffle_groups;
-      for (int64_t h = 0; h < s.height; ++h) {
-        for (int64_t w = 0; w < s.width; ++w) {
-          y1.at(n, c, h, w) =
-              rounded<T>(std::max(0.0, pointwise(x, s.conv1_groups, s.mid_channels, conv1, n, row, h, w)));
-        }
-      }
-    }
-    for (int64_t c = 0; c < s.mid_channels; ++c) {
-      for (int64_t h = 0; h < s.out_height; ++h) {
-        for (int64_t w = 0; w < s.out_width; ++w) {
-          double sum = 0;
-          for (int64_t tap = 0; tap < 9; ++tap) {
-            const int64_t row = h * s.stride + tap / 3 - 1, column = w * s.stride + tap % 3 - 1;
-            if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
-            sum += conv2.weight[c * 9 + tap] * y1.at(n, c, row, column);
-          }
-          sum = conv2.scale[c] * sum + conv2.shift[c];
-          if (s.conv2_relu) sum = std::max(0.0, sum);
-          (conv3 ? y2 : result).at(n, c, h, w) = rounded<T>(sum);
-        }
-      }
-    }
-    if (!conv3) continue;
-    for (int64_t h = 0; h < s.out_height; ++h) {
-      for (int64_t w = 0; w < s.out_width; ++w) {
-        for (int64_t c = 0; c < s.out_channels; ++c) {
-          double value = pointwise(y2, s.groups, s.out_channels, *conv3, n, c, h, w);
-          if (s.stride == 1) value += x.at(n, c, h, w);
-          result.at(n, first + c, h, w) = std::max(0.0, value);
-        }
-        if (s.stride == 1) continue;
-        for (int64_t c = 0; c < s.in_channels; ++c) {
-          double sum = 0, count = 0;
-          for (int64_t i = 0; i < 9; ++i) {
-            const int64_t row = 2 * h + i / 3 - 1, column = 2 * w + i % 3 - 1;
-            if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
-            sum += x.at(n, c, row, column);
-            ++count;
-          }
-          const double mean = sum / (s.pool_count_include_pad ? 9 : count);
-          result.at(n, pooled + c, h, w) = unit.shortcut_relu ? std::max(0.0, mean) : mean;
-        }
-      }
-    }
-  }
-  return result;
-}
-
-template <class T>
-constexpr double kRounding = 0;
-template <>
-constexpr double kRounding<float> = 0x1p-24;
-template <>
-constexpr double kRounding<double> = 0x1p-53;
-template <>
-constexpr double kRounding<Float16> = 0x1p-11;
-template <>
-constexpr double kRounding<BFloat16> = 0x1p-8;
-template <>
-constexpr double kRounding<TFloat32> = kHasMma<TFloat32> ? 0x1p-11 : 0x1p-24;  // of the products' operands
-
 // The pointers that a launch works on.
 struct Launch {
   const void* x;
@@ -179,11 +26,11 @@ struct Launch {
   void* result;
 };
 
+// A case may cut the unit otherwise than the planner would.
 template <class T, Layout kLayout>
-void run_windows(const Case& c, const Unit& unit, Dtype dtype, const Launch& launch) {
+void run_windows(const Case& c, const Unit& unit, const Plan& plan, const Launch& launch) {
   const Sizes s = sizes_of(unit);
-  Tiling tiling = plan_unit(unit, dtype, c.device()).tiling;
-  // A case may cut the unit otherwise than the planner would.
+  Tiling tiling = plan.tiling;
   tiling.tile_rows = static_cast<int>(c.number("tile_rows", tiling.tile_rows));
   tiling.tile_columns = static_cast<int>(c.number("tile_columns", tiling.tile_columns));
   tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
@@ -191,30 +38,30 @@ void run_windows(const Case& c, const Unit& unit, Dtype dtype, const Launch& lau
   tiling.tile_depth = static_cast<int>(c.number("tile_depth", tiling.tile_depth));
   const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
   choose_vectors(
-      unit, dtype, tiling,
+      unit, c.dtype(), tiling,
       {address(launch.x), address(launch.conv1.weight), address(launch.conv3.weight), address(launch.result)});
   const SharedLayout layout(s, tiling, kLayout, sizeof(T), sizeof(accumulator_t<T>));
-  const KernelArguments arguments = {
-      s, tiling, layout, launch.x, launch.conv1, launch.conv2, launch.conv3, launch.result};
+  const KernelArguments arguments = {s,           tiling, layout, launch.x, launch.conv1, launch.conv2, launch.conv3,
+                                     launch.result};
   Machine machine(kThreads, layout.bytes, c.number("seed", 0));
   machine.launch(std::min(c.number("blocks", 1 << 20), tiling.windows(s)), [&] { Block<T, kLayout>(arguments).run(); });
 }
 
 #ifdef SHUFFLENET_TEST_DTYPE16
 template <class T>
-void run_strips(const Case& c, const Unit& unit, Dtype dtype, const Launch& launch) {
+void run_strips(const Case& c, const Unit& unit, const StripPlan& plan, const Launch& launch) {
   const Sizes s = sizes_of(unit);
-  StripTiling tiling = plan_strips(unit, dtype, c.device()).tiling;
+  StripTiling tiling = plan.tiling;
   tiling.rows = static_cast<int>(c.number("rows", tiling.rows));
   tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
   tiling.warps = static_cast<int>(c.number("warps", tiling.warps));
   tiling.gap = static_cast<int>(c.number("gap", tiling.gap));
   const StripLayout layout(s, tiling);
-  const PackedLayout& packed = layout.packed;
-  Buffer<Fragment> fragments(int64_t{packed.part} * tiling.parts(s));
-  const PackArguments pack = {s, tiling.slices, packed, launch.conv1, launch.conv2, launch.conv3, fragments.data};
-  Machine packer(kPackThreads, pack_shared_bytes(s, packed), c.number("seed", 0));
-  packer.launch(c.number("blocks", 3), [&] { Packer<T>(pack).run(); });
+  Buffer<Fragment> fragments(layout.packed.part * int64_t{tiling.parts(s)});
+  const PackArguments pack = {
+      s, tiling.slices, layout.packed, launch.conv1, launch.conv2, launch.conv3, fragments.data};
+  Machine packer(kPackThreads, pack_shared_bytes(s, layout.packed), c.number("seed", 0));
+  packer.launch(c.number("blocks", 2), [&] { Packer<T>(pack).run(); });
   const StripArguments arguments = {s, tiling, layout, launch.x, fragments.data, launch.result};
   Machine machine(tiling.warps * 32, layout.bytes, c.number("seed", 0));
   machine.launch(tiling.blocks(s), [&] { StripBlock<T>(arguments).run(); });
@@ -222,61 +69,21 @@ void run_strips(const Case& c, const Unit& unit, Dtype dtype, const Launch& laun
 #endif
 
 template <class T, Layout kLayout, class Norm>
-std::string run(const Case& c, const Unit& unit, Dtype dtype) {
-  const Sizes s = sizes_of(unit);
-  const int64_t shift = c.number("shift", 0);  // elements between an aligned address and each tensor
-  std::mt19937_64 random(c.number("seed", 0));
-  const int64_t in_pixels = int64_t{s.height} * s.width, out_pixels = int64_t{s.out_height} * s.out_width;
-  Buffer<T> x(s.batch * s.in_channels * in_pixels, shift), result(s.batch * s.result_channels * out_pixels, shift);
-  const auto offset = [](int64_t n, int64_t j, int64_t p, int64_t channels, int64_t pixels) {
-    return kLayout == Layout::channels_last ? (n * pixels + p) * channels + j : (n * channels + j) * pixels + p;
-  };
-  const std::vector<double> values = fill(x, random, 2);
-  Tensor4 x_double(s.batch, s.in_channels, s.height, s.width);
-  for (int64_t n = 0; n < s.batch; ++n) {
-    for (int64_t j = 0; j < s.in_channels; ++j) {
-      for (int64_t p = 0; p < in_pixels; ++p) {
-        x_double.data[(n * s.in_channels + j) * in_pixels + p] = values[offset(n, j, p, s.in_channels, in_pixels)];
-      }
-    }
-  }
-  const auto behind = static_cast<Behind>(c.number("norm", 0));
-  using C = TestConvolution<T, Norm>;
-  const C conv1(s.mid_channels, s.in_channels / s.conv1_groups, behind, shift, random);
-  const C conv2(s.mid_channels, 9, behind, shift, random);
-  std::unique_ptr<C> conv3;
-  if (s.out_channels) conv3.reset(new C(s.out_channels, s.mid_channels / s.groups, behind, shift, random));
-
+std::string run(const Case& c, const Unit& unit, const Plan& plan) {
+  Problem<T, Norm> problem(c);
+  Buffer<T> result(problem.result_elements(), c.number("shift", 0));
   const Launch launch = {
-      x.data, conv1.pointers, conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{}, result.data};
+      problem.x.data, problem.conv1.pointers, problem.conv2.pointers,
+      problem.conv3 ? problem.conv3->pointers : ConvolutionPointers{}, result.data};
 #ifdef SHUFFLENET_TEST_DTYPE16
   if (c.text("flow", "windows") == "strips") {
-    run_strips<T>(c, unit, dtype, launch);
+    run_strips<T>(c, unit, plan.strips, launch);
   } else
 #endif
-    run_windows<T, kLayout>(c, unit, dtype, launch);
-
-  Tensor4 expected = naive_unit<T>(unit, s, x_double, conv1, conv2, conv3.get());
-  double largest = 1e-30, error = 0;
-  for (double value : expected.data) largest = std::max(largest, std::abs(value));
-  std::string where;
-  for (int64_t n = 0; n < s.batch; ++n) {
-    for (int64_t j = 0; j < s.result_channels; ++j) {
-      for (int64_t p = 0; p < out_pixels; ++p) {
-        const double got = widen(result.data[offset(n, j, p, s.result_channels, out_pixels)]);
-        const double want = expected.data[(n * s.result_channels + j) * out_pixels + p];
-        const double relative = std::abs(got - want) / largest / kRounding<T>;
-        if (relative <= error) continue;
-        error = std::isnan(relative) ? 1e30 : relative;
-        std::ostringstream text;
-        text << "image " << n << " channel " << j << " pixel " << p << ": got " << got << ", expected " << want;
-        where = text.str();
-      }
-    }
-  }
+    run_windows<T, kLayout>(c, unit, plan, launch);
+  const Difference difference = problem.compare(result.data);
   std::ostringstream answer;
-  // The sums round differently, so an intermediate may fall to the other side of a rounding: a few units.
-  answer << (error <= 16 ? "ok " : "wrong ") << error << " " << where;
+  answer << (difference.is_small() ? "ok " : "wrong ") << difference.units << " " << difference.where;
   return answer.str();
 }
 
@@ -284,31 +91,28 @@ std::string run(const std::string& line) {
   const Case c(line);
   const Unit unit = c.unit();
   const Dtype type = c.dtype();
-  if (c.text("flow", "windows") == "strips") {
-    const StripPlan plan = plan_strips(unit, type, c.device());
-    if (!plan.ok) return "unplanned " + plan.explanation;
-  } else if (const Plan plan = plan_unit(unit, type, c.device()); !plan.ok) {
-    return "unplanned " + plan.explanation;
-  }
+  const Plan plan = plan_unit(unit, type, c.device());
+  if (!plan.ok) return "unplanned " + plan.explanation;
+  if (c.text("flow", "windows") == "strips" && !plan.strips.ok) return "unplanned " + plan.strips.explanation;
   const bool last = unit.layout == Layout::channels_last;
 #ifdef SHUFFLENET_TEST_DTYPE16
   if (type == Dtype::bfloat16) {
-    return last ? run<BFloat16, Layout::channels_last, float>(c, unit, type)
-                : run<BFloat16, Layout::contiguous, float>(c, unit, type);
+    return last ? run<BFloat16, Layout::channels_last, float>(c, unit, plan)
+                : run<BFloat16, Layout::contiguous, float>(c, unit, plan);
   }
-  return last ? run<Float16, Layout::channels_last, Float16>(c, unit, type)
-              : run<Float16, Layout::contiguous, Float16>(c, unit, type);
+  return last ? run<Float16, Layout::channels_last, Float16>(c, unit, plan)
+              : run<Float16, Layout::contiguous, Float16>(c, unit, plan);
 #else
   if (type == Dtype::tfloat32) {
-    return last ? run<TFloat32, Layout::channels_last, float>(c, unit, type)
-                : run<TFloat32, Layout::contiguous, float>(c, unit, type);
+    return last ? run<TFloat32, Layout::channels_last, float>(c, unit, plan)
+                : run<TFloat32, Layout::contiguous, float>(c, unit, plan);
   }
   if (type == Dtype::float64) {
-    return last ? run<double, Layout::channels_last, double>(c, unit, type)
-                : run<double, Layout::contiguous, double>(c, unit, type);
+    return last ? run<double, Layout::channels_last, double>(c, unit, plan)
+                : run<double, Layout::contiguous, double>(c, unit, plan);
   }
-  return last ? run<float, Layout::channels_last, float>(c, unit, type)
-              : run<float, Layout::contiguous, float>(c, unit, type);
+  return last ? run<float, Layout::channels_last, float>(c, unit, plan)
+              : run<float, Layout::contiguous, float>(c, unit, plan);
 #endif
 }
 
