@@ -12,6 +12,7 @@ DTYPES = ("float16", "bfloat16", "float32", "tfloat32", "float64")
 TIMED_DTYPES = DTYPES[:-1]
 LAYOUTS = {"channels_last": "nhwc", "contiguous": "nchw"}
 _TILE_DEPTH_BYTES = (160, 64, 32)  # kTileDepthBytes in planner.h
+_STRIP_WARPS, _STRIP_GAPS = (8, 6, 4, 2), (8, 1)  # as in strip_planner.h
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,18 @@ def timed(rehearse: bool) -> Iterable[Case]:
 
 
 def planned(rehearse: bool) -> Iterable[Case]:
-    """Every way to cut the paper's float16 units at batch 64 that the planner considers; some fit no card."""
-    units, batch, depths = (TINY_UNITS[1:], 1, (32,)) if rehearse else (UNITS, 64, _TILE_DEPTH_BYTES)
+    """Every way to cut the paper's float16 units at batch 64 that the planners consider; some fit no card."""
+    units, batch = (TINY_UNITS[1:], 1) if rehearse else (UNITS, 64)
+    depths, warps, gaps = ((32,), (4,), (1,)) if rehearse else (_TILE_DEPTH_BYTES, _STRIP_WARPS, _STRIP_GAPS)
     for layout, unit in product(LAYOUTS, units):
+        case = unit.case("float16", layout, batch)
         out_height = (unit.size - 1) // unit.stride + 1
-        rows = {-(-out_height // strips) for strips in range(1, out_height + 1)}
-        slices = {-(-3 // parts) for parts in (1, 2, 3)}
-        for tile_rows, tile_slices, depth in product(sorted(rows), sorted(slices), depths):
-            cut = {"tile_rows": tile_rows, "slices": tile_slices, "tile_depth": depth // 2}
-            yield {**unit.case("float16", layout, batch), **cut}
+        rows = sorted({-(-out_height // strips) for strips in range(1, out_height + 1)})
+        if layout == "channels_last" and unit.stride == 1:
+            for strip_rows, slices, warp_count, gap in product(rows, (1, 3), warps, gaps):
+                yield {**case, "rows": strip_rows, "slices": slices, "warps": warp_count, "gap": gap}
+        for tile_rows, slices, depth in product(rows, (1, 2, 3), depths):
+            yield {**case, "tile_rows": tile_rows, "slices": slices, "tile_depth": depth // 2}
 
 
 def profiled(rehearse: bool) -> Iterable[Case]:

@@ -6,7 +6,8 @@
 //   copy   times copies of as many bytes as the unit has in its input, result and parameters, likewise
 //   once   launches the unit once, for a profiler
 //
-// A case may cut the unit otherwise than the planner would: `tile_rows`, `slices` and `tile_depth`.
+// A case may cut the unit otherwise than the planner would: into windows by `tile_rows`, `slices` and `tile_depth`, or
+// into strips by `rows`, `slices`, `warps` and `gap`.
 #include <algorithm>
 #include <iostream>
 #include <sstream>
@@ -34,13 +35,8 @@ std::string quoted(const std::string& text) {
   return '"' + escaped + '"';
 }
 
-// Cuts a case's unit as the planner does, or as the case says. Throws std::runtime_error where that does not fit.
-Plan cut(const Case& c) {
-  const Device& device = device_properties(0);
-  const Unit unit = c.unit();
-  Plan plan = plan_unit(unit, c.dtype(), device);
-  if (!plan.ok) throw std::runtime_error(plan.explanation);
-  if (c.values.count("tile_rows") == 0) return plan;
+// Cuts a case's unit into the windows that the case names.
+void cut_windows(const Case& c, const Unit& unit, const Device& device, Plan& plan) {
   Tiling& t = plan.tiling;
   t.tile_rows = static_cast<int>(c.number("tile_rows", 0));
   t.tile_columns = static_cast<int>(unit.out_width());
@@ -49,19 +45,60 @@ Plan cut(const Case& c) {
   t.tile_depth = static_cast<int>(c.number("tile_depth", 0));
   const int element = element_bytes(c.dtype()), accumulator = accumulator_bytes(c.dtype());
   const SharedLayout layout(sizes_of(unit), t, unit.layout, element, accumulator);
-  if (layout.bytes > device.shared_per_block) {
-    throw std::runtime_error("does not fit: " + std::to_string(layout.bytes) + " bytes of shared memory");
-  }
+  plan.by_strips = false;
   plan.shared_bytes = layout.bytes;
   plan.windows = t.windows(sizes_of(unit));
   plan.blocks_per_multiprocessor = blocks_per_multiprocessor(layout.bytes, accumulator, device);
   plan.cycles = predicted_cycles(unit, t, c.dtype(), device, plan.blocks_per_multiprocessor, layout);
+}
+
+// Cuts a case's unit into the strips that the case names.
+void cut_strips(const Case& c, const Unit& unit, const Device& device, StripPlan& plan) {
+  StripTiling& t = plan.tiling;
+  t.rows = static_cast<int>(c.number("rows", 0));
+  t.slices = static_cast<int>(c.number("slices", 0));
+  t.warps = static_cast<int>(c.number("warps", 0));
+  t.gap = static_cast<int>(c.number("gap", 0));
+  const Sizes s = sizes_of(unit);
+  const StripLayout layout(s, t);
+  plan.shared_bytes = layout.bytes;
+  plan.blocks = t.blocks(s);
+  plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout.bytes, t.warps, device);
+  plan.instructions = strip_instructions(s, t, layout);
+  plan.cycles = strip_cycles(unit, t, layout, device, plan.blocks_per_multiprocessor);
+}
+
+// Cuts a case's unit as the planner does, or as the case says. Throws std::runtime_error where that does not fit.
+Plan cut(const Case& c) {
+  const Device& device = device_properties(0);
+  const Unit unit = c.unit();
+  Plan plan = plan_unit(unit, c.dtype(), device);
+  if (!plan.ok) throw std::runtime_error(plan.explanation);
+  if (c.values.count("tile_rows")) {
+    cut_windows(c, unit, device, plan);
+  } else if (c.values.count("rows")) {
+    if (!plan.strips.ok) throw std::runtime_error("does not fit: " + plan.strips.explanation);
+    plan.by_strips = true;
+    cut_strips(c, unit, device, plan.strips);
+  }
+  const int64_t bytes = plan.by_strips ? plan.strips.shared_bytes : plan.shared_bytes;
+  if (bytes > device.shared_per_block) {
+    throw std::runtime_error("does not fit: " + std::to_string(bytes) + " bytes of shared memory");
+  }
   return plan;
 }
 
 std::string described(const Plan& plan) {
-  const Tiling& t = plan.tiling;
   std::ostringstream text;
+  if (plan.by_strips) {
+    const StripTiling& t = plan.strips.tiling;
+    text << "\"rows\": " << t.rows << ", \"slices\": " << t.slices << ", \"warps\": " << t.warps
+         << ", \"gap\": " << t.gap << ", \"shared_bytes\": " << plan.strips.shared_bytes
+         << ", \"windows\": " << plan.strips.blocks << ", \"blocks\": " << plan.strips.blocks_per_multiprocessor
+         << ", \"instructions\": " << plan.strips.instructions << ", \"cycles\": " << plan.strips.cycles;
+    return text.str();
+  }
+  const Tiling& t = plan.tiling;
   text << "\"tile_rows\": " << t.tile_rows << ", \"slices\": " << t.slices << ", \"tile_depth\": " << t.tile_depth
        << ", \"shared_bytes\": " << plan.shared_bytes << ", \"windows\": " << plan.windows
        << ", \"blocks\": " << plan.blocks_per_multiprocessor << ", \"cycles\": " << plan.cycles;
@@ -103,12 +140,24 @@ class CardUnit {
   CardUnit(const Case& c, const Problem<T, Norm>& problem)
       : plan(cut(c)), dtype_(c.dtype()), unit_(c.unit()), conv1_(problem.conv1), conv2_(problem.conv2) {
     if (problem.conv3) conv3_.reset(new CardConvolution<T, Norm>(*problem.conv3));
+    if (!plan.by_strips) return;
+    const Sizes sizes = sizes_of(unit_);
+    const StripLayout layout(sizes, plan.strips.tiling);
+    const int64_t fragments = int64_t{layout.packed.part} * plan.strips.tiling.parts(sizes);
+    packed_ = std::make_unique<card::Memory>(fragments * kBlockBytes);
   }
 
   void launch(const void* x, void* result, void* stream) const {
     const Sizes sizes = sizes_of(unit_);
     const ConvolutionPointers conv3 = conv3_ ? conv3_->pointers : ConvolutionPointers{};
     const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
+    if (packed_ && (address(x) | address(result)) % 16 == 0) {  // as ops.cpp does
+      const StripLayout layout(sizes, plan.strips.tiling);
+      launch_strips(
+          {sizes, plan.strips.tiling.slices, layout.packed, conv1_.pointers, conv2_.pointers, conv3, packed_->data},
+          {sizes, plan.strips.tiling, layout, x, packed_->data, result}, plan.strips, dtype_, stream);
+      return;
+    }
     Tiling tiling = plan.tiling;
     choose_vectors(
         unit_, dtype_, tiling, {address(x), address(conv1_.pointers.weight), address(conv3.weight), address(result)});
@@ -124,6 +173,7 @@ class CardUnit {
   Unit unit_;
   CardConvolution<T, Norm> conv1_, conv2_;
   std::unique_ptr<CardConvolution<T, Norm>> conv3_;
+  std::unique_ptr<card::Memory> packed_;  // weights, where the unit is cut into strips
 };
 
 template <class T, class Norm>

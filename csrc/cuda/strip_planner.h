@@ -86,6 +86,11 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   return std::ceil(blocks / (side_by_side * device.multiprocessors)) * round;
 }
 
+inline int strips_per_multiprocessor(int64_t shared_bytes, int warps, const Device& device) {
+  const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kReservedPerBlock);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, kMostStripWarps / warps)));
+}
+
 inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device) {
   StripPlan best;
   best.explanation = obstacle_to_strips(unit, dtype, device);
@@ -105,9 +110,7 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
           least_bytes = std::min(least_bytes, layout.bytes);
           if (layout.bytes > device.shared_per_block || t.blocks(s) > std::numeric_limits<int>::max()) continue;
           if (pack_shared_bytes(s, layout.packed) > kSharedWithoutAsking) continue;
-          const int64_t by_shared = device.shared_per_multiprocessor / (layout.bytes + kReservedPerBlock);
-          const int blocks =
-              static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, kMostStripWarps / warps)));
+          const int blocks = strips_per_multiprocessor(layout.bytes, warps, device);
           const double cycles = strip_cycles(unit, t, layout, device, blocks);
           if (best.ok && cycles >= best.cycles) continue;
           best = {true, t, layout.bytes, t.blocks(s), blocks, strip_instructions(s, t, layout), cycles, {}};

@@ -1,16 +1,30 @@
 // card_host.cpp of the first contact's rehearsal, with a planted fault where the environment's FAULT asks for one: a
 // launch that does "nothing", or one that also writes "outside" of the result.
 #define launch launch_right
+#define launch_strips launch_strips_right
 #include "card_host.cpp"
 #undef launch
+#undef launch_strips
 
 namespace shufflenet::cuda {
+namespace {
 
-void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_t shared_bytes, void* stream) {
+template <class Launch>
+void with_fault(void* result, const Launch& launch) {
   const char* const found = std::getenv("FAULT");
   const std::string fault = found == nullptr ? "" : found;
-  if (fault != "nothing") launch_right(arguments, dtype, layout, shared_bytes, stream);
-  if (fault == "outside") static_cast<char*>(arguments.result)[-1] = 0;
+  if (fault != "nothing") launch();
+  if (fault == "outside") static_cast<char*>(result)[-1] = 0;
+}
+
+}  // namespace
+
+void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_t shared_bytes, void* stream) {
+  with_fault(arguments.result, [&] { launch_right(arguments, dtype, layout, shared_bytes, stream); });
+}
+void launch_strips(const PackArguments& pack, const StripArguments& arguments, const StripPlan& plan, Dtype dtype,
+                   void* stream) {
+  with_fault(arguments.result, [&] { launch_strips_right(pack, arguments, plan, dtype, stream); });
 }
 
 }  // namespace shufflenet::cuda
