@@ -33,6 +33,8 @@ def contact(
         "card": card.name,
         "compute capability": card.arch,
         "driver": card.driver,
+        "highest clocks": card.clocks,
+        "python": sys.version.split()[0],
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
