@@ -9,6 +9,7 @@ from benchmarks.first_contact.cases import LAYOUTS, PaperUnit, line
 from benchmarks.first_contact.runner import Outcome, Row
 
 _DTYPE = "float16"  # what there are targets for, at batch 64
+_SHOWN_OF_A_STEP = 3  # of the rows that are wrong; results.json has them all
 
 
 def _rows(outcomes: Iterable[Outcome], name: str) -> list[Row]:
@@ -50,10 +51,10 @@ def lines(
         cause = f": {outcome.cause}" if outcome.cause else ""
         yield f"| {outcome.name} | {outcome.status}{cause} | {len(outcome.rows)} | {outcome.seconds:.1f} |"
     yield ""
-    wrong = [(outcome.name, row) for outcome in outcomes for row in outcome.rows if row.get("ok") is False]
-    rows = sum(len(outcome.rows) for outcome in outcomes)
-    yield f"**{len(wrong)} of {rows} rows are wrong.**" if wrong else f"Nothing is wrong in {rows} rows."
-    yield from (f"- {name}: {row}" for name, row in wrong[:10])
+    wrong = {outcome.name: [row for row in outcome.rows if row.get("ok") is False] for outcome in outcomes}
+    count, rows = sum(map(len, wrong.values())), sum(len(outcome.rows) for outcome in outcomes)
+    yield f"**{count} of {rows} rows are wrong.**" if count else f"Nothing is wrong in {rows} rows."
+    yield from (f"- {name}: {row}" for name, found in wrong.items() for row in found[:_SHOWN_OF_A_STEP])
     yield ""
     yield from _times(outcomes, units, batch)
 
