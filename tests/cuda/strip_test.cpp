@@ -25,13 +25,14 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
   Problem<T, Norm> problem(c);
   Buffer<T> result(problem.result_elements());
   Buffer<Fragment> fragments(layout.packed.part * int64_t{tiling.parts(s)});
-  const PackArguments pack = {s,
-                              tiling.slices,
-                              layout.packed,
-                              problem.conv1.pointers,
-                              problem.conv2.pointers,
-                              problem.conv3->pointers,
-                              fragments.data};
+  const PackArguments pack = {
+      s,
+      tiling.slices,
+      layout.packed,
+      problem.conv1.pointers,
+      problem.conv2.pointers,
+      problem.conv3->pointers,
+      fragments.data};
   Machine packer(kPackThreads, pack_shared_bytes(s, layout.packed), c.number("seed", 0));
   packer.launch(2, [&] { Packer<T>(pack).run(); });
   const StripArguments arguments = {s, tiling, layout, problem.x.data, fragments.data, result.data};
