@@ -489,6 +489,27 @@ MUTANTS = [
         "if (previous_ != index_)",
         "test_cuda_launch.py::test_a_device_that_had_no_context_has_none_behind_the_launch",
     ),
+    Mutant(
+        "first contact: a hanging step's children live on",
+        "benchmarks/first_contact/runner.py",
+        "os.killpg(process.pid, signal.SIGKILL)",
+        "os.kill(process.pid, signal.SIGKILL)",
+        "test_first_contact.py::test_a_step_that_fails_or_hangs_does_not_stop_the_others",
+    ),
+    Mutant(
+        "first contact: a driver that ends takes the cases behind with it",
+        "benchmarks/first_contact/driver.py",
+        "_of_a_process(command, lines[done:], seconds)",
+        "_of_a_process(command, lines[done:] * (done == 0), seconds)",
+        "test_first_contact.py::test_a_case_that_ends_or_holds_the_driver_is_one_failure",
+    ),
+    Mutant(
+        "first contact: what lies around a result is not looked at",
+        "benchmarks/first_contact/driver.cpp",
+        "difference.is_small() && is_guarded",
+        "difference.is_small()",
+        "test_first_contact.py::test_the_driver_names_what_is_wrong",
+    ),
     # ---- Python
     Mutant(
         "build_info asks a card, and initialises CUDA's driver, before torch does",

@@ -162,11 +162,15 @@ std::string timed(const std::vector<double>& seconds, int64_t launches, int64_t 
   return answer.str();
 }
 
-// Returns how many sets of buffers of so many bytes do not fit into the L2 cache together, by far.
-int64_t sets_of(int64_t bytes) {
-  constexpr int64_t kLeast = 2, kMost = 512;
-  return std::min(kMost, std::max(kLeast, 2 * card::l2_bytes() / bytes + 1));
-}
+// How many sets of buffers of so many bytes do not fit into the L2 cache together, by far, and how many launches rotate
+// over them.
+struct Rotation {
+  explicit Rotation(int64_t bytes)
+      : sets(std::min(kMost, std::max(kLeast, 2 * card::l2_bytes() / bytes + 1))),
+        launches(std::max(sets, card::least_launches())) {}
+  static constexpr int64_t kLeast = 2, kMost = 512;
+  int64_t sets, launches;
+};
 
 // What a launch of a case has to move, at least: its input, its result and its parameters once each. Images are alike,
 // so that one is drawn.
@@ -197,34 +201,42 @@ template <class T, class Norm>
 std::string time_launches(const Case& c) {
   const Traffic<T, Norm> traffic(c);
   const CardUnit<T, Norm> unit(c, traffic.problem);
-  const int64_t sets = sets_of(traffic.bytes);
+  const Rotation rotation(traffic.bytes);
   const int64_t x_step = round_up(traffic.x_bytes, 256), result_step = round_up(traffic.result_bytes, 256);
-  const card::Memory result(sets * result_step);
-  card::Memory x(sets * x_step);
-  for (int64_t set = 0; set < sets; ++set) {
-    for (int64_t at = 0; at < traffic.x_bytes; at += traffic.image_bytes) {
-      x.write(set * x_step + at, traffic.problem.x.data, traffic.image_bytes);
-    }
+  const card::Memory result(rotation.sets * result_step);
+  card::Memory x(rotation.sets * x_step);
+  for (int64_t at = 0; at < traffic.x_bytes; at += traffic.image_bytes) {
+    x.write(at, traffic.problem.x.data, traffic.image_bytes);
   }
-  const card::Work launches = [&](void* stream) {
-    for (int64_t set = 0; set < sets; ++set) {
+  card::run([&](void* stream) {
+    for (int64_t set = 1; set < rotation.sets; ++set) {
+      card::copy(x.data + set * x_step, x.data, traffic.x_bytes, stream);
+    }
+  });
+  const card::Work work = [&](void* stream) {
+    for (int64_t i = 0; i < rotation.launches; ++i) {
+      const int64_t set = i % rotation.sets;
       unit.launch(x.data + set * x_step, result.data + set * result_step, stream);
     }
   };
-  return timed(card::time(launches, kReplays), sets, traffic.bytes) + ", " + described(unit.plan);
+  return timed(card::time(work, kReplays), rotation.launches, traffic.bytes) + ", " + described(unit.plan);
 }
 
 template <class T, class Norm>
 std::string time_copies(const Case& c) {
   const Traffic<T, Norm> traffic(c);
-  const int64_t sets = sets_of(traffic.bytes), half = traffic.bytes / 2, step = round_up(half, 256);
-  card::Memory from(sets * step);
-  const card::Memory to(sets * step);
+  const Rotation rotation(traffic.bytes);
+  const int64_t half = traffic.bytes / 2, step = round_up(half, 256);
+  card::Memory from(rotation.sets * step);
+  const card::Memory to(rotation.sets * step);
   from.fill(0);
   const card::Work copies = [&](void* stream) {
-    for (int64_t set = 0; set < sets; ++set) card::copy(to.data + set * step, from.data + set * step, half, stream);
+    for (int64_t i = 0; i < rotation.launches; ++i) {
+      const int64_t at = i % rotation.sets * step;
+      card::copy(to.data + at, from.data + at, half, stream);
+    }
   };
-  return timed(card::time(copies, kReplays), sets, traffic.bytes);
+  return timed(card::time(copies, kReplays), rotation.launches, traffic.bytes);
 }
 
 template <class T, class Norm>
