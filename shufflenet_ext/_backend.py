@@ -115,9 +115,7 @@ def allows_tf32(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and _settings.convolutions_use_tf32
 
 
-def implementation(
-    x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]
-) -> tuple[Any, dict[str, bool]]:
+def implementation(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> tuple[Any, dict[str, bool]]:
     """What runs a call of ``units`` on ``x`` under the backend in use, and the keyword arguments that only it takes."""
     if runs_native(x, units):
         # A keyword argument takes its time in the dispatcher.

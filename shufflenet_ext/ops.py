@@ -53,7 +53,9 @@ def pointwise_shuffle_depthwise(
         {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias},
         {"conv1_groups": conv1_groups, "shuffle_groups": shuffle_groups, "stride": stride},
     )
-    run, settings = implementation(x, lambda: [(*conv1_weight.shape, conv1_groups, shuffle_groups, stride, shuffle_groups)])
+    run, settings = implementation(
+        x, lambda: [(*conv1_weight.shape, conv1_groups, shuffle_groups, stride, shuffle_groups)]
+    )
     return run.pointwise_shuffle_depthwise(
         x,
         conv1_weight,

@@ -415,7 +415,7 @@ MUTANTS = [
     Mutant(
         "CUDA: the shuffle's stride: conv1's groups instead of the shuffle's",
         CUDA + "unit_kernel.cuh",
-        "least(row, at.run.rows - 1) * s.groups",
+        "least(row, at.run.rows - 1) * s.shuffle_groups",
         "least(row, at.run.rows - 1) * s.conv1_groups",
         "test_cuda_host.py::test_units_of_all_kinds",
     ),
@@ -453,6 +453,20 @@ MUTANTS = [
         "        barrier();  // all threads see weights and taps\n",
         "",
         "test_cuda_host.py::test_thread_order_does_not_matter",
+    ),
+    Mutant(
+        "CUDA: strips: NaN in the depthwise convolution goes unnoticed",
+        CUDA + "strip_kernel.cuh",
+        "warp_any(any != any)",
+        "warp_any(any != any && lane < 0)",
+        "test_cuda_strips.py::test_strips_of_all_kinds",
+    ),
+    Mutant(
+        "CUDA: strips: a row of conv1 is taken for the channel that it becomes",
+        CUDA + "pack_kernel.cuh",
+        "return channel < 0 ? -1 : PackedLayout::conv1_row(s, channel);",
+        "return channel;",
+        "test_cuda_strips.py::test_strips_of_all_kinds",
     ),
     Mutant(
         "CUDA: a kernel is loaded as if no stream were captured",

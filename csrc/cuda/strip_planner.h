@@ -29,37 +29,46 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
   if (unit.in_channels % 8 != 0) return "strips need a multiple of 8 channels";
   if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
   if (unit.out_channels / unit.groups % 4 != 0) return "strips need a multiple of 4 channels in a group of conv3";
-  if (unit.mid_channels > 4096 || unit.groups * unit.conv1_groups > 256) return "too many channels or groups for strips";
+  if (unit.mid_channels > 4096 || unit.groups * unit.conv1_groups > 256)
+    return "too many channels or groups for strips";
   return "";
 }
 
-// How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for sm_90.
+// How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for
+// sm_90 on the CPU. The sum comes within a tenth of what whole launches execute.
 struct StripInstructions {
-  // Once a block; a copy of a pixel's 32 blocks; clearing a block of y1's frame.
-  static constexpr double block = 12 * 250, copy = 5, clear = 40;
-  // conv1 and conv3: an item, each two halves of 16 channels, and each tile of those; what is done to a tile's sums.
-  static constexpr double item1 = 90, item3 = 110, step = 22, tile = 9, outputs1 = 28, outputs3 = 36;
-  // The depthwise convolution of a block of 8 slots.
-  static constexpr double slots = 60, item2 = 50;
+  // Once a warp; to copy a pixel, for each 32 blocks of it; to clear the frame of a block of y1.
+  static constexpr double warp = 340, copy = 4.4, clear = 52;
+  // A product, for each step, and for each half of a step: without its tiles, and for each of them. What a mask adds.
+  static constexpr double step = 8, step_tile = 1, half = 2, half_tile = 2, mask = 12;
+  // conv1 and conv3: an item, and what is done to the sums of each tile of it.
+  static constexpr double item1 = 45, outputs1 = 14, item3 = 30, outputs3 = 22;
+  // The depthwise convolution: an item, and each block of 8 slots of it.
+  static constexpr double item2 = 60, block2 = 54;
+
+  static double product(int tiles, int steps, int halves, bool is_masked) {
+    return steps * (step + tiles * step_tile) + halves * (half + tiles * half_tile + (is_masked ? mask : 0));
+  }
 };
 
 inline double strip_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout) {
   using Count = StripInstructions;
   const PackedLayout& p = layout.packed;
+  const int conv3_tiles = 2 * p.conv3_chunk;
+  const double conv1 = Count::item1 + p.conv1_chunk * Count::outputs1 +
+                       Count::product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, p.is_masked);
+  const double depthwise = Count::item2 + p.blocks * Count::block2;
+  const double conv3 =
+      Count::item3 + conv3_tiles * Count::outputs3 + Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
   double all = 0;
   for (int row = 0; row < s.out_height; row += t.rows) {
     const int rows = std::min(t.rows, s.out_height - row);
     const int image_rows = std::min(row + rows + 1, s.height) - std::max(row - 1, 0);
-    const int in_pixels = image_rows * s.width, out_pixels = rows * s.width;
-    const double items1 = double(ceil_div(in_pixels, kItemPixels)) * s.conv1_groups * p.conv1_chunks;
-    const double items2 = double(ceil_div(out_pixels, kItemPixels)) * t.slices, items3 = items2 * p.conv3_chunks;
-    all += Count::block + in_pixels * Count::copy * ceil_div(s.in_channels / kColumns, 32) +
-           Count::clear * s.conv1_groups * p.conv1_tiles +
-           items1 * (Count::item1 + p.conv1_chunk * Count::outputs1 +
-                     p.conv1_steps * (Count::step + p.conv1_chunk * Count::tile)) +
-           items2 * (Count::item2 + p.blocks * Count::slots) +
-           items3 * (Count::item3 + p.conv3_chunk * 2 * Count::outputs3 +
-                     p.conv3_steps * (Count::step + 2 * p.conv3_chunk * Count::tile));
+    const double in_items = ceil_div(image_rows * s.width, kItemPixels),
+                 out_items = ceil_div(rows * s.width, kItemPixels);
+    all += t.warps * Count::warp + image_rows * s.width * Count::copy * ceil_div(layout.own_blocks, 32) +
+           s.conv1_groups * p.conv1_tiles * Count::clear + in_items * s.conv1_groups * p.conv1_chunks * conv1 +
+           out_items * t.slices * (depthwise + p.conv3_chunks * conv3);
   }
   return all * static_cast<double>(s.batch) * t.parts(s);
 }
@@ -78,8 +87,7 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   const double rows = static_cast<double>(s.out_height) / t.strips(s);
   // Each part of an image copies all of x, the first from memory and the others from the cache.
   const double bytes = 2.0 * s.in_channels * s.width * (rows + (rows + 2)) / t.parts(s);
-  const double side_by_side =
-      std::min<double>(blocks_per_multiprocessor, std::ceil(blocks / device.multiprocessors));
+  const double side_by_side = std::min<double>(blocks_per_multiprocessor, std::ceil(blocks / device.multiprocessors));
   const double a_cycle = std::min(kMostInstructions, side_by_side * t.warps / kWarpInterval);
   const double round =
       side_by_side * std::max(instructions / a_cycle, bytes / bandwidth_of(device)) + kWaits * kLatency;

@@ -118,8 +118,7 @@ Tensor4 naive_unit(const Unit& unit, const Sizes& s, Tensor4& x, const C& conv1,
       const int64_t row = c % s.shuffle_groups * (s.mid_channels / s.shuffle_groups) + c / s.shuffle_groups;
       for (int64_t h = 0; h < s.height; ++h) {
         for (int64_t w = 0; w < s.width; ++w) {
-          y1.at(n, c, h, w) =
-              rounded<T>(relu(pointwise(x, s.conv1_groups, s.mid_channels, conv1, n, row, h, w)));
+          y1.at(n, c, h, w) = rounded<T>(relu(pointwise(x, s.conv1_groups, s.mid_channels, conv1, n, row, h, w)));
         }
       }
     }
@@ -187,8 +186,8 @@ struct Difference {
 };
 
 // A case's unit with random data. A case's `norm` says what follows the convolutions (Behind), `shift` how many
-// elements lie between an aligned address and each tensor, `seed` which numbers are drawn, `wild` how many elements of x
-// are Inf, -Inf or NaN.
+// elements lie between an aligned address and each tensor, `seed` which numbers are drawn, `wild` how many elements of
+// x are Inf, -Inf or NaN.
 template <class T, class Norm>
 class Problem {
  public:
