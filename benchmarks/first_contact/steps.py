@@ -81,7 +81,7 @@ def steps(card: Card, work: Path) -> list[tuple[Step, ...]]:
         driver("copy", "timed", 20, "copies"),
         torch_step("matrix", "right", 60),
         torch_step("speed", "times", 75),
-        driver("time", "planned", 60, "plans"),
+        driver("time", "planned", 75, "plans"),
         sanitizers,
         (Step("ncu", _module("profile", program), 40, ("ncu",)),),
         torch_step("compiled", "torch.compile", 90),
