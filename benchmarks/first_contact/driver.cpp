@@ -41,6 +41,7 @@ Plan cut(const Case& c) {
   Plan plan = plan_unit(unit, c.dtype(), device);
   if (!plan.ok) throw std::runtime_error(plan.explanation);
   if (c.values.count("tile_rows") == 0) return plan;
+  plan.by_strips = false;
   Tiling& t = plan.tiling;
   t.tile_rows = static_cast<int>(c.number("tile_rows", 0));
   t.tile_columns = static_cast<int>(unit.out_width());
@@ -61,7 +62,15 @@ Plan cut(const Case& c) {
 
 std::string described(const Plan& plan) {
   const Tiling& t = plan.tiling;
+  const StripPlan& strips = plan.strips;
   std::ostringstream text;
+  text << "\"by_strips\": " << (plan.by_strips ? "true" : "false") << ", ";
+  if (plan.by_strips) {
+    text << "\"tile_rows\": " << strips.tiling.rows << ", \"slices\": " << strips.tiling.slices
+         << ", \"tile_depth\": 0, \"shared_bytes\": " << strips.shared_bytes << ", \"windows\": " << strips.blocks
+         << ", \"blocks\": " << strips.blocks_per_multiprocessor << ", \"cycles\": " << strips.cycles;
+    return text.str();
+  }
   text << "\"tile_rows\": " << t.tile_rows << ", \"slices\": " << t.slices << ", \"tile_depth\": " << t.tile_depth
        << ", \"shared_bytes\": " << plan.shared_bytes << ", \"windows\": " << plan.windows
        << ", \"blocks\": " << plan.blocks_per_multiprocessor << ", \"cycles\": " << plan.cycles;
@@ -103,12 +112,23 @@ class CardUnit {
   CardUnit(const Case& c, const Problem<T, Norm>& problem)
       : plan(cut(c)), dtype_(c.dtype()), unit_(c.unit()), conv1_(problem.conv1), conv2_(problem.conv2) {
     if (problem.conv3) conv3_.reset(new CardConvolution<T, Norm>(*problem.conv3));
+    if (plan.by_strips) {
+      const PackedLayout layout(sizes_of(unit_), plan.strips.tiling.slices);
+      packed_.reset(new card::Memory(layout.part * int64_t{plan.strips.tiling.parts(sizes_of(unit_))} * kBlockBytes));
+    }
   }
 
   void launch(const void* x, void* result, void* stream) const {
     const Sizes sizes = sizes_of(unit_);
     const ConvolutionPointers conv3 = conv3_ ? conv3_->pointers : ConvolutionPointers{};
     const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
+    if (plan.by_strips && (address(x) | address(result)) % 16 == 0) {
+      const StripTiling& strips = plan.strips.tiling;
+      const StripLayout layout(sizes, strips);
+      launch_strips({sizes, strips.slices, layout.packed, conv1_.pointers, conv2_.pointers, conv3, packed_->data},
+                    {sizes, strips, layout, x, packed_->data, result}, plan.strips, dtype_, stream);
+      return;
+    }
     Tiling tiling = plan.tiling;
     choose_vectors(
         unit_, dtype_, tiling, {address(x), address(conv1_.pointers.weight), address(conv3.weight), address(result)});
@@ -124,6 +144,7 @@ class CardUnit {
   Unit unit_;
   CardConvolution<T, Norm> conv1_, conv2_;
   std::unique_ptr<CardConvolution<T, Norm>> conv3_;
+  std::unique_ptr<card::Memory> packed_;
 };
 
 template <class T, class Norm>
