@@ -1,33 +1,24 @@
-// Runs csrc/cuda/unit_kernel.cuh on the CPU (host_device.h) and compares it with a naive unit in double. Reads cases
-// from standard input, one a line as `key=value` pairs, and answers each with "ok <error>" or "wrong <error> <what>",
-// where the error is relative to the largest magnitude of the result and in units of the dtype's rounding.
+// Runs csrc/cuda/unit_kernel.cuh on the CPU, by its source (by_source.h) or by the PTX that nvcc made of it (by_ptx.h),
+// and compares it with a naive unit in double. Reads cases from standard input, one a line as `key=value` pairs, and
+// answers each with "ok <error>" or "wrong <error> <what>", where the error is relative to the largest magnitude of the
+// result and in units of the dtype's rounding; or with "failed <why>".
 #define SHUFFLENET_TEST_DEVICE "host_device.h"
 
 #include <iostream>
 #include <sstream>
 #include <string>
 
+#include "buffer.h"
 #include "case.h"
 #include "unit_kernel.cuh"
+#ifdef SHUFFLENET_TEST_PTX
+#include "by_ptx.h"
+#else
+#include "by_source.h"
+#endif
 
 namespace shufflenet::cuda {
 namespace {
-
-// Exactly as many elements as asked for, `shift` elements behind an aligned address. AddressSanitizer guards both ends
-// where shift is 0, else the end.
-template <class T>
-struct Buffer {
-  explicit Buffer(int64_t n, int64_t shift = 0) : size(n) {
-    if (posix_memalign(&memory, 256, (n + shift) * sizeof(T))) std::abort();
-    std::memset(memory, 0xff, (n + shift) * sizeof(T));
-    data = static_cast<T*>(memory) + shift;
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(memory); }
-  int64_t size;
-  void* memory = nullptr;
-  T* data;
-};
 
 template <class T>
 std::vector<double> fill(Buffer<T>& buffer, std::mt19937_64& random, double scale, double offset = 0) {
@@ -207,8 +198,7 @@ std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
       conv2.pointers,
       conv3 ? conv3->pointers : ConvolutionPointers{},
       result.data};
-  Machine machine(kThreads, layout.bytes, c.number("seed", 0));
-  machine.launch(std::min(c.number("blocks", 1 << 20), tiling.windows(s)), [&] { Block<T, kLayout>(arguments).run(); });
+  launch<T, kLayout>(c, arguments, std::min(c.number("blocks", 1 << 20), tiling.windows(s)), result.data);
 
   Tensor4 expected = naive_unit<T>(s, x_double, conv1, conv2, conv3.get());
   double largest = 1e-30, error = 0;
@@ -248,14 +238,17 @@ std::string run(const std::string& line) {
   tiling.chunk = static_cast<int>(c.number("chunk", unit.slice_channels() * tiling.slices));
   tiling.tile_depth = static_cast<int>(c.number("tile_depth", tiling.tile_depth));
   const bool last = unit.layout == Layout::channels_last;
-#ifdef SHUFFLENET_TEST_DTYPE16
+#if defined(SHUFFLENET_TEST_DTYPE16) || defined(SHUFFLENET_TEST_PTX)
   if (type == Dtype::bfloat16) {
     return last ? run<BFloat16, Layout::channels_last, float>(c, unit, type, tiling)
                 : run<BFloat16, Layout::contiguous, float>(c, unit, type, tiling);
   }
-  return last ? run<Float16, Layout::channels_last, Float16>(c, unit, type, tiling)
-              : run<Float16, Layout::contiguous, Float16>(c, unit, type, tiling);
-#else
+  if (type == Dtype::float16) {
+    return last ? run<Float16, Layout::channels_last, Float16>(c, unit, type, tiling)
+                : run<Float16, Layout::contiguous, Float16>(c, unit, type, tiling);
+  }
+#endif
+#ifndef SHUFFLENET_TEST_DTYPE16
   if (type == Dtype::tfloat32) {
     return last ? run<TFloat32, Layout::channels_last, float>(c, unit, type, tiling)
                 : run<TFloat32, Layout::contiguous, float>(c, unit, type, tiling);
@@ -264,9 +257,12 @@ std::string run(const std::string& line) {
     return last ? run<double, Layout::channels_last, double>(c, unit, type, tiling)
                 : run<double, Layout::contiguous, double>(c, unit, type, tiling);
   }
-  return last ? run<float, Layout::channels_last, float>(c, unit, type, tiling)
-              : run<float, Layout::contiguous, float>(c, unit, type, tiling);
+  if (type == Dtype::float32) {
+    return last ? run<float, Layout::channels_last, float>(c, unit, type, tiling)
+                : run<float, Layout::contiguous, float>(c, unit, type, tiling);
+  }
 #endif
+  return "failed: a dtype that this program was not compiled for";
 }
 
 }  // namespace
@@ -274,6 +270,10 @@ std::string run(const std::string& line) {
 
 int main() {
   for (std::string line; std::getline(std::cin, line);) {
-    std::cout << shufflenet::cuda::run(line) << std::endl;
+    try {
+      std::cout << shufflenet::cuda::run(line) << std::endl;
+    } catch (const std::exception& error) {
+      std::cout << "failed: " << error.what() << std::endl;
+    }
   }
 }
