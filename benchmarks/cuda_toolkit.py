@@ -57,8 +57,10 @@ def compile_kernels(dtype: str, arch: str, folder: Path) -> tuple[Path, list[Ker
 
 
 def compile_ptx(dtype: str, arch: int, kernel: Path = KERNEL) -> Path:
-    """The PTX of the kernels of a dtype, for a compute capability such as 90. It is kept in build/ptx from one run to the
-    next, by what it is made of. ``kernel`` is the folder of the sources. Raises RuntimeError where nvcc fails."""
+    """The PTX of the kernels of a dtype, for a compute capability such as 90; ``kernel`` is the folder of the sources.
+
+    It is kept in build/ptx from one run to the next, by what it is made of. Raises RuntimeError where nvcc fails.
+    """
     command = [str(nvcc()), "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx"]
     key = hashlib.sha256(repr([command, toolkit_version(), dtype]).encode())
     for source in sorted([*kernel.glob("*.*"), *kernel.parent.glob("*.h")]):
@@ -76,9 +78,9 @@ def compile_ptx(dtype: str, arch: int, kernel: Path = KERNEL) -> Path:
     return ptx
 
 
-# What tests/cuda/unit_test.cpp is compiled with, to run kernels by their PTX: fast, and no operation merged with another.
+# What tests/cuda/unit_test.cpp is compiled with to run kernels by their PTX. No two operations may become one.
 PTX_FLAGS = (
-    *("-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-DSHUFFLENET_TEST_PTX", f"-I{KERNEL}", f"-I{ROOT / 'tests' / 'cuda'}"),
 )
 # The compute capabilities that tests compile PTX for: where kernels may begin to differ, and the newest.
