@@ -96,8 +96,8 @@ def report(summaries: Mapping[str, Mapping[str, float]]) -> str:
         "Written by `python -m benchmarks.cuda_counts`: the kernels' PTX, as nvcc "
         f"{cuda_toolkit.toolkit_version()} makes it, run on the CPU.",
         f"One launch of each unit of ShuffleNet 1×, g = {GROUPS}, {DTYPE}, batch {BATCH}, as planned for sm_{SM}.",
-        "Instructions are those of warps, in PTX. A wavefront serves 128 bytes of shared memory. Loads are all of global",
-        "memory's, with weights; x counts as 1.",
+        "Instructions are those of warps, in PTX. A wavefront serves 128 bytes of shared memory. All loads of",
+        "global memory are given, those of weights included; x counts as 1.",
         "",
         "| unit | instructions | wavefronts an access | loaded | stored, of the result | used of a stored sector |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -1,6 +1,7 @@
 // Makes instructions of statements: finds what executes an opcode, and binds its operands.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <string>
 #include <utility>
@@ -256,7 +257,8 @@ class Decoder {
   }
 
   void decode_flow(Instruction& x, const std::string& opcode, const std::vector<std::string>& words) {
-    const bool all = words.size() < 3 || words[2] == "aligned";  // as bar.sync is barrier.sync.aligned
+    // bar.sync is short for barrier.sync.aligned.
+    const bool all = words[0] == "bar" || std::find(words.begin(), words.end(), "aligned") != words.end();
     if (words[0] == "bra") {
       const auto label = listing_.labels.find(x.operands.at(0).name);
       if (label == listing_.labels.end()) throw Error("a label that is not there");
@@ -267,16 +269,31 @@ class Decoder {
     } else if (opcode == "bar.warp.sync") {
       x.flow = Instruction::Flow::warp_barrier;
       bind_number(x.operands.at(0), 4);
-    } else if ((words[0] == "bar" || words[0] == "barrier") && words.at(1) == "sync" && all) {
-      x.flow = Instruction::Flow::barrier;
-      for (const Operand& operand : x.operands) {
-        if (operand.kind != Operand::Kind::number) throw Error("a barrier whose number is not known ahead");
-      }
+    } else if ((words[0] == "bar" || words[0] == "barrier") && (words.at(1) == "sync" || words.at(1) == "red") && all) {
+      decode_barrier(x, words);
     } else if (words[0] == "membar" || words[0] == "fence" || words[0] == "griddepcontrol" || words[0] == "prefetch") {
       x.execute = do_nothing;  // all accesses are in order here, and one launch is over before the next
     } else {
       throw Error("an opcode that is not known");
     }
+  }
+
+  // Makes the number of the barrier the first operand; of bar.red, the predicate and the result are the last ones.
+  void decode_barrier(Instruction& x, const std::vector<std::string>& words) {
+    x.flow = Instruction::Flow::barrier;
+    size_t first = 0, end = x.operands.size();
+    if (words[1] == "red") {
+      static const std::map<std::string, Poll> polls = {{"or", Poll::any}, {"and", Poll::all}, {"popc", Poll::number}};
+      const auto poll =
+          std::find_if(words.begin(), words.end(), [](const auto& word) { return polls.count(word) != 0; });
+      if (poll == words.end() || end < 3) throw Error("an opcode that is not known");
+      x.poll = polls.at(*poll);
+      first = 1, end -= 1;
+    }
+    for (size_t i = first; i < end; ++i) {
+      if (x.operands[i].kind != Operand::Kind::number) throw Error("a barrier whose number is not known ahead");
+    }
+    std::rotate(x.operands.begin(), x.operands.begin() + static_cast<int64_t>(first), x.operands.end());
   }
 
   const Listing& listing_;

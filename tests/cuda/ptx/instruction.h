@@ -34,6 +34,8 @@ using Execute = void (*)(Warp&, const Instruction&, uint32_t lanes);
 enum class Space { generic, global, shared, param };
 // What setp does to its result and a further predicate.
 enum class Combine { none, with_and, with_or, with_xor };
+// What bar.red tells all threads of their predicates: whether any or all are true, or how many.
+enum class Poll { none, any, all, number };
 
 struct Instruction {
   enum class Flow { next, branch, exit, barrier, warp_barrier };
@@ -46,6 +48,7 @@ struct Instruction {
   int join = -1;     // of a branch, where lanes that part here meet again; -1 where they do not
   int outcomes = 0;  // of a comparison, those for which it holds
   Combine combine = Combine::none;
+  Poll poll = Poll::none;  // of a barrier: its operands are its number {, threads} {, a predicate, the result}
   // Of an access to memory: `count` elements of `bytes` bytes. Of a conversion of integers, what it takes and gives.
   Space space = Space::generic;
   int bytes = 0, count = 1;

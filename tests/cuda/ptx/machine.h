@@ -132,7 +132,8 @@ class Machine {
     SharedMemory shared(kernel_.static_shared_bytes + shared_bytes);
     runners_.clear();
     for (int i = 0; i < threads / kLanes; ++i) {
-      runners_.push_back({Warp(kernel_, i, shared, global, static_cast<const unsigned char*>(parameters)), {}, -1});
+      runners_.push_back(
+          {Warp(kernel_, i, shared, global, static_cast<const unsigned char*>(parameters)), {}, nullptr});
       runners_.back().warp.now = &now_;
     }
     for (int64_t z = 0; z < grid.z; ++z) {
@@ -162,11 +163,12 @@ class Machine {
   struct Runner {  // a warp, and where it is
     Warp warp;
     Divergence divergence;
-    int barrier = -1;  // the one that it waits at; -1 for none
+    const Instruction* barrier = nullptr;  // the one that it waits at
   };
   struct Barrier {
     int warps = 0;  // how many there are to be; 0 while none has arrived
-    std::vector<int> arrived;
+    std::vector<size_t> arrived;
+    int lanes = 0, votes = 0;  // of bar.red: those whose predicate is true
   };
 
   void run_block() {
@@ -182,13 +184,13 @@ class Machine {
     while (true) {
       ready.clear();
       for (size_t i = 0; i < runners_.size(); ++i) {
-        if (runners_[i].divergence.live && runners_[i].barrier < 0) ready.push_back(i);
+        if (runners_[i].divergence.live && !runners_[i].barrier) ready.push_back(i);
       }
       if (ready.empty()) break;
       take_turn(runners_[ready[random_() % ready.size()]]);
     }
     for (const Runner& runner : runners_) {
-      if (runner.barrier >= 0) throw Error(where(runner) + "a barrier that not all threads reach");
+      if (runner.barrier) throw Error(where(runner) + "a barrier that not all threads reach");
       for (const Copies& copies : runner.warp.copies) {
         if (!copies.open.empty()) throw Error(where(runner) + "ended with copies that were never committed");
       }
@@ -271,29 +273,45 @@ class Machine {
     runner.warp.seen[runner.warp.index] = ++now_;
   }
 
-  // bar.sync number {, threads}.
+  // bar.sync number {, threads}; bar.red.
   void wait_for_block(Runner& runner, uint32_t lanes, const Instruction& x) {
     require_whole(lanes, runner.divergence.live);
-    runner.barrier = static_cast<int>(x.operands.at(0).number);
-    Barrier& barrier = barriers_.at(static_cast<size_t>(runner.barrier));
-    const int warps =
-        x.operands.size() > 1 ? static_cast<int>(x.operands[1].number) / kLanes : static_cast<int>(runners_.size());
+    runner.barrier = &x;
+    Barrier& barrier = barriers_.at(x.operands.at(0).number);
+    const bool says_threads = x.operands.size() == (x.poll == Poll::none ? 2 : 4);
+    const int warps = static_cast<int>(says_threads ? x.operands[1].number / kLanes : runners_.size());
     if (barrier.warps && barrier.warps != warps) throw Error("a barrier of another number of threads");
     barrier.warps = warps;
-    barrier.arrived.push_back(runner.warp.index);
+    barrier.arrived.push_back(static_cast<size_t>(runner.warp.index));
+    barrier.lanes += __builtin_popcount(lanes);
+    if (x.poll != Poll::none) barrier.votes += __builtin_popcount(runner.warp.mask(*(x.operands.end() - 2)) & lanes);
     if (static_cast<int>(barrier.arrived.size()) < warps) return;
     // What any of them did, or had been told of, is ordered before what they do next.
     std::vector<uint32_t> seen(runners_.size());
-    for (int one : barrier.arrived) {
+    for (size_t one : barrier.arrived) {
       for (size_t i = 0; i < seen.size(); ++i) seen[i] = std::max(seen[i], runners_[one].warp.seen[i]);
     }
     ++now_;
-    for (int one : barrier.arrived) seen[one] = now_;
-    for (int one : barrier.arrived) {
+    for (size_t one : barrier.arrived) seen[one] = now_;
+    for (size_t one : barrier.arrived) {
       runners_[one].warp.seen = seen;
-      runners_[one].barrier = -1;
+      tell(runners_[one], barrier);
+      runners_[one].barrier = nullptr;
     }
     barrier = {};
+  }
+
+  static void tell(Runner& runner, const Barrier& barrier) {
+    const Operand& to = runner.barrier->operands.back();
+    const uint32_t lanes = runner.divergence.live;
+    const bool any = barrier.votes > 0, all = barrier.votes == barrier.lanes;
+    switch (runner.barrier->poll) {
+      case Poll::none: break;
+      case Poll::any: runner.warp.set_mask(to, lanes, any ? kAllLanes : 0); break;
+      case Poll::all: runner.warp.set_mask(to, lanes, all ? kAllLanes : 0); break;
+      case Poll::number:
+        for_each_lane(lanes, [&](int lane) { runner.warp.set_value(to, lane, static_cast<uint64_t>(barrier.votes)); });
+    }
   }
 
   const Kernel& kernel_;

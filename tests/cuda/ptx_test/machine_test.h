@@ -274,7 +274,32 @@ inline void test_counts() {
       count("setp.lt.u32 %p, %t, 0;\n@%p mov.b32 %a, 0;", "mov.b32").executed == 1, "executed by no lane, and counted");
 }
 
+inline void test_polls() {
+  std::vector<uint32_t> in(96), out(96);
+  for (uint32_t& value : in) value = 0;
+  in[5] = in[70] = 1;
+  const auto answers = [&](const std::string& opcode, const std::string& to, const std::string& predicate) {
+    const Result done =
+        run(".reg .b32 %v, %d;\n.reg .b64 %a, %b;\n.reg .pred %p, %q;\nmad.wide.u32 %a, %t, 4, %in;\n"
+            "mad.wide.u32 %b, %t, 4, %out;\nld.global.b32 %v, [%a];\nsetp.ne.u32 %p, %v, 0;\n" +
+                opcode + " " + to + ", 0, " + predicate + ";\n" + (to == "%q" ? "selp.b32 %d, 1, 0, %q;\n" : "") +
+                "st.global.b32 [%b], %d;",
+            in, out, 96);
+    check(done.error.empty(), opcode + ": " + done.error);
+    check(std::all_of(out.begin(), out.end(), [&](uint32_t one) { return one == out[0]; }), opcode);
+    return out[0];
+  };
+  check(answers("bar.red.popc.u32", "%d", "%p") == 2, "bar.red.popc");
+  check(answers("barrier.red.popc.aligned.u32", "%d", "!%p") == 94, "bar.red.popc of a negated predicate");
+  check(answers("bar.red.or.pred", "%q", "%p") == 1, "bar.red.or");
+  check(answers("bar.red.and.pred", "%q", "%p") == 0, "bar.red.and");
+  in[5] = in[70] = 0;
+  check(answers("bar.red.or.pred", "%q", "%p") == 0, "bar.red.or of none");
+  check(answers("bar.red.and.pred", "%q", "!%p") == 1, "bar.red.and of all");
+}
+
 inline void test_machine() {
+  test_polls();
   test_errors();
   test_barriers();
   test_copies();
