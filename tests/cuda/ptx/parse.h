@@ -72,6 +72,8 @@ class Parser {
  private:
   // Variables and registers by name. Braces open a scope, as inline assembly uses them for registers of its own.
   using Scope = std::map<std::string, Operand>;
+  // Of a register that no instruction has named yet: nvcc declares many more than it uses.
+  static constexpr uint32_t kNoRow = 0xffffffffu;
 
   Listing read(const std::string& module, const std::string& name) {
     const std::string text = without_comments(module);
@@ -292,7 +294,7 @@ class Parser {
     } else {
       operand.kind = Operand::Kind::row;
       operand.bytes = static_cast<uint8_t>(bytes_of_type(type));
-      operand.at = add_row(listing_.registers, operand.bytes);
+      operand.at = kNoRow;
     }
   }
 
@@ -312,7 +314,12 @@ class Parser {
     }
     for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
       const auto named = scope->find(text);
-      if (named != scope->end()) return named->second;
+      if (named == scope->end()) continue;
+      Operand& operand = named->second;
+      if (operand.kind == Operand::Kind::row && operand.at == kNoRow) {
+        operand.at = add_row(listing_.registers, operand.bytes);
+      }
+      return operand;
     }
     if (text[0] == '%') return special(text);
     found.kind = Operand::Kind::name;
