@@ -5,6 +5,7 @@ operands, and what the compiler made of it all. Needs nvcc, and g++ on x86-64 Li
 """
 
 import itertools
+import json
 import os
 import platform
 import re
@@ -17,7 +18,8 @@ import pytest
 from compiled import CXX, compiled
 from test_cuda_host import MUTATIONS, SOURCES, Case, failures, paper_units, random_cases, run
 
-from benchmarks.cuda_toolkit import KERNEL, PTX_FLAGS, compile_ptx, nvcc, ptx_arch
+from benchmarks import cuda_counts
+from benchmarks.cuda_toolkit import KERNEL, LAYOUTS, PTX_FLAGS, compile_ptx, nvcc, ptx_arch
 
 pytestmark = pytest.mark.skipif(
     shutil.which(CXX) is None or platform.system() != "Linux" or platform.machine() != "x86_64",
@@ -76,6 +78,23 @@ def test_units_of_the_paper(program: Path) -> None:
         )
     ]
     assert failures(program, with_ptx(cases)) == []
+
+
+@needs_nvcc
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_counts_are_as_recorded(program: Path, layout: str) -> None:
+    """What the kernels execute may grow by 5 % until it is recorded anew, by python -m benchmarks.cuda_counts."""
+    name = "stage 4 stride 1"  # the one that is counted fastest
+    unit = cuda_counts.paper_units(cuda_counts.BATCH)[name]
+    case = unit.case(cuda_counts.DTYPE, layout, cuda_counts.SM)
+    got = cuda_counts.summary(unit, cuda_counts.count(program, case))
+    recorded = json.loads((cuda_counts.RESULTS / "cuda_counts.json").read_text())[f"{name}, {layout}"]
+    assert got.keys() == recorded.keys()
+    for key in ("instructions", "wavefronts_an_access", "loaded_of_x"):
+        assert got[key] <= 1.05 * recorded[key], key
+    assert got["stored_of_result"] == 1
+    assert got["used_of_a_stored_sector"] >= 0.95 * recorded["used_of_a_stored_sector"]
 
 
 # Faults in inline assembly, which the source's host version has not: what is replaced in device.cuh.

@@ -38,18 +38,26 @@ inline void write_counts(const ptx::Machine& machine, const std::string& file) {
   }
 }
 
-// `blocks` is the size of the grid; `result` what the kernel may write, and nothing else. It may read all other
-// buffers.
+// Launches the kernel whose name contains `name`. It may write the buffer that begins at `result`, nothing else, and
+// read all other buffers.
+template <class Arguments>
+void launch_ptx(const Case& c, const std::string& name, int64_t blocks, int threads, int64_t shared_bytes,
+                const Arguments& arguments, const void* result) {
+  ptx::Machine machine(kernel_of(c.text("ptx", ""), name), static_cast<uint64_t>(c.number("seed", 0)));
+  for (const Allocation& allocation : allocations()) {
+    const bool is_result = allocation.data == result;
+    machine.global.add(is_result ? "the result" : "an input", allocation.data, allocation.bytes,
+                       is_result ? ptx::GlobalMemory::Use::write : ptx::GlobalMemory::Use::read);
+  }
+  machine.launch({blocks}, threads, shared_bytes, &arguments);
+  if (const std::string file = c.text("counts", ""); !file.empty()) write_counts(machine, file);
+}
+
+// The same as in by_source.h.
 template <class T, Layout kLayout>
 void launch(const Case& c, const KernelArguments& arguments, int64_t blocks, const void* result) {
   const std::string name = "LayoutE" + std::to_string(static_cast<int>(kLayout));  // as the compiler mangles it
-  ptx::Machine machine(kernel_of(c.text("ptx", ""), name), static_cast<uint64_t>(c.number("seed", 0)));
-  for (const Allocation& allocation : allocations()) {
-    const auto use = allocation.data == result ? ptx::GlobalMemory::Use::write : ptx::GlobalMemory::Use::read;
-    machine.global.add(allocation.data == result ? "the result" : "an input", allocation.data, allocation.bytes, use);
-  }
-  machine.launch({blocks}, kThreads, arguments.layout.bytes, &arguments);
-  if (const std::string file = c.text("counts", ""); !file.empty()) write_counts(machine, file);
+  launch_ptx(c, name, blocks, kThreads, arguments.layout.bytes, arguments, result);
 }
 
 }  // namespace shufflenet::cuda

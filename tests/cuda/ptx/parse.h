@@ -195,7 +195,7 @@ class Parser {
     for (size_t i = 0; i < text.size(); ++i) {
       const char c = text[i];
       if (c == '\n') ++line_;
-      const bool starts = trimmed_is_empty(statement);
+      const bool starts = statement.empty();  // blanks before a statement are not kept
       if (starts && c == '{') {
         scopes_.emplace_back();
       } else if (starts && c == '}') {
@@ -212,7 +212,6 @@ class Parser {
       }
     }
   }
-  static bool trimmed_is_empty(const std::string& text) { return text.empty(); }  // leading blanks are not kept
   static bool is_label(const std::string& text) {
     return std::all_of(
         text.begin(), text.end(), [](unsigned char c) { return std::isalnum(c) || c == '_' || c == '$'; });
