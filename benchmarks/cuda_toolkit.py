@@ -3,6 +3,7 @@
 Only the standard library is imported: tests and the model of the kernels' speed share this.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -64,6 +65,42 @@ def _kernel(layout: str, entry: str) -> Kernel:
         spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", entry))),
         static_shared_bytes=_number(r"(\d+) bytes smem", entry, 0),
     )
+
+
+def compile_ptx(dtype: str, arch: int, kernel: Path = KERNEL) -> Path:
+    """The PTX of the kernels of a dtype, for a compute capability such as 90; ``kernel`` is the folder of the sources.
+
+    It is kept in build/ptx from one run to the next, by what it is made of. Raises RuntimeError where nvcc fails.
+    """
+    command = [str(nvcc()), "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx"]
+    key = hashlib.sha256(repr([command, toolkit_version(), dtype]).encode())
+    for source in sorted([*kernel.glob("*.*"), *kernel.parent.glob("*.h")]):
+        key.update(source.name.encode() + source.read_bytes())
+    folder = ROOT / "build" / "ptx"
+    ptx = folder / f"{dtype}_{arch}-{key.hexdigest()[:16]}.ptx"
+    if not ptx.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = folder / f"{ptx.stem}-{os.getpid()}"  # a file that is there is a whole one
+        command += ["-o", str(made), str(kernel / f"unit_{dtype}.cu")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc failed on unit_{dtype}.cu for compute_{arch}:\n{done.stderr}")
+        made.rename(ptx)
+    return ptx
+
+
+# What tests/cuda/unit_test.cpp is compiled with to run kernels by their PTX. No two operations may become one.
+PTX_FLAGS = (
+    *("-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-DSHUFFLENET_TEST_PTX", f"-I{KERNEL}", f"-I{ROOT / 'tests' / 'cuda'}"),
+)
+# The compute capabilities that tests compile PTX for: where kernels may begin to differ, and the newest.
+PTX_ARCHS = (75, 80, 90, 120)
+
+
+def ptx_arch(sm: int) -> int:
+    """Which PTX an architecture runs, of those that are compiled."""
+    return max(arch for arch in PTX_ARCHS if arch <= sm)
 
 
 def _number(pattern: str, text: str, otherwise: int | None = None) -> int:

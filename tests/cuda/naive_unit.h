@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "buffer.h"
 #include "case.h"
 #include "host_device.h"
 
@@ -21,22 +22,6 @@ namespace shufflenet::cuda {
 
 template <class T>
 using wide_t = decltype(widen(T{}));  // that in which sums of T are made
-
-// Exactly as many elements as asked for, `shift` elements behind an aligned address. AddressSanitizer guards both ends
-// where shift is 0, else the end.
-template <class T>
-struct Buffer {
-  explicit Buffer(int64_t n, int64_t shift = 0) : size(n) {
-    if (posix_memalign(&memory, 256, (n + shift) * sizeof(T))) std::abort();
-    std::memset(memory, 0xff, (n + shift) * sizeof(T));
-    data = static_cast<T*>(memory) + shift;
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(memory); }
-  int64_t size;
-  void* memory = nullptr;
-  T* data;
-};
 
 template <class T>
 std::vector<double> fill(Buffer<T>& buffer, std::mt19937_64& random, double scale, double offset = 0) {

@@ -1,6 +1,7 @@
-// Runs csrc/cuda/unit_kernel.cuh on the CPU (host_device.h) and compares it with a naive unit in double. Reads cases
-// from standard input, one a line as `key=value` pairs, and answers each with "ok <error>" or "wrong <error> <what>",
-// where the error is relative to the largest magnitude of the result and in units of the dtype's rounding.
+// Runs csrc/cuda/unit_kernel.cuh on the CPU, by its source (by_source.h) or by the PTX that nvcc made of it (by_ptx.h),
+// and compares it with a naive unit in double. Reads cases from standard input, one a line as `key=value` pairs, and
+// answers each with "ok <error>" or "wrong <error> <what>", where the error is relative to the largest magnitude of the
+// result and in units of the dtype's rounding; or with "failed <why>".
 #define SHUFFLENET_TEST_DEVICE "host_device.h"
 
 #include <iostream>
@@ -10,6 +11,11 @@
 #include "case.h"
 #include "naive_unit.h"
 #include "unit_kernel.cuh"
+#ifdef SHUFFLENET_TEST_PTX
+#include "by_ptx.h"
+#else
+#include "by_source.h"
+#endif
 
 namespace shufflenet::cuda {
 namespace {
@@ -26,9 +32,7 @@ std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
   const SharedLayout layout(problem.sizes, tiling, kLayout, sizeof(T), sizeof(accumulator_t<T>));
   const KernelArguments arguments = {problem.sizes,          tiling, layout,     problem.x.data, problem.conv1.pointers,
                                      problem.conv2.pointers, conv3,  result.data};
-  Machine machine(kThreads, layout.bytes, c.number("seed", 0));
-  machine.launch(std::min(c.number("blocks", 1 << 20), tiling.windows(problem.sizes)),
-                 [&] { Block<T, kLayout>(arguments).run(); });
+  launch<T, kLayout>(c, arguments, std::min(c.number("blocks", 1 << 20), tiling.windows(problem.sizes)), result.data);
 
   const Difference difference = problem.compare(result.data);
   std::ostringstream answer;
@@ -50,14 +54,17 @@ std::string run(const std::string& line) {
   tiling.chunk = static_cast<int>(c.number("chunk", unit.slice_channels() * tiling.slices));
   tiling.tile_depth = static_cast<int>(c.number("tile_depth", tiling.tile_depth));
   const bool last = unit.layout == Layout::channels_last;
-#ifdef SHUFFLENET_TEST_DTYPE16
+#if defined(SHUFFLENET_TEST_DTYPE16) || defined(SHUFFLENET_TEST_PTX)
   if (type == Dtype::bfloat16) {
     return last ? run<BFloat16, Layout::channels_last, float>(c, unit, type, tiling)
                 : run<BFloat16, Layout::contiguous, float>(c, unit, type, tiling);
   }
-  return last ? run<Float16, Layout::channels_last, Float16>(c, unit, type, tiling)
-              : run<Float16, Layout::contiguous, Float16>(c, unit, type, tiling);
-#else
+  if (type == Dtype::float16) {
+    return last ? run<Float16, Layout::channels_last, Float16>(c, unit, type, tiling)
+                : run<Float16, Layout::contiguous, Float16>(c, unit, type, tiling);
+  }
+#endif
+#ifndef SHUFFLENET_TEST_DTYPE16
   if (type == Dtype::tfloat32) {
     return last ? run<TFloat32, Layout::channels_last, float>(c, unit, type, tiling)
                 : run<TFloat32, Layout::contiguous, float>(c, unit, type, tiling);
@@ -66,9 +73,12 @@ std::string run(const std::string& line) {
     return last ? run<double, Layout::channels_last, double>(c, unit, type, tiling)
                 : run<double, Layout::contiguous, double>(c, unit, type, tiling);
   }
-  return last ? run<float, Layout::channels_last, float>(c, unit, type, tiling)
-              : run<float, Layout::contiguous, float>(c, unit, type, tiling);
+  if (type == Dtype::float32) {
+    return last ? run<float, Layout::channels_last, float>(c, unit, type, tiling)
+                : run<float, Layout::contiguous, float>(c, unit, type, tiling);
+  }
 #endif
+  return "failed: a dtype that this program was not compiled for";
 }
 
 }  // namespace
@@ -76,6 +86,10 @@ std::string run(const std::string& line) {
 
 int main() {
   for (std::string line; std::getline(std::cin, line);) {
-    std::cout << shufflenet::cuda::run(line) << std::endl;
+    try {
+      std::cout << shufflenet::cuda::run(line) << std::endl;
+    } catch (const std::exception& error) {
+      std::cout << "failed: " << error.what() << std::endl;
+    }
   }
 }

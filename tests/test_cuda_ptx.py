@@ -1,0 +1,156 @@
+"""The PTX that nvcc makes of the CUDA kernels, executed on the CPU by tests/cuda/ptx and compared with a naive unit.
+
+Where test_cuda_host.py runs the kernels' source, here runs what a card is given: inline assembly, the order of its
+operands, and what the compiler made of it all. Needs nvcc, and g++ on x86-64 Linux; no GPU.
+"""
+
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from compiled import CXX, compiled
+from test_cuda_host import MUTATIONS, SOURCES, Case, failures, paper_units, random_cases, run
+
+from benchmarks import cuda_counts
+from benchmarks.cuda_toolkit import KERNEL, LAYOUTS, PTX_FLAGS, compile_ptx, nvcc, ptx_arch
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(CXX) is None or platform.system() != "Linux" or platform.machine() != "x86_64",
+    reason="needs a C++ compiler on x86-64 Linux",
+)
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="needs nvcc (on PATH, or by CUDA_HOME)")
+
+
+@pytest.mark.long  # takes half a minute to compile
+def test_the_machine_executes_ptx_as_the_isa_says() -> None:
+    program = compiled([SOURCES / "ptx_test.cpp"], "-O0", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing")
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d{4,} checks, 0 failed$", done.stdout, re.M), done.stdout
+
+
+@pytest.fixture(scope="session")
+def program() -> Path:
+    """Runs units by their PTX; a case says which."""
+    return compiled([SOURCES / "unit_test.cpp"], *PTX_FLAGS)
+
+
+def with_ptx(cases: list[Case]) -> list[Case]:
+    """The cases, each with the PTX of its dtype and architecture, which is compiled where it is not there yet."""
+
+    def ptx_of(case: Case) -> tuple[str, int]:
+        return str(case["dtype"]), ptx_arch(int(case["sm"]))
+
+    wanted = sorted({ptx_of(case) for case in cases})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = dict(zip(wanted, pool.map(lambda ptx: compile_ptx(*ptx), wanted), strict=True))
+    return [case | {"ptx": str(made[ptx_of(case)])} for case in cases]
+
+
+@needs_nvcc
+def test_a_few_units(program: Path) -> None:
+    cases = [case | {"dtype": "float16", "sm": 90} for case in random_cases("mma", 1000, 16)]
+    assert failures(program, with_ptx(cases)) == []
+
+
+@needs_nvcc
+@pytest.mark.long  # compiles PTX for a minute
+@pytest.mark.parametrize("kind", ["mma", "wide"])
+def test_units_of_all_kinds(program: Path, kind: str) -> None:
+    assert failures(program, with_ptx(random_cases(kind, 1001, 120))) == []
+
+
+@needs_nvcc
+@pytest.mark.long
+def test_units_of_the_paper(program: Path) -> None:
+    dtypes = ("float16", "bfloat16", "float32", "tfloat32", "float64")
+    cases = [
+        unit | {"dtype": dtype, "layout": layout, "norm": 1, "sm": 90}
+        for unit, (layout, dtype) in zip(
+            paper_units(), itertools.cycle(itertools.product(("nhwc", "nchw"), dtypes)), strict=False
+        )
+    ]
+    assert failures(program, with_ptx(cases)) == []
+
+
+@needs_nvcc
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_counts_are_as_recorded(program: Path, layout: str) -> None:
+    """What the kernels execute may grow by 5 % until it is recorded anew, by python -m benchmarks.cuda_counts."""
+    name = "stage 4 stride 1"  # the one that is counted fastest
+    unit = cuda_counts.paper_units(cuda_counts.BATCH)[name]
+    case = unit.case(cuda_counts.DTYPE, layout, cuda_counts.SM)
+    got = cuda_counts.summary(unit, cuda_counts.count(program, case))
+    recorded = json.loads((cuda_counts.RESULTS / "cuda_counts.json").read_text())[f"{name}, {layout}"]
+    assert got.keys() == recorded.keys()
+    for key in ("instructions", "wavefronts_an_access", "loaded_of_x"):
+        assert got[key] <= 1.05 * recorded[key], key
+    assert got["stored_of_result"] == 1
+    assert got["used_of_a_stored_sector"] >= 0.95 * recorded["used_of_a_stored_sector"]
+
+
+# Faults in inline assembly, which the source's host version has not: what is replaced in device.cuh.
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+IN_ASSEMBLY = {
+    "registers of A swapped": (MMA + "{%4, %5, %6, %7}", MMA + "{%4, %6, %5, %7}"),
+    "registers of B swapped": (MMA + "{%4, %5, %6, %7}, {%8, %9}", MMA + "{%4, %5, %6, %7}, {%9, %8}"),
+    "float16 taken for bfloat16": (MMA, MMA.replace("f16.f16", "bf16.bf16")),
+    "matrices swapped": ("m8n8.x4.shared.b16 {%0, %1, %2, %3}", "m8n8.x4.shared.b16 {%0, %2, %1, %3}"),
+    "matrices transposed": ("m8n8.x4.shared.b16", "m8n8.x4.trans.shared.b16"),
+    "a copy reads what is not there": ("const int bytes = valid ? kBytes : 0;", "const int bytes = kBytes;"),
+    "copies that are never committed": ('asm volatile("cp.async.commit_group;" ::: "memory");', ""),
+    "copies that nobody waits for": ('asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");', ""),
+}
+# Those of test_cuda_host.py that are compiled here as well, which takes seconds each.
+IN_SOURCE = (
+    "missing barrier",
+    "missing barrier of a warp",
+    "halo off by one",
+    "fragment of the wrong lane",
+    "copy not waited for",
+    "padding not cleared",
+    "one row too many",
+)
+FAULTS = {name: ("device.cuh", *fault) for name, fault in IN_ASSEMBLY.items()} | {
+    name: ("unit_kernel.cuh", *MUTATIONS[name][:2]) for name in IN_SOURCE if name in MUTATIONS
+}
+
+
+def test_the_faults_to_plant_fit_the_kernel() -> None:
+    assert set(IN_SOURCE) <= set(FAULTS)
+    found = {name: (KERNEL / file).read_text().count(right) for name, (file, right, _) in FAULTS.items()}
+    assert found == dict.fromkeys(FAULTS, 1)
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The PTX of the kernels with each fault planted."""
+
+    def compile_fault(name: str) -> Path:
+        file, right, planted = FAULTS[name]
+        sources = tmp_path_factory.mktemp("faulty") / "csrc"
+        shutil.copytree(KERNEL.parent, sources, ignore=shutil.ignore_patterns("cpu"))
+        kernel = sources / KERNEL.name
+        (kernel / file).write_text((kernel / file).read_text().replace(right, planted))
+        return compile_ptx("float16", 90, kernel)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(FAULTS, pool.map(compile_fault, FAULTS), strict=True))
+
+
+@needs_nvcc
+@pytest.mark.long  # compiles for a minute
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(program: Path, faulty: dict[str, Path], name: str) -> None:
+    case: Case = {"dtype": "float16", "layout": "nhwc", "in": 24, "mid": 18, "out": 24, "h": 9, "w": 8, "sm": 90}
+    done = run(program, [case | {"tile_rows": rows, "ptx": str(faulty[name])} for rows in (9, 4)])
+    # A wrong result, or an error of the machine, which says where; not one of reading the PTX.
+    assert re.search(r"^wrong |^failed: block \d+, warp \d+", done.stdout, re.M), done.stdout + done.stderr
