@@ -81,8 +81,14 @@ def unit_variant(
     return variant
 
 
+# Sets units of ShuffleNet v2 apart in the same way.
+V2: dict[str, Any] = {"version": 2}
+
+
 def no_cuda_kernel(variant: dict[str, Any]) -> str:
     """Why a unit in general does not run on CUDA."""
+    if variant == V2:
+        return "there is no CUDA kernel for units of ShuffleNet v2"
     return f"there is no CUDA kernel for a unit with {', '.join(f'{k}={v}' for k, v in variant.items())}"
 
 

@@ -248,10 +248,10 @@ each_way = pytest.mark.parametrize(
 
 def program_cases():
     """Malformed programs, and what their message says."""
-    kinds = r"expected 0 \(stem\) first, 1 or 4 \(unit\), 3 \(again\) behind a unit or 2 \(head\) last"
+    kinds = r"expected 0 \(stem\) first, 1, 4 or 5 \(unit\), 3 \(again\) behind a unit, 6"
     stem, head = [0, 24, 3, 2, 1, 1, 1], [2, 10, 0]
     yield [], r"program: got (no|0) elements, expected one (step|unit) at least"
-    for kind in (5, -1, *HUGE):
+    for kind in (7, -1, *HUGE):
         yield [kind], rf"program: got step {kind} at element 0, {kinds}"
         yield [*UNIT, kind, 1, 2, 3], rf"program: got step {kind} at element 8, {kinds}"
     yield [3, 1, *UNIT], rf"program: got step 3 at element 0, {kinds}"

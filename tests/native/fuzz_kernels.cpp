@@ -813,7 +813,7 @@ static void check_head(Dtype dtype, const Isa& isa) {
     const std::vector<double> values = random_values(h.channels * pixels);
     for (int64_t i = 0; i < h.channels * pixels; ++i) x[i / pixels * plane + i % pixels] = static_cast<A>(values[i]);
     in_shares(h.channels, 1,
-              [&](Range share) { kernel.means(h, images, x.data(), plane, share, means.data() + image * h.channels); });
+              [&](Range share) { kernel.means(h, images, x.data(), plane, nullptr, share, means.data() + image * h.channels); });
     const std::vector<double> expected = expected_means(h, values);
     for (int64_t c = 0; c < h.channels; ++c) {
       const int64_t i = image * h.channels + c;
@@ -855,7 +855,7 @@ static void check_pair_head(const Isa& isa) {
     for (const double mean : expected_means(h, values)) exact.push_back(mean);
     const Array<char> x = pairs_of(values, h.channels, pixels, plane);
     void* const own = static_cast<char*>(means.get()) + image * kernel.means_step(h);
-    in_shares(h.channels, 2, [&](Range share) { kernel.means(h, images, x.data(), plane, share, own); });
+    in_shares(h.channels, 2, [&](Range share) { kernel.means(h, images, x.data(), plane, nullptr, share, own); });
   }
 
   Array<char> result(images * h.classes * size_of(dtype), '\xff');
@@ -903,7 +903,7 @@ static void check_images(Dtype dtype, const Kernels& kernels, Dtype in_planes, c
     const double got = get(in_planes, planes.data(), together * (c / together * plane + p) + c % together);
     check_value(got, get(dtype, x.data(), i), 0, "image to planes", i, isa);
   }
-  each([&](Range share) { kernel.write(image, planes.data(), plane, share, back.data(), workspace.get()); });
+  each([&](Range share) { kernel.write(image, planes.data(), plane, nullptr, share, back.data(), workspace.get()); });
   for (int64_t i = 0; i < elements; ++i) {
     check_value(get(dtype, back.data(), i), get(dtype, x.data(), i), 0, "planes to image", i, isa);
   }
