@@ -100,6 +100,7 @@ def chains_of(graph: Graph) -> list[Chain]:
             operations = [operation for unit in units for operation in unit.operations]
             chain = Chain(units, units[0].input, units[-1].end, operations)
             _add_stem(chain, readers)
+            chains += _stem_ahead_of_a_pool(chain, readers)
             _add_last_convolution(chain, readers, graph)
             _add_head(chain, readers, graph)
             chains.append(chain)
@@ -214,6 +215,19 @@ def _add_stem(chain: Chain, readers: _Readers) -> None:
     if found is not None and readers.are_all_inside([*found[2], *chain.operations], chain.end, found[2]):
         chain.stem, chain.input, operations = found
         chain.operations += operations
+
+
+def _stem_ahead_of_a_pool(chain: Chain, readers: _Readers) -> list[Chain]:
+    """The stem, a chain by itself, between which and the units is a max pool that no program has; or none."""
+    pool = chain.input.only()
+    if pool is None or pool.name not in ("max_pool2d", "max_pool2d_with_indices"):
+        return []
+    end = pool.arguments["self"]
+    found = stem_at(end) if isinstance(end, Wire) else None
+    if found is None or not readers.are_all_inside(found[2], end):
+        return []
+    own, source, operations = found
+    return [Chain([], source, end, operations, own)]
 
 
 def _add_last_convolution(chain: Chain, readers: _Readers, graph: Graph) -> None:

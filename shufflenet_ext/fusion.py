@@ -100,13 +100,18 @@ class _Search:
             try:
                 adopt(module, self.proved_unit(module), FusedUnit)
                 self.fused += 1
-                # Nor are parts of it, such as its main branch, told of.
-                self.misses = {ids: miss for ids, miss in self.misses.items() if not set(ids) <= set(convolutions)}
+                self._forget_parts(convolutions, 8)
             except NearMiss as miss:
-                # A module and one around it are told of once.
+                # A module and one around it are told of once, by what came nearest.
                 if convolutions not in self.misses or miss.depth > self.misses[convolutions][2].depth:
+                    self._forget_parts(convolutions, miss.depth)
                     self.misses[convolutions] = name, module, miss
         return module
+
+    def _forget_parts(self, convolutions: tuple[int, ...], depth: int) -> None:
+        """Drops what came no nearer of a unit's parts, such as its main branch."""
+        whole = set(convolutions)
+        self.misses = {ids: left for ids, left in self.misses.items() if not set(ids) <= whole or left[2].depth > depth}
 
     def proved_unit(self, module: nn.Module) -> AnyUnit:
         """The unit that a module is. NearMiss, with the cause, if it is none or its results are not the unit's."""
@@ -134,9 +139,8 @@ class _Search:
 
 def _has_convolutions_of_a_unit(module: nn.Module) -> bool:
     kernels = [p.shape for p in module.parameters() if p.dim() == 4]
-    depthwise = [shape for shape in kernels if shape[2] > 1 and shape[1] == 1]
-    pointwise = [shape for shape in kernels if shape[2] == 1]
-    return (len(pointwise), len(depthwise)) in ((2, 1), (3, 2))
+    wide = [shape for shape in kernels if shape[2] > 1]
+    return len(wide) == len(kernels) // 2 and any(shape[1] == 1 for shape in wide)
 
 
 def _float64_copy(module: nn.Module) -> nn.Module:

@@ -135,7 +135,8 @@ class InferenceNetwork(_EvalOnly):
         y = _for_cuda(x, self.weights)
         if stem[1]:
             y = reference.shuffle_network(y, *stem)
-        y = _run(y, *units, self.sizes, self.variant)
+        if units[1]:
+            y = _run(y, *units, self.sizes, self.variant)
         if head[1]:
             y = reference.shuffle_network(y, *head)
         return y.to(x.dtype)
@@ -338,7 +339,7 @@ def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn
     if type(module) in (ShuffleNetCifar, ShuffleNetV1, ShuffleNetV2):
         parts = module.parts()  # type: ignore[operator]  # of these classes
         if parts is not None:
-            layers = enumerate(module.layers(), 1)  # type: ignore[operator, arg-type]
+            layers = enumerate(module.layers(), 1)  # type: ignore[operator]
             names = [f"unit {i}.{j}" for i, layer in layers for j in range(1, len(layer) + 1)]
             twins[module] = InferenceNetwork(parts, names, dtype)
             return twins[module]

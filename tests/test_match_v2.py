@@ -11,9 +11,10 @@ import pytorchcv.models.shufflenetv2b
 import torch
 from support import Recorder, assert_as_accurate, assert_ran, each_isa_for_bfloat16, randomize
 from torch import nn
-from units_v2 import UNITS, Detector, FunctionalUnit, MegviiUnit, Network, TorchvisionUnit, shuffled
+from units_v2 import UNITS, Detector, FunctionalUnit, MegviiUnit, Network
 
 import shufflenet_ext as se
+from benchmarks.public_styles import TorchvisionUnit, shuffled_by_view
 from shufflenet_ext._compile import _with_ops
 from shufflenet_ext._fused import FusedUnit
 
@@ -64,7 +65,7 @@ def test_fuse_takes_a_unit(stride, unit):
 def test_fuse_takes_a_network(unit):
     plain = randomize(Network(unit)).eval()
     fused = fused_quietly(copy.deepcopy(plain))
-    assert sum(isinstance(module, FusedUnit) for module in fused.modules()) == 7
+    assert sum(isinstance(module, FusedUnit) for module in fused.modules()) == 5
     x = torch.randn(2, 3, 64, 48)
     with torch.no_grad(), Recorder() as recorder:
         fused(x)
@@ -99,6 +100,7 @@ def test_a_whole_model_is_one_op(unit):
     assert_same(pickle.loads(pickle.dumps(optimized)), model, torch.randn(2, 3, 64, 48))
 
 
+@pytest.mark.covering(1)
 @each_isa_for_bfloat16
 @each_unit
 def test_in_bfloat16(unit, isa):
@@ -220,16 +222,16 @@ class Changed(TorchvisionUnit):
     def forward(self, x):
         if self.change == "main first":
             x1, x2 = x.chunk(2, dim=1)
-            return shuffled(torch.cat((self.branch2(x2), x1), dim=1), 2)
+            return shuffled_by_view(torch.cat((self.branch2(x2), x1), dim=1), 2)
         if self.change == "residual":
             x1, x2 = x.chunk(2, dim=1)
-            return shuffled(torch.cat((x1, self.branch2(x2) + x2), dim=1), 2)
+            return shuffled_by_view(torch.cat((x1, self.branch2(x2) + x2), dim=1), 2)
         if self.change == "thirds":
-            return shuffled(torch.cat((x[:, :6], self.branch2(x[:, 4:10])), dim=1), 2)
+            return shuffled_by_view(torch.cat((x[:, :6], self.branch2(x[:, 4:10])), dim=1), 2)
         if self.change == "other order":
             return super().forward(x)[:, [3, 0, 1, 2, *range(4, 12)]]
         if self.change == "other tensor":
-            return shuffled(torch.cat((self.branch1(x.flip(3)), self.branch2(x)), dim=1), 2)
+            return shuffled_by_view(torch.cat((self.branch1(x.flip(3)), self.branch2(x)), dim=1), 2)
         return super().forward(x)
 
 

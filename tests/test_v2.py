@@ -20,9 +20,10 @@ from support import (
 )
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from units_v2 import TorchvisionUnit, UnitV2
+from units_v2 import UnitV2
 
 import shufflenet_ext as se
+from benchmarks.public_styles import TorchvisionUnit
 from shufflenet_ext import reference
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -193,7 +194,7 @@ def test_bad_arguments_are_named(unit, changes, message):
         (se.ops.shuffle_unit_v2, tensors),
         (reference.shuffle_unit_v2, tensors),
     ):
-        with pytest.raises((ValueError, RuntimeError), match=message):
+        with se.use_backend("auto"), pytest.raises((ValueError, RuntimeError), match=message):
             run(*given, **options)
 
 
@@ -473,8 +474,8 @@ def test_multiply_adds_of_table_5(style, width, millions, torchvisions):
         counter = FlopCounterMode(display=False)
         with se.use_backend("reference"), counter, torch.no_grad():
             net(torch.randn(1, 3, 224, 224))
-    # Table 5 counts the linear layer too.
-    assert round(counter.get_total_flops() / 2 / 1e6) == millions
+    # Table 5 counts the linear layer too; its 41 are 40.5.
+    assert abs(counter.get_total_flops() / 2e6 - millions) < 0.6
 
 
 def test_keys_are_torchvisions():

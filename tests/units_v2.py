@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from support import LAYOUTS
 from torch import Tensor, nn
 
+from benchmarks.public_styles import TorchvisionUnit, v2_block
 from shufflenet_ext import reference
 
 
@@ -79,42 +80,6 @@ class UnitV2:
         return self.reference([None if tensor is None else tensor.double() for tensor in tensors])
 
 
-def shuffled(x: Tensor, groups: int) -> Tensor:
-    n, c, h, w = x.shape
-    return x.view(n, groups, c // groups, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
-
-
-def _block(
-    inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, relu: bool = True
-) -> list[nn.Module]:
-    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(outputs), *([nn.ReLU(inplace=True)] if relu else [])]
-
-
-class TorchvisionUnit(nn.Module):
-    """A half passes by, the result is shuffled by two."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        half = outputs // 2
-        shortcut = [*_block(inputs, inputs, 3, 2, inputs, relu=False), *_block(inputs, half, 1)]
-        self.branch1 = nn.Sequential(*(shortcut if stride == 2 else []))
-        self.branch2 = nn.Sequential(
-            *_block(inputs if stride == 2 else half, half, 1),
-            *_block(half, half, 3, stride, half, relu=False),
-            *_block(half, half, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride == 1:
-            x1, x2 = x.chunk(2, dim=1)
-            out = torch.cat((x1, self.branch2(x2)), dim=1)
-        else:
-            out = torch.cat((self.branch1(x), self.branch2(x)), dim=1)
-        return shuffled(out, 2)
-
-
 class MegviiUnit(nn.Module):
     """Channels of even numbers pass by, and nothing is shuffled behind; the shortcut keeps the number of channels."""
 
@@ -123,10 +88,10 @@ class MegviiUnit(nn.Module):
         self.stride = stride
         own, mid = inputs if stride == 2 else inputs // 2, outputs // 2
         self.branch_main = nn.Sequential(
-            *_block(own, mid, 1), *_block(mid, mid, 3, stride, mid, relu=False), *_block(mid, outputs - own, 1)
+            *v2_block(own, mid, 1), *v2_block(mid, mid, 3, stride, mid, relu=False), *v2_block(mid, outputs - own, 1)
         )
         if stride == 2:
-            self.branch_proj = nn.Sequential(*_block(own, own, 3, 2, own, relu=False), *_block(own, own, 1))
+            self.branch_proj = nn.Sequential(*v2_block(own, own, 3, 2, own, relu=False), *v2_block(own, own, 1))
 
     def forward(self, old_x: Tensor) -> Tensor:
         if self.stride == 2:
@@ -168,11 +133,11 @@ class Network(nn.Module):
 
     def __init__(self, unit: type[nn.Module], classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*_block(3, 8, 3, 2))
+        self.stem = nn.Sequential(*v2_block(3, 8, 3, 2))
         self.pool = nn.MaxPool2d(3, 2, 1)
-        self.stage2 = nn.Sequential(unit(8, 24, 2), *(unit(24, 24, 1) for _ in range(3)))
-        self.stage3 = nn.Sequential(unit(24, 44, 2), *(unit(44, 44, 1) for _ in range(2)))
-        self.last = nn.Sequential(*_block(44, 60, 1))
+        self.stage2 = nn.Sequential(unit(8, 24, 2), unit(24, 24, 1), unit(24, 24, 1))
+        self.stage3 = nn.Sequential(unit(24, 44, 2), unit(44, 44, 1))
+        self.last = nn.Sequential(*v2_block(44, 60, 1))
         self.fc = nn.Linear(60, classes)
 
     def features(self, x: Tensor) -> list[Tensor]:
