@@ -221,6 +221,10 @@ PROGRAMS = {
         UnitV2(stride=2, in_channels=8, mid_channels=10, out_channels=12, shortcut_channels=8, shuffle_groups=1),
         *[UnitV2(in_channels=20, mid_channels=10, split_groups=10, shuffle_groups=1)] * 3,
     ),
+    "pytorchcv, the other": (
+        UnitV2(stride=2, in_channels=8, mid_channels=10, out_channels=12, shortcut_channels=8),
+        *[UnitV2(in_channels=20, mid_channels=10)] * 2,
+    ),
     "halves first": (*[UnitV2(in_channels=24, mid_channels=58)] * 3,),
 }
 
