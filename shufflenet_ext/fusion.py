@@ -128,7 +128,7 @@ class _Search:
     def warnings(self) -> list[str]:
         """What was left, and why."""
         if not self.misses and not self.fused:
-            return ["fuse found no ShuffleNet unit: no module of the model holds three or five convolutions"]
+            return ["fuse found no ShuffleNet unit: no module of the model holds three convolutions, or five"]
         told = [
             (name, module, miss) for name, module, miss in self.misses.values() if _has_convolutions_of_a_unit(module)
         ]
