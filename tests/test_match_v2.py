@@ -126,7 +126,7 @@ def test_a_backbone_of_which_several_results_are_wanted(unit):
             assert_as_accurate(got[key], expected[key], value)
 
 
-@each_unit
+@pytest.mark.parametrize("unit", [TorchvisionUnit, MegviiUnit], ids=lambda unit: unit.__name__)
 def test_compile_backend(unit):
     torch._dynamo.reset()
     model = randomize(nn.Sequential(unit(8, 20, 2), unit(20, 20, 1), unit(20, 20, 1))).eval()
