@@ -160,6 +160,14 @@ def end_node(graph: Graph, part: Chain | Found) -> torch.fx.Node:
     return next(node for node in graph.holders[part.end] if not node < last)
 
 
+def _twin(node: torch.fx.Node, by_name: dict[str, torch.fx.Node]) -> torch.fx.Node:
+    """A traced graph's node in a copy of the graph, where inputs may have other names: as what reads them has them."""
+    if node.op != "placeholder":
+        return by_name[node.name]
+    reader = next(user for user in node.users if user.name in by_name)
+    return by_name[reader.name].all_input_nodes[reader.all_input_nodes.index(node)]
+
+
 def replace(
     graph: Graph,
     target: torch.fx.Graph,
@@ -174,7 +182,7 @@ def replace(
     first = min(operation.node for operation in part.operations)
     x = [node for node in graph.holders[part.input] if node < first][-1]
     with target.inserting_before(by_name[first.name]):
-        call = call_of(by_name[x.name])
+        call = call_of(_twin(x, by_name))
     by_name[end_node(graph, part).name].replace_all_uses_with(call)
     members = {operation.node.name for operation in part.operations}
     for node in reversed(list(target.nodes)):
