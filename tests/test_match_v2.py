@@ -243,7 +243,7 @@ class Changed(TorchvisionUnit):
         if self.change == "other order":
             return super().forward(x)[:, [3, 0, 1, 2, *range(4, 12)]]
         if self.change == "other tensor":
-            return shuffled_by_view(torch.cat((self.branch1(x.flip(3)), self.branch2(x)), dim=1), 2)
+            return shuffled_by_view(torch.cat((self.branch1(x.flip(1)), self.branch2(x)), dim=1), 2)
         return super().forward(x)
 
 
@@ -269,7 +269,7 @@ class Gate(nn.Module):
         ("residual", 1, "ends in add"),
         ("thirds", 1, "are not the halves of one tensor"),
         ("other order", 1, ""),
-        ("other tensor", 2, ""),
+        ("other tensor", 2, "do not read the same tensor"),
     ],
 )
 def test_near_misses_are_left_and_told_of(change, stride, cause):
