@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.conftest import Compete
-from benchmarks.shapes import FOREIGN, NETWORKS, NetworkShape
+from benchmarks.shapes import FOREIGN, NETWORKS, V2, NetworkShape
 
 _COMPILED_GROUPS = 3
 _MOST_PIXELS_OF_EAGER = 1_000_000
@@ -26,7 +26,7 @@ def bench_network(network: NetworkShape, precision: torch.dtype, threads: int, c
         left_out |= _NOT_IN_BFLOAT16
     else:
         ours, builders = peers.ours(module, x), peers.ALL
-        if network.suite not in (NETWORKS, FOREIGN):
+        if network.suite not in (NETWORKS, FOREIGN, V2):
             ours = {peers.OURS: ours[peers.OURS]}
     compete(network.suite, network, ours, plain, folded, x, builders, left_out, precision)
 
@@ -45,7 +45,7 @@ def _left_out(network: NetworkShape, threads: int) -> dict[str, str]:
         reasons |= dict.fromkeys(peers.OTHERS_OF_PYTORCH, reason)
     if network.pixels > _MOST_PIXELS_OF_EAGER:
         reasons[peers.FOLDED] = f"not in rows of more than {_MOST_PIXELS_OF_EAGER} pixels, where it takes seconds"
-    if network.suite != FOREIGN and (network.suite != NETWORKS or network.groups != _COMPILED_GROUPS):
+    if network.suite not in (FOREIGN, V2) and (network.suite != NETWORKS or network.groups != _COMPILED_GROUPS):
         reasons[peers.COMPILED] = f"only in rows of others' networks, and at g = {_COMPILED_GROUPS}, width 1 and 224²"
     if network.batch == 1 or threads == 1:
         reasons[peers.OPENVINO_THROUGHPUT] = "not in rows of one image or one thread, where it has no second stream"

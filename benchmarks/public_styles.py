@@ -203,5 +203,63 @@ class BlocksStyle(nn.Module):
         return self.fc(self.drop(x.view(x.size(0), -1)))
 
 
+def shuffled_by_view(x: Tensor, groups: int) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+def v2_block(
+    inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, relu: bool = True
+) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), *([nn.ReLU(inplace=True)] if relu else [])]
+
+
+class TorchvisionUnit(nn.Module):
+    """A half passes by, the result is shuffled by two."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        half = outputs // 2
+        shortcut = [*v2_block(inputs, inputs, 3, 2, inputs, relu=False), *v2_block(inputs, half, 1)]
+        self.branch1 = nn.Sequential(*(shortcut if stride == 2 else []))
+        self.branch2 = nn.Sequential(
+            *v2_block(inputs if stride == 2 else half, half, 1),
+            *v2_block(half, half, 3, stride, half, relu=False),
+            *v2_block(half, half, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == 1:
+            x1, x2 = x.chunk(2, dim=1)
+            out = torch.cat((x1, self.branch2(x2)), dim=1)
+        else:
+            out = torch.cat((self.branch1(x), self.branch2(x)), dim=1)
+        return shuffled_by_view(out, 2)
+
+
+class TorchvisionV2(nn.Module):
+    """Their network of ShuffleNet v2, with its names."""
+
+    def __init__(self, stage2: int = 116, last: int = 1024, classes: int = 1000) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(*v2_block(3, 24, 3, 2))
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        channels = 24
+        for i, repeats in enumerate((4, 8, 4)):
+            outputs = stage2 * 2**i
+            units = [TorchvisionUnit(channels, outputs, 2)]
+            units += [TorchvisionUnit(outputs, outputs, 1) for _ in range(repeats - 1)]
+            self.add_module(f"stage{i + 2}", nn.Sequential(*units))
+            channels = outputs
+        self.conv5 = nn.Sequential(*v2_block(channels, last, 1))
+        self.fc = nn.Linear(last, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage4(self.stage3(self.stage2(self.maxpool(self.conv1(x)))))  # type: ignore[operator]
+        return self.fc(self.conv5(x).mean([2, 3]))
+
+
 # Each with the size of its images, and how many units it has.
 STYLES = {MegviiStyle: (64, 4), CifarStyle: (32, 4), BiasedStyle: (32, 2), BlocksStyle: (16, 4)}

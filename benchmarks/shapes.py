@@ -1,4 +1,4 @@
-"""What is measured: units and networks of the paper (arXiv:1707.01083, Table 1), and the original code's for CIFAR."""
+"""What is measured: units and networks of the papers (arXiv:1707.01083, Table 1; arXiv:1807.11164), and for CIFAR."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import shufflenet_ext as se
-from benchmarks.public_styles import BlocksStyle, MegviiStyle
+from benchmarks.public_styles import BlocksStyle, MegviiStyle, TorchvisionV2
 
 GROUPS = (1, 2, 3, 4, 8)
 QUICK_GROUPS = (3,)
@@ -18,6 +18,7 @@ IMAGE_SIZE = 224
 CIFAR_SIZE = 32
 # Suites of whole networks.
 NETWORKS, SIZES, CIFAR, FOREIGN = "networks", "image sizes and widths", "CIFAR", "networks of others"
+V2 = "ShuffleNet v2"
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -106,6 +107,26 @@ class ForeignShape(NetworkShape):
         return with_statistics(network), torch.randn(self.batch, 3, *self.size)
 
 
+@dataclass(frozen=True)
+class V2Shape(NetworkShape):
+    """ShuffleNet v2, as torchvision writes it."""
+
+    groups: int = 1
+    batch: int = 1
+    suite: str = V2
+
+    @property
+    def label(self) -> str:
+        return f"v2 {self.width:g}×, {self.size[0]}²"
+
+    def __str__(self) -> str:
+        return f"v2-{self.width:g}x-{'x'.join(map(str, self.size))}-batch{self.batch}"
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        network = TorchvisionV2(*se.models.V2_CHANNELS[self.width])
+        return with_statistics(network), torch.randn(self.batch, 3, *self.size)
+
+
 def with_statistics(module: Module) -> Module:
     """Gives the module's batch norms random statistics and parameters, as after training; returns it in eval mode."""
     for norm in module.modules():
@@ -137,4 +158,6 @@ def network_shapes(groups: tuple[int, ...]) -> list[NetworkShape]:
     for batch in BATCHES:
         others += [ForeignShape(3, batch), ForeignShape(8, batch), ForeignShape(3, batch, source="Megvii style")]
         others.append(ForeignShape(3, batch, size=size, source="CIFAR with biases"))
-    return paper + [shape for shape in others if shape.groups in groups]
+    second: list[NetworkShape] = [V2Shape(batch=n, width=w) for w, n in product((0.5, 1.0, 1.5, 2.0), BATCHES)]
+    second += [V2Shape(batch=n, width=1.0, size=(size, size)) for size, n in product((320, 416), BATCHES)]
+    return paper + [shape for shape in others if shape.groups in groups] + second

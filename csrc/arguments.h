@@ -222,6 +222,62 @@ inline Unit check_unit(const UnitArguments& a) {
   return check_unit(a, sizes, layout_of(a.x));
 }
 
+// A unit of ShuffleNet v2; see Unit.
+struct UnitV2Arguments {
+  Tensor x;
+  ConvolutionArguments conv1, conv2, conv3;
+  std::optional<ConvolutionArguments> shortcut1, shortcut2;
+  int64_t stride, split_groups, shuffle_groups;
+};
+
+inline Unit check_unit(const UnitV2Arguments& a) {
+  const Tensor& x = a.x;
+  const auto [n, channels, height, width] = check_x(x);
+  (void)n;
+  if (a.stride != 1 && a.stride != 2) fail("stride: got ", a.stride, ", expected 1 or 2");
+  const auto rows_of = [](const ConvolutionArguments& conv, const char* shape) {
+    if (conv.weight.dim() != 4 || conv.weight.size(0) < 1) {
+      fail(conv.name, "_weight: got ", shape_of(conv.weight), ", expected ", shape);
+    }
+    return conv.weight.size(0);
+  };
+  Unit unit;
+  unit.version = Version::v2;
+  unit.batch = 1;
+  unit.in_channels = channels;
+  unit.height = height;
+  unit.width = width;
+  unit.stride = a.stride;
+  unit.split_groups = a.split_groups;
+  unit.join_groups = a.shuffle_groups;
+  unit.layout = layout_of(x);
+  if (unit.stride == 1 && channels % 2 != 0) {
+    fail("x: got ", shape_of(x), ", expected an even number of channels (with stride 1, half of them pass by)");
+  }
+  unit.mid_channels = rows_of(a.conv1, "[mid_channels, the channels that it reads, 1, 1]");
+  unit.out_channels = rows_of(a.conv3, "[out_channels, mid_channels, 1, 1]");
+  check_convolution(a.conv1, x, {unit.mid_channels, unit.conv1_channels(), 1, 1});
+  check_convolution(a.conv2, x, {unit.mid_channels, 1, 3, 3});
+  check_convolution(a.conv3, x, {unit.out_channels, unit.mid_channels, 1, 1});
+  if (unit.stride == 1 && unit.out_channels != channels / 2) {
+    fail("conv3_weight: got ", unit.out_channels, " rows, expected ", channels / 2,
+         " (with stride 1, half of x passes by, and the other half's place is taken)");
+  }
+  if (a.shortcut1.has_value() != (unit.stride == 2) || a.shortcut2.has_value() != (unit.stride == 2)) {
+    const char* const name = a.shortcut1.has_value() != (unit.stride == 2) ? "shortcut1_weight" : "shortcut2_weight";
+    fail(name, ": got ", unit.stride == 2 ? "None" : "a tensor", " with stride ", unit.stride, ", expected ",
+         unit.stride == 2 ? "a tensor" : "None");
+  }
+  if (unit.stride == 2) {
+    unit.shortcut_channels = rows_of(*a.shortcut2, "[shortcut_channels, x's channels, 1, 1]");
+    check_convolution(*a.shortcut1, x, {channels, 1, 3, 3});
+    check_convolution(*a.shortcut2, x, {unit.shortcut_channels, channels, 1, 1});
+  }
+  check_divides("split_groups", unit.split_groups, "channels of x", channels);
+  check_divides("shuffle_groups", unit.join_groups, "channels of the result", unit.result_channels());
+  return unit;
+}
+
 inline Sizes strides_of(const Sizes& sizes, Layout layout) {
   const auto [n, c, h, w] = sizes;
   (void)n;

@@ -19,6 +19,12 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "Tensor conv3_weight, Tensor? conv3_bias, *, int conv1_groups, int groups, int stride=1, bool conv2_relu=False, "
       "bool pool_count_include_pad=True, int? shuffle_groups=None, bool shortcut_first=False, bool shortcut_relu=True, "
       "bool allow_tf32=False) -> Tensor");
+  // A unit of ShuffleNet v2. The shortcut's convolutions are given with stride 2.
+  m.def(
+      "shuffle_unit_v2(Tensor x, Tensor conv1_weight, Tensor? conv1_bias, Tensor conv2_weight, Tensor? conv2_bias, "
+      "Tensor conv3_weight, Tensor? conv3_bias, Tensor? shortcut1_weight=None, Tensor? shortcut1_bias=None, "
+      "Tensor? shortcut2_weight=None, Tensor? shortcut2_bias=None, *, int stride=1, int split_groups=1, "
+      "int shuffle_groups=2, bool allow_tf32=False) -> Tensor");
   // A network or a part of one, for inference: see program.h.
   m.def("shuffle_network(Tensor x, Tensor weights, int[] program, *, bool allow_tf32=False) -> Tensor");
   // The same from a model's own tensors: of each convolution weight and bias, and weight, bias, mean and variance of

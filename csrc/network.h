@@ -1,4 +1,5 @@
-// What a network has around its units: the sizes of its stem and of its head. Nothing here knows torch.
+// What a network has around its units: the sizes of its stem, its last convolution and its head. Nothing here knows
+// torch.
 #pragma once
 
 #include "unit.h"
@@ -31,6 +32,18 @@ struct Stem {
 
   int64_t multiply_adds() const { return out_channels * conv_height() * conv_width() * taps(); }
   int64_t weights_and_biases() const { return out_channels * (taps() + 1); }
+};
+
+// A dense pointwise convolution with a ReLU, behind the units.
+struct LastConvolution {
+  int64_t in_channels = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+  int64_t out_channels = 0;
+
+  int64_t pixels() const { return height * width; }
+  int64_t multiply_adds() const { return pixels() * in_channels * out_channels; }
+  int64_t weights_and_biases() const { return out_channels * (in_channels + 1); }
 };
 
 // The mean over a plane's upper left window, and a linear layer.

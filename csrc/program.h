@@ -16,10 +16,18 @@ inline constexpr int64_t kPackedAlignment = 16;
 struct PackedUnit {
   Unit unit;  // of one image
   PackedConvolution conv1, conv2, conv3;
+  PackedConvolution shortcut1, shortcut2;  // of v2 with stride 2
+
+  size_t convolutions() const { return unit.convolves_shortcut() ? 5 : 3; }
 };
 
 struct PackedStem {
   Stem stem;
+  PackedConvolution conv;
+};
+
+struct PackedLastConvolution {
+  LastConvolution layer;
   PackedConvolution conv;
 };
 
@@ -29,14 +37,25 @@ struct PackedHead {
 };
 
 // The first integer of each step.
-enum class StepKind : int64_t { stem = 0, unit = 1, head = 2, again = 3, general_unit = 4 };
+enum class StepKind : int64_t {
+  stem = 0,
+  unit = 1,
+  head = 2,
+  again = 3,
+  general_unit = 4,
+  unit_v2 = 5,
+  last_convolution = 6
+};
 
 struct Program {
   std::optional<PackedStem> stem;
-  std::vector<PackedUnit> units;
+  std::vector<PackedUnit> units;  // all of one version
+  std::optional<PackedLastConvolution> last;
   std::optional<PackedHead> head;
   Layout layout;   // of x
   Sizes x, sizes;  // of x, and of what the head, or else the caller, gets
+
+  bool is_v2() const { return !units.empty() && units[0].unit.is_v2(); }
 };
 
 class ProgramReader {
@@ -51,26 +70,32 @@ class ProgramReader {
     result.x = x_;
     result.units.reserve(16);            // the paper's
     const int64_t* last_unit = nullptr;  // its integers
-    bool is_general = false;             // whether it is a general one
+    StepKind last_kind{};                // what kind of a unit it is
     while (!result.head && at_ < program_.size()) {
       const StepKind kind{program_[at_]};
       if (kind == StepKind::stem && at_ == 0) {
         result.stem = read_stem();
-      } else if (kind == StepKind::unit || kind == StepKind::general_unit) {
-        is_general = kind == StepKind::general_unit;
-        last_unit = take(is_general ? 10 : 7);
-        result.units.push_back(read_unit(last_unit, is_general));
-      } else if (kind == StepKind::again && last_unit) {
+      } else if (is_unit(kind) && !result.last) {
+        last_kind = kind;
+        last_unit = take(kind == StepKind::unit_v2 ? 6 : kind == StepKind::general_unit ? 10 : 7);
+        result.units.push_back(read_unit(last_unit, kind));
+        if (result.units.back().unit.is_v2() != result.is_v2()) {
+          fail("program: got units of ShuffleNet v1 and v2, expected units of one version");
+        }
+      } else if (kind == StepKind::again && last_unit && !result.last) {
         const int64_t times = positive("times", take(1)[0]);
         for (int64_t i = 0; i < times; ++i) {
-          result.units.push_back(read_unit(last_unit, is_general));
+          result.units.push_back(read_unit(last_unit, last_kind));
           if (used_ > weights_) fail("weights: got ", weights_, " elements, expected more for ", times, " more units");
         }
+      } else if (kind == StepKind::last_convolution && !result.last) {
+        result.last = read_last_convolution();
       } else if (kind == StepKind::head) {
         result.head = read_head();
       } else {
         fail("program: got step ", program_[at_], " at element ", at_,
-             ", expected 0 (stem) first, 1 or 4 (unit), 3 (again) behind a unit or 2 (head) last");
+             ", expected 0 (stem) first, 1, 4 or 5 (unit), 3 (again) behind a unit, 6 (last convolution) behind units "
+             "or 2 (head) last");
       }
     }
     if (program_.empty() || at_ != program_.size()) {
@@ -84,6 +109,10 @@ class ProgramReader {
   }
 
  private:
+  static bool is_unit(StepKind kind) {
+    return kind == StepKind::unit || kind == StepKind::general_unit || kind == StepKind::unit_v2;
+  }
+
   // The integers of a step behind its kind.
   const int64_t* take(size_t count) {
     if (program_.size() - at_ < count + 1) {
@@ -155,7 +184,9 @@ class ProgramReader {
     return {stem, convolution(stem.out_channels, stem.taps())};
   }
 
-  PackedUnit read_unit(const int64_t* o, bool is_general) {
+  PackedUnit read_unit(const int64_t* o, StepKind kind) {
+    if (kind == StepKind::unit_v2) return read_unit_v2(o);
+    const bool is_general = kind == StepKind::general_unit;
     PackedUnit packed;
     Unit& unit = packed.unit;
     unit.batch = 1;
@@ -187,6 +218,46 @@ class ProgramReader {
     packed.conv3 = convolution(unit.out_channels, unit.slice_channels());
     sizes_ = {sizes_[0], unit.result_channels(), unit.out_height(), unit.out_width()};
     return packed;
+  }
+
+  PackedUnit read_unit_v2(const int64_t* o) {
+    PackedUnit packed;
+    Unit& unit = packed.unit;
+    unit.version = Version::v2;
+    unit.batch = 1;
+    unit.in_channels = sizes_[1];
+    unit.height = sizes_[2];
+    unit.width = sizes_[3];
+    unit.mid_channels = positive("mid_channels", o[0]);
+    unit.out_channels = positive("out_channels", o[1]);
+    unit.stride = stride(o[3]);
+    if (unit.stride == 2) unit.shortcut_channels = positive("shortcut_channels", o[2]);
+    unit.split_groups = o[4];
+    unit.join_groups = o[5];
+    unit.layout = layout_;
+    if (unit.stride == 1 && (o[2] != 0 || unit.in_channels % 2 != 0 || unit.out_channels != unit.in_channels / 2)) {
+      fail(
+          "program: got ", unit.in_channels, " input channels, ", unit.out_channels, " out_channels and ", o[2],
+          " shortcut_channels, expected an even number, its half and 0 (with stride 1, half of the unit's input passes "
+          "by)");
+    }
+    check_divides("program: split_groups", unit.split_groups, "input channels", unit.in_channels);
+    check_divides("program: shuffle_groups", unit.join_groups, "joined channels", unit.result_channels());
+    packed.conv1 = convolution(unit.mid_channels, unit.conv1_depth());
+    packed.conv2 = convolution(unit.mid_channels, 9);
+    packed.conv3 = convolution(unit.out_channels, unit.mid_channels);
+    if (unit.convolves_shortcut()) {
+      packed.shortcut1 = convolution(unit.in_channels, 9);
+      packed.shortcut2 = convolution(unit.shortcut_channels, unit.in_channels);
+    }
+    sizes_ = {sizes_[0], unit.result_channels(), unit.out_height(), unit.out_width()};
+    return packed;
+  }
+
+  PackedLastConvolution read_last_convolution() {
+    LastConvolution layer = {sizes_[1], sizes_[2], sizes_[3], positive("out_channels", take(1)[0])};
+    sizes_[1] = layer.out_channels;
+    return {layer, convolution(layer.out_channels, layer.in_channels)};
   }
 
   PackedHead read_head() {
@@ -245,7 +316,8 @@ inline std::pair<std::vector<ConvolutionArguments>, int64_t> network_arguments(
 
 // Refuses arguments that are not those of a program's convolutions.
 inline void check_network(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Tensor& x) {
-  const size_t count = program.stem.has_value() + 3 * program.units.size() + program.head.has_value();
+  size_t count = program.stem.has_value() + program.last.has_value() + program.head.has_value();
+  for (const PackedUnit& packed : program.units) count += packed.convolutions();
   if (arguments.size() != count) {
     fail("tensors: got those of ", arguments.size(), " convolutions and linear layers, expected ", count);
   }
@@ -259,6 +331,14 @@ inline void check_network(const Program& program, const std::vector<ConvolutionA
     check_convolution(*next++, x, {unit.mid_channels, unit.conv1_depth(), 1, 1});
     check_convolution(*next++, x, {unit.mid_channels, 1, 3, 3});
     check_convolution(*next++, x, {unit.out_channels, unit.slice_channels(), 1, 1});
+    if (unit.convolves_shortcut()) {
+      check_convolution(*next++, x, {unit.in_channels, 1, 3, 3});
+      check_convolution(*next++, x, {unit.shortcut_channels, unit.in_channels, 1, 1});
+    }
+  }
+  if (program.last) {
+    const LastConvolution& layer = program.last->layer;
+    check_convolution(*next++, x, {layer.out_channels, layer.in_channels, 1, 1});
   }
   if (program.head) check_convolution(*next, x, {program.head->head.classes, program.head->head.channels});
 }

@@ -1,4 +1,4 @@
-// One ShuffleNet v1 unit: its sizes, and the pointers that a kernel works on. Nothing here knows torch.
+// One ShuffleNet unit, v1 or v2: its sizes, and the pointers that a kernel works on. Nothing here knows torch.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,16 @@ struct Activation {
 };
 inline constexpr Activation kNoActivation, kRelu = {0};
 
+enum class Version { v1, v2 };
+
 // Sizes as checked by arguments.h; kernels trust them.
+//
+// A unit of v2 has the same three convolutions, none of them grouped and with no shuffle between them. With stride 1
+// conv1 reads the second half of x's channels, and the first half passes by; with stride 2 it reads all, and so does
+// the shortcut, a depthwise convolution and a pointwise one. What passes by, or the shortcut's result, is joined with
+// conv3's, which comes behind it, and the channels of both are shuffled.
 struct Unit {
+  Version version = Version::v1;
   int64_t batch = 0;
   int64_t in_channels = 0;
   int64_t height = 0;
@@ -35,11 +43,17 @@ struct Unit {
   bool pool_count_include_pad = true;
   bool shortcut_first = false;  // the pooled shortcut comes first in the concatenation
   bool shortcut_relu = true;    // the ReLU behind the concatenation is for the pooled shortcut as well
+  // Of v2: groups of the shuffle in whose order x's channels are split in halves, and of that of the joined ones.
+  int64_t split_groups = 1, join_groups = 1;
+  int64_t shortcut_channels = 0;  // of v2 with stride 2: of the shortcut's pointwise convolution
   Layout layout = Layout::contiguous;
 
   bool has_conv3() const { return out_channels != 0; }
-  bool adds_residual() const { return has_conv3() && stride == 1; }
-  bool concatenates_pool() const { return has_conv3() && stride == 2; }
+  bool is_v2() const { return version == Version::v2; }
+  bool adds_residual() const { return has_conv3() && stride == 1 && !is_v2(); }
+  bool concatenates_pool() const { return has_conv3() && stride == 2 && !is_v2(); }
+  bool passes_half() const { return is_v2() && stride == 1; }
+  bool convolves_shortcut() const { return is_v2() && stride == 2; }
 
   // Behind conv1, the depthwise convolution and conv3 (the residual added), and of the pooled shortcut.
   Activation conv1_activation() const { return kRelu; }
@@ -58,6 +72,7 @@ struct Unit {
   // Channels of the tensor that the unit writes.
   int64_t result_channels() const {
     if (!has_conv3()) return mid_channels;
+    if (is_v2()) return out_channels + (passes_half() ? in_channels / 2 : shortcut_channels);
     return out_channels + (concatenates_pool() ? in_channels : 0);
   }
 
@@ -65,17 +80,24 @@ struct Unit {
   int64_t slice_channels() const { return mid_channels / groups; }
   // Consecutive rows of conv1, which the shuffle puts shuffle_groups channels apart.
   int64_t shuffle_rows() const { return mid_channels / shuffle_groups; }
-  int64_t conv1_depth() const { return in_channels / conv1_groups; }
+  // The channels that conv1 reads, the first of which is conv1_first.
+  int64_t conv1_channels() const { return passes_half() ? in_channels / 2 : in_channels; }
+  int64_t conv1_first() const { return in_channels - conv1_channels(); }
+  int64_t conv1_depth() const { return conv1_channels() / conv1_groups; }
   int64_t conv1_group_rows() const { return mid_channels / conv1_groups; }
 
   // What one image takes.
   int64_t multiply_adds() const {
     return mid_channels * (height * width * conv1_depth() + out_height() * out_width() * 9) +
-           out_channels * out_height() * out_width() * slice_channels();
+           out_channels * out_height() * out_width() * slice_channels() +
+           out_height() * out_width() * shortcut_weights();
   }
   int64_t weights_and_biases() const {
-    return mid_channels * (conv1_depth() + 1 + 9 + 1) + out_channels * (slice_channels() + 1);
+    return mid_channels * (conv1_depth() + 1 + 9 + 1) + out_channels * (slice_channels() + 1) + shortcut_weights() +
+           (convolves_shortcut() ? in_channels + shortcut_channels : 0);
   }
+  // Those of the shortcut's two convolutions, without biases.
+  int64_t shortcut_weights() const { return convolves_shortcut() ? in_channels * (9 + shortcut_channels) : 0; }
 };
 
 // y = scale * (weight (*) x) + bias, for each output channel. The arrays hold the kernel's accumulator type.
@@ -88,9 +110,15 @@ struct Convolution {
 struct UnitPointers {
   const void* x = nullptr;
   Convolution conv1, conv2, conv3;
+  Convolution shortcut1, shortcut2;  // of v2 with stride 2: the depthwise and the pointwise one
   void* result = nullptr;
   // How many elements lie between planes, in the contiguous layout.
   int64_t x_plane = 0, result_plane = 0;
+  // Of v2, where a channel's place has nothing to do with its number: the planes of those that conv1 reads, and those
+  // that rows of conv3 and of shortcut2 are written to. Null: in their order.
+  const int64_t* x_planes = nullptr;
+  const int64_t* conv3_planes = nullptr;
+  const int64_t* shortcut_planes = nullptr;
 };
 
 }  // namespace shufflenet

@@ -81,12 +81,18 @@ def unit_variant(
     return variant
 
 
-def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> bool:
-    """Whether a call of ``units``, one behind the other, on ``x`` runs the native kernel under the backend in use."""
+def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]], version: int = 1) -> bool:
+    """Whether a call of ``units``, one behind the other, on ``x`` runs the native kernel under the backend in use.
+
+    ``version`` is that of the ShuffleNet they are units of.
+    """
     if _backend == "reference" or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
         return False  # TorchScript's ONNX exporter takes PyTorch's operations alone; the other one knows ours (ops.py)
     if _native.native_error is None and x.is_cpu and x.dtype in _native.DTYPES:  # asked first, as it is most calls
         return True
+    if version == 2 and x.is_cuda:
+        fall_back("there is no CUDA kernel for units of ShuffleNet v2")
+        return False
     cause = _native.uncovered(x.shape, x.dtype, x.device, units)
     if cause is None:
         return True
@@ -115,9 +121,11 @@ def allows_tf32(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and _settings.convolutions_use_tf32
 
 
-def implementation(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> tuple[Any, dict[str, bool]]:
+def implementation(
+    x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]], version: int = 1
+) -> tuple[Any, dict[str, bool]]:
     """What runs a call of ``units`` on ``x`` under the backend in use, and the keyword arguments that only it takes."""
-    if runs_native(x, units):
+    if runs_native(x, units, version):
         # A keyword argument takes its time in the dispatcher.
         return torch.ops.shufflenet_ext, {"allow_tf32": True} if allows_tf32(x) else {}
     return reference, {}

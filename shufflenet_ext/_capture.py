@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shufflenet_ext._graph import Graph, Operation, Wire, trace
+from shufflenet_ext._graph import Graph, trace
+from shufflenet_ext._match import Found
 from shufflenet_ext._network import Chain, Head, chains_of
 
 
@@ -50,9 +51,10 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], chain_module: Cha
                         size[dim] = None
     module = first.program.module(check_guards=False)
     for number, chain in enumerate(chains):
-        name = f"chain{number}"
-        module.add_submodule(name, chain_module(model, chain))
-        replace(module.graph, chain.operations, chain.end, functools.partial(_call_module, module.graph, name))
+        module.add_submodule(f"chain{number}", chain_module(model, chain))
+    for number, chain in reversed(list(enumerate(chains))):
+        call = functools.partial(_call_module, module.graph, f"chain{number}")
+        replace(first, module.graph, chain, call)
     module.graph.lint()
     module.delete_all_unused_submodules()
     module.graph._tracer_cls = None  # export's own cannot be made anew, where a copy is unpickled
@@ -99,7 +101,9 @@ def _united(ours: list[Chain], theirs: list[Chain]) -> list[Chain] | None:
         return None
     united = []
     for one, other in zip(ours, theirs, strict=True):
-        if [found.unit for found in one.units] != [found.unit for found in other.units] or one.stem != other.stem:
+        if [found.unit for found in one.units] != [found.unit for found in other.units]:
+            return None
+        if one.stem != other.stem or one.last != other.last:
             return None
         head = _united_head(one.head, other.head)
         if (head is None) != (one.head is None):
@@ -120,6 +124,7 @@ def _united_head(one: Head | None, other: Head | None) -> Head | None:
 def _rest(graph: Graph, chains: list[Chain]) -> list[Any]:
     """What a graph calls besides its chains, with its arguments: the same for two graphs that compute the same."""
     inside = {id(operation.node) for chain in chains for operation in chain.operations}
+    inside |= {id(end_node(graph, chain)) for chain in chains}
     needed = _needed(graph, inside)
     order = {node: number for number, node in enumerate(needed)}
 
@@ -149,31 +154,40 @@ def _needed(graph: Graph, inside: set[int]) -> list[torch.fx.Node]:
     return [node for node in nodes if node in needed and node.op != "placeholder"]
 
 
+def end_node(graph: Graph, part: Chain | Found) -> torch.fx.Node:
+    """The node whose tensor is what a chain or a unit ends in: its last operation, or what joins the last ones."""
+    last = max(operation.node for operation in part.operations)
+    return next(node for node in graph.holders[part.end] if not node < last)
+
+
+def _twin(node: torch.fx.Node, by_name: dict[str, torch.fx.Node]) -> torch.fx.Node:
+    """A traced graph's node in a copy of the graph, where inputs may have other names: as what reads them has them."""
+    if node.op != "placeholder":
+        return by_name[node.name]
+    reader = next(user for user in node.users if user.name in by_name)
+    return by_name[reader.name].all_input_nodes[reader.all_input_nodes.index(node)]
+
+
 def replace(
-    graph: torch.fx.Graph, operations: list[Operation], end: Wire, call_of: Callable[[torch.fx.Node], torch.fx.Node]
+    graph: Graph,
+    target: torch.fx.Graph,
+    part: Chain | Found,
+    call_of: Callable[[torch.fx.Node], torch.fx.Node],
 ) -> None:
-    """Puts a call in the place of operations, the first of which reads the input; ``end`` is what they end in."""
-    by_name = {node.name: node for node in graph.nodes}
-    inside = [by_name[operation.node.name] for operation in operations]
-    order = {node: number for number, node in enumerate(graph.nodes)}
-    inside.sort(key=order.__getitem__)
-    with graph.inserting_before(inside[0]):
-        call = call_of(inside[0].args[0])
-    _holder(end, inside).replace_all_uses_with(call)
-    members = set(inside)
-    for node in reversed(list(graph.nodes)):
+    """Puts a call in the place of a chain or a unit in ``target``, the traced graph itself or a copy of it.
+
+    Of parts that follow each other, the last must be replaced first.
+    """
+    by_name = {node.name: node for node in target.nodes}
+    first = min(operation.node for operation in part.operations)
+    x = [node for node in graph.holders[part.input] if node < first][-1]
+    with target.inserting_before(by_name[first.name]):
+        call = call_of(_twin(x, by_name))
+    by_name[end_node(graph, part).name].replace_all_uses_with(call)
+    members = {operation.node.name for operation in part.operations}
+    for node in reversed(list(target.nodes)):
         # fx counts a dropout as impure, even one that drops nothing.
         pure = node.op in ("call_function", "get_attr") and not node.is_impure()
         idle = node.target is torch.ops.aten.dropout.default and not node.args[2]
-        if (node in members or pure or idle) and not node.users and node is not call:
-            graph.erase_node(node)
-
-
-def _holder(end: Wire, inside: list[torch.fx.Node]) -> torch.fx.Node:
-    """The node whose tensor is what operations end in: their last one, or the concatenation behind it."""
-    last = inside[-1]
-    if end.only() is not None:
-        return last
-    concatenations = (torch.ops.aten.cat.default, torch.ops.aten.concat.default)
-    (holder,) = (node for node in last.users if node.target in concatenations)
-    return holder
+        if (node.name in members or pure or idle) and not node.users and node is not call:
+            target.erase_node(node)

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from shufflenet_ext._backend import runs_native
-from shufflenet_ext._fused import Fused, Snapshot, foldable_unit, stage_names
-from shufflenet_ext._match import Norm, Stage, Unit
-from shufflenet_ext._network import Head, Stem
+from shufflenet_ext._fused import Fused, Snapshot, foldable_unit, own_stage, stage_names
+from shufflenet_ext._match import AnyUnit
+from shufflenet_ext._network import Head, LastConvolution, Stem
 from shufflenet_ext._program import program_of
 from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks
+from shufflenet_ext.modules_v2 import FusedShuffleUnitV2
 
 # What a module is of a network, and the module whose tensors it names.
-Part = tuple[nn.Module, Stem | Unit | Head]
+Part = tuple[nn.Module, Stem | AnyUnit | LastConvolution | Head]
 
 
 def is_plain_inference(x: Any) -> bool:
@@ -150,7 +151,7 @@ def sequential_plan(sequential: nn.Sequential) -> Plan | None:
         part = part_of(leaf)
         if part is None:
             runs.append(leaf)
-        elif isinstance(part, Unit) and runs and isinstance(runs[-1], list):
+        elif runs and isinstance(runs[-1], list) and _goes_on(runs[-1], part):
             runs[-1].append((leaf, part))
         else:
             runs.append([(leaf, part)])
@@ -158,9 +159,15 @@ def sequential_plan(sequential: nn.Sequential) -> Plan | None:
     return Plan(joined, containers) if any(isinstance(run, list) for run in joined) else None
 
 
+def _goes_on(run: list[Part], part: Stem | AnyUnit) -> bool:
+    """Whether a part may follow a run in one op: a unit, behind none of another version."""
+    units = [unit for _, unit in run if isinstance(unit, AnyUnit)]
+    return isinstance(part, AnyUnit) and all(type(unit) is type(part) for unit in units)
+
+
 def joins(sequential: nn.Sequential) -> bool:
     """Whether fused modules follow each other in a Sequential, which so can run as one op in eval mode."""
-    fused = [isinstance(leaf, Fused | FusedShuffleBottleneck) for leaf in _leaves(sequential, [])]
+    fused = [isinstance(leaf, Fused | FusedShuffleBottleneck | FusedShuffleUnitV2) for leaf in _leaves(sequential, [])]
     return any(first and second for first, second in itertools.pairwise(fused))
 
 
@@ -174,43 +181,60 @@ def _leaves(sequential: nn.Sequential, containers: list[nn.Module]) -> Iterator[
             yield child
 
 
-def part_of(module: nn.Module) -> Stem | Unit | None:
+def part_of(module: nn.Module) -> Stem | AnyUnit | None:
     """The stem or the unit that a fused module is, where it is no more than its tensors."""
     if isinstance(module, FusedStem):
         return module._adopted.part if not has_hooks(module) and module._adopted.unchanged() else None
     return foldable_unit(module)
 
 
-def own_parts(network: Any, *, max_pool: bool, window: int) -> list[Part] | None:
-    """The parts of one of this package's networks; None where it is more than them."""
-    conv, norm, linear = network.conv1, network.bn1, network.linear
-    layers = network.layer1, network.layer2, network.layer3
+def own_parts(
+    network: Any,
+    layers: Sequence[nn.Module],
+    *,
+    stem: tuple[str, str],
+    last: tuple[str, str] | None,
+    linear: str,
+    max_pool: bool,
+    window: int,
+) -> list[Part] | None:
+    """The parts of one of this package's networks; None where it is more than them.
+
+    ``stem`` and ``last`` name a convolution and its norm, ``linear`` the linear layer.
+    """
     # Hooks of any module first: where there are some, this is asked at each call.
     if any(map(has_hooks, network.modules())) or not {nn.Sequential, FusedSequential}.issuperset(map(type, layers)):
         return None
-    if (type(conv), type(linear)) != (nn.Conv2d, nn.Linear):
+    classifier = network.get_submodule(linear)
+    convolutions = [tuple(map(network.get_submodule, names)) for names in (stem, last) if names is not None]
+    if type(classifier) is not nn.Linear or not all(_is_plain(*each) for each in convolutions):
         return None
-    if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_mean is None:
+    conv = convolutions[0][0]
+    size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    if stride not in (1, 2) or padding >= size:
         return None
-    size, stride, padding = conv.kernel_size, conv.stride, conv.padding
-    if len(set(size)) > 1 or len(set(stride)) > 1 or len(set(padding)) > 1 or isinstance(padding, str):
-        return None
-    plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
-    if not plain or stride[0] not in (1, 2) or padding[0] >= size[0]:
-        return None
+    stages = [own_stage(names[0], c, names[1], n) for names, (c, n) in zip((stem, last), convolutions, strict=False)]  # type: ignore[index]
+    parts: list[Part] = [(network, Stem(stages[0], conv.out_channels, size, stride, padding, max_pool, relu=True))]
+    units = [(unit, part) for layer in layers for unit in layer if (part := part_of(unit)) is not None]  # type: ignore[attr-defined]
+    parts += units
+    if last is not None:
+        pointwise = convolutions[1][0]
+        if (pointwise.kernel_size, pointwise.stride, pointwise.padding) != ((1, 1), (1, 1), (0, 0)):
+            return None
+        parts.append((network, LastConvolution(stages[1], pointwise.out_channels)))
+    bias = None if classifier.bias is None else f"{linear}.bias"
+    parts.append((network, Head(f"{linear}.weight", bias, classifier.out_features, window, exact=False, whole=False)))
+    return parts if len(units) == sum(map(len, layers)) else None  # type: ignore[arg-type]
 
-    def name(module: str, tensor: str) -> str | None:
-        return None if getattr(getattr(network, module), tensor) is None else f"{module}.{tensor}"
 
-    stage = Stage(
-        "conv1.weight",
-        name("conv1", "bias"),
-        Norm(name("bn1", "weight"), name("bn1", "bias"), "bn1.running_mean", "bn1.running_var", norm.eps),
-    )
-    stem = Stem(stage, conv.out_channels, size[0], stride[0], padding[0], max_pool, relu=True)
-    head = Head("linear.weight", name("linear", "bias"), linear.out_features, window, exact=False, whole=False)
-    units = [(unit, part) for layer in layers for unit in layer if (part := part_of(unit)) is not None]
-    return [(network, stem), *units, (network, head)] if len(units) == sum(map(len, layers)) else None
+def _is_plain(conv: Any, norm: Any) -> bool:
+    """Whether a convolution and its norm are no more than a square, dense one, and one with running statistics."""
+    if type(conv) is not nn.Conv2d or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_mean is None:
+        return False
+    settings = conv.kernel_size, conv.stride, conv.padding
+    if any(isinstance(each, str) or len(set(each)) > 1 for each in settings):
+        return False
+    return conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
 
 
 def network_plan(parts: list[Part] | None) -> Plan | None:

@@ -51,6 +51,63 @@ def _check_convolution(name: str, weight: Tensor, bias: Tensor | None, shape: tu
             raise ValueError(f"{name}_{suffix}: got device {tensor.device}, expected x's, {x.device}")
 
 
+def _check_rows(name: str, weight: Tensor | None, expected: str) -> int:
+    check_tensor(name, weight)
+    assert weight is not None
+    if weight.dim() != 4 or weight.shape[0] < 1:
+        raise ValueError(f"{name}: got shape {list(weight.shape)}, expected {expected}")
+    return weight.shape[0]
+
+
+def check_unit_v2(
+    x: Tensor,
+    conv1: tuple[Tensor, Tensor | None],
+    conv2: tuple[Tensor, Tensor | None],
+    conv3: tuple[Tensor, Tensor | None],
+    shortcut1: tuple[Tensor | None, Tensor | None],
+    shortcut2: tuple[Tensor | None, Tensor | None],
+    *,
+    stride: int,
+    split_groups: int,
+    shuffle_groups: int,
+) -> None:
+    """TypeError or ValueError, naming the argument, unless the arguments describe a unit of ShuffleNet v2."""
+    check_tensor("x", x)
+    for name, number in (("stride", stride), ("split_groups", split_groups), ("shuffle_groups", shuffle_groups)):
+        check_int(name, number)
+    check_image(x)
+    if stride not in (1, 2):
+        raise ValueError(f"stride: got {stride}, expected 1 or 2")
+    channels = x.shape[1]
+    if stride == 1 and channels % 2 != 0:
+        expected = "an even number of channels (with stride 1, half of them pass by)"
+        raise ValueError(f"x: got shape {list(x.shape)}, expected {expected}")
+    mid = _check_rows("conv1_weight", conv1[0], "[mid_channels, the channels that it reads, 1, 1]")
+    out = _check_rows("conv3_weight", conv3[0], "[out_channels, mid_channels, 1, 1]")
+    check_tensor("conv2_weight", conv2[0])
+    _check_convolution("conv1", *conv1, (mid, channels // 2 if stride == 1 else channels, 1, 1), x)
+    _check_convolution("conv2", *conv2, (mid, 1, 3, 3), x)
+    _check_convolution("conv3", *conv3, (out, mid, 1, 1), x)
+    if stride == 1 and out != channels // 2:
+        expected = f"{channels // 2} (with stride 1, half of x passes by, and the other half's place is taken)"
+        raise ValueError(f"conv3_weight: got {out} rows, expected {expected}")
+    for name, (weight, _) in (("shortcut1_weight", shortcut1), ("shortcut2_weight", shortcut2)):
+        if (weight is not None) != (stride == 2):
+            got, expected = ("None", "a tensor") if stride == 2 else ("a tensor", "None")
+            raise ValueError(f"{name}: got {got} with stride {stride}, expected {expected}")
+    joined = out + channels // 2
+    if stride == 2:
+        shortcut_channels = _check_rows("shortcut2_weight", shortcut2[0], "[shortcut_channels, x's channels, 1, 1]")
+        check_tensor("shortcut1_weight", shortcut1[0])
+        assert shortcut1[0] is not None
+        assert shortcut2[0] is not None
+        _check_convolution("shortcut1", shortcut1[0], shortcut1[1], (channels, 1, 3, 3), x)
+        _check_convolution("shortcut2", shortcut2[0], shortcut2[1], (shortcut_channels, channels, 1, 1), x)
+        joined = out + shortcut_channels
+    check_divides("split_groups", split_groups, "x's channels", channels)
+    check_divides("shuffle_groups", shuffle_groups, "the result's channels", joined)
+
+
 def check_unit(
     x: Tensor,
     conv1_weight: Tensor,

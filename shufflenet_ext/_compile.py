@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from shufflenet_ext._capture import replace
 from shufflenet_ext._fused import run_unit, stage_names
 from shufflenet_ext._graph import Operation, TraceError, graph_of
-from shufflenet_ext._match import Unit
+from shufflenet_ext._match import AnyUnit
 from shufflenet_ext._network import chains_of
 
 
@@ -33,17 +33,19 @@ def _with_ops(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     with mode:
         traced = make_fx(module, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
     try:
-        chains = chains_of(graph_of(traced))
+        graph = graph_of(traced)
+        chains = chains_of(graph)
     except TraceError:
         return module
     inputs = {node.name: node for node in traced.graph.nodes if node.op == "placeholder"}
-    found = [found for chain in chains for found in chain.units]
-    for each in found:
+    on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in example_inputs)
+    found = [found for chain in chains for found in chain.units if not (on_cuda and found.unit.version == 2)]
+    for each in reversed(found):  # a call stands before the nodes that it takes the place of
         names = [stage_names(stage) for stage in each.unit.stages]
         tensors = [[None if name is None else inputs[name] for name in stage] for stage in names]
         in_order = all(stage.order is None and stage.norm_order is None for stage in each.unit.stages)
         if in_order and not any(map(_depends_on_sizes, each.operations)):
-            replace(traced.graph, each.operations, each.end, _call(traced.graph, each.unit, tensors))
+            replace(graph, traced.graph, each, _call(traced.graph, each.unit, tensors))
     if not found:
         return module
     traced.graph.lint()
@@ -56,7 +58,7 @@ def _depends_on_sizes(operation: Operation) -> bool:
     return any(isinstance(node.meta.get("val"), torch.SymInt) for node in operation.node.all_input_nodes)
 
 
-def _call(graph: torch.fx.Graph, unit: Unit, tensors: list[list[Any]]) -> Callable[[torch.fx.Node], torch.fx.Node]:
+def _call(graph: torch.fx.Graph, unit: AnyUnit, tensors: list[list[Any]]) -> Callable[[torch.fx.Node], torch.fx.Node]:
     def run(x: Tensor, tensors: list[list[Tensor | None]]) -> Tensor:
         return run_unit(x, unit, tensors)
 

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from shufflenet_ext import ops, reference
 from shufflenet_ext._backend import allows_tf32, fall_back, runs_native
-from shufflenet_ext._match import Norm, Stage, Unit
+from shufflenet_ext._fold import fold_norm
+from shufflenet_ext._match import AnyUnit, Norm, Stage, Unit, UnitV2
 from shufflenet_ext._network import Stem
+from shufflenet_ext._unit_v2 import run_unit_v2
 from shufflenet_ext.modules import HOOKS, FusedShuffleBottleneck, has_hooks, leaf_node, unfusable
+from shufflenet_ext.modules_v2 import FusedShuffleUnitV2, unfusable_v2
 
 _PLAIN = (int, float, bool, str, tuple, list, type(None))
 
@@ -59,7 +62,7 @@ class Snapshot:
 class _Adopted:
     """What a fused module knows of itself as a unit or a stem."""
 
-    def __init__(self, module: nn.Module, part: Unit | Stem) -> None:
+    def __init__(self, module: nn.Module, part: AnyUnit | Stem) -> None:
         self.part: Any = part
         self.paths = [_paths(stage) for stage in part.stages]
         self.orders = [_orders(stage) for stage in part.stages]
@@ -99,12 +102,12 @@ def _read(module: Any, path: list[str]) -> Any:
     return getattr(module, path[-1])
 
 
-def raw_tensors(module: nn.Module, unit: Unit | Stem) -> list[list[Tensor | None]]:
+def raw_tensors(module: nn.Module, unit: AnyUnit | Stem) -> list[list[Tensor | None]]:
     """As :func:`stage_tensors`, each as the module has it."""
     return _read_all(module, [_paths(stage) for stage in unit.stages], [[None] * 6] * len(unit.stages))
 
 
-def stage_tensors(module: nn.Module, unit: Unit | Stem) -> list[list[Tensor | None]]:
+def stage_tensors(module: nn.Module, unit: AnyUnit | Stem) -> list[list[Tensor | None]]:
     """Of each convolution: weight, bias, and the norm's weight, bias, mean, variance; in the unit's order."""
     return _read_all(module, [_paths(stage) for stage in unit.stages], [_orders(stage) for stage in unit.stages])
 
@@ -132,17 +135,7 @@ def _reordered(tensor: Tensor, order: Tensor | None) -> Tensor:
 
 def fold(stage: Stage, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the convolution that equals a stage in eval mode."""
-    weight, bias, gamma, beta, mean, var = tensors
-    assert weight is not None
-    if stage.norm is None:
-        return weight, bias
-    assert mean is not None
-    assert var is not None
-    scale = torch.rsqrt(var + stage.norm.eps)
-    scale = scale if gamma is None else scale * gamma
-    shift = -mean if bias is None else bias - mean
-    shift = shift * scale if beta is None else torch.addcmul(beta, shift, scale)
-    return weight * scale.to(weight.dtype).view(-1, 1, 1, 1), shift.to(weight.dtype)
+    return fold_norm(tensors, None if stage.norm is None else stage.norm.eps)
 
 
 def folded(module: nn.Module, stage: Stage, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -172,7 +165,7 @@ def plain_stem(x: Tensor, stem: Stem, tensors: list[list[Tensor | None]], *, tra
     return F.max_pool2d(y, 3, stride=2, padding=1) if stem.max_pool else y
 
 
-def plain_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]], *, training: bool) -> Tensor:
+def plain_unit(x: Tensor, unit: AnyUnit, tensors: list[list[Tensor | None]], *, training: bool) -> Tensor:
     """What a unit computes, in plain PyTorch, with or without its batch norms in training mode."""
 
     def stage(y: Tensor, index: int, **options: Any) -> Tensor:
@@ -181,6 +174,14 @@ def plain_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]], *, tra
         y = F.conv2d(y, weight, bias, **options)
         return y if norm is None else F.batch_norm(y, mean, var, gamma, beta, training, 0.0, norm.eps)
 
+    if isinstance(unit, UnitV2):
+        beside, y = reference.split_halves(x, stride=unit.stride, split_groups=unit.split_groups)
+        if unit.stride == 2:
+            beside = stage(beside, 3, stride=2, padding=1, groups=unit.in_channels)
+            beside = F.relu(stage(beside, 4))
+        y = F.relu(stage(y, 0))
+        y = F.relu(stage(stage(y, 1, stride=unit.stride, padding=1, groups=unit.mid_channels), 2))
+        return reference.shuffle_channels(torch.cat([beside, y], 1), unit.shuffle_groups)
     y = F.relu(stage(x, 0, groups=unit.conv1_groups))
     y = reference.shuffle_channels(y, unit.shuffle_groups)
     y = stage(y, 1, stride=unit.stride, padding=1, groups=unit.mid_channels)
@@ -195,9 +196,11 @@ def plain_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]], *, tra
     )
 
 
-def run_unit(x: Tensor, unit: Unit, tensors: list[list[Tensor | None]]) -> Tensor:
+def run_unit(x: Tensor, unit: AnyUnit, tensors: list[list[Tensor | None]]) -> Tensor:
     """A unit, with its norms in eval mode, by the native op; tensors as :func:`stage_tensors` has them."""
     norms = [stage.norm for stage in unit.stages]
+    if isinstance(unit, UnitV2):
+        return run_unit_v2(x, tensors, [None if norm is None else norm.eps for norm in norms], unit.step, unit.options)
     if None not in norms:
         eps = {f"bn{i}_eps": norm.eps for i, norm in enumerate(norms, 1) if norm is not None}
         flat = [tensor for stage in tensors for tensor in stage]
@@ -237,9 +240,9 @@ class FusedUnit(Fused):
     """The mixin of a unit."""
 
     @property
-    def fused_unit(self) -> Unit:
+    def fused_unit(self) -> AnyUnit:
         """The unit that it is: its geometry, and which of its tensors are whose."""
-        unit: Unit = self._adopted.part
+        unit: AnyUnit = self._adopted.part
         return unit
 
     def _run(self, x: Tensor) -> Tensor | None:
@@ -248,7 +251,7 @@ class FusedUnit(Fused):
             if not adopted.training():
                 fall_back(f"a fused {type(self).__name__} is not what it was when fuse() proved it")
             return None
-        if not runs_native(x, lambda: [unit.sizes]):
+        if not runs_native(x, lambda: unit.sizes, unit.version):
             return None
         return run_unit(x, unit, _read_all(self, adopted.paths, adopted.orders))
 
@@ -281,38 +284,27 @@ def _fused_class(mixin: type[Fused], base: Any) -> type[nn.Module]:
     return _fused_classes.setdefault((mixin, base), created)
 
 
-def adopt(module: nn.Module, part: Unit | Stem, mixin: type[Fused]) -> None:
+def adopt(module: nn.Module, part: AnyUnit | Stem, mixin: type[Fused]) -> None:
     """Makes a module run fused. It keeps its tensors, children, hooks and everything else that it has."""
     module.__class__ = _fused_class(mixin, type(module))
     adopted = _Adopted(module, part)
     object.__setattr__(module, "_adopted", adopted)
 
 
-def foldable_unit(module: nn.Module) -> Unit | None:
+def foldable_unit(module: nn.Module) -> AnyUnit | None:
     """The unit that a fused module is, where it is no more than its tensors; None where it is not."""
     if has_hooks(module):
         return None
     if isinstance(module, FusedUnit):
         return module.fused_unit if module._adopted.unchanged() else None
+    if type(module) is FusedShuffleUnitV2:
+        return None if unfusable_v2(module) is not None else _own_unit_v2(module)
     if type(module) is not FusedShuffleBottleneck:
         return None
     pairs = module.pairs()
     if any(unfusable(conv, norm) is not None for conv, norm in pairs):
         return None
-    stages = tuple(
-        Stage(
-            f"conv{i}.weight",
-            None if conv.bias is None else f"conv{i}.bias",
-            Norm(
-                None if norm.weight is None else f"bn{i}.weight",
-                None if norm.bias is None else f"bn{i}.bias",
-                f"bn{i}.running_mean",
-                f"bn{i}.running_var",
-                norm.eps,
-            ),
-        )
-        for i, (conv, norm) in enumerate(pairs, 1)
-    )
+    stages = tuple(own_stage(f"conv{i}", conv, f"bn{i}", norm) for i, (conv, norm) in enumerate(pairs, 1))
     return Unit(
         in_channels=module.conv1.in_channels,
         mid_channels=module.conv1.out_channels,
@@ -326,4 +318,35 @@ def foldable_unit(module: nn.Module) -> Unit | None:
         shortcut_first=module.shortcut_first,
         shortcut_relu=module.shortcut_relu,
         stages=stages,  # type: ignore[arg-type]  # three of them
+    )
+
+
+def own_stage(conv_name: str, conv: Any, norm_name: str, norm: Any) -> Stage:
+    """A convolution and a norm of a module, which have these names in it, as a stage."""
+    return Stage(
+        f"{conv_name}.weight",
+        None if conv.bias is None else f"{conv_name}.bias",
+        Norm(
+            None if norm.weight is None else f"{norm_name}.weight",
+            None if norm.bias is None else f"{norm_name}.bias",
+            f"{norm_name}.running_mean",
+            f"{norm_name}.running_var",
+            norm.eps,
+        ),
+    )
+
+
+def _own_unit_v2(unit: FusedShuffleUnitV2) -> UnitV2:
+    names = [("branch2", 0, 1), ("branch2", 3, 4), ("branch2", 5, 6), ("branch1", 0, 1), ("branch1", 2, 3)]
+    pairs = unit.pairs()
+    return UnitV2(
+        in_channels=unit.in_channels,
+        mid_channels=pairs[0][0].out_channels,
+        out_channels=pairs[2][0].out_channels,
+        shortcut_channels=pairs[4][0].out_channels if unit.stride == 2 else 0,
+        **unit.options(),
+        stages=tuple(
+            own_stage(f"{branch}.{i}", conv, f"{branch}.{j}", norm)
+            for (branch, i, j), (conv, norm) in zip(names, pairs, strict=False)
+        ),
     )

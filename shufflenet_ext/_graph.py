@@ -5,8 +5,9 @@ that stand for the elements. Wherever an operation reads a tensor, the numbers i
 operations before it are there, however the code that moved them was written.
 """
 
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,9 +67,20 @@ class Wire:
         ((source, order),) = self.runs
         return (source, list(order)) if sorted(order) == list(range(source.channels)) else None
 
+    def channels(self) -> list[tuple["Operation", int]]:
+        """Each channel as the operation whose it is, and its number there."""
+        return [(source, channel) for source, order in self.runs for channel in order]
+
     def only(self) -> "Operation | None":
         """The operation whose result this is, unmoved."""
         return self.runs[0][0] if self.runs and self == self.runs[0][0].result else None
+
+
+def wire_of(channels: Sequence[tuple["Operation", int]]) -> Wire:
+    """The wire that holds these channels."""
+    runs = itertools.groupby(channels, key=lambda channel: id(channel[0]))
+    grouped = [list(run) for _, run in runs]
+    return Wire(tuple((run[0][0], tuple(channel for _, channel in run)) for run in grouped))
 
 
 @dataclass(eq=False)
@@ -111,6 +123,7 @@ class Graph:
     operations: list[Operation]  # in the order of their calls
     outputs: list[Any]  # a Wire for each tensor; other things as they are
     program: Any  # the ExportedProgram
+    holders: dict[Wire, list[torch.fx.Node]]  # the nodes whose tensors hold a wire, in their order
 
     @property
     def inputs(self) -> list[Operation]:
@@ -170,7 +183,13 @@ class _Tracer:
                 env[node] = self._call(node, args, kwargs)
             else:
                 env[node] = node
-        return Graph(self.operations, outputs, program)
+        holders: dict[Wire, list[torch.fx.Node]] = {}
+        for node, value in env.items():
+            # Numbers that were written into are by now what the last writer has put there.
+            wire = self._wire(value) if isinstance(value, Tensor) else None
+            if isinstance(wire, Wire) and len(wire.runs[0][0].shape) == value.dim():
+                holders.setdefault(wire, []).append(node)
+        return Graph(self.operations, outputs, program, holders)
 
     def _placeholder(self, node: torch.fx.Node) -> Any:
         value = node.meta.get("val")
@@ -257,29 +276,25 @@ class _Tracer:
         if numbers.dtype != torch.int64 or numbers.dim() < 2 or numbers.numel() == 0:
             return _Scrambled()
         flat = numbers.reshape(*numbers.shape[:2], -1)
+        batch, _, pixels = flat.shape
         first = flat[0, :, 0].contiguous()
-        sources = torch.searchsorted(torch.tensor(self.starts), first, right=True) - 1
-        runs: list[tuple[Operation, tuple[int, ...]]] = []
-        at = 0
-        for index, count in zip(
-            *(t.tolist() for t in torch.unique_consecutive(sources, return_counts=True)), strict=True
-        ):
-            source = self.operations[index]
-            size = torch.Size(source.shape[2:]).numel()
-            if len(source.shape) < 2 or size != flat.shape[2] or source.shape[0] != flat.shape[0]:
+        indices = torch.searchsorted(torch.tensor(self.starts), first, right=True) - 1
+        sources = [self.operations[index] for index in indices.tolist()]
+        for source in set(sources):
+            if len(source.shape) < 2 or source.shape[0] != batch or torch.Size(source.shape[2:]).numel() != pixels:
                 return _Scrambled()
             if len(source.shape) == numbers.dim() and source.shape[2:] != numbers.shape[2:]:
                 return _Scrambled()
-            channels = (first[at : at + count] - self.starts[index]) // size
-            expected = torch.arange(self.starts[index], self.starts[index] + torch.Size(source.shape).numel())
-            expected = expected.view(*source.shape[:2], -1)
-            if int(channels.max()) >= source.channels or not torch.equal(
-                flat[:, at : at + count], expected[:, channels]
-            ):
-                return _Scrambled()
-            runs.append((source, tuple(channels.tolist())))
-            at += count
-        return Wire(tuple(runs))
+        places = first - torch.tensor(self.starts)[indices]
+        channels = places // pixels
+        counts = torch.tensor([source.channels for source in sources])
+        images = torch.arange(batch).view(-1, 1) * (counts * pixels) + first
+        whole = channels * pixels == places
+        if not bool((whole & (channels < counts)).all()):
+            return _Scrambled()
+        if not torch.equal(flat, images.unsqueeze(2) + torch.arange(pixels)):
+            return _Scrambled()
+        return wire_of(list(zip(sources, channels.tolist(), strict=True)))
 
 
 def _normalised(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:

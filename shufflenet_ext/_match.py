@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shufflenet_ext._backend import unit_variant
-from shufflenet_ext._graph import Graph, Operation, Parameter, Wire
+from shufflenet_ext._graph import Operation, Parameter, Wire
 from shufflenet_ext._native import UnitSizes
 from shufflenet_ext._program import StepKind
 
@@ -52,12 +52,14 @@ class Unit:
     shortcut_relu: bool
     stages: tuple[Stage, Stage, Stage]
 
+    version = 1  # of the ShuffleNet that it is a unit of
+
     @property
-    def sizes(self) -> UnitSizes:
-        """The unit for the planner."""
+    def sizes(self) -> list[UnitSizes]:
+        """The unit for the planner, in a list."""
         conv1 = (self.mid_channels, self.in_channels // self.conv1_groups, 1, 1)
         conv3 = (self.out_channels, self.mid_channels // self.groups, 1, 1)
-        return (*conv1, *conv3, self.conv1_groups, self.groups, self.stride, self.shuffle_groups)
+        return [(*conv1, *conv3, self.conv1_groups, self.groups, self.stride, self.shuffle_groups)]
 
     @property
     def variant(self) -> dict[str, Any]:
@@ -89,11 +91,46 @@ class Unit:
         return {name: getattr(self, name) for name in names.split()}
 
 
+@dataclass(frozen=True)
+class UnitV2:
+    """A unit of ShuffleNet v2: its geometry, and which tensors it has, as shufflenet_ext.ops.shuffle_unit_v2 does."""
+
+    in_channels: int
+    mid_channels: int
+    out_channels: int
+    shortcut_channels: int  # 0 with stride 1
+    stride: int
+    split_groups: int
+    shuffle_groups: int
+    stages: tuple[Stage, ...]  # three, and the shortcut's two with stride 2
+
+    @property
+    def sizes(self) -> list[UnitSizes]:
+        """None: no planner knows it."""
+        return []
+
+    version = 2
+
+    @property
+    def step(self) -> list[int]:
+        """Its step in a program."""
+        numbers = self.mid_channels, self.out_channels, self.shortcut_channels
+        return [StepKind.UNIT_V2.value, *numbers, self.stride, self.split_groups, self.shuffle_groups]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`shufflenet_ext.ops.shuffle_unit_v2`."""
+        return {"stride": self.stride, "split_groups": self.split_groups, "shuffle_groups": self.shuffle_groups}
+
+
+AnyUnit = Unit | UnitV2
+
+
 @dataclass
 class Found:
     """A unit in a graph."""
 
-    unit: Unit
+    unit: AnyUnit
     input: Wire
     end: Wire
     operations: list[Operation] = field(default_factory=list)  # all that it takes the place of
@@ -107,39 +144,23 @@ class NearMiss(Exception):  # noqa: N818 (it is no error)
         self.depth = depth
 
 
-def unit_of(graph: Graph) -> Unit:
-    """The unit that a traced module is. NearMiss, with the cause, where it is none."""
-    if len(graph.outputs) != 1 or not isinstance(graph.outputs[0], Wire):
-        raise NearMiss(0, "it does not return one tensor made of whole channels")
-    if len(graph.inputs) != 1:
-        raise NearMiss(0, "it does not take one tensor")
-    found = unit_at(graph.outputs[0])
-    if found.input.only() is not graph.inputs[0]:
-        raise NearMiss(6, "its first convolution does not read its input as it is")
-    taken = {id(operation) for operation in [*found.operations, *graph.inputs]}
-    for operation in graph.operations:
-        if id(operation) not in taken:
-            raise NearMiss(6, f"it computes more than a unit: {operation.name}")
-    return found.unit
-
-
 def unit_at(end: Wire) -> Found:
     """The unit whose result a wire holds. NearMiss where it is none's."""
     main, shortcut, operations, options = _end(end)
-    conv3, norm3, order3 = _stage(main, operations)
-    _expect_in_order(order3, "the last convolution's result")
+    conv3, norm3, order3 = stage(main, operations)
+    expect_in_order(order3, "the last convolution's result")
     stage3 = named(conv3, norm3, "the last convolution")
-    behind = _whole(conv3.arguments["input"], 2, "what the last convolution reads")
+    behind = whole(conv3.arguments["input"], 2, "what the last convolution reads")
     conv2_relu = behind[0].name == "relu"
-    conv2, norm2, order2 = _stage(_past_relu(behind, operations), operations)
+    conv2, norm2, order2 = stage(past_relu(behind, operations), operations)
     # order2: which channel of conv2 each input of conv3 is, norm2[1] of them which each channel of the norm is
-    stride = _depthwise_stride(conv2)
-    between = _whole(conv2.arguments["input"], 4, "what the depthwise convolution reads")
+    stride = depthwise_stride(conv2)
+    between = whole(conv2.arguments["input"], 4, "what the depthwise convolution reads")
     if between[0].name != "relu":
         raise NearMiss(
             4, f"{between[0].name} stands between the first convolution and the depthwise one, expected relu"
         )
-    conv1, norm1, order1 = _stage(_past_relu(between, operations), operations)
+    conv1, norm1, order1 = stage(past_relu(between, operations), operations)
     stage1 = named(conv1, norm1, "the first convolution")
     for conv, which in ((conv1, "first"), (conv3, "last")):
         if square(conv) != (1, 1, 0, 1):
@@ -274,32 +295,32 @@ def _reaches(wire: Wire, target: Wire) -> bool:
     return False
 
 
-def _whole(wire: Any, depth: int, what: str) -> tuple[Operation, list[int]]:
+def whole(wire: Any, depth: int, what: str) -> tuple[Operation, list[int]]:
     whole = wire.whole() if isinstance(wire, Wire) else None
     if whole is None:
         raise NearMiss(depth, f"{what} is not a permutation of one tensor's channels")
     return whole
 
 
-def _past_relu(at: tuple[Operation, list[int]], operations: list[Operation]) -> Wire:
+def past_relu(at: tuple[Operation, list[int]], operations: list[Operation]) -> Wire:
     """What a ReLU reads, in the order in which its result is read; the result itself where it is no ReLU."""
     operation, order = at
     if operation.name != "relu":
         return Wire(((operation, tuple(order)),))
     operations.append(operation)
-    source, before = _whole(operation.arguments["self"], 3, "what a ReLU reads")
+    source, before = whole(operation.arguments["self"], 3, "what a ReLU reads")
     return Wire(((source, tuple(before[channel] for channel in order)),))
 
 
-def _stage(wire: Wire, operations: list[Operation]) -> tuple[Operation, _NormAt | None, list[int]]:
+def stage(wire: Wire, operations: list[Operation]) -> tuple[Operation, _NormAt | None, list[int]]:
     """The convolution, with or without a norm, that a wire holds, and which of its channels each channel is."""
-    operation, order = _whole(wire, 2, "what is behind a convolution")
+    operation, order = whole(wire, 2, "what is behind a convolution")
     norm: _NormAt | None = None
     if operation.name == "batch_norm":
         operations.append(operation)
         if operation.arguments["training"]:
             raise NearMiss(3, "a batch norm has no running statistics")
-        source, before = _whole(operation.arguments["input"], 3, "what a batch norm reads")
+        source, before = whole(operation.arguments["input"], 3, "what a batch norm reads")
         norm = operation, before
         operation, order = source, [before[channel] for channel in order]
     if operation.name != "conv2d":
@@ -308,7 +329,7 @@ def _stage(wire: Wire, operations: list[Operation]) -> tuple[Operation, _NormAt 
     return operation, norm, order
 
 
-def _depthwise_stride(conv: Operation) -> int:
+def depthwise_stride(conv: Operation) -> int:
     weight = conv.arguments["weight"]
     size, stride, padding, dilation = square(conv)
     depthwise = isinstance(weight, Parameter) and conv.arguments["groups"] == conv.channels == weight.shape[0]
@@ -372,7 +393,7 @@ def _shuffle_groups(order: Order) -> int:
     raise NearMiss(5, "between its first and last convolution the channels are in an order that is no shuffle")
 
 
-def _expect_in_order(order: list[int], what: str) -> None:
+def expect_in_order(order: list[int], what: str) -> None:
     if order != sorted(order):
         raise NearMiss(2, f"{what} is shuffled")
 

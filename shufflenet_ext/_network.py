@@ -1,10 +1,12 @@
 """Recognises what stands around the units of a whole model: chains of them, a stem ahead, a head behind."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shufflenet_ext._graph import Graph, Operation, Parameter, Wire
-from shufflenet_ext._match import Found, NearMiss, Stage, named, pair, square, unit_at
+from shufflenet_ext._match import Found, NearMiss, Stage, expect_in_order, named, pair, past_relu, square, stage, whole
 from shufflenet_ext._program import StepKind
+from shufflenet_ext._units import unit_ending_in
 
 _MOST_STEM_SIZE = 11  # of a kernel; csrc/network.h
 
@@ -34,6 +36,24 @@ class Stem:
 
 
 @dataclass(frozen=True)
+class LastConvolution:
+    """A dense 1x1 convolution behind the units, with or without a norm, and its ReLU."""
+
+    stage: Stage
+    out_channels: int
+
+    @property
+    def stages(self) -> tuple[Stage]:
+        """Its one stage."""
+        return (self.stage,)
+
+    @property
+    def step(self) -> list[int]:
+        """Its step in a program."""
+        return [StepKind.LAST_CONVOLUTION.value, self.out_channels]
+
+
+@dataclass(frozen=True)
 class Head:
     """A mean over pixels and a linear layer."""
 
@@ -53,47 +73,74 @@ class Head:
 
 @dataclass
 class Chain:
-    """Units one behind the other, with or without a stem and a head."""
+    """Units one behind the other, with or without a stem, and a last convolution and a head."""
 
     units: list[Found]
     input: Wire
     end: Wire
     operations: list[Operation]
     stem: Stem | None = None
+    last: LastConvolution | None = None
     head: Head | None = None
 
 
 def chains_of(graph: Graph) -> list[Chain]:
     """The chains of units of a graph, in their order."""
     readers = _Readers(graph)
-    found: dict[Wire, Found] = {}  # by the wires that they end in
-    for wire in readers.wires:
-        if any(source.name in ("relu", "avg_pool2d") for source, _ in wire.runs):
-            try:
-                unit = unit_at(wire)
-            except NearMiss:
-                continue
-            if readers.are_all_inside(unit.operations, wire):
-                found[wire] = unit
-    behind = {unit.input: (end, unit) for end, unit in found.items()}
+    found = _units(graph, readers)  # by the wires that they end in
+    behind = {unit.input: unit for unit in found.values()}
     chains = []
-    for unit in found.values():
-        before = found.get(unit.input)
-        if before is not None and readers.are_all_inside(
-            [*before.operations, *unit.operations], None, before.operations
-        ):
-            continue  # not the first of its chain
-        units, operations = [unit], list(unit.operations)
-        end = next(wire for wire, other in found.items() if other is unit)
-        while end in behind and readers.are_all_inside([*operations, *behind[end][1].operations], None, operations):
-            end, unit = behind[end]
-            units.append(unit)
-            operations += unit.operations
-        chain = Chain(units, units[0].input, end, operations)
-        _add_stem(chain, readers)
-        _add_head(chain, readers, graph)
-        chains.append(chain)
-    return chains
+    for first in found.values():
+        if first.input in found and behind[first.input] is first:
+            continue  # not the first of its line
+        line = [first]
+        while line[-1].end in behind:
+            line.append(behind[line[-1].end])
+        for units in _closed(line, readers):
+            operations = [operation for unit in units for operation in unit.operations]
+            chain = Chain(units, units[0].input, units[-1].end, operations)
+            _add_stem(chain, readers)
+            chains += _stem_ahead_of_a_pool(chain, readers)
+            _add_last_convolution(chain, readers, graph)
+            _add_head(chain, readers, graph)
+            chains.append(chain)
+    order = {id(operation): number for number, operation in enumerate(graph.operations)}
+    return sorted(chains, key=lambda chain: min(order[id(operation)] for operation in chain.operations))
+
+
+def _units(graph: Graph, readers: "_Readers") -> dict[Wire, Found]:
+    """All units that end in a wire which something reads whole, and those ahead of them."""
+    found: dict[Wire, Found] = {}
+    stack = [wire for wire in readers.wires if any(source.name in ("relu", "avg_pool2d") for source, _ in wire.runs)]
+    seen = set(stack)
+    stack.reverse()
+    while stack:
+        wire = stack.pop()
+        try:
+            unit = unit_ending_in(wire, graph)
+        except NearMiss:
+            continue
+        found[wire] = unit
+        if unit.input not in seen:  # in v2 nothing reads it but in halves
+            seen.add(unit.input)
+            stack.append(unit.input)
+    return found
+
+
+def _closed(line: list[Found], readers: "_Readers") -> Iterator[list[Found]]:
+    """The longest runs of a line of units of which nothing but the end is read elsewhere; the others are left out."""
+    first = 0
+    while first < len(line):
+        for last in range(len(line), first, -1):
+            units = line[first:last]
+            operations = [operation for unit in units for operation in unit.operations]
+            same = len({type(unit.unit) for unit in units}) == 1
+            if same and readers.are_all_inside(operations, units[-1].end):
+                yield units
+                break
+        else:
+            last = first + 1
+        first = last
 
 
 class _Readers:
@@ -111,7 +158,7 @@ class _Readers:
             for source in {id(source): source for source, _ in wire.runs}.values():
                 self.of.setdefault(id(source), []).append((reader, wire))
 
-    def are_all_inside(self, inside: list[Operation], end: Wire | None, of: list[Operation] | None = None) -> bool:
+    def are_all_inside(self, inside: list[Operation], end: Wire, of: list[Operation] | None = None) -> bool:
         """Whether whoever reads an operation is one of ``inside``, or reads the whole ``end``."""
         names = {id(operation) for operation in inside}
         return all(
@@ -153,14 +200,14 @@ def stem_at(end: Wire) -> tuple[Stem, Wire, list[Operation]] | None:
     source = at.arguments["input"]
     try:
         size, stride, padding, dilation = square(at)
-        stage = Stage(*named(at, norm, "the stem"))
+        own = Stage(*named(at, norm, "the stem"))
     except NearMiss:
         return None
     if not (1 <= size <= _MOST_STEM_SIZE and stride in (1, 2) and 0 <= padding < size and dilation == 1):
         return None
     if not isinstance(source, Wire):
         return None
-    return Stem(stage, at.channels, size, stride, padding, max_pool, relu), source, operations
+    return Stem(own, at.channels, size, stride, padding, max_pool, relu), source, operations
 
 
 def _add_stem(chain: Chain, readers: _Readers) -> None:
@@ -168,6 +215,39 @@ def _add_stem(chain: Chain, readers: _Readers) -> None:
     if found is not None and readers.are_all_inside([*found[2], *chain.operations], chain.end, found[2]):
         chain.stem, chain.input, operations = found
         chain.operations += operations
+
+
+def _stem_ahead_of_a_pool(chain: Chain, readers: _Readers) -> list[Chain]:
+    """The stem, a chain by itself, between which and the units is a max pool that no program has; or none."""
+    pool = chain.input.only()
+    if pool is None or pool.name not in ("max_pool2d", "max_pool2d_with_indices"):
+        return []
+    end = pool.arguments["self"]
+    found = stem_at(end) if isinstance(end, Wire) else None
+    if found is None or not readers.are_all_inside(found[2], end):
+        return []
+    own, source, operations = found
+    return [Chain([], source, end, operations, own)]
+
+
+def _add_last_convolution(chain: Chain, readers: _Readers, graph: Graph) -> None:
+    for relu in graph.operations:
+        if relu.name != "relu":
+            continue
+        operations: list[Operation] = []
+        try:
+            conv, norm, order = stage(past_relu(whole(relu.result, 1, "it"), operations), operations)
+            expect_in_order(order, "the last convolution's result")
+            same = conv.arguments["input"] == chain.end and conv.arguments["groups"] == 1
+            if not same or square(conv) != (1, 1, 0, 1) or (norm is not None and norm[1] != sorted(norm[1])):
+                continue
+            found = LastConvolution(Stage(*named(conv, norm, "the last convolution")), conv.channels)
+        except NearMiss:
+            continue
+        if readers.are_all_inside([*chain.operations, *operations], relu.result):
+            chain.last, chain.end = found, relu.result
+            chain.operations = [*chain.operations, *operations]
+        return
 
 
 def _add_head(chain: Chain, readers: _Readers, graph: Graph) -> None:

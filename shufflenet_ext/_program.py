@@ -7,6 +7,10 @@ Each step is its kind and the integers that are listed here:
 - ``UNIT, mid_channels, out_channels, conv1_groups, groups, stride, conv2_relu, pool_count_include_pad``: a unit.
 - ``GENERAL_UNIT``, the integers of a unit, then ``shuffle_groups, shortcut_first, shortcut_relu``: a unit in general.
 - ``AGAIN, times``: the unit before, so many times more, with weights of its own each time.
+- ``UNIT_V2, mid_channels, out_channels, shortcut_channels, stride, split_groups, shuffle_groups``: a unit of ShuffleNet
+  v2, as :func:`shufflenet_ext.ops.shuffle_unit_v2` computes it; ``shortcut_channels`` is 0 with stride 1. The units of
+  a program are all of one version.
+- ``LAST_CONVOLUTION, out_channels``: a dense 1×1 convolution and a ReLU, once and behind the units.
 - ``HEAD, classes, pool_window``: the mean of the upper left ``pool_window`` × ``pool_window`` pixels (0: of all), and a
   linear layer. It comes last.
 
@@ -28,11 +32,22 @@ class StepKind(IntEnum):
     HEAD = 2
     AGAIN = 3
     GENERAL_UNIT = 4
+    UNIT_V2 = 5
+    LAST_CONVOLUTION = 6
 
 
 _MOST_KERNEL_SIZE = 11  # the largest convolution of a stem, as in csrc/network.h
+_UNITS = (StepKind.UNIT, StepKind.GENERAL_UNIT, StepKind.UNIT_V2)
 # How many integers follow a step's kind.
-_STEP_LENGTHS = {StepKind.STEM: 6, StepKind.UNIT: 7, StepKind.HEAD: 2, StepKind.AGAIN: 1, StepKind.GENERAL_UNIT: 10}
+_STEP_LENGTHS = {
+    StepKind.STEM: 6,
+    StepKind.UNIT: 7,
+    StepKind.HEAD: 2,
+    StepKind.AGAIN: 1,
+    StepKind.GENERAL_UNIT: 10,
+    StepKind.UNIT_V2: 6,
+    StepKind.LAST_CONVOLUTION: 1,
+}
 
 
 def program_of(steps: Iterable[list[int]]) -> list[int]:
@@ -57,14 +72,17 @@ def split_program(program: list[int]) -> Iterator[tuple[StepKind, list[int]]]:
 
     Raises ValueError unless the program is made of whole steps in their order.
     """
-    at, kind = 0, None
+    at, kind, last = 0, None, False  # whether the last convolution has come
     unit: tuple[StepKind, list[int]] | None = None
     while at < len(program):
         before, number = kind, program[at]
         kind = StepKind(number) if number in _STEP_LENGTHS else None
         misplaced = (kind is StepKind.STEM and at > 0) or (kind is StepKind.AGAIN and unit is None)
+        misplaced = misplaced or (last and kind is not StepKind.HEAD)
+        last = last or kind is StepKind.LAST_CONVOLUTION
         if kind is None or misplaced or before is StepKind.HEAD:
-            expected = "0 (stem) first, 1 or 4 (unit), 3 (again) behind a unit or 2 (head) last"
+            expected = "0 (stem) first, 1, 4 or 5 (unit), 3 (again) behind a unit, 6 (last convolution) behind units "
+            expected += "or 2 (head) last"
             raise ValueError(f"program: got step {number} at element {at}, expected {expected}")
         step = program[at + 1 : at + 1 + _STEP_LENGTHS[kind]]
         if len(step) < _STEP_LENGTHS[kind]:
@@ -75,7 +93,9 @@ def split_program(program: list[int]) -> Iterator[tuple[StepKind, list[int]]]:
             for _ in range(step[0]):
                 yield unit
         else:
-            if kind in (StepKind.UNIT, StepKind.GENERAL_UNIT):
+            if kind in _UNITS:
+                if unit is not None and (unit[0] is StepKind.UNIT_V2) != (kind is StepKind.UNIT_V2):
+                    raise ValueError("program: got units of ShuffleNet v1 and v2, expected units of one version")
                 unit = kind, step
             yield kind, step
         at += 1 + len(step)
@@ -111,6 +131,22 @@ def check_step(kind: StepKind, step: list[int], channels: int, height: int, widt
         if stride == 1 and out_channels != channels:
             expected = f"{channels} (with stride 1, the unit's input is added to its result)"
             raise ValueError(f"program: got {out_channels} out_channels, expected {expected}")
+    elif kind is StepKind.UNIT_V2:
+        mid_channels, out_channels, shortcut_channels, stride, split_groups, shuffle_groups = step
+        _check_positive(mid_channels=mid_channels, out_channels=out_channels)
+        if stride not in (1, 2):
+            raise ValueError(f"program: got stride {stride}, expected 1 or 2")
+        if stride == 2:
+            _check_positive(shortcut_channels=shortcut_channels)
+        elif shortcut_channels != 0 or channels != 2 * out_channels:
+            got = f"{channels} input channels, {out_channels} out_channels and {shortcut_channels} shortcut_channels"
+            expected = "an even number, its half and 0 (with stride 1, half of the unit's input passes by)"
+            raise ValueError(f"program: got {got}, expected {expected}")
+        joined = out_channels + (shortcut_channels if stride == 2 else channels // 2)
+        check_divides("program: split_groups", split_groups, "the unit's input channels", channels)
+        check_divides("program: shuffle_groups", shuffle_groups, "the joined channels", joined)
+    elif kind is StepKind.LAST_CONVOLUTION:
+        _check_positive(out_channels=step[0])
     else:
         classes, window = step
         _check_positive(classes=classes)

@@ -11,13 +11,21 @@ from torch import Tensor, nn
 from shufflenet_ext._chain import FusedSequential, FusedStem, joins
 from shufflenet_ext._fused import FusedUnit, adopt, plain_stem, plain_unit, raw_tensors, stage_tensors
 from shufflenet_ext._graph import Wire, trace
-from shufflenet_ext._match import NearMiss, Unit, unit_of
+from shufflenet_ext._match import AnyUnit, NearMiss
 from shufflenet_ext._network import Stem, stem_at
+from shufflenet_ext._units import unit_of
 from shufflenet_ext.modules import FusedShuffleBottleneck, ShuffleBottleneck, has_hooks
+from shufflenet_ext.modules_v2 import FusedShuffleUnitV2, ShuffleUnitV2
 
 _TOLERANCE = 1e-9  # of a float64 comparison, relative to the largest output; other units differ by far more
-# A unit's three convolutions, as their weights.
-_CONVOLUTIONS = 3
+# A unit's convolutions, as their weights: five where one of v2 has a shortcut.
+_CONVOLUTIONS = (3, 5)
+# What is fused already, and the class that its own plain one becomes.
+_FUSED = FusedShuffleBottleneck | FusedShuffleUnitV2 | FusedUnit
+_TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    ShuffleBottleneck: FusedShuffleBottleneck,
+    ShuffleUnitV2: FusedShuffleUnitV2,
+}
 _MOST_STEM_CHANNELS = 4  # of the images that a stem reads; behind other layers a convolution is PyTorch's own matter
 
 
@@ -28,12 +36,13 @@ class FuseWarning(UserWarning):
 def fuse(model: nn.Module) -> nn.Module:
     """Makes every ShuffleNet unit of ``model`` run fused, whatever its class, names and style.
 
-    A unit is recognised by what it computes: a module of three convolutions is traced (torch.export), and its graph
-    compared with the unit of :func:`shufflenet_ext.ops.shuffle_bottleneck`, biases, norms and any way to write a
-    shuffle included. It is swapped only if that unit then gives the same results on random float64 inputs, in eval
-    and in training mode. The module stays the same object, with its tensors, names, hooks and attributes; its class
-    becomes a subclass of the one that it has, with another forward for eval mode. A :class:`ShuffleBottleneck`
-    becomes a :class:`FusedShuffleBottleneck`. Works on training and eval models.
+    A unit is recognised by what it computes: a module of three convolutions, or five, is traced (torch.export), and
+    its graph compared with the units of :func:`shufflenet_ext.ops.shuffle_bottleneck` and
+    :func:`shufflenet_ext.ops.shuffle_unit_v2`, biases, norms and any way to write a shuffle included. It is swapped
+    only if that unit then gives the same results on random float64 inputs, in eval and in training mode. The module
+    stays the same object, with its tensors, names, hooks and attributes; its class becomes a subclass of the one that
+    it has, with another forward for eval mode. A :class:`ShuffleBottleneck` becomes a :class:`FusedShuffleBottleneck`,
+    a :class:`ShuffleUnitV2` a :class:`FusedShuffleUnitV2`. Works on training and eval models.
 
     Where the model has units, a module that is its stem (a convolution of an image with its norm, ReLU and max pool)
     is swapped in the same way, and swapped modules that follow each other in an nn.Sequential run as one op in eval
@@ -66,20 +75,20 @@ class _Search:
         self.misses: dict[Any, tuple[str, nn.Module, NearMiss]] = {}  # by the convolutions that they have
         self.seen: dict[int, nn.Module] = {}  # a module used twice stays one
         # Units by how their modules look: those that look alike are traced once. Each is proved all the same.
-        self.alike: dict[Any, Unit] = {}
+        self.alike: dict[Any, AnyUnit] = {}
 
     def visit(self, name: str, module: nn.Module) -> nn.Module:
         """Swaps the units of a module, which may be one itself, and returns what takes its place."""
         if id(module) in self.seen:
             return self.seen[id(module)]
         self.seen[id(module)] = module
-        if isinstance(module, FusedShuffleBottleneck | FusedUnit):
+        if isinstance(module, _FUSED):
             self.fused += 1
             return module
-        if type(module) is ShuffleBottleneck:
-            self.seen[id(module)] = _own_twin(module)
+        if type(module) in _TWINS:
+            module.__class__ = _TWINS[type(module)]  # the same object: all else that it has is the same
             self.fused += 1
-            return self.seen[id(module)]
+            return module
         before = self.fused
         for child_name, child in list(module._modules.items()):  # named_children() leaves out repeated ones
             if child is not None:
@@ -87,18 +96,24 @@ class _Search:
                 if replacement is not child:
                     setattr(module, child_name, replacement)
         convolutions = tuple(id(p) for p in module.parameters() if p.dim() == 4)
-        if self.fused == before and len(convolutions) == _CONVOLUTIONS:
+        if self.fused == before and len(convolutions) in _CONVOLUTIONS:
             try:
                 adopt(module, self.proved_unit(module), FusedUnit)
                 self.fused += 1
-                self.misses.pop(convolutions, None)
+                self._forget_parts(convolutions, 8)
             except NearMiss as miss:
-                # A module and one around it are told of once.
+                # A module and one around it are told of once, by what came nearest.
                 if convolutions not in self.misses or miss.depth > self.misses[convolutions][2].depth:
+                    self._forget_parts(convolutions, miss.depth)
                     self.misses[convolutions] = name, module, miss
         return module
 
-    def proved_unit(self, module: nn.Module) -> Unit:
+    def _forget_parts(self, convolutions: tuple[int, ...], depth: int) -> None:
+        """Drops what came no nearer of a unit's parts, such as its main branch."""
+        whole = set(convolutions)
+        self.misses = {ids: left for ids, left in self.misses.items() if not set(ids) <= whole or left[2].depth > depth}
+
+    def proved_unit(self, module: nn.Module) -> AnyUnit:
         """The unit that a module is. NearMiss, with the cause, if it is none or its results are not the unit's."""
         copied = _float64_copy(module)
         looks = type(module), repr(module), tuple((name, t.shape) for name, t in copied.state_dict().items())
@@ -113,7 +128,7 @@ class _Search:
     def warnings(self) -> list[str]:
         """What was left, and why."""
         if not self.misses and not self.fused:
-            return ["fuse found no ShuffleNet unit: no module of the model holds three convolutions and no more"]
+            return ["fuse found no ShuffleNet unit: no module of the model holds three convolutions, or five"]
         told = [
             (name, module, miss) for name, module, miss in self.misses.values() if _has_convolutions_of_a_unit(module)
         ]
@@ -123,15 +138,9 @@ class _Search:
 
 
 def _has_convolutions_of_a_unit(module: nn.Module) -> bool:
-    kernels = sorted((p.shape[2], p.shape[1] == 1) for p in module.parameters() if p.dim() == 4)
-    return kernels[0][0] == kernels[1][0] == 1 and kernels[2][0] > 1 and kernels[2][1]
-
-
-def _own_twin(unit: ShuffleBottleneck) -> FusedShuffleBottleneck:
-    """The same object with the fused class: all else that it has is the same."""
-    unit.__class__ = FusedShuffleBottleneck
-    assert isinstance(unit, FusedShuffleBottleneck)
-    return unit
+    kernels = [p.shape for p in module.parameters() if p.dim() == 4]
+    wide = [shape for shape in kernels if shape[2] > 1]
+    return len(wide) == len(kernels) // 2 and any(shape[1] == 1 for shape in wide)
 
 
 def _float64_copy(module: nn.Module) -> nn.Module:
@@ -156,7 +165,7 @@ def _float64_copy(module: nn.Module) -> nn.Module:
     return copied.requires_grad_(False)
 
 
-def _traced_unit(copied: nn.Module) -> Unit:
+def _traced_unit(copied: nn.Module) -> AnyUnit:
     """The unit that a module is. NearMiss, with the cause, if it is none or its results are not the unit's."""
     causes: list[NearMiss] = []
     for channels in _possible_channels(copied):
@@ -180,7 +189,7 @@ def _traced_unit(copied: nn.Module) -> Unit:
 
 def _join(module: nn.Module) -> None:
     """Makes a stem ahead of the units run fused, and Sequentials run fused modules that follow each other as one."""
-    if isinstance(module, FusedUnit | FusedShuffleBottleneck | FusedStem | nn.Conv2d):
+    if isinstance(module, _FUSED | FusedStem | nn.Conv2d):
         return
     if sum(p.dim() == 4 for p in module.parameters()) == 1:
         stem = _proved_stem(module)
@@ -213,17 +222,18 @@ def _proved_stem(module: nn.Module) -> Stem | None:
 def _possible_channels(module: nn.Module) -> list[int]:
     """How many channels the module's input may have."""
     convolutions = [m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
-    if len(convolutions) == _CONVOLUTIONS:
-        return list(dict.fromkeys(convolutions))
+    if len(convolutions) in _CONVOLUTIONS:  # of v2 with stride 1 the first one reads half of the channels
+        return list(dict.fromkeys([*convolutions, *(2 * channels for channels in convolutions)]))
     weights = [p.shape for p in module.parameters() if p.dim() == 4]
     # conv3's rows for stride 1; else conv1's depth times its groups, which divide its rows.
     rows = [shape[0] for shape in weights if shape[1] > 1] or [shape[0] for shape in weights]
     depths = [shape[1] * groups for shape in weights for groups in range(1, shape[0] + 1) if shape[0] % groups == 0]
-    return list(dict.fromkeys(rows + depths))
+    halves = [2 * channels for channels in rows]
+    return list(dict.fromkeys(rows + depths + halves))
 
 
 @torch.no_grad()
-def _difference(module: nn.Module, part: Unit | Stem, channels: int) -> float:
+def _difference(module: nn.Module, part: AnyUnit | Stem, channels: int) -> float:
     """The largest relative difference between a float64 module and its part, over both modes and some sizes."""
     generator = torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
@@ -237,7 +247,7 @@ def _difference(module: nn.Module, part: Unit | Stem, channels: int) -> float:
         batch, *size = shape
         x = torch.randn((batch, channels, *size), generator=generator, dtype=torch.float64)
         tensors = stage_tensors(module, part)
-        if isinstance(part, Unit):
+        if isinstance(part, AnyUnit):
             expected = plain_unit(x, part, tensors, training=training)
         else:
             expected = plain_stem(x, part, tensors, training=training)

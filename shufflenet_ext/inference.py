@@ -17,13 +17,13 @@ from shufflenet_ext._capture import capture
 from shufflenet_ext._chain import FusedSequential, Part
 from shufflenet_ext._checks import check_tensor
 from shufflenet_ext._fused import foldable_unit, folded, tensor_of
-from shufflenet_ext._match import Unit
+from shufflenet_ext._match import AnyUnit
 from shufflenet_ext._native import UnitSizes
-from shufflenet_ext._network import Chain, Head, Stem
+from shufflenet_ext._network import Chain, Head, LastConvolution, Stem
 from shufflenet_ext._program import program_of
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
-from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1
+from shufflenet_ext.models import ShuffleNetCifar, ShuffleNetV1, ShuffleNetV2
 from shufflenet_ext.modules import has_hooks, leaf_node
 
 
@@ -41,14 +41,18 @@ class _Steps:
         """``dtype`` is that of the weights; None: each tensor's."""
         self.program = program_of(part.step for _, part in parts)
         self.tensors = [tensor for part in parts for tensor in _weights_of(*part, dtype)]
-        units = [part for _, part in parts if isinstance(part, Unit)]
-        self.sizes = [unit.sizes for unit in units]
+        units = [part for _, part in parts if isinstance(part, AnyUnit)]
+        self.sizes = [sizes for unit in units for sizes in unit.sizes]
+        self.count = len(units)
+        self.version = max((unit.version for unit in units), default=1)
 
     def packed(self) -> Tensor:
         return reference.pack_weights(self.tensors)
 
 
-def _weights_of(module: nn.Module, part: Stem | Unit | Head, dtype: torch.dtype | None) -> Iterator[Tensor]:
+def _weights_of(
+    module: nn.Module, part: Stem | AnyUnit | LastConvolution | Head, dtype: torch.dtype | None
+) -> Iterator[Tensor]:
     if isinstance(part, Head):
         weight = tensor_of(module, part.weight)
         bias = weight.new_zeros(len(weight)) if part.bias is None else tensor_of(module, part.bias)
@@ -63,23 +67,23 @@ class InferenceUnits(_EvalOnly):
 
     weights: Tensor
 
-    def __init__(self, units: Iterable[tuple[nn.Module, Unit]], dtype: torch.dtype | None) -> None:
+    def __init__(self, units: Iterable[tuple[nn.Module, AnyUnit]], dtype: torch.dtype | None) -> None:
         super().__init__()
         steps = _Steps(list(units), dtype)
         self.register_buffer("weights", steps.packed())
         self.program = steps.program
-        self.sizes = steps.sizes
+        self.sizes, self.version, self.count = steps.sizes, steps.version, steps.count
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy) and (node := leaf_node(self, x)) is not None:
             return node
         check_tensor("x", x)
-        return _run(x, _weights(self), self.program, self.sizes)
+        return _run(x, _weights(self), self.program, self.sizes, self.version)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
-        return explain_steps(self, x, [f"unit {i}" for i in range(1, len(self.sizes) + 1)])
+        return explain_steps(self, x, [f"unit {i}" for i in range(1, self.count + 1)])
 
 
 def _captured(model: nn.Module, chain: Chain, dtype: torch.dtype | None) -> nn.Module:
@@ -88,6 +92,8 @@ def _captured(model: nn.Module, chain: Chain, dtype: torch.dtype | None) -> nn.M
     names = [f"unit {i}" for i in range(1, len(parts) + 1)]
     if chain.stem is not None:
         parts.insert(0, (model, chain.stem))
+    if chain.last is not None:
+        parts.append((model, chain.last))
     if chain.head is not None:
         parts.append((model, chain.head))
     return InferenceNetwork(parts, names, dtype)
@@ -102,16 +108,20 @@ class InferenceNetwork(_EvalOnly):
     weights: Tensor
 
     def __init__(self, network: Sequence[Part], unit_names: Sequence[str], dtype: torch.dtype | None) -> None:
-        """``network`` is units, with or without a stem ahead and a head behind."""
+        """``network`` is units, with or without a stem ahead, and a last convolution and a head behind."""
         super().__init__()
-        parts = [_Steps([part for part in network if isinstance(part[1], kind)], dtype) for kind in (Stem, Unit, Head)]
-        stem, _, head = self.programs = [part.program for part in parts]
-        self.step_names = [*(["stem"] if stem else []), *unit_names, *(["means", "linear"] if head else [])]
+        kinds = Stem, AnyUnit, LastConvolution | Head
+        parts = [_Steps([part for part in network if isinstance(part[1], kind)], dtype) for kind in kinds]
+        self.programs = [part.program for part in parts]
+        names: dict[Any, list[str]] = {Stem: ["stem"], LastConvolution: ["last convolution"], Head: ["means", "linear"]}
+        around = [(type(part), names[type(part)]) for _, part in network if type(part) in names]
+        self.step_names = [name for kind, own in around if kind is Stem for name in own]
+        self.step_names += [*unit_names, *(name for kind, own in around if kind is not Stem for name in own)]
         packed = [part.packed() if part.tensors else None for part in parts]
         self.register_buffer("weights", torch.cat([weights for weights in packed if weights is not None]))
         self.program = [number for part in parts for number in part.program]
         self.lengths = [0 if weights is None else len(weights) for weights in packed]
-        self.sizes = parts[1].sizes
+        self.sizes, self.version = parts[1].sizes, parts[1].version
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,12 +129,13 @@ class InferenceNetwork(_EvalOnly):
             return node
         check_tensor("x", x)
         if not x.is_cuda:
-            return _run(x, _weights(self), self.program, self.sizes)
+            return _run(x, _weights(self), self.program, self.sizes, self.version)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
         y = _for_cuda(x, self.weights)
         if stem[1]:
             y = reference.shuffle_network(y, *stem)
-        y = _run(y, *units, self.sizes)
+        if units[1]:
+            y = _run(y, *units, self.sizes, self.version)
         if head[1]:
             y = reference.shuffle_network(y, *head)
         return y.to(x.dtype)
@@ -148,8 +159,8 @@ def _weights(module: InferenceUnits | InferenceNetwork) -> Tensor:
     return weights
 
 
-def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes]) -> Tensor:
-    run, settings = implementation(x, lambda: sizes)
+def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes], version: int) -> Tensor:
+    run, settings = implementation(x, lambda: sizes, version)
     given = _for_cuda(x, weights) if x.is_cuda else x
     y: Tensor = run.shuffle_network(given, weights, program, **settings)
     return y if given is x else y.to(x.dtype)
@@ -324,10 +335,10 @@ def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn
         return twins[module]
     units = _chain(module)
     # Only what these classes' own code does between the modules is known; a subclass may do something else.
-    if type(module) is ShuffleNetCifar or type(module) is ShuffleNetV1:
-        parts = module.parts()
+    if type(module) in (ShuffleNetCifar, ShuffleNetV1, ShuffleNetV2):
+        parts = module.parts()  # type: ignore[operator]  # of these classes
         if parts is not None:
-            layers = enumerate((module.layer1, module.layer2, module.layer3), 1)
+            layers = enumerate(module.layers(), 1)  # type: ignore[operator]
             names = [f"unit {i}.{j}" for i, layer in layers for j in range(1, len(layer) + 1)]
             twins[module] = InferenceNetwork(parts, names, dtype)
             return twins[module]
@@ -341,10 +352,11 @@ def _inference_twin(module: nn.Module, dtype: torch.dtype | None, twins: dict[nn
     return module
 
 
-def _chain(module: nn.Module) -> list[tuple[nn.Module, Unit]]:
+def _chain(module: nn.Module) -> list[tuple[nn.Module, AnyUnit]]:
     """The units that the module is: itself, or those of a Sequential of nothing else; none for other modules."""
     children: list[nn.Module] = [module]
     if isinstance(module, nn.Sequential) and type(module) in (nn.Sequential, FusedSequential) and not has_hooks(module):
         children = list(module)
     units = [(child, unit) for child in children if (unit := foldable_unit(child)) is not None]
-    return units if len(units) == len(children) else []
+    same = len({type(unit) for _, unit in units}) == 1
+    return units if same and len(units) == len(children) else []

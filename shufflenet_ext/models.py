@@ -1,15 +1,23 @@
-"""Networks of ShuffleNet units: the paper's, and the original code's two for 32×32 images."""
+"""Networks of ShuffleNet units: the papers', v1 and v2, and the original code's two for 32×32 images."""
+
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shufflenet_ext._chain import Part, network_plan, own_parts, run_by_plan
+from shufflenet_ext._chain import FusedStem, Part, network_plan, own_parts, run_by_plan
 from shufflenet_ext._checks import check_int
 from shufflenet_ext.modules import STEM_CHANNELS, FusedShuffleBottleneck
+from shufflenet_ext.modules_v2 import FusedShuffleUnitV2
 
 REPEATS = (4, 8, 4)
 # Channels of stage 2 at width 1 by groups (arXiv:1707.01083, Table 1); each further stage doubles them.
 STAGE2_CHANNELS = {1: 144, 2: 200, 3: 240, 4: 272, 8: 384}
+# Channels of v2's stage 2, doubled by each further stage, and of its last convolution, by width (arXiv:1807.11164,
+# Table 5).
+V2_CHANNELS = {0.5: (48, 1024), 1.0: (116, 1024), 1.5: (176, 1024), 2.0: (244, 2048)}
+_NAMES: dict[str, Any] = {"stem": ("conv1", "bn1"), "last": None, "linear": "linear"}
+_V2_NAMES: dict[str, Any] = {"stem": ("conv1.0", "conv1.1"), "last": ("conv5.0", "conv5.1"), "linear": "fc"}
 
 
 def _stage(
@@ -44,7 +52,11 @@ class ShuffleNetCifar(nn.Module):
 
     def parts(self) -> list[Part] | None:
         """The stem, the units and the head that it is; None where it is more, as with hooks."""
-        return own_parts(self, max_pool=False, window=4)
+        return own_parts(self, self.layers(), **_NAMES, max_pool=False, window=4)
+
+    def layers(self) -> tuple[nn.Sequential, ...]:
+        """Its stages."""
+        return self.layer1, self.layer2, self.layer3
 
 
 def ShuffleNetG2() -> ShuffleNetCifar:  # noqa: N802 (the original code's name)
@@ -83,7 +95,11 @@ class ShuffleNetV1(nn.Module):
 
     def parts(self) -> list[Part] | None:
         """The stem, the units and the head that it is; None where it is more, as with hooks."""
-        return own_parts(self, max_pool=True, window=0)
+        return own_parts(self, self.layers(), **_NAMES, max_pool=True, window=0)
+
+    def layers(self) -> tuple[nn.Sequential, ...]:
+        """Its stages."""
+        return self.layer1, self.layer2, self.layer3
 
 
 def shufflenet_v1(groups: int = 3, width: float = 1.0, num_classes: int = 1000) -> ShuffleNetV1:
@@ -110,3 +126,67 @@ def shufflenet_v1(groups: int = 3, width: float = 1.0, num_classes: int = 1000) 
     multiple = 4 * groups
     stage2 = max(multiple, round(STAGE2_CHANNELS[groups] * width / multiple) * multiple)
     return ShuffleNetV1((stage2, 2 * stage2, 4 * stage2), groups, num_classes)
+
+
+def _convolution(in_channels: int, out_channels: int, size: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+class ShuffleNetV2(nn.Module):
+    """The network of the second paper; see :func:`shufflenet_v2`."""
+
+    def __init__(self, stage2: int, last_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = _convolution(3, STEM_CHANNELS, 3, 2)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        stages, channels = [], STEM_CHANNELS
+        for out_channels, repeats in zip((stage2, 2 * stage2, 4 * stage2), REPEATS, strict=True):
+            first = FusedShuffleUnitV2(channels, out_channels, 2)
+            rest = (FusedShuffleUnitV2(out_channels, out_channels, 1) for _ in range(repeats - 1))
+            stages.append(nn.Sequential(first, *rest))
+            channels = out_channels
+        self.stage2, self.stage3, self.stage4 = stages
+        self.conv5 = _convolution(channels, last_channels, 1, 1)
+        self.fc = nn.Linear(last_channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes images (N, 3, H, W) and returns logits (N, num_classes)."""
+        logits = run_by_plan(self, x, lambda: network_plan(self.parts()))
+        if logits is not None:
+            return logits
+        x = self.stage4(self.stage3(self.stage2(self.maxpool(self.conv1(x)))))
+        return self.fc(self.conv5(x).mean([2, 3]))
+
+    def parts(self) -> list[Part] | None:
+        """The stem, the units, the last convolution and the head that it is; None where it is more, as with hooks."""
+        pool = self.maxpool
+        usual = type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
+        stem, last = self.conv1, self.conv5
+        # Which fuse may have made a stem of: it is a Sequential all the same.
+        plain = isinstance(stem, nn.Sequential) and (type(stem) is nn.Sequential or isinstance(stem, FusedStem))
+        plain = plain and usual and type(last) is nn.Sequential and type(stem[2]) is type(last[2]) is nn.ReLU
+        return own_parts(self, self.layers(), **_V2_NAMES, max_pool=True, window=0) if plain else None
+
+    def layers(self) -> tuple[nn.Sequential, ...]:
+        """Its stages."""
+        return self.stage2, self.stage3, self.stage4
+
+
+def shufflenet_v2(width: float = 1.0, num_classes: int = 1000) -> ShuffleNetV2:
+    """ShuffleNet v2 (arXiv:1807.11164, Table 5), with the names of torchvision's shufflenet_v2 networks.
+
+    Args:
+        width: 0.5, 1.0, 1.5 or 2.0.
+        num_classes: outputs of the linear layer.
+
+    Raises ValueError for another width or fewer than one class.
+    """
+    check_int("num_classes", num_classes)
+    if not isinstance(width, (int, float)) or isinstance(width, bool):
+        raise TypeError(f"width: got {type(width).__name__}, expected a float")
+    if width not in V2_CHANNELS:
+        raise ValueError(f"width: got {width}, expected one of {sorted(V2_CHANNELS)} (Table 5)")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: got {num_classes}, expected a positive int")
+    return ShuffleNetV2(*V2_CHANNELS[width], num_classes)

@@ -149,6 +149,85 @@ def shuffle_bottleneck(
     )
 
 
+@overridable
+def shuffle_unit_v2(
+    x: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor | None,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor | None,
+    conv3_weight: Tensor,
+    conv3_bias: Tensor | None,
+    shortcut1_weight: Tensor | None = None,
+    shortcut1_bias: Tensor | None = None,
+    shortcut2_weight: Tensor | None = None,
+    shortcut2_bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    split_groups: int = 1,
+    shuffle_groups: int = 2,
+) -> Tensor:
+    """A whole ShuffleNet v2 unit in one pass, batch norm folded into its weights and biases.
+
+    With ``main = relu(conv3(conv2(relu(conv1(.)))))``, where conv2 is a depthwise 3×3 convolution with padding 1 and
+    the others are dense 1×1 convolutions, computes ``shuffle(cat([beside, main], 1))`` (ShuffleNet v2,
+    arXiv:1807.11164, figure 3 c and d). With stride 1, x's channels are split in halves: the first is ``beside`` as it
+    is, and conv1 reads the second. With stride 2 conv1 reads all of x, and ``beside = relu(shortcut2(shortcut1(x)))``,
+    a depthwise 3×3 convolution of stride 2 and a dense 1×1 one. Differentiable, and usable under torch.compile,
+    torch.export and autocast. It runs natively on the CPU.
+
+    Args:
+        x: (N, C, H, W); float32, float64, bfloat16 or float16; any strides. C is even where stride is 1.
+        conv1_weight: (M, C / 2, 1, 1) for stride 1, (M, C, 1, 1) for stride 2, of x's dtype, as all that follow.
+        conv1_bias: (M,) or None.
+        conv2_weight: (M, 1, 3, 3).
+        conv2_bias: (M,) or None.
+        conv3_weight: (K, M, 1, 1); K = C / 2 where stride is 1.
+        conv3_bias: (K,) or None.
+        shortcut1_weight: (C, 1, 3, 3) for stride 2; None for stride 1, as those of the shortcut that follow.
+        shortcut1_bias: (C,) or None.
+        shortcut2_weight: (L, C, 1, 1).
+        shortcut2_bias: (L,) or None.
+        stride: 1 or 2.
+        split_groups: groups of a shuffle of x's channels ahead of all else, a divisor of C; with C / 2, those of even
+            numbers are the first half.
+        shuffle_groups: groups of the shuffle behind the concatenation, a divisor of the result's channels; with 1 there
+            is none.
+
+    Returns (N, C, H, W) for stride 1, (N, K + L, ceil(H / 2), ceil(W / 2)) for stride 2, in x's dtype and memory
+    format.
+
+    Raises TypeError, ValueError or RuntimeError, which name the argument, for arguments that are not as above.
+    """
+    biases = {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias, "conv3_bias": conv3_bias}
+    shortcut = {
+        "shortcut1_weight": shortcut1_weight,
+        "shortcut1_bias": shortcut1_bias,
+        "shortcut2_weight": shortcut2_weight,
+        "shortcut2_bias": shortcut2_bias,
+    }
+    _check_types(
+        {"x": x, "conv1_weight": conv1_weight, "conv2_weight": conv2_weight, "conv3_weight": conv3_weight},
+        {**biases, **shortcut},
+        {"stride": stride, "split_groups": split_groups, "shuffle_groups": shuffle_groups},
+    )
+    run, settings = implementation(x, tuple, version=2)
+    return run.shuffle_unit_v2(
+        x,
+        conv1_weight,
+        conv1_bias,
+        conv2_weight,
+        conv2_bias,
+        conv3_weight,
+        conv3_bias,
+        *shortcut.values(),
+        stride=stride,
+        split_groups=split_groups,
+        shuffle_groups=shuffle_groups,
+        **settings,
+    )
+
+
 def _check_types(tensors: dict[str, object], optional_tensors: dict[str, object], ints: dict[str, object]) -> None:
     for name, value in tensors.items():
         check_tensor(name, value)
@@ -269,12 +348,16 @@ def _register_autocast(name: str) -> None:
 
 if _native.native_error is None:
     _library = torch.library.Library("shufflenet_ext", "FRAGMENT")
-    for _name in ("pointwise_shuffle_depthwise", "shuffle_bottleneck", "shuffle_bottleneck_batch_norm"):
-        _register_autograd(_name)  # networks are for inference, and have no backward pass
-    for _name in (
+    _UNIT_OPS = (
         "pointwise_shuffle_depthwise",
         "shuffle_bottleneck",
         "shuffle_bottleneck_batch_norm",
+        "shuffle_unit_v2",
+    )
+    for _name in _UNIT_OPS:
+        _register_autograd(_name)  # networks are for inference, and have no backward pass
+    for _name in (
+        *_UNIT_OPS,
         "shuffle_network",
         "shuffle_network_batch_norm",
     ):

@@ -1,7 +1,8 @@
 """The ops in plain PyTorch: the fallback, and the ground truth of the equivalence tests.
 
-The unit is that of ShuffleNet (Zhang et al. 2017, arXiv:1707.01083, section 3.2 and figure 2). Functions that take no
-batch norm expect it to be folded into the weights and biases.
+The unit is that of ShuffleNet (Zhang et al. 2017, arXiv:1707.01083, section 3.2 and figure 2) or ShuffleNet v2 (Ma et
+al. 2018, arXiv:1807.11164, section 3 and figure 3). Functions that take no batch norm expect it to be folded into the
+weights and biases.
 """
 
 import math
@@ -10,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shufflenet_ext._checks import check_divides, check_image, check_int, check_tensor, check_unit, overridable
+from shufflenet_ext._checks import (
+    check_divides,
+    check_image,
+    check_int,
+    check_tensor,
+    check_unit,
+    check_unit_v2,
+    overridable,
+)
 from shufflenet_ext._native import is_channels_last
 from shufflenet_ext._program import StepKind, check_step, split_program
 
@@ -122,6 +131,55 @@ def shuffle_bottleneck(
     )
 
 
+def shuffle_unit_v2(
+    x: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor | None,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor | None,
+    conv3_weight: Tensor,
+    conv3_bias: Tensor | None,
+    shortcut1_weight: Tensor | None = None,
+    shortcut1_bias: Tensor | None = None,
+    shortcut2_weight: Tensor | None = None,
+    shortcut2_bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    split_groups: int = 1,
+    shuffle_groups: int = 2,
+) -> Tensor:
+    """:func:`shufflenet_ext.ops.shuffle_unit_v2` in plain PyTorch."""
+    check_unit_v2(
+        x,
+        (conv1_weight, conv1_bias),
+        (conv2_weight, conv2_bias),
+        (conv3_weight, conv3_bias),
+        (shortcut1_weight, shortcut1_bias),
+        (shortcut2_weight, shortcut2_bias),
+        stride=stride,
+        split_groups=split_groups,
+        shuffle_groups=shuffle_groups,
+    )
+    beside, y = split_halves(x, stride=stride, split_groups=split_groups)
+    if shortcut1_weight is not None and shortcut2_weight is not None:
+        beside = F.conv2d(beside, shortcut1_weight, shortcut1_bias, stride=2, padding=1, groups=x.shape[1])
+        beside = F.relu(F.conv2d(beside, shortcut2_weight, shortcut2_bias))
+    y = F.relu(F.conv2d(y, conv1_weight, conv1_bias))
+    y = F.conv2d(y, conv2_weight, conv2_bias, stride=stride, padding=1, groups=conv2_weight.shape[0])
+    y = F.relu(F.conv2d(y, conv3_weight, conv3_bias))
+    return shuffle_channels(torch.cat([beside, y], 1), shuffle_groups)
+
+
+def split_halves(x: Tensor, *, stride: int, split_groups: int) -> tuple[Tensor, Tensor]:
+    """What passes by, or the shortcut reads, in a unit of v2, and what its first convolution reads."""
+    if split_groups != 1:
+        x = shuffle_channels(x, split_groups)
+    if stride == 2:
+        return x, x
+    passing, main = x.chunk(2, 1)
+    return passing, main
+
+
 def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
     """Runs a network (Table 1) or a part of one, its steps one behind the other, for inference.
 
@@ -172,6 +230,21 @@ def shuffle_network(x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
                 shortcut_first=bool(shortcut_first),
                 shortcut_relu=bool(shortcut_relu),
             )
+        elif kind is StepKind.UNIT_V2:
+            mid, out, shortcut_channels, stride, split_groups, shuffle_groups = step
+            x = shuffle_unit_v2(
+                x,
+                *packed.take(mid, channels if stride == 2 else channels // 2, 1, 1),
+                *packed.take(mid, 1, 3, 3),
+                *packed.take(out, mid, 1, 1),
+                *(packed.take(channels, 1, 3, 3) if stride == 2 else ()),
+                *(packed.take(shortcut_channels, channels, 1, 1) if stride == 2 else ()),
+                stride=stride,
+                split_groups=split_groups,
+                shuffle_groups=shuffle_groups,
+            )
+        elif kind is StepKind.LAST_CONVOLUTION:
+            x = F.relu(F.conv2d(x, *packed.take(step[0], channels, 1, 1)))
         else:
             classes, window = step
             x = F.avg_pool2d(x, window) if window else F.adaptive_avg_pool2d(x, 1)

@@ -16,7 +16,8 @@ import shufflenet_ext as se
 from benchmarks.public_styles import STYLES, BiasedStyle, BlocksStyle
 from shufflenet_ext._fused import FusedUnit
 from shufflenet_ext._graph import trace
-from shufflenet_ext._match import NearMiss, unit_of
+from shufflenet_ext._match import NearMiss
+from shufflenet_ext._units import unit_of
 from shufflenet_ext.inference import InferenceNetwork
 
 SHORT = ("shufflenet_g1_wd4", "shufflenet_g3_w1", "shufflenet_g8_w1")  # of which the short suite makes do

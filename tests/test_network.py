@@ -248,10 +248,10 @@ each_way = pytest.mark.parametrize(
 
 def program_cases():
     """Malformed programs, and what their message says."""
-    kinds = r"expected 0 \(stem\) first, 1 or 4 \(unit\), 3 \(again\) behind a unit or 2 \(head\) last"
+    kinds = r"expected 0 \(stem\) first, 1, 4 or 5 \(unit\), 3 \(again\) behind a unit, 6"
     stem, head = [0, 24, 3, 2, 1, 1, 1], [2, 10, 0]
     yield [], r"program: got (no|0) elements, expected one (step|unit) at least"
-    for kind in (5, -1, *HUGE):
+    for kind in (7, -1, *HUGE):
         yield [kind], rf"program: got step {kind} at element 0, {kinds}"
         yield [*UNIT, kind, 1, 2, 3], rf"program: got step {kind} at element 8, {kinds}"
     yield [3, 1, *UNIT], rf"program: got step 3 at element 0, {kinds}"
@@ -350,8 +350,22 @@ def programs(draw):
         channels, size = 4 * draw(st.integers(1, 3)), draw(st.integers(1, 3))
         program += [0, channels, size, draw(st.integers(1, 2)), draw(st.integers(0, size - 1))]
         program += [draw(st.integers(0, 1)), draw(st.integers(0, 1))]
+    is_v2 = draw(st.integers(0, 2)) == 0
     for _ in range(draw(st.integers(0, 3))):
         stride, mid = draw(st.integers(1, 2)), 4 * draw(st.integers(1, 3))
+        if is_v2:
+            stride = 2 if channels % 2 else stride
+            out = channels // 2 if stride == 1 else draw(st.integers(1, 6))
+            beside = out if stride == 1 else draw(st.sampled_from([out, out, draw(st.integers(1, 6))]))
+            split, shuffle = (
+                draw(st.sampled_from([n for n in (1, 2, 3, of // 2 or 1) if of % n == 0]))
+                for of in (channels, out + beside)
+            )
+            program += [5, mid, out, beside if stride == 2 else 0, stride, split, shuffle]
+            channels = out + beside
+            if stride == 1 and draw(st.booleans()):
+                program += [3, draw(st.integers(1, 2))]
+            continue
         out = channels if stride == 1 else 4 * draw(st.integers(1, 3))
         conv1_groups, groups = (
             draw(st.sampled_from([n for n in (1, 2, 3, 4) if mid % n == of % n == 0])) for of in (channels, out)
@@ -360,6 +374,8 @@ def programs(draw):
         channels = out if stride == 1 else out + channels
         if stride == 1 and draw(st.booleans()):
             program += [3, draw(st.integers(1, 2))]
+    if draw(st.integers(0, 3)) == 0:
+        program += [6, draw(st.integers(1, 12))]
     if draw(st.booleans()) or not program:
         program += [2, draw(st.integers(1, 12)), draw(st.sampled_from([0, 0, 0, 1, 2]))]
     if draw(st.booleans()):

@@ -273,7 +273,7 @@ each_way = pytest.mark.parametrize(
 
 def program_cases():
     """Malformed programs, and what their message says."""
-    kinds = r"expected 0 \(stem\) first, 1 or 4 \(unit\), 3 \(again\) behind a unit or 2 \(head\) last"
+    kinds = r"expected 0 \(stem\) first, 1, 4 or 5 \(unit\), 3 \(again\) behind a unit, 6"
     whole = [*STEM, *UNIT, *HEAD]
     yield [*STEM, 3, 1, *UNIT, *HEAD], rf"program: got step 3 at element 7, {kinds}"
     for step in ([0], [1], [2], [3, 1], HEAD, STEM, UNIT):

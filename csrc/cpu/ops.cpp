@@ -68,10 +68,42 @@ Tensor run_tensors(Tensor x, std::vector<std::optional<Tensor>> tensors, std::ve
   });
 }
 
+// A program of one unit.
+Tensor run_unit_v2(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
+                   std::optional<Tensor> conv2_bias, Tensor conv3_weight, std::optional<Tensor> conv3_bias,
+                   std::optional<Tensor> shortcut1_weight, std::optional<Tensor> shortcut1_bias,
+                   std::optional<Tensor> shortcut2_weight, std::optional<Tensor> shortcut2_bias, int64_t stride,
+                   int64_t split_groups, int64_t shuffle_groups, bool) {
+  UnitV2Arguments a = {
+      x,
+      {"conv1", conv1_weight, conv1_bias, {}},
+      {"conv2", conv2_weight, conv2_bias, {}},
+      {"conv3", conv3_weight, conv3_bias, {}},
+      {},
+      {},
+      stride,
+      split_groups,
+      shuffle_groups};
+  if (shortcut1_weight) a.shortcut1 = ConvolutionArguments{"shortcut1", *shortcut1_weight, shortcut1_bias, {}};
+  if (shortcut2_weight) a.shortcut2 = ConvolutionArguments{"shortcut2", *shortcut2_weight, shortcut2_bias, {}};
+  const Unit unit = check_unit(a);
+  std::vector<ConvolutionArguments> arguments = {a.conv1, a.conv2, a.conv3};
+  if (unit.convolves_shortcut()) arguments.insert(arguments.end(), {*a.shortcut1, *a.shortcut2});
+  Program program;
+  program.units.push_back({unit, {}, {}, {}, {}, {}});
+  program.layout = unit.layout;
+  program.x = {x.size(0), unit.in_channels, unit.height, unit.width};
+  program.sizes = {x.size(0), unit.result_channels(), unit.out_height(), unit.out_width()};
+  return with_result(program, x, [&](const Call& call) {
+    (call.dtype == Dtype::float64 ? run_tensors_as<double> : run_tensors_as<float>)(program, arguments, call);
+  });
+}
+
 }  // namespace
 }  // namespace shufflenet::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CPU, m) {
   shufflenet::Ops<shufflenet::cpu::run, shufflenet::cpu::run_packed>::implement(m);
   m.impl("shuffle_network_batch_norm", TORCH_BOX(&shufflenet::cpu::run_tensors));
+  m.impl("shuffle_unit_v2", TORCH_BOX(&shufflenet::cpu::run_unit_v2));
 }

@@ -143,6 +143,7 @@ Tensor run(const UnitArguments& arguments) {
 // Runs the units of a program, each as a launch of its own.
 Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program, bool allow_tf32) {
   if (program.stem || program.head) fail("program: got a ", program.stem ? "stem" : "head", ", expected units only");
+  if (program.last || program.is_v2()) fail("program: got a step of ShuffleNet v2, expected units of v1 (on CUDA)");
   if (weights.scalar_type() != given_x.scalar_type()) {
     fail("weights: got dtype ", dtype_name(weights.scalar_type()), ", expected x's, ",
          dtype_name(given_x.scalar_type()), " (on CUDA)");

@@ -306,7 +306,7 @@ static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPoint
 // Any number of parts, or what the op itself would choose for some number of threads.
 static Partition random_partition(const Unit& unit, const UnitKernel& kernel, bool has_strips) {
   if (uniform(0, 1)) return {uniform(1, unit.out_height()), Sharing::whole_parts};
-  return choose_partition(unit, kernel, uniform(1, 6), has_strips);
+  return choose_partition(unit, kernel, uniform(1, 6), has_strips, false);
 }
 
 // Any number of strips; of a large plane often one, so that it is projected some rows at a time.
@@ -344,7 +344,8 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
   const int64_t n = partition.parts, channels = kernel.channels_per_element();
   const int64_t x_planes = unit.in_channels / channels, slack = channels > 1 ? kPairsSlackBytes : 0;
   std::vector<Strip> strips(n);
-  std::vector<std::unique_ptr<StripPlanes<A>>> x, above, result;
+  std::vector<std::shared_ptr<StripPlanes<A>>> x, above, result;
+  const bool in_place = unit.passes_half() && channels == 1;
   std::vector<std::unique_ptr<Buffer>> y1, lent;
   const A* const image = static_cast<const A*>(pointers.x);
   std::vector<int64_t> order;
@@ -353,11 +354,11 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
     strip.rows = partition.rows(unit, i);
     const int64_t first = strip.rows.begin * unit.stride;
     const int64_t last = std::min(strip.rows.end * unit.stride, unit.height);
-    x.push_back(std::make_unique<StripPlanes<A>>(x_planes, (last - first) * unit.width, slack));
+    x.push_back(std::make_shared<StripPlanes<A>>(x_planes, (last - first) * unit.width, slack));
     x.back()->copy_from(image + first * unit.width, pointers.x_plane);
     strip.x = x.back()->rows();
     const int64_t pixels = strip.rows.count() * unit.out_width();
-    result.push_back(std::make_unique<StripPlanes<A>>(unit.result_channels() / channels, pixels));
+    result.push_back(in_place ? x.back() : std::make_shared<StripPlanes<A>>(unit.result_channels() / channels, pixels));
     strip.result = result.back()->rows();
     y1.push_back(std::make_unique<Buffer>(kernel.strip_bytes(unit, strip.rows).y1));
     strip.y1 = y1.back()->get();
@@ -367,7 +368,7 @@ static void run_strips(const UnitKernel& kernel, const Unit& unit, const UnitPoi
     if (i == 0) continue;
     strip.above = &strips[i - 1];
     strips[i - 1].below = &strip;
-    above.push_back(std::make_unique<StripPlanes<A>>(x_planes, unit.width, slack));
+    above.push_back(std::make_shared<StripPlanes<A>>(x_planes, unit.width, slack));
     above.back()->copy_from(image + (first - 1) * unit.width, pointers.x_plane);
     strip.x_above = above.back()->rows();
   }
@@ -812,8 +813,9 @@ static void check_head(Dtype dtype, const Isa& isa) {
     Array<A> x((h.channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
     const std::vector<double> values = random_values(h.channels * pixels);
     for (int64_t i = 0; i < h.channels * pixels; ++i) x[i / pixels * plane + i % pixels] = static_cast<A>(values[i]);
-    in_shares(h.channels, 1,
-              [&](Range share) { kernel.means(h, images, x.data(), plane, share, means.data() + image * h.channels); });
+    in_shares(h.channels, 1, [&](Range share) {
+      kernel.means(h, images, x.data(), plane, nullptr, share, means.data() + image * h.channels);
+    });
     const std::vector<double> expected = expected_means(h, values);
     for (int64_t c = 0; c < h.channels; ++c) {
       const int64_t i = image * h.channels + c;
@@ -855,7 +857,7 @@ static void check_pair_head(const Isa& isa) {
     for (const double mean : expected_means(h, values)) exact.push_back(mean);
     const Array<char> x = pairs_of(values, h.channels, pixels, plane);
     void* const own = static_cast<char*>(means.get()) + image * kernel.means_step(h);
-    in_shares(h.channels, 2, [&](Range share) { kernel.means(h, images, x.data(), plane, share, own); });
+    in_shares(h.channels, 2, [&](Range share) { kernel.means(h, images, x.data(), plane, nullptr, share, own); });
   }
 
   Array<char> result(images * h.classes * size_of(dtype), '\xff');
@@ -903,15 +905,19 @@ static void check_images(Dtype dtype, const Kernels& kernels, Dtype in_planes, c
     const double got = get(in_planes, planes.data(), together * (c / together * plane + p) + c % together);
     check_value(got, get(dtype, x.data(), i), 0, "image to planes", i, isa);
   }
-  each([&](Range share) { kernel.write(image, planes.data(), plane, share, back.data(), workspace.get()); });
+  each([&](Range share) { kernel.write(image, planes.data(), plane, nullptr, share, back.data(), workspace.get()); });
   for (int64_t i = 0; i < elements; ++i) {
     check_value(get(dtype, back.data(), i), get(dtype, x.data(), i), 0, "planes to image", i, isa);
   }
 }
 
+#include "fuzz_v2.h"
+
 static void check_pairs(const Isa& isa, long units) {
   for (long i = 0; i < units; ++i) {
     check_pair_unit(random_pair_case(), isa);
+    check_pair_unit_v2(isa);
+    check_pair_last_convolution(isa);
     check_pair_stem(isa);
     check_pair_head(isa);
     const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
@@ -940,6 +946,7 @@ int main(int argc, char** argv) {
     select_isa(name);
     for (long i = 0; i < units; ++i) check(random_case(), isa());
     for (long i = 0; i < units; ++i) check_stem_and_head(isa());
+    for (long i = 0; i < units; ++i) check_v2(isa());
     std::printf("%s: %ld units, stems, heads and images\n", name.c_str(), units);
     if (isa().pair_kernels(Dtype::bfloat16)) check_pairs(isa(), units);
   }

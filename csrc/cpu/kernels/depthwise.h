@@ -13,6 +13,22 @@ struct InputRows {
   Range halo, image;
 };
 
+// Copies the rows of a plane that some rows of the result are computed from, zeros where they lie outside of the image.
+// x begins with input row x_row, and the row above that is in x_above (null: there is none).
+template <class A>
+void copy_with_halo(const Unit& unit, Range rows, const A* x, int64_t x_row, const A* x_above, A* to) {
+  const InputRows in(unit, rows);
+  const int64_t width = unit.width;
+  if (in.halo.begin < 0) to = std::fill_n(to, width, A{0});
+  int64_t row = in.image.begin;
+  if (row < x_row) {
+    to = std::copy_n(x_above, width, to);
+    ++row;
+  }
+  to = std::copy_n(x + (row - x_row) * width, (in.image.end - row) * width, to);
+  std::fill_n(to, (in.halo.end - in.image.end) * width, A{0});
+}
+
 // Lanes that lie inside the row: beyond its left and right end the taps see zeros. One entry a vector of results. With
 // stride 1 a vector runs on over the ends of rows, and both side taps are masked; lanes past the last pixel are masked
 // as well. With stride 2 it covers a part of one row, reads two vectors from the centre tap's first column on, and

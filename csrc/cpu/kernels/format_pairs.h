@@ -116,6 +116,29 @@ struct FinishPairs {
   }
 };
 
+// Computes y = activation(sum + bias) of a unit of v2, in the order of the shuffle by two: each row becomes a pair with
+// the channel of its number beside it, which comes first.
+struct FinishShuffled {
+  const float* bias;
+  float lower;  // the activation's bound
+  Planes<const Pair> beside;
+  Planes<Pair> y;
+
+  void operator()(const RowRange& range, int64_t begin, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
+    using S = Simd<float>;
+    const auto bound = S::broadcast(lower);
+    for (int64_t row = range.row + begin; row < range.row + begin + rows; ++row, sums += kProductPixels) {
+      const Pair* const first = beside.channel(row / 2) + pixel;
+      const auto row_bias = S::broadcast(bias[row]);
+      for (int64_t i = 0; i < n; i += S::kLanes) {
+        const auto pairs = Pairs::load(first + i);
+        const auto value = S::max(bound, S::load(sums + i) + row_bias);
+        store_pairs(y.channel(row) + pixel + i, row % 2 ? Pairs::second(pairs) : Pairs::first(pairs), value, n - i);
+      }
+    }
+  }
+};
+
 // ---- The format -----------------------------------------------------------------------------------------------------
 
 struct PairFormat {
@@ -132,6 +155,8 @@ struct PairFormat {
   }
   // Each slice of y2 begins with a pair of its own.
   static int64_t y2_planes(const Unit& unit) { return unit.groups * pairs_of(unit.slice_channels()); }
+
+  static constexpr bool kKeepsShortcut = true;  // until conv3's result is paired with its
 
   // Tensors' images are converted by steps of their own (head_pairs.h).
   static constexpr bool is_copied(const Unit&) { return false; }
@@ -179,7 +204,8 @@ struct PairFormat {
     Products products;
     FinishPlanes finish = {static_cast<const float*>(pointers.conv1.bias),
                            static_cast<float>(unit.conv1_activation().lower), unit, mid.begin, to};
-    multiply({pointers.conv1, unit.conv1_depth() / 2, ranges, count, x_rows.count() * unit.width}, x, products, finish);
+    multiply({pointers.conv1, unit.conv1_depth() / 2, ranges, count, x_rows.count() * unit.width},
+             x.from(unit.conv1_first() / 2), products, finish);
   }
 
   // Computes two channels at a time.
@@ -211,8 +237,46 @@ struct PairFormat {
     }
   }
 
-  // Computes channels from an even one on.
-  void conv3(Range channels, Planes<const Pair> y2, Planes<const Pair> residual, Planes<Pair> result) const {
+  void shortcut1(Range channels, Planes<const Pair> x, int64_t x_row, Planes<const Pair> x_above,
+                 Planes<Pair> y2) const {
+    const int64_t pixels = rows.count() * unit.out_width();
+    for (int64_t pair = channels.begin / 2; pair < channels.end / 2; ++pair) {
+      const InputRows in(unit, rows);
+      const Range image = in.image;
+      for (int64_t i = 0; i < 2; ++i) {
+        std::fill_n(in_planes.channel(i), (image.begin - in.halo.begin) * unit.width, 0.0f);
+        std::fill_n(in_planes.channel(i) + (image.end - in.halo.begin) * unit.width,
+                    (in.halo.end - image.end) * unit.width, 0.0f);
+      }
+      for (int64_t row = image.begin, end; row < image.end; row = end) {
+        end = row < x_row ? x_row : image.end;
+        const Pair* const from = row < x_row ? x_above.channel(pair) : x.channel(pair) + (row - x_row) * unit.width;
+        const int64_t before = (row - in.halo.begin) * unit.width;
+        unpack(from, (end - row) * unit.width, in_planes.channel(0) + before, in_planes.channel(1) + before);
+      }
+      for (int64_t i = 0; i < 2; ++i) {
+        depthwise_channel<float>(
+            unit, rows, pointers.shortcut1, 2 * pair + i, masks, in_planes.channel(i), out_planes.channel(i));
+      }
+      pack(out_planes.channel(0), out_planes.channel(1), pixels, y2.channel(pair));
+    }
+  }
+  void shortcut2(Range channels, Planes<const Pair> y2, Planes<Pair> result) const {
+    if (channels.count() == 0) return;
+    const RowRange range = {channels.begin, channels.count(), 0};
+    Products products;
+    FinishPairs finish = {
+        static_cast<const float*>(pointers.shortcut2.bias),
+        static_cast<float>(unit.conv3_activation().lower),
+        {},
+        result,
+        {}};
+    multiply(
+        {pointers.shortcut2, unit.in_channels / 2, &range, 1, rows.count() * unit.out_width()}, y2, products, finish);
+  }
+
+  // Computes channels from an even one on; in v2, with those of their numbers that are beside them.
+  void conv3(Range channels, Planes<const Pair> y2, Planes<const Pair> shortcut, Planes<Pair> result) const {
     const int64_t group_rows = unit.out_channels / unit.groups;
     int64_t count = 0;
     for (int64_t row = channels.begin; row < channels.end; row += ranges[count++].rows) {
@@ -220,14 +284,17 @@ struct PairFormat {
       ranges[count] = {row, std::min(channels.end, (group + 1) * group_rows) - row, group};
     }
     Products products;
-    FinishPairs finish = {
-        static_cast<const float*>(pointers.conv3.bias),
-        static_cast<float>(unit.conv3_activation().lower),
-        residual,
-        result,
-        {}};
-    const int64_t pixels = rows.count() * unit.out_width();
-    multiply({pointers.conv3, pairs_of(unit.slice_channels()), ranges, count, pixels}, y2, products, finish);
+    const auto* const bias = static_cast<const float*>(pointers.conv3.bias);
+    const float lower = static_cast<float>(unit.conv3_activation().lower);
+    const PairConvolution conv = {
+        pointers.conv3, pairs_of(unit.slice_channels()), ranges, count, rows.count() * unit.out_width()};
+    if (unit.is_v2()) {
+      FinishShuffled finish = {bias, lower, shortcut, result};
+      multiply(conv, y2, products, finish);
+    } else {
+      FinishPairs finish = {bias, lower, unit.adds_residual() ? shortcut : Planes<const Pair>{}, result, {}};
+      multiply(conv, y2, products, finish);
+    }
   }
 
   const Unit& unit;

@@ -32,7 +32,7 @@ class PairHead final : public HeadKernel {
   }
   int64_t means_step(const Head&) const override { return sizeof(Pair); }
 
-  void means(const Head& head, int64_t images, const void* x, int64_t x_plane, Range channels,
+  void means(const Head& head, int64_t images, const void* x, int64_t x_plane, const int64_t*, Range channels,
              void* means) const override {
     using S = Simd<float>;
     const float pixels = static_cast<float>(head.window_height * head.window_width);
@@ -85,7 +85,7 @@ class PairImages final : public ImageKernel {
     }
   }
 
-  void write(const TensorImage& image, const void* from, int64_t plane, Range channels, void* to,
+  void write(const TensorImage& image, const void* from, int64_t plane, const int64_t*, Range channels, void* to,
              void* workspace) const override {
     const Planes<float> planes = Arena(workspace).planes<float>(kImageChannels, image.pixels);
     for (int64_t c = 0; c < channels.count(); c += 2) {

@@ -40,10 +40,10 @@ void image_to_planes(const Image<const T>& image, int64_t begin, int64_t pixels,
   }
 }
 
-// Copies the other way.
-template <class T>
+// Copies the other way. Planes are anything that has the plane of a channel.
+template <class T, class PlanesOfChannels>
 void planes_to_image(const Image<T>& image, int64_t begin, int64_t pixels, Range range,
-                     Planes<const accumulator_t<T>> planes) {
+                     const PlanesOfChannels& planes) {
   using S = Simd<accumulator_t<T>>;
   constexpr int kLanes = S::kLanes;
   if (image.layout == Layout::contiguous) {
@@ -86,11 +86,19 @@ class FloatImages final : public ImageKernel {
     image_to_planes<T>(some_channels<const T>(image, from, channels), 0, image.pixels, {0, channels.count()}, planes);
   }
 
-  void write(const TensorImage& image, const void* from, int64_t plane, Range channels, void* to,
+  void write(const TensorImage& image, const void* from, int64_t plane, const int64_t* planes, Range channels, void* to,
              void*) const override {
-    const Planes<const A> planes = Planes<const A>{static_cast<const A*>(from), plane}.from(channels.begin);
-    planes_to_image<T>(some_channels<T>(image, to, channels), 0, image.pixels, {0, channels.count()}, planes);
+    const OrderedPlanes all = {{static_cast<const A*>(from), plane}, planes, channels.begin};
+    planes_to_image<T>(some_channels<T>(image, to, channels), 0, image.pixels, {0, channels.count()}, all);
   }
+
+ private:
+  struct OrderedPlanes {
+    const A* channel(int64_t c) const { return planes.channel(order ? order[first + c] : first + c); }
+    Planes<const A> planes;
+    const int64_t* order;  // null: their own
+    int64_t first;
+  };
 };
 
 // Converts an array of a 16-bit dtype to float.

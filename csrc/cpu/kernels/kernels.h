@@ -3,13 +3,15 @@
 
 #include "format_floats.h"
 #include "head.h"
+#include "last_convolution.h"
 #include "stem.h"
 #include "unit.h"
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 template <class T>
-inline constexpr KernelsOf<UnitOf<FloatFormat<T>>, FloatStem<T>, FloatHead<T>, FloatImages<T>> kFloatKernels{};
+inline constexpr KernelsOf<UnitOf<FloatFormat<T>>, FloatStem<T>, FloatLastConvolution<T>, FloatHead<T>, FloatImages<T>>
+    kFloatKernels{};
 
 // Does rounds of multiply-adds: as many independent chains as a tile of a pointwise convolution has, but no loads.
 template <class A>

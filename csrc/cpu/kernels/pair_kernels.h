@@ -2,13 +2,15 @@
 #pragma once
 
 #include "head_pairs.h"
+#include "last_convolution_pairs.h"
 #include "stem_pairs.h"
 #include "unit.h"
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 template <class T>
-inline constexpr KernelsOf<UnitOf<PairFormat>, PairStem<T>, PairHead<T>, PairImages<T>> kPairKernels{};
+inline constexpr KernelsOf<UnitOf<PairFormat>, PairStem<T>, PairLastConvolution, PairHead<T>, PairImages<T>>
+    kPairKernels{};
 
 inline const Kernels& pair_kernels(Dtype dtype) {
   if (dtype == Dtype::bfloat16) return kPairKernels<BFloat16>;

@@ -75,6 +75,7 @@ struct Pointwise {
   int64_t y_row;  // the row whose results are channel 0 of y
   int64_t pixels;
   Far far = Far::nothing;
+  const int64_t* y_planes = nullptr;  // of all rows, from y's plane 0 on; null: rows follow each other
 };
 
 // The work lists of a pointwise convolution, in a worker's memory.
@@ -86,15 +87,26 @@ struct PointwiseLists {
         offsets(arena.take<int64_t>(depth)),
         weight_offsets(arena.take<int64_t>(depth)),
         y_offsets(arena.take<int64_t>(depth)),
+        y_rows(arena.take<int64_t>(std::max<int64_t>(rows, kTileChannels))),
         column(arena.take<A>(depth + Simd<A>::kLanes)) {}
   RowTile* row_tiles;
   int64_t* offsets;  // to the pixels of each of the depth's planes
   // To lines that later tiles work on, in the order in which a tile's steps prefetch them.
   int64_t *weight_offsets, *y_offsets;
+  int64_t* y_rows;  // from y to rows of the result: all, or those of any tile where rows follow each other
   A* column;
 
   void fill_weight_offsets(int64_t depth) const {
     for (int64_t k = 0; k < depth; ++k) weight_offsets[k] = k * kTileChannels;
+  }
+  void fill_y_rows(const Pointwise<A>& p, int64_t y_stride) const {
+    if (!p.y_planes) {
+      for (int64_t row = 0; row < kTileChannels; ++row) y_rows[row] = row * y_stride;
+      return;
+    }
+    for (const RowTile* tile = p.row_tiles; tile != p.row_tiles + p.row_tile_count; ++tile) {
+      for (int64_t row = tile->row; row < tile->row + tile->rows; ++row) y_rows[row] = p.y_planes[row] * y_stride;
+    }
   }
   void fill_y_offsets(int64_t depth, int64_t y_stride) const {
     for (int64_t k = 0; k < depth; ++k) {
@@ -122,21 +134,25 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
   const PixelTiles<A> tiles(has_lone_pixel ? p.pixels - 1 : p.pixels);
   const auto weight_of = [&](const RowTile& rows) { return static_cast<const A*>(p.conv.weight) + rows.row * p.depth; };
   const auto x_of = [&](const RowTile& rows, int64_t pixel) { return x.channel(rows.group * p.depth) + pixel; };
-  const auto y_of = [&](const RowTile& rows, int64_t pixel) { return y.channel(rows.row - p.y_row) + pixel; };
+  // The first row of a tile, and from where its rows are counted.
+  const auto y_of = [&](const RowTile& rows, int64_t pixel) {
+    return p.y_planes ? y.data + lists.y_rows[rows.row] + pixel : y.channel(rows.row - p.y_row) + pixel;
+  };
+  lists.fill_y_rows(p, y.stride);
   PointwiseTile<A> t;
   t.offsets = lists.offsets;
   t.depth = p.depth;
   t.block = ceil_div(p.depth, ceil_div(p.depth, kMostTerms));
   t.residual_stride = residual.stride;
   t.lower = static_cast<A>(p.activation.lower);
-  t.y_stride = y.stride;
   const auto point_to = [&](const RowTile& rows, int64_t pixel) {
     t.weight = weight_of(rows);
     t.scale = p.conv.scale ? static_cast<const A*>(p.conv.scale) + rows.row : nullptr;
     t.bias = static_cast<const A*>(p.conv.bias) + rows.row;
     t.x = x_of(rows, pixel);
     t.residual = residual.data ? residual.channel(rows.row) + pixel : nullptr;
-    t.y = y_of(rows, pixel);
+    t.y = p.y_planes ? y.data + pixel : y_of(rows, pixel);
+    t.y_offsets = p.y_planes ? lists.y_rows + rows.row : lists.y_rows;
   };
   const int64_t block = std::max<int64_t>(1, kBlockBytes / (p.depth * kTileVectors * kVectorBytes));
   int64_t gathered = -1;  // the group whose column is there
@@ -183,6 +199,9 @@ struct GroupedPointwise {
   const Convolution& conv;
   Activation activation;
   int64_t depth, group_rows;  // of a group
+  // Of one that has no groups: the planes of x that it reads, and of y that its rows go to. Null: in their order.
+  const int64_t* x_planes = nullptr;
+  const int64_t* y_planes = nullptr;
 };
 
 // Computes some rows of it, the first of which goes to channel 0 of y where `y_row` names it.
@@ -195,11 +214,11 @@ void grouped_pointwise(const GroupedPointwise& p, Range rows, Planes<const A> x,
     const int64_t group = row / p.group_rows;
     lists.row_tiles[count] = {row, next_channels(std::min(rows.end, (group + 1) * p.group_rows) - row), group};
   }
-  for (int64_t k = 0; k < p.depth; ++k) lists.offsets[k] = k * x.stride;
+  for (int64_t k = 0; k < p.depth; ++k) lists.offsets[k] = (p.x_planes ? p.x_planes[k] : k) * x.stride;
   lists.fill_weight_offsets(p.depth);
   if (far == Far::y) lists.fill_y_offsets(p.depth, y.stride);
-  pointwise<A>(
-      {p.conv, p.activation, p.depth, lists.row_tiles, count, y_row, pixels, far}, x, residual, y, lone_pixel, lists);
+  pointwise<A>({p.conv, p.activation, p.depth, lists.row_tiles, count, y_row, pixels, far, p.y_planes}, x, residual, y,
+               lone_pixel, lists);
 }
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

@@ -30,7 +30,7 @@ struct PointwiseTile {
   int64_t residual_stride;
   A lower;  // the activation's bound
   A* y;
-  int64_t y_stride;
+  const int64_t* y_offsets;     // from y to each row of the result
   typename Simd<A>::Mask tail;  // lanes of the last vector that are pixels
 };
 
@@ -40,11 +40,11 @@ template <class A, int Channels, int Vectors, bool HasTail, bool HasResidual>
 inline void finish_tile(const PointwiseTile<A>& t, typename Simd<A>::V (&sum)[Channels][Vectors]) {
   using S = Simd<A>;
   const A* residual = t.residual;
-  A* y = t.y;
-  const int64_t residual_stride = t.residual_stride, y_stride = t.y_stride;
+  const int64_t residual_stride = t.residual_stride;
   const auto tail = t.tail;
   const auto lower = S::broadcast(t.lower);
   unrolled<Channels>([&](int c) {
+    A* const y = t.y + t.y_offsets[c];
     unrolled<Vectors>([&](int v) {
       const bool masked = HasTail && v == Vectors - 1;
       auto value = sum[c][v];
@@ -59,7 +59,6 @@ inline void finish_tile(const PointwiseTile<A>& t, typename Simd<A>::V (&sum)[Ch
       }
     });
     if (HasResidual) residual += residual_stride;
-    y += y_stride;
   });
 }
 
@@ -154,7 +153,7 @@ void pointwise_pixel(const PointwiseTile<A>& t, int64_t rows, const A* column) {
     if (k < t.depth) sum = S::fma(S::load(weight + k, S::first(t.depth - k)), S::load(column + k), sum);
     A value = S::sum(sum) * (t.scale ? t.scale[row] : A{1}) + t.bias[row];
     if (t.residual) value += t.residual[row * t.residual_stride];
-    t.y[row * t.y_stride] = value < t.lower ? t.lower : value;
+    t.y[t.y_offsets[row]] = value < t.lower ? t.lower : value;
   }
 }
 

@@ -96,14 +96,24 @@ class StemKernel {
   virtual Tile tile(const Stem&) const = 0;
 };
 
+class LastConvolutionKernel {
+ public:
+  virtual int64_t workspace_bytes(const LastConvolution&) const = 0;
+  // Computes rows of an image's result, planes so many elements of the format apart. `x_planes` are the planes of x's
+  // channels, null where they are in their order.
+  virtual void run(const LastConvolution&, const Convolution&, const void* x, int64_t x_plane, const int64_t* x_planes,
+                   Range rows, void* result, int64_t result_plane, void* workspace) const = 0;
+  virtual Tile tile(const LastConvolution&, int64_t rows) const = 0;
+};
+
 class HeadKernel {
  public:
   // The means of a batch: how many bytes they have, and how many lie between those of one image and the next.
   virtual int64_t means_bytes(const Head&, int64_t images) const = 0;
   virtual int64_t means_step(const Head&) const = 0;
-  // Computes means of an image's channels; `means` are the image's own.
-  virtual void means(const Head&, int64_t images, const void* x, int64_t x_plane, Range channels,
-                     void* means) const = 0;
+  // Computes means of an image's channels; `means` are the image's own. `x_planes` as above.
+  virtual void means(const Head&, int64_t images, const void* x, int64_t x_plane, const int64_t* x_planes,
+                     Range channels, void* means) const = 0;
   virtual void linear(const Head&, int64_t images, const Convolution&, const void* means, Range classes,
                       void* result) const = 0;
 };
@@ -115,13 +125,14 @@ struct TensorImage {
 };
 
 // Converts a tensor's image to a format's planes and back, for up to kImageChannels channels, the first an even one.
+// What is written may come from planes in another order.
 class ImageKernel {
  public:
   virtual int64_t workspace_bytes(const TensorImage&) const = 0;
   virtual void read(const TensorImage&, const void* from, Range channels, void* to, int64_t plane,
                     void* workspace) const = 0;
-  virtual void write(const TensorImage&, const void* from, int64_t plane, Range channels, void* to,
-                     void* workspace) const = 0;
+  virtual void write(const TensorImage&, const void* from, int64_t plane, const int64_t* planes, Range channels,
+                     void* to, void* workspace) const = 0;
 };
 inline constexpr int64_t kImageChannels = 16;
 
@@ -131,18 +142,25 @@ inline constexpr int64_t kImageChannels = 16;
 //                       pixel i. Weights are bfloat16, in rows of an even depth (the depthwise convolution's are float;
 //                       the stem's are as stem_row_pairs says), biases float. Scales are folded into the weights. Units
 //                       must have what has_pairs asks for.
+// In planes of floats, channels of units of v2 are in any planes (UnitPointers); pairs are in their order.
 class Kernels {
  public:
   virtual const UnitKernel& unit() const = 0;
   virtual const StemKernel& stem() const = 0;
+  virtual const LastConvolutionKernel& last_convolution() const = 0;
   virtual const HeadKernel& head() const = 0;
   virtual const ImageKernel& image() const = 0;
 };
 
 inline constexpr int64_t kPairsSlackBytes = 64;  // behind an image's planes of pairs: whole vectors are read
 
-// Whether pairs neither straddle the groups that conv1 reads nor what the result is put together from.
-inline bool has_pairs(const Unit& unit) { return unit.conv1_depth() % 2 == 0 && unit.out_channels % 2 == 0; }
+// Whether pairs neither straddle the groups that conv1 reads nor what the result is put together from. In v2 each pair
+// of the result is a channel of both parts: they must be shuffled by two, and as many.
+inline bool has_pairs(const Unit& unit) {
+  if (unit.conv1_depth() % 2 != 0 || unit.out_channels % 2 != 0) return false;
+  return !unit.is_v2() || (unit.split_groups == 1 && unit.join_groups == 2 && unit.conv1_first() % 2 == 0 &&
+                           unit.result_channels() == 2 * unit.out_channels);
+}
 
 // In planes of pairs, a stem has for each row of its window the taps of all columns, channel by channel, in so many
 // pairs: where they are an odd number, behind the last of them is a zero.

@@ -8,6 +8,10 @@
 //                         with stride 2 also the pooled shortcut, from x to the result
 //   conv3                 conv3 from y2, adding the residual, to the result
 //
+// A unit of v2 has a shortcut of two convolutions where v1 pools: the depthwise one is in the second phase, the
+// pointwise one in the third, each with a share of channels like that of the convolution beside it. The half of x that
+// passes by stays where it is in planes of floats, whose result takes x's place; in planes of pairs conv3 copies it.
+//
 // Planes of the result that are not the tensor's own are copied out at the end of a phase. The phases of strips, whose
 // halo rows are had from the strips beside them, follow below.
 #pragma once
@@ -15,6 +19,12 @@
 #include "depthwise.h"
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
+
+// Planes in which what the shortcut of a unit of v2 gives is kept for conv3.
+template <class Format>
+int64_t kept_planes(const Unit& unit) {
+  return Format::kKeepsShortcut ? unit.shortcut_channels / Format::kChannelsPerElement : 0;
+}
 
 // What the phases hand on to each other.
 template <class Format>
@@ -25,6 +35,10 @@ struct UnitBuffers {
     const int64_t out_pixels = rows.count() * unit.out_width();
     Arena arena(memory);
     if (unit.has_conv3()) y2 = arena.planes<Element>(Format::y2_planes(unit), out_pixels);
+    if (unit.convolves_shortcut()) {
+      shortcut_y2 = arena.planes<Element>(unit.in_channels / Format::kChannelsPerElement, out_pixels);
+      kept_shortcut = arena.planes<Element>(kept_planes<Format>(unit), out_pixels);
+    }
     if (Format::is_copied(unit)) {
       copied_x = arena.planes<Element>(unit.in_channels, in.image.count() * unit.width);
       if (!unit.adds_residual()) result = arena.planes<Element>(unit.result_channels(), out_pixels);
@@ -34,6 +48,7 @@ struct UnitBuffers {
 
   InputRows in;
   Planes<Element> y2, copied_x, result;
+  Planes<Element> shortcut_y2, kept_shortcut;  // of v2: behind each of the shortcut's convolutions
   int64_t bytes;
 };
 
@@ -56,11 +71,13 @@ struct UnitPlanes : UnitBuffers<Format> {
       x = {static_cast<const Element*>(pointers.x) + in_pixels.begin, pointers.x_plane};
       this->result = {static_cast<Element*>(pointers.result) + out_pixels.begin, pointers.result_plane};
     }
-    if (unit.adds_residual()) residual = x.behind(before);
+    // What conv3's result is added to, or joined with.
+    if (unit.has_conv3() && unit.stride == 1) shortcut = x.behind(before);
+    if (unit.convolves_shortcut()) shortcut = read_only(this->kept_shortcut);
   }
 
   Range in_pixels, out_pixels;  // of the images
-  Planes<const Element> x, residual;
+  Planes<const Element> x, shortcut;
 };
 
 // ---- Strips ---------------------------------------------------------------------------------------------------------
@@ -131,17 +148,23 @@ struct StripWorkspace {
   StripWorkspace(const UnitPart& strip, void* memory) {
     using Element = typename Format::Element;
     constexpr int64_t kMostY2Bytes = 256 * 1024;
-    const int64_t planes = Format::y2_planes(strip.unit), width = strip.unit.out_width();
-    const int64_t row_bytes = planes * width * static_cast<int64_t>(sizeof(Element));
+    const Unit& unit = strip.unit;
+    const int64_t planes = Format::y2_planes(unit), width = unit.out_width();
+    const int64_t shortcut_planes = unit.convolves_shortcut() ? unit.in_channels / Format::kChannelsPerElement : 0;
+    const int64_t row_bytes = (planes + shortcut_planes) * width * static_cast<int64_t>(sizeof(Element));
     at_once = std::clamp<int64_t>(kMostY2Bytes / row_bytes, 1, strip.rows.count());
     Arena arena(memory);
     y2 = arena.planes<Element>(planes, at_once * width);
+    if (unit.convolves_shortcut()) {
+      shortcut_y2 = arena.planes<Element>(shortcut_planes, at_once * width);
+      kept_shortcut = arena.planes<Element>(kept_planes<Format>(unit), at_once * width);
+    }
     rest = memory ? static_cast<char*>(memory) + arena.bytes() : nullptr;
     const Range most = {strip.rows.begin, strip.rows.begin + at_once};
     bytes = arena.bytes() + Format({strip.unit, strip.pointers, most}, 0, nullptr).bytes;
   }
   int64_t at_once;  // rows
-  Planes<typename Format::Element> y2;
+  Planes<typename Format::Element> y2, shortcut_y2, kept_shortcut;
   void* rest;  // what a worker needs for these rows
   int64_t bytes;
 };
@@ -188,9 +211,13 @@ class UnitOf final : public UnitKernel {
     fill_edge_masks<A>(unit, part.rows, own.masks);
     own.depthwise(mid, read_only(own.y1), unit.has_conv3() ? planes.y2 : planes.result);
     if (unit.concatenates_pool()) {
-      const Range pooled = pooled_with(unit, mid);
+      const Range pooled = share_with(mid, unit.mid_channels, unit.in_channels);
       own.pool(pooled, planes.x, planes.in.image.begin, {}, pooled_result(unit, planes.result));
       copy_out(part, planes, pooled, unit.first_pooled_channel());
+    }
+    if (unit.convolves_shortcut()) {
+      const Range channels = share_with(mid, unit.mid_channels, unit.in_channels);
+      own.shortcut1(channels, planes.x, planes.in.image.begin, {}, planes.shortcut_y2);
     }
   }
 
@@ -198,8 +225,12 @@ class UnitOf final : public UnitKernel {
     const Unit& unit = part.unit;
     const UnitPlanes<Format> planes(part);
     if (unit.has_conv3()) {
-      const Planes<Element> result = conv3_result(unit, planes.result);
-      Format(part, 0, workspace).conv3(channels, read_only(planes.y2), planes.residual, result);
+      const Format own(part, 0, workspace);
+      if (unit.convolves_shortcut()) {
+        const Range rows = share_with(channels, unit.out_channels, unit.shortcut_channels);
+        own.shortcut2(rows, read_only(planes.shortcut_y2), shortcut_result(planes, planes.result));
+      }
+      own.conv3(channels, read_only(planes.y2), planes.shortcut, conv3_result(unit, planes.result));
     }
     copy_out(part, planes, channels, unit.first_conv3_channel());
   }
@@ -235,10 +266,15 @@ class UnitOf final : public UnitKernel {
       const Range rows = {first, std::min(strip.rows.end, first + work.at_once)};
       const Format own({unit, pointers, rows}, 0, work.rest);
       fill_edge_masks<A>(unit, rows, own.masks);
+      const Planes<Element> result = planes(strip.result).behind(pixel);
       own.depthwise({0, unit.mid_channels}, read_only(y1.from_row(above * unit.stride)), work.y2);
-      own.conv3({0, unit.out_channels}, read_only(work.y2),
-                unit.adds_residual() ? x.behind(pixel) : Planes<const Element>{},
-                conv3_result(unit, planes(strip.result).behind(pixel)));
+      Planes<const Element> shortcut = unit.stride == 1 ? x.behind(pixel) : Planes<const Element>{};
+      if (unit.convolves_shortcut()) {
+        own.shortcut1({0, unit.in_channels}, x, y1.own.begin, read_only(planes(strip.x_above)), work.shortcut_y2);
+        own.shortcut2({0, unit.shortcut_channels}, read_only(work.shortcut_y2), shortcut_result(work, result));
+        shortcut = read_only(work.kept_shortcut);
+      }
+      own.conv3({0, unit.out_channels}, read_only(work.y2), shortcut, conv3_result(unit, result));
     }
   }
 
@@ -260,10 +296,16 @@ class UnitOf final : public UnitKernel {
     }
   }
 
-  // The channels of the shortcut that go with some intermediate channels to a worker.
-  static Range pooled_with(const Unit& unit, Range mid) {
-    const int64_t n = unit.in_channels / kChannels;
-    return {n * mid.begin / unit.mid_channels * kChannels, n * mid.end / unit.mid_channels * kChannels};
+  // Where the shortcut of a unit of v2 is written: kept for conv3, or in the result.
+  template <class Kept>
+  static Planes<Element> shortcut_result(const Kept& kept, Planes<Element> result) {
+    return Format::kKeepsShortcut ? kept.kept_shortcut : result;
+  }
+
+  // The channels of the shortcut that go with some of `all` others to a worker.
+  static Range share_with(Range some, int64_t all, int64_t channels) {
+    const int64_t n = channels / kChannels;
+    return {n * some.begin / all * kChannels, n * some.end / all * kChannels};
   }
 
   // Copies some of the channels that begin with `first` from their planes to the tensor, where these are not its own.
@@ -275,17 +317,19 @@ class UnitOf final : public UnitKernel {
 };
 
 // The kernels of a format, by their classes.
-template <class Unit, class Stem, class Head, class Image>
+template <class Unit, class Stem, class LastConvolution, class Head, class Image>
 class KernelsOf final : public Kernels {
  public:
   const UnitKernel& unit() const override { return kUnit; }
   const StemKernel& stem() const override { return kStem; }
+  const LastConvolutionKernel& last_convolution() const override { return kLastConvolution; }
   const HeadKernel& head() const override { return kHead; }
   const ImageKernel& image() const override { return kImage; }
 
  private:
   static constexpr Unit kUnit{};
   static constexpr Stem kStem{};
+  static constexpr LastConvolution kLastConvolution{};
   static constexpr Head kHead{};
   static constexpr Image kImage{};
 };

@@ -53,12 +53,16 @@ inline int64_t part_cost(const Unit& unit, int64_t in_rows, int64_t rows, int64_
   const auto vectors = [lanes](int64_t pixels) { return pixels <= lanes ? 1 : ceil_div(pixels - 1, lanes); };
   const int64_t in_vectors = vectors(in_rows * unit.width), out_vectors = vectors(rows * unit.out_width());
   constexpr int64_t kDepthwiseCost = 2 * 9;  // nine loads bound it, not multiply-adds
+  const int64_t shortcut =
+      unit.convolves_shortcut() ? unit.in_channels * out_vectors * (kDepthwiseCost + unit.shortcut_channels) : 0;
   return unit.mid_channels *
-         (in_vectors * unit.conv1_depth() + out_vectors * (kDepthwiseCost + unit.out_channels / unit.groups));
+             (in_vectors * unit.conv1_depth() + out_vectors * (kDepthwiseCost + unit.out_channels / unit.groups)) +
+         shortcut;
 }
 
 inline int64_t weights_bytes(const Unit& unit) {
-  return unit.mid_channels * (unit.conv1_depth() + unit.out_channels / unit.groups) * kAccumulatorBytes;
+  return (unit.mid_channels * (unit.conv1_depth() + unit.out_channels / unit.groups) + unit.shortcut_weights()) *
+         kAccumulatorBytes;
 }
 inline int64_t weights_cost(const Unit& unit) { return weights_bytes(unit) / kWeightBytesPerCost; }
 
@@ -71,15 +75,17 @@ inline int64_t y1_cost(const Unit& unit, int64_t rows) {
 // channels, in their order, and of conv1's rows. The one in the middle counts, whose groups are cut at both ends. What
 // the first unit of a stage reads has been shared in another way.
 inline int64_t foreign_channels(const Unit& unit, int64_t workers) {
-  const int64_t own = unit.in_channels / workers, worker = workers / 2;
+  const int64_t own = unit.conv1_channels() / workers, worker = workers / 2;
   if (unit.stride == 2) return unit.in_channels - own;
   const int64_t first_group = unit.conv1_groups * worker / workers;
   const int64_t end_group = ceil_div(unit.conv1_groups * (worker + 1), workers);
   return (end_group - first_group) * unit.conv1_depth() - own;
 }
 
-// Chooses the partition that finishes first by that count. `has_strips` says whether the kernel's strips can be used.
-inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, int64_t threads, bool has_strips) {
+// Chooses the partition that finishes first by that count. `has_strips` says whether the kernel's strips can be used;
+// `in_place` that the result takes x's place, so that of parts which read rows around their own there is but one.
+inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, int64_t threads, bool has_strips,
+                                  bool in_place) {
   const int64_t lanes = kernel.lanes();
   const auto rows_of = [&](int64_t parts) { return ceil_div(unit.out_height(), parts); };
   const auto with_halo = [&](int64_t rows) { return std::min(unit.height, (rows - 1) * unit.stride + 3); };
@@ -104,8 +110,9 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
   const auto foreign = [](int64_t elements) { return elements * kAccumulatorBytes / kForeignBytesPerCost; };
   const int64_t halo = foreign(unit.width * unit.mid_channels);
   const int64_t rows_a_thread = rows_of(threads);
+  const bool only_strips = in_place && fewest > 1 && threads <= unit.out_height();
   if (has_strips && threads <= unit.out_height() &&
-      kernel.strip_bytes(unit, {0, rows_a_thread}).y1 <= kMostStripBytes) {
+      (only_strips || kernel.strip_bytes(unit, {0, rows_a_thread}).y1 <= kMostStripBytes)) {
     // Where a height does not divide, the neighbouring units' strips are others, and the planes stay whole.
     const int64_t whole_planes =
         (unit.height % threads ? unit.in_channels : 0) + (unit.out_height() % threads ? unit.result_channels() : 0);
@@ -114,7 +121,9 @@ inline Partition choose_partition(const Unit& unit, const UnitKernel& kernel, in
         part_cost(unit, std::min(unit.height, rows_a_thread * unit.stride), rows_a_thread, lanes) + weights_cost(unit) +
             kWaitCost + 2 * halo + whole_planes * kSharedLineCost + y1_cost(unit, rows_a_thread * unit.stride));
   }
-  const int64_t most = std::min(unit.out_height(), fewest + kMostExtraParts);
+  if (only_strips) return best;
+  if (in_place) fewest = 1;
+  const int64_t most = in_place ? 1 : std::min(unit.out_height(), fewest + kMostExtraParts);
   for (int64_t parts = fewest; parts <= most; ++parts) {
     const int64_t rows = rows_of(parts);
     // The halo's rows of x are foreign: four times the channels of y1, at least. No plane is cut into its parts.

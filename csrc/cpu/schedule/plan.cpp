@@ -1,6 +1,8 @@
 #include "plan.h"
 
+#include "channel_planes.h"
 #include "head_step.h"
+#include "last_convolution_step.h"
 #include "stem_step.h"
 #include "unit_step.h"
 
@@ -25,21 +27,30 @@ bool is_in_pairs(const Kernels& kernels) { return kernels.unit().channels_per_el
 const Kernels& kernels_for(const Program& program, Dtype dtype, Dtype weights) {
   const auto fits = [](const PackedUnit& packed) { return has_pairs(packed.unit); };
   const bool all_fit = std::all_of(program.units.begin(), program.units.end(), fits) &&
-                       (!program.stem || program.stem->stem.out_channels % 2 == 0) && program.sizes[1] % 2 == 0;
+                       (!program.stem || program.stem->stem.out_channels % 2 == 0) && program.sizes[1] % 2 == 0 &&
+                       (!program.last || program.last->layer.in_channels % 2 == 0);
   const Kernels* const pairs = weights == Dtype::bfloat16 && all_fit ? isa().pair_kernels(dtype) : nullptr;
   return pairs ? *pairs : isa().kernels(dtype);
 }
 
 // The convolutions of a program's steps, in their order, in the call's memory.
 const Convolution* convolutions_of(const Program& program, ProgramWeights weights, CallMemory& memory) {
-  const int64_t count = 3 * static_cast<int64_t>(program.units.size()) + 2;
-  Convolution* const first = memory.array<Convolution>(count);
+  size_t count = 3;
+  for (const PackedUnit& packed : program.units) count += packed.convolutions();
+  Convolution* const first = memory.array<Convolution>(static_cast<int64_t>(count));
   Convolution* next = first;
   if (program.stem) *next++ = weights.stem(program.stem->conv, program.stem->stem);
-  for (const auto& [unit, conv1, conv2, conv3] : program.units) {
+  for (const auto& [unit, conv1, conv2, conv3, shortcut1, shortcut2] : program.units) {
     *next++ = weights.pointwise(conv1, unit.mid_channels, unit.conv1_depth());
     *next++ = weights.depthwise(conv2, unit.mid_channels);
     *next++ = weights.pointwise(conv3, unit.out_channels, unit.slice_channels());
+    if (unit.convolves_shortcut()) {
+      *next++ = weights.depthwise(shortcut1, unit.in_channels);
+      *next++ = weights.pointwise(shortcut2, unit.shortcut_channels, unit.in_channels);
+    }
+  }
+  if (program.last) {
+    *next++ = weights.pointwise(program.last->conv, program.last->layer.out_channels, program.last->layer.in_channels);
   }
   if (program.head) {
     *next++ = weights.pointwise(program.head->linear, program.head->head.classes, program.head->head.channels);
@@ -60,7 +71,8 @@ struct Steps {
 };
 
 // Makes a program's steps, in the call's memory. They work on planes of the kernels' format, to which tensors are
-// converted, and back, unless they are such planes already.
+// converted, and back, unless they are such planes already. Channels of v2 are in any of them: x is copied ahead of a
+// unit that leaves half of it where it is, and a result is written in order by the conversion.
 Steps steps_of(const Program& program, const Kernels& kernels, const Convolution* conv, const Setup& setup,
                CallMemory& memory) {
   const auto& [dtype, images, threads, sharing] = setup;
@@ -68,22 +80,25 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
   const bool in_pairs = is_in_pairs(kernels);
   const UnitKernel& unit_kernel = in_pairs ? kernels.unit() : isa().kernels(accumulator).unit();
   const bool converts = in_pairs || dtype != accumulator || program.layout != Layout::contiguous;
+  const bool is_named = program.is_v2() && !in_pairs;  // whether channels are in any planes
+  const bool converts_x = converts || (is_named && program.units[0].unit.passes_half());
+  const bool converts_result = converts || (is_named && !program.last);
   Steps steps;
-  steps.images.reserve(program.units.size() + 3);
+  steps.images.reserve(program.units.size() + 4);
   const auto add_channels_step = [&, threads = threads](const ChannelsWork& work, const auto& run) {
     steps.images.push_back(memory.make<ChannelsStep<std::decay_t<decltype(run)>>>(work, threads, run));
   };
   // Elements from plane to plane of what a step writes: the last one may write a tensor.
   const auto plane_of = [&](int64_t pixels, bool is_last) {
-    return is_last && !program.head && !converts ? pixels : padded_plane(pixels);
+    return is_last && !program.head && !converts_result ? pixels : padded_plane(pixels);
   };
 
   int64_t plane = program.x[2] * program.x[3];  // of what the next step reads
   if (program.stem) {
     const Stem& stem = program.stem->stem;
-    plane = plane_of(stem.out_height() * stem.out_width(), program.units.empty());
+    plane = plane_of(stem.out_height() * stem.out_width(), program.units.empty() && !program.last);
     steps.images.push_back(memory.make<StemStep>(stem, *conv++, plane, kernels.stem(), unit_kernel, threads));
-  } else if (converts) {
+  } else if (converts_x) {
     const auto [n, channels, height, width] = program.x;
     (void)n;
     const TensorImage image = {program.layout, channels, height * width};
@@ -95,33 +110,49 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
           kernel.read(image, from, some, to, plane, thread_workspace.reserve(kernel.workspace_bytes(image)));
         });
   }
+  ChannelPlanes channels_at(is_named ? program.units[0].unit.in_channels : 0, memory);
   for (const PackedUnit& packed : program.units) {
     Unit unit = packed.unit;
     unit.layout = Layout::contiguous;
     UnitPointers pointers;
+    if (is_named) channels_at.go_through(unit, pointers);
     pointers.conv1 = *conv++;
     pointers.conv2 = *conv++;
     pointers.conv3 = *conv++;
+    if (unit.convolves_shortcut()) {
+      pointers.shortcut1 = *conv++;
+      pointers.shortcut2 = *conv++;
+    }
+    const bool is_last = &packed == &program.units.back() && !program.last;
     pointers.x_plane = plane;
-    pointers.result_plane = plane = plane_of(unit.out_height() * unit.out_width(), &packed == &program.units.back());
+    pointers.result_plane = plane = plane_of(unit.out_height() * unit.out_width(), is_last);
     steps.images.push_back(memory.make<UnitStep>(unit, pointers, unit_kernel, threads, sharing));
+  }
+  const int64_t* planes = is_named ? channels_at.planes() : nullptr;  // of what the next step reads
+  if (program.last) {
+    const LastConvolution& layer = program.last->layer;
+    const int64_t x_plane = plane;
+    plane = plane_of(layer.pixels(), true);
+    steps.images.push_back(memory.make<LastConvolutionStep>(
+        layer, *conv++, x_plane, planes, plane, kernels.last_convolution(), unit_kernel, threads));
+    planes = nullptr;
   }
   if (program.head) {
     const Head& head = program.head->head;
     const HeadKernel& kernel = kernels.head();
     add_channels_step({"", head.channels, head.height, head.width, false, kernel.means_step(head)},
                       [=, &kernel, images = images](const void* from, void* to, Range channels) {
-                        kernel.means(head, images, from, plane, channels, to);
+                        kernel.means(head, images, from, plane, planes, channels, to);
                       });
     steps.linear = memory.make<LinearStep>(head, images, *conv++, kernel, threads);
-  } else if (converts) {
+  } else if (converts_result) {
     const auto [n, channels, height, width] = program.sizes;
     (void)n;
     const TensorImage image = {program.layout, channels, height * width};
     add_channels_step(
         {"conversion", channels, height, width, true, channels * height * width * element_bytes(dtype)},
         [=, &kernel = kernels.image()](const void* from, void* to, Range some) {
-          kernel.write(image, from, plane, some, to, thread_workspace.reserve(kernel.workspace_bytes(image)));
+          kernel.write(image, from, plane, planes, some, to, thread_workspace.reserve(kernel.workspace_bytes(image)));
         });
   }
   return steps;

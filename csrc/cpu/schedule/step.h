@@ -54,8 +54,10 @@ class ImageStep : public Step {
   virtual bool cuts_result() const { return false; }
   virtual int64_t strip_bytes() const { return 0; }  // of a result that is cut
   virtual bool reads_strips(int64_t) const { return false; }
-  // Whether the result may take the place of what it is computed from: run by one thread, or shared.
+  // Whether the result may take the place of what it is computed from: run by one thread, or shared. And whether it
+  // must, as a part of it is there already: then the step is neither the first nor the last.
   virtual bool works_in_place(bool) const { return false; }
+  virtual bool must_work_in_place() const { return false; }
 
   // Runs it by one thread. A step goes through the image from the top to the bottom, the next one from the bottom to
   // the top: it begins where the caches still have the image.
@@ -95,6 +97,22 @@ struct Batch {
 
 using ImageSteps = std::vector<const ImageStep*>;
 
+// Whether what threads that share the steps hand on from each is cut into strips. Steps that must work in place leave
+// an image as it is: cut from the step that makes it to the last of them, or whole.
+inline const bool* cut_results(const ImageSteps& steps, CallMemory& memory) {
+  const size_t n = steps.size();
+  bool* const is_cut = memory.array<bool>(static_cast<int64_t>(n));
+  for (size_t i = 0; i < n; ++i) {
+    is_cut[i] = i + 1 < n && steps[i]->cuts_result() && steps[i + 1]->reads_strips(steps[i]->strips());
+  }
+  const auto both = [&](size_t i) {
+    if (steps[i]->must_work_in_place()) is_cut[i - 1] = is_cut[i] = is_cut[i - 1] && is_cut[i];
+  };
+  for (size_t i = 1; i < n; ++i) both(i);
+  for (size_t i = n; i-- > 1;) both(i);
+  return is_cut;
+}
+
 // Adds the phases that run the steps on each image of the batch. They refer to `steps`.
 inline void add_phases(const ImageSteps& steps, const Batch& batch, Phases& phases) {
   int64_t largest = 0, strip_bytes = 0, shared_bytes = 0, strips = 1;
@@ -107,10 +125,7 @@ inline void add_phases(const ImageSteps& steps, const Batch& batch, Phases& phas
     strips = std::max(strips, steps[i]->strips());
   }
   largest = std::max(largest, strips * strip_bytes);
-  // Whether what threads that share the steps hand on from step i is cut into strips.
-  const auto is_cut = [&steps](size_t i) {
-    return i + 1 < steps.size() && steps[i]->cuts_result() && steps[i + 1]->reads_strips(steps[i]->strips());
-  };
+  const bool* const is_cut = cut_results(steps, phases.memory());
   // Calls visit(i, from, to) for the steps of an image, the results in between in `images`.
   const auto each_step =
       [&steps, batch, largest, is_cut](int64_t image, bool shared, Scratch(&images)[2], const auto& visit) {
@@ -119,7 +134,7 @@ inline void add_phases(const ImageSteps& steps, const Batch& batch, Phases& phas
         int next = 0;
         for (size_t i = 0; i < steps.size(); ++i) {
           const ImageStep& step = *steps[i];
-          const bool same_layout = !shared || (i > 0 && is_cut(i - 1)) == is_cut(i);
+          const bool same_layout = !shared || (i > 0 && is_cut[i - 1]) == is_cut[i];
           if (i + 1 == steps.size()) {
             at = static_cast<char*>(batch.result) + image * step.result_bytes();
           } else if (!at || !same_layout || !step.works_in_place(shared)) {
@@ -141,7 +156,7 @@ inline void add_phases(const ImageSteps& steps, const Batch& batch, Phases& phas
   char* const buffers = shared_buffers.reserve(strips * shared_bytes);
   for (int64_t image = batch.images.alone; image < batch.images.alone + batch.images.shared; ++image) {
     each_step(image, true, shared_images, [&](size_t i, const char* from, char* to) {
-      steps[i]->share({static_cast<int64_t>(i), from, to, i > 0 && is_cut(i - 1), is_cut(i), strip_bytes, buffers,
+      steps[i]->share({static_cast<int64_t>(i), from, to, i > 0 && is_cut[i - 1], is_cut[i], strip_bytes, buffers,
                        shared_bytes, phases});
     });
   }

@@ -35,8 +35,9 @@ class UnitStep final : public ImageStep {
            const Images& images)
       : unit_(unit), pointers_(pointers), kernel_(kernel), threads_(threads) {
     const bool has_strips = unit.has_conv3() && !kernel_.is_copied(unit);
-    if (images.alone > 0) alone_ = choose_partition(unit_, kernel_, 1, has_strips);
-    if (images.shared > 0) shared_ = choose_partition(unit_, kernel_, threads, has_strips);
+    const bool in_place = must_work_in_place();
+    if (images.alone > 0) alone_ = choose_partition(unit_, kernel_, 1, has_strips, in_place);
+    if (images.shared > 0) shared_ = choose_partition(unit_, kernel_, threads, has_strips, in_place);
   }
 
   int64_t result_bytes() const override {
@@ -75,9 +76,13 @@ class UnitStep final : public ImageStep {
     return same;
   }
 
+  // The half that passes by stays in its planes.
+  bool must_work_in_place() const override { return unit_.passes_half() && pointers_.conv3_planes; }
+
   // Where a part is the whole image, or has its own rows only, all of x but the residual has been read before the
   // result is written.
   bool works_in_place(bool shared) const override {
+    if (must_work_in_place()) return true;
     const Partition& partition = shared ? shared_ : alone_;
     return unit_.adds_residual() && pointers_.x_plane == pointers_.result_plane &&
            (partition.parts == 1 || partition.sharing == Sharing::strips);

@@ -1,0 +1,31 @@
+// The pointwise convolution behind a network's units, on planes of pairs.
+#pragma once
+
+#include "format_pairs.h"
+
+namespace shufflenet::cpu::SHUFFLENET_ISA {
+
+class PairLastConvolution final : public LastConvolutionKernel {
+ public:
+  int64_t workspace_bytes(const LastConvolution&) const override { return 0; }
+
+  void run(const LastConvolution& layer, const Convolution& conv, const void* x, int64_t x_plane, const int64_t*,
+           Range rows, void* result, int64_t result_plane, void*) const override {
+    const RowRange range = {rows.begin, rows.count(), 0};
+    Products products;
+    FinishPairs finish = {
+        static_cast<const float*>(conv.bias),
+        static_cast<float>(kRelu.lower),
+        {},
+        {static_cast<Pair*>(result), result_plane},
+        {}};
+    multiply({conv, layer.in_channels / 2, &range, 1, layer.pixels()}, {static_cast<const Pair*>(x), x_plane}, products,
+             finish);
+  }
+
+  Tile tile(const LastConvolution& layer, int64_t rows) const override {
+    return PairFormat::tile(rows, layer.pixels());
+  }
+};
+
+}  // namespace shufflenet::cpu::SHUFFLENET_ISA
