@@ -38,7 +38,7 @@ def _with_ops(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     except TraceError:
         return module
     inputs = {node.name: node for node in traced.graph.nodes if node.op == "placeholder"}
-    on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in example_inputs)
+    on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in values)
     found = [found for chain in chains for found in chain.units if not (on_cuda and found.unit.version == 2)]
     for each in reversed(found):  # a call stands before the nodes that it takes the place of
         names = [stage_names(stage) for stage in each.unit.stages]
