@@ -104,6 +104,17 @@ def runs_native(
     return False
 
 
+def trains_native(x: torch.Tensor) -> bool:
+    """Whether a training step of a unit on ``x`` runs the native passes under the backend in use."""
+    if _backend == "reference" or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
+        return False
+    cause = _native.untrainable(x)
+    if cause is None:
+        return True
+    fall_back(cause)
+    return False
+
+
 class _Settings(ModuleType):
     """Torch's settings, as attributes of a module: there torch.compile reads an attribute and guards its value.
 

@@ -1,8 +1,9 @@
 """A unit's training step on the CPU, by the native passes of csrc/cpu/training.cpp.
 
-conv3's result, the largest intermediate tensor, is neither stored nor computed twice. It is linear in what conv3 reads,
-so batch norm 3's statistics follow from that tensor's mean and covariance (its Gram matrix within each group), and all
-sums that the backward pass needs from its products with the incoming gradient. What is left are passes over the tensors:
+conv3's result, the largest intermediate tensor, is neither stored nor computed twice. It is linear in what conv3
+reads, so batch norm 3's statistics follow from that tensor's mean and covariance (its Gram matrix within each group),
+and all sums that the backward pass needs from its products with the incoming gradient. What is left are passes over the
+tensors:
 
     forward   y1 = conv1(x)    y2 = conv2(shuffle(relu(bn1(y1))))    result = relu(bn3(conv3(bn2(y2))) + x)
     backward  products of the gradient with y2    gradient of y2    gradient of y1    gradient of x
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from shufflenet_ext._native import is_channels_last
 
 _passes: Any = torch.ops.shufflenet_ext
 
@@ -37,7 +39,7 @@ class Options(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A convolution's bias, and the batch norm behind it."""
+    """A convolution's bias, and the batch norm behind it. Without statistics, and with an eps of 0, it does nothing."""
 
     conv_bias: Tensor | None
     weight: Tensor | None
@@ -79,7 +81,7 @@ class _Affine:
 
     @staticmethod
     def of(norm: Norm, mean: Tensor, var: Tensor) -> "_Affine":
-        rstd = torch.rsqrt(var + norm.eps) if _is_norm(norm) else torch.ones_like(var)
+        rstd = torch.rsqrt(var + norm.eps)
         scale = rstd if norm.weight is None else norm.weight.double() * rstd
         return _Affine(mean, rstd, scale, torch.zeros_like(mean) if norm.bias is None else norm.bias.double())
 
@@ -88,12 +90,8 @@ class _Affine:
         return self.bias - self.scale * self.mean
 
 
-def _is_norm(norm: Norm) -> bool:
-    return norm.of_batch or norm.running_mean is not None
-
-
 def _fixed_statistics(norm: Norm, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a norm that does not use the batch's; 0 and 1 where there is no norm."""
+    """Mean and variance of a norm that does not use the batch's; 0 and 1 of one that has none."""
     mean, var = norm.running_mean, norm.running_var
     mean = torch.zeros(channels, dtype=torch.float64) if mean is None else mean.double()
     var = torch.ones(channels, dtype=torch.float64) if var is None else var.double()
@@ -163,9 +161,7 @@ class _Conv3:
         return (self.weight * self.at_centre).sum(2).flatten()
 
 
-def forward(
-    x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norms: tuple[Norm, Norm, Norm], o: Options
-) -> Forward:
+def forward(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norms: tuple[Norm, Norm, Norm], o: Options) -> Forward:
     given, x = x, _planes(x)
     dtype, (n, _, height, width) = x.dtype, x.shape
     weight1, weight2, weight3 = (_matrix(weight, dtype) for weight in weights)
@@ -182,9 +178,7 @@ def forward(
     pixels = out_size[0] * out_size[1]
     moments = _moments(n, mid, norms[1].of_batch or norms[2].of_batch)
     scale, shift = norm1.scale.to(dtype), norm1.shift.to(dtype)
-    _passes.training_depthwise(
-        y1, scale, shift, weight2, y2, moments, shuffle_groups=o.shuffle_groups, stride=o.stride
-    )
+    _passes.training_depthwise(y1, scale, shift, weight2, y2, moments, shuffle_groups=o.shuffle_groups, stride=o.stride)
     of_y2 = None if moments is None else _combined(moments, pixels)
     mean2, var2 = of_y2 if of_y2 is not None and norms[1].of_batch else _fixed_statistics(norms[1], mid)
     norm2 = _Affine.of(norms[1], mean2, var2)
@@ -212,9 +206,7 @@ def forward(
     result = _empty(x, out_channels + (given.shape[1] if o.stride == 2 else 0), out_size)
     main, pooled = _slices(result, out_channels, o)
     residual = x if o.stride == 1 else None
-    _passes.training_pointwise(
-        v, matrix.to(dtype), bias.to(dtype), residual, main, None, groups=o.groups, relu=True
-    )
+    _passes.training_pointwise(v, matrix.to(dtype), bias.to(dtype), residual, main, None, groups=o.groups, relu=True)
     if pooled is not None:
         _passes.training_pool(x, pooled, relu=o.shortcut_relu, count_include_pad=o.pool_count_include_pad)
     statistics = Statistics(mean1, var1, mean2, var2, mean3, var3, centre, covariance)
@@ -222,21 +214,24 @@ def forward(
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if not x.is_contiguous() and x.stride(1) == 1 else torch.contiguous_format
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def _as_given(tensor: Tensor, given: Tensor) -> Tensor:
     return tensor.to(given.dtype, memory_format=memory_format(given))
 
 
+_Three = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 class Gradients(NamedTuple):
     """Of the forward pass's tensors; None for those that nobody wants."""
 
-    x: Tensor | None = None
-    weights: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    conv_biases: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    norm_weights: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    norm_biases: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    x: Tensor | None
+    weights: _Three
+    conv_biases: _Three
+    norm_weights: _Three
+    norm_biases: _Three
 
 
 def backward(
@@ -254,7 +249,7 @@ def backward(
     to x.
     """
     given, x = x, _planes(x)
-    dtype, (n, in_channels, height, width) = x.dtype, x.shape
+    dtype, (n, in_channels, *_) = x.dtype, x.shape
     weight1, weight2, weight3 = (_matrix(weight, dtype) for weight in weights)
     mid, out_channels = len(weight1), len(weight3)
     result, gradient = _planes(forward_pass.result), _planes(gradient)
@@ -274,9 +269,7 @@ def backward(
     main_gradient, pooled_gradient = _slices(gradient, out_channels, o)
     dz = _empty(x, out_channels, (y2.shape[2], y2.shape[3]))
     products, total = (torch.empty(out_channels, *size, dtype=torch.float64) for size in ((mid // o.groups,), ()))
-    _passes.training_relu_backward(
-        main, main_gradient, dz, v, s.centre.to(dtype), products, total, groups=o.groups
-    )
+    _passes.training_relu_backward(main, main_gradient, dz, v, s.centre.to(dtype), products, total, groups=o.groups)
     products = products.view_as(conv3.of_v)
     with_y3 = norm3.rstd * (conv3.of_v * products).sum(2).flatten()
     if norms[2].of_batch:
@@ -287,7 +280,9 @@ def backward(
         products = products * grouped(norm3.scale)
         sum3, of_scale3 = norm3.scale * total, with_y3 + norm3.rstd * total * (conv3.mean_at_centre() - s.mean3)
     of_weight3 = (conv3.times_slope(products) + grouped(sum3) * conv3.at_centre).view(weights[2].shape)
-    gradients = Gradients(None, (None, None, of_weight3), (None, None, sum3), (None, None, of_scale3), (None, None, total))
+    gradients = Gradients(
+        None, (None, None, of_weight3), (None, None, sum3), (None, None, of_scale3), (None, None, total)
+    )
     if depth == 1:
         return gradients
 
@@ -353,7 +348,9 @@ def backward(
     if depth == 3:
         return gradients
 
-    transposed = weight1.view(o.conv1_groups, -1, weight1.shape[1]).transpose(1, 2).reshape(in_channels, -1).contiguous()
+    transposed = (
+        weight1.view(o.conv1_groups, -1, weight1.shape[1]).transpose(1, 2).reshape(in_channels, -1).contiguous()
+    )
     x_gradient = dz
     if pooled is not None:
         assert pooled_gradient is not None
@@ -365,7 +362,7 @@ def backward(
         x_gradient = torch.empty_like(x)
         _passes.training_pool_backward(pooled_gradient, x_gradient, count_include_pad=o.pool_count_include_pad)
     _passes.training_pointwise(
-        y1_gradient, transposed, None, x_gradient, x_gradient, None, groups=o.conv1_groups
+        y1_gradient, transposed.contiguous(), None, x_gradient, x_gradient, None, groups=o.conv1_groups
     )
     return gradients._replace(x=_as_given(x_gradient, given))
 
@@ -380,8 +377,13 @@ def _norm_backward(norm: _Affine, of_batch: bool, y: Tensor, gradient: Tensor, t
     _passes.training_norm_backward(gradient, y, torch.stack((norm.scale, slope, norm.mean, shift)))
 
 
-def _relu_norm_backward(v: Tensor, y2: Tensor, gradient: Tensor, norm: _Affine, of_batch: bool) -> tuple[Tensor, Tensor]:
-    """Takes a gradient from behind the ReLU that follows norm 2 to y2; returns its sum before the norm, and that with y2."""
+def _relu_norm_backward(
+    v: Tensor, y2: Tensor, gradient: Tensor, norm: _Affine, of_batch: bool
+) -> tuple[Tensor, Tensor]:
+    """Takes a gradient from behind the ReLU that follows norm 2 to y2, where it lies.
+
+    Returns the sums between the two: of the gradient, and of it times what y2 lies above its mean.
+    """
     total = torch.empty_like(norm.mean)
     _passes.training_relu_backward(v, gradient, gradient, None, None, None, total)
     deviation = y2 - norm.mean.to(y2.dtype).view(1, -1, 1, 1)

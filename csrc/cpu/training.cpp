@@ -33,10 +33,10 @@ struct Batch4 {
     size = {tensor.size(2), tensor.size(3)};
     image = tensor.stride(0);
     bytes = tensor.element_size();
-    const bool dense = (size.width == 1 || tensor.stride(3) == 1) &&
-                       (size.height == 1 || tensor.stride(2) == size.width) &&
-                       (channels == 1 || tensor.stride(1) == size.pixels()) &&
-                       (images <= 1 || !is_written || image >= channels * size.pixels());
+    const bool dense =
+        (size.width == 1 || tensor.stride(3) == 1) && (size.height == 1 || tensor.stride(2) == size.width) &&
+        (channels == 1 || tensor.stride(1) == size.pixels()) &&
+        (images <= 1 || !is_written || image >= channels * size.pixels());
     if (!dense && tensor.numel() > 0) fail(name, ": got planes that are not contiguous, expected contiguous ones");
     data = static_cast<char*>(is_written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr()));
   }
@@ -71,8 +71,7 @@ const char* array(const char* name, const Tensor& tensor, ScalarType type, const
   return static_cast<const char*>(tensor.const_data_ptr());
 }
 double* doubles(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes) {
-  return const_cast<double*>(
-      reinterpret_cast<const double*>(array(name, tensor, ScalarType::Double, sizes)));
+  return const_cast<double*>(reinterpret_cast<const double*>(array(name, tensor, ScalarType::Double, sizes)));
 }
 
 const TrainingKernel& kernel_for(const Tensor& x) { return isa().training(dtype_of("x", x)); }
@@ -90,7 +89,8 @@ class ImageTasks {
  public:
   ImageTasks(int64_t images, int64_t channels) : channels_(channels) {
     constexpr int64_t kLeast = 8;  // channels: a tile's
-    const int64_t wanted = ceil_div(2 * static_cast<int64_t>(torch::stable::get_num_threads()), std::max<int64_t>(1, images));
+    const int64_t wanted =
+        ceil_div(2 * static_cast<int64_t>(torch::stable::get_num_threads()), std::max<int64_t>(1, images));
     at_once_ = ceil_div(channels, std::clamp<int64_t>(wanted, 1, ceil_div(channels, kLeast)));
     of_image_ = ceil_div(channels, at_once_);
     count_ = images * of_image_;
@@ -199,8 +199,8 @@ void depthwise_backward(Tensor y2_gradient, Tensor y1, Tensor y1_mean, Tensor sc
   const int64_t bytes = kernel.depthwise_bytes(d);
   ImageTasks(to.images, d.channels).run([&](int64_t n, Range some) {
     auto* const of_image = reinterpret_cast<DepthwiseSums*>(all_sums + n * d.channels * kDepthwiseSums);
-    kernel.depthwise_backward(d, some, from.at(n), before.at(n), means, to.at(n), of_image,
-                              thread_workspace.reserve(bytes));
+    kernel.depthwise_backward(
+        d, some, from.at(n), before.at(n), means, to.at(n), of_image, thread_workspace.reserve(bytes));
   });
 }
 
@@ -214,8 +214,8 @@ void norm_backward(Tensor gradient, Tensor y, Tensor coefficients) {
   const TrainingKernel& kernel = kernel_for(y);
   each_task(from.images * n, [&](int64_t task) {
     const int64_t image = task / n, i = task % n;
-    kernel.norm_backward({c[i], c[n + i], c[2 * n + i], c[3 * n + i]}, from.at(image, i), from.size.pixels(),
-                         to.at(image, i));
+    kernel.norm_backward(
+        {c[i], c[n + i], c[2 * n + i], c[3 * n + i]}, from.at(image, i), from.size.pixels(), to.at(image, i));
   });
 }
 
@@ -224,8 +224,8 @@ void norm_backward(Tensor gradient, Tensor y, Tensor coefficients) {
 template <class Prepare>
 void products_of(const Batch4& a, const Batch4& b, const void* offset, double* sums, int64_t groups,
                  const TrainingKernel& kernel, const Prepare& prepare) {
-  constexpr int64_t kAtOnce = 8;        // planes of a: a tile's
-  constexpr int64_t kPixels = 1024;     // of a plane of a, in as many images as it takes: what the L1 cache holds of it
+  constexpr int64_t kAtOnce = 8;     // planes of a: a tile's
+  constexpr int64_t kPixels = 1024;  // of a plane of a, in as many images as it takes: what the L1 cache holds of it
   const int64_t rows = a.channels / groups, columns = b.channels / groups, parts = ceil_div(rows, kAtOnce);
   const int64_t images_at_once = std::max<int64_t>(1, kPixels / std::max<int64_t>(1, a.size.pixels()));
   std::fill_n(sums, a.channels * columns, 0.0);
@@ -238,10 +238,9 @@ void products_of(const Batch4& a, const Batch4& b, const void* offset, double* s
         for (int64_t plane = first; plane < first + count; ++plane) prepare(n + i, plane);
       }
       const auto* const of_group = static_cast<const char*>(offset);
-      kernel.products(
-          {a.at(n, first), b.at(n, group * columns), a.image, b.image,
-           of_group ? of_group + group * columns * b.bytes : nullptr, count, columns, images, a.size.pixels(),
-           sums + first * columns});
+      kernel.products({a.at(n, first), b.at(n, group * columns), a.image, b.image,
+                       of_group ? of_group + group * columns * b.bytes : nullptr, count, columns, images,
+                       a.size.pixels(), sums + first * columns});
     }
   });
 }
@@ -254,8 +253,8 @@ void products(Tensor a, Tensor b, std::optional<Tensor> offset, Tensor sums, int
   check_divides("groups", groups, "channels of b", right.channels);
   check_sizes("b", right, left.images, right.channels, left.size);
   const void* const less = offset ? array("offset", *offset, a.scalar_type(), {right.channels}) : nullptr;
-  products_of(left, right, less, doubles("sums", sums, {left.channels, right.channels / groups}), groups,
-              kernel_for(a), [](int64_t, int64_t) {});
+  products_of(left, right, less, doubles("sums", sums, {left.channels, right.channels / groups}), groups, kernel_for(a),
+              [](int64_t, int64_t) {});
 }
 
 // The gradient of a ReLU's argument from that of its result; its products with b, as above; and its sum by channel.
@@ -283,8 +282,8 @@ void relu_backward(Tensor result, Tensor result_gradient, Tensor gradient, std::
   check_divides("groups", groups, "channels of b", right.channels);
   check_sizes("b", right, value.images, right.channels, value.size);
   const void* const less = offset ? array("offset", *offset, result.scalar_type(), {right.channels}) : nullptr;
-  products_of(to, right, less, doubles("sums", *sums, {value.channels, right.channels / groups}), groups, kernel,
-              prepare);
+  products_of(
+      to, right, less, doubles("sums", *sums, {value.channels, right.channels / groups}), groups, kernel, prepare);
 }
 
 Unit pooled_unit(PlaneSize in, bool relu, bool count_include_pad) {
@@ -316,8 +315,7 @@ void pool_backward(Tensor y_gradient, Tensor gradient, bool count_include_pad) {
   const TrainingKernel& kernel = kernel_for(gradient);
   const int64_t bytes = kernel.pool_bytes(to.size), n = to.channels;
   each_task(to.images * n, [&](int64_t task) {
-    kernel.pool_backward(
-        unit, from.at(task / n, task % n), to.at(task / n, task % n), thread_workspace.reserve(bytes));
+    kernel.pool_backward(unit, from.at(task / n, task % n), to.at(task / n, task % n), thread_workspace.reserve(bytes));
   });
 }
 

@@ -110,8 +110,7 @@ class TrainingOf final : public TrainingKernel {
     for (int64_t c = 0; c < count; ++c) {
       const A* const plane = static_cast<const A*>(data) + c * pixels;
       V sum = {}, square = {};
-      each_vector<A>(
-          pixels, [&](int64_t i, auto mask, auto is_tail) { sum += load_pixels(plane + i, mask, is_tail); });
+      each_vector<A>(pixels, [&](int64_t i, auto mask, auto is_tail) { sum += load_pixels(plane + i, mask, is_tail); });
       const A mean = S::sum(sum) / static_cast<A>(pixels);
       const V broadcast = S::broadcast(mean);
       V rest = {};  // what the rounding of the mean leaves
@@ -164,10 +163,9 @@ class TrainingOf final : public TrainingKernel {
       } else {
         work.gradient.spread(from, d.out, [](int64_t, int64_t) { return A{1}; });
       }
-      depthwise_backward_plane(d, work, static_cast<const A*>(d.weight) + c * 9,
-                               static_cast<const A*>(y1) + source * d.in.pixels(),
-                               static_cast<const A*>(y1_means)[source],
-                               static_cast<A*>(gradient) + source * d.in.pixels(), sums[c]);
+      depthwise_backward_plane(
+          d, work, static_cast<const A*>(d.weight) + c * 9, static_cast<const A*>(y1) + source * d.in.pixels(),
+          static_cast<const A*>(y1_means)[source], static_cast<A*>(gradient) + source * d.in.pixels(), sums[c]);
     }
   }
 

@@ -1,6 +1,6 @@
 // The interface between the passes of training (schedule/training.h), which are compiled once and share their tasks
-// among threads, and their kernels, which are compiled for each ISA. All planes are contiguous, one behind the other, of
-// the accumulator type; sums and statistics are doubles.
+// among threads, and their kernels, which are compiled for each ISA. All planes are contiguous, one behind the other,
+// of the accumulator type; sums and statistics are doubles.
 #pragma once
 
 #include <cstdint>
@@ -72,8 +72,7 @@ class TrainingKernel {
   virtual void depthwise(const TrainingDepthwise&, Range channels, const void* y1, void* y2, void* workspace) const = 0;
   // Computes, from the gradient of y2, that of the norm's results (of y1's channels), and sums: two planes may be one.
   virtual void depthwise_backward(const TrainingDepthwise&, Range channels, const void* y2_gradient, const void* y1,
-                                  const void* y1_means, void* gradient, DepthwiseSums* sums,
-                                  void* workspace) const = 0;
+                                  const void* y1_means, void* gradient, DepthwiseSums* sums, void* workspace) const = 0;
 
   // Writes scale * gradient - slope * (y - mean) - shift over the gradient of a plane.
   struct NormBackward {

@@ -57,8 +57,8 @@ struct Profile {
   }
   double total() const { return std::accumulate(seconds.begin(), seconds.end(), 0.0); }
 };
-// Adds up the calls that a thread makes while it has one. A phase takes from the end of the one before to the end of its
-// last task. Of a phase timed inside, what the thread measured that worked on it longest is taken.
+// Adds up the calls that a thread makes while it has one. A phase takes from the end of the one before to the end of
+// its last task. Of a phase timed inside, what the thread measured that worked on it longest is taken.
 inline thread_local Profile* current_profile = nullptr;
 
 using Clock = std::chrono::steady_clock;
