@@ -187,7 +187,7 @@ def forward(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norms: tuple[Norm
     if o.conv2_relu:
         centre = v.mean((0, 2, 3), dtype=torch.float64) if norms[2].of_batch else torch.zeros_like(mean2)
     else:
-        centre = mean2 if of_y2 is None else of_y2[0]
+        centre = (mean2 if of_y2 is None else of_y2[0]).clone()  # as the op's outputs may not be one tensor
     conv3 = _Conv3(weight3, norm2, centre, o)
     covariance = torch.empty(0, dtype=torch.float64)
     if norms[2].of_batch:

@@ -190,7 +190,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 
 def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    inputs, outputs = ctx.saved_tensors[: 1 + 3 * _OF_STAGE], ctx.saved_tensors[1 + 3 * _OF_STAGE :]
+    saved = ctx.saved_tensors
+    inputs, outputs = saved[: 1 + 3 * _OF_STAGE], saved[1 + 3 * _OF_STAGE :]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
     found: list[Tensor | None] = [None] * len(inputs)
     if gradient is None:
@@ -228,10 +229,16 @@ def _flops(*args: Any, out_val: Any, **kwargs: Any) -> int:
 def _backward_flops(
     gradient: Tensor, x: Tensor, kept: Any, *tensors: Any, depth: int, out_val: Any, **kwargs: Any
 ) -> int:
-    # Each convolution is gone through twice, for its weight and its input; that of conv1 only where it is wanted.
-    total = _flops(x, *tensors, out_val=None, **kwargs)
-    convs = [x.shape[0] * x.shape[2] * x.shape[3] * tensors[0].numel() * 2]
-    return 2 * total - (convs[0] if depth < 4 else 0) - (convs[0] if depth < 3 else 0)
+    def meta(index: int, tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None else tensor.detach().to("meta").requires_grad_(depth >= _first_depth(index))
+
+    inputs = [meta(0, x), *(meta(i, tensor) for i, tensor in enumerate(tensors, 1))]
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        result = plain(*inputs, **kwargs)[0]  # type: ignore[arg-type]  # x is there
+        forward = counter.get_total_flops()
+        torch.autograd.grad(result.sum(), wanted)
+    return counter.get_total_flops() - forward
 
 
 def uses_batch(norm: nn.Module | None) -> bool:
@@ -241,8 +248,9 @@ def uses_batch(norm: nn.Module | None) -> bool:
 
 def untrainable(norm: nn.Module | None) -> str | None:
     """Why there is no native training step with this norm; None where there is."""
-    if isinstance(norm, nn.SyncBatchNorm) and uses_batch(norm):
-        return "there is no native training step with a SyncBatchNorm"
+    is_synced = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if isinstance(norm, nn.SyncBatchNorm) and uses_batch(norm) and is_synced:
+        return "there is no native training step with a SyncBatchNorm of several processes"
     return None
 
 
