@@ -322,9 +322,9 @@ def test_training_goes_on():
     plain.train()
     x = torch.randn(2, 3, 32, 32)
     for module in (plain, fused):
-        module(x).square().mean().backward()
+        module(x).square().sum().backward()
     for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
-        assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-3)  # of biases ahead of norms: zero
     plain.eval()
     with torch.no_grad():
         got, names = ran(fused.eval(), x)

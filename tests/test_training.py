@@ -80,6 +80,9 @@ def assert_as_accurate_steps(unit, x, gradient=None, factor=2.0):
         assert got[name].dtype == expected[name].dtype, name
         assert got[name].shape == value.shape, name
         assert got[name].isfinite().all(), name
+        if x.dtype == torch.float64:
+            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9 * scale.item(), msg=name)
+            continue
         errors = [(each[name].double() - value).square().mean().sqrt() for each in (got, expected)]
         # Sums that cancel, such as the gradient of a bias ahead of a norm, have no digits of their own.
         floor = 4 * eps * value.double().square().mean().sqrt() + eps * scale * value.numel() ** -0.5
@@ -259,8 +262,10 @@ def test_one_value_a_channel_is_refused_as_pytorch_refuses_it():
 def test_statistics_without_gradients():
     unit = fused()
     plain, x = plain_step_unit(unit), images(unit)
-    with torch.no_grad(), assert_ran(OP):
-        torch.testing.assert_close(unit(x), plain(x), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        expected = plain(x)
+        with assert_ran(OP):
+            torch.testing.assert_close(unit(x), expected, rtol=1e-4, atol=1e-4)
     for (name, ours), theirs in zip(unit.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
 
@@ -337,9 +342,9 @@ def test_checkpoints_and_copies_in_the_middle():
     assert torch.equal(of_x.grad, expected["grad of x"])
     again = copy.deepcopy(copied)
     assert type(again) is se.FusedShuffleBottleneck
-    for name, value in step(again, x, torch.ones(3, 24, 7, 9)).items():
-        assert torch.equal(value, step(copied, x, torch.ones(3, 24, 7, 9))[name]) or "num_batches" in name
-        break
+    steps = [step(each, x, torch.ones(3, 24, 7, 9)) for each in (again, copied)]
+    for name, value in steps[0].items():
+        assert torch.equal(value, steps[1][name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -367,17 +372,8 @@ def test_compiled(dynamic):
     for batch in (3, 4):
         x = images(unit, batch)
         got, expected = (step(each, x, torch.ones(batch, 24, 7, 9)) for each in (compiled, eager))
-        for name, value in expected.items():
-            torch.testing.assert_close(
-                got[
-                    name.replace("grad of ", "grad of _orig_mod.")
-                    if name != "grad of x" and name.startswith("grad")
-                    else name
-                ]
-                if name in ("result", "grad of x")
-                else value,
-                value,
-            )
+        for name in ("result", "grad of x"):
+            torch.testing.assert_close(got[name], expected[name], msg=name)
     for (name, ours), theirs in zip(unit.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
     for (name, ours), theirs in zip(unit.named_buffers(), eager.buffers(), strict=True):
@@ -403,9 +399,12 @@ def test_it_counts_as_the_plain_unit():
     x, counts = images(unit), []
     for module in (unit, plain_step_unit(unit)):
         with FlopCounterMode(display=False) as counter:
-            module(x.clone().requires_grad_()).sum().backward()
+            module(x.clone().requires_grad_())
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1]
+    with FlopCounterMode(display=False) as counter:
+        unit(x.clone().requires_grad_()).sum().backward()
+    assert counter.get_total_flops() == 3 * counts[0]
 
 
 def test_a_chain_keeps_half_of_what_pytorch_keeps():
@@ -433,9 +432,12 @@ def test_what_does_not_train_natively_says_so():
     unit.conv2.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match=r"backend 'native' was asked for, but .* has hooks"):
         unit(images(unit))
-    with se.use_backend("auto"), assert_ran_reference():
-        with pytest.warns(se.ReferenceFallbackWarning, match="has hooks"):
-            unit(images(unit))
+    with (
+        se.use_backend("auto"),
+        assert_ran_reference(),
+        pytest.warns(se.ReferenceFallbackWarning, match="has hooks"),
+    ):
+        unit(images(unit))
     plain = fused()
     with se.use_backend("reference"), assert_ran_reference():
         plain(images(plain))
@@ -455,7 +457,7 @@ def test_functional_transforms_run_the_reference():
     def loss(parameters):
         return torch.func.functional_call(unit, parameters, (x,)).square().sum()
 
-    with pytest.raises(RuntimeError, match="torch.func transforms"):
+    with pytest.raises(RuntimeError, match="backend 'native' was asked for, but torch"):
         torch.func.grad(loss)(parameters)
     with se.use_backend("auto"), pytest.warns(se.ReferenceFallbackWarning, match="torch.func"):
         got = torch.func.grad(loss)(parameters)
@@ -495,7 +497,7 @@ def test_passes_refuse_what_does_not_fit(name):
     run = getattr(torch.ops.shufflenet_ext, name)
     run(*tensors, **options)
     for i, tensor in enumerate(tensors):
-        others = [tensor.new_empty(*tensor.shape[:-1], tensor.shape[-1] + 1), tensor.to(torch.int64), tensor[None]]
+        others = [tensor.new_empty(*tensor.shape[:-1], tensor.shape[-1] + 2), tensor.to(torch.int64), tensor[None]]
         others += [tensor.transpose(-1, -2)] if tensor.dim() > 1 and tensor.shape[-1] != tensor.shape[-2] else []
         for other in others:
             with pytest.raises(RuntimeError, match="got"):
