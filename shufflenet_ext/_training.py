@@ -342,9 +342,11 @@ def backward(
         return gradients
 
     _norm_backward(norm1, norms[0].of_batch, y1, y1_gradient, sum1, with_y1)
-    of_weight1 = torch.empty(mid, in_channels // o.conv1_groups, dtype=torch.float64)
-    _passes.training_products(y1_gradient, x, None, of_weight1, groups=o.conv1_groups)
-    gradients = gradients._replace(weights=(of_weight1.view(weights[0].shape), *gradients.weights[1:]))
+    # Turned about, as the planes of the first operand are read but once.
+    turned = torch.empty(in_channels, mid // o.conv1_groups, dtype=torch.float64)
+    _passes.training_products(x, y1_gradient, None, turned, groups=o.conv1_groups)
+    of_weight1 = turned.view(o.conv1_groups, -1, turned.shape[1]).transpose(1, 2).reshape(weights[0].shape)
+    gradients = gradients._replace(weights=(of_weight1, *gradients.weights[1:]))
     if depth == 3:
         return gradients
 

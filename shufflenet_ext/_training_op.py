@@ -206,12 +206,58 @@ def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None
             found[i] = each
         return tuple(found)
     depth = max(map(_first_depth, wanted))
+    gradients = _of_inputs(gradient, inputs[0], outputs, inputs[1:], depth, ctx.options)
+    return tuple(each if i in wanted else None for i, each in enumerate(gradients))
+
+
+def _of_inputs(
+    gradient: Tensor,
+    x: Tensor,
+    kept: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    depth: int,
+    options: dict[str, Any],
+) -> list[Tensor | None]:
+    """The native backward pass: the gradients of all inputs, of which those beyond the depth mean nothing."""
     op = getattr(torch.ops.shufflenet_ext, BACKWARD_NAME)
-    gradients = op(gradient, inputs[0], list(outputs), *inputs[1:], depth=depth, **ctx.options)
-    of_inputs = [0, *(1 + i * _OF_STAGE + j for i in range(3) for j in range(_TRAINED))]
-    for i, each in zip(of_inputs, gradients, strict=True):
-        found[i] = each if i in wanted else None
-    return tuple(found)
+    x_gradient, *others = op(gradient, x, list(kept), *tensors, depth=depth, **options)
+    found: list[Tensor | None] = [x_gradient]
+    for i in range(0, len(others), _TRAINED):
+        found += [*others[i : i + _TRAINED], *[None] * (_OF_STAGE - _TRAINED)]
+    return found
+
+
+_OF_CONVOLUTION = {"shuffle_bottleneck": 2, "shuffle_bottleneck_batch_norm": _OF_STAGE}  # tensors, by op
+
+
+def frozen_gradients(
+    name: str, gradient: Tensor, inputs: Sequence[Tensor | None], wanted: Sequence[int], options: dict[str, Any]
+) -> tuple[Tensor | None, ...] | None:
+    """The gradients of an inference op's inputs; None where no native pass finds those that are wanted."""
+    x, of_convolution = inputs[0], _OF_CONVOLUTION.get(name)
+    assert x is not None
+    if of_convolution is None or torch.is_grad_enabled() or _native.untrainable(x) is not None:
+        return None
+    places = {0: 0}  # of the inputs among those of the training op
+    tensors: list[Tensor | None] = [None] * (3 * _OF_STAGE)
+    for i, tensor in enumerate(inputs[1:]):
+        stage, j = divmod(i, of_convolution)
+        tensors[stage * _OF_STAGE + j] = tensor
+        places[1 + i] = 1 + stage * _OF_STAGE + j
+    if any((places[i] - 1) % _OF_STAGE >= _TRAINED for i in wanted if i > 0):
+        return None  # a norm's statistics
+    given: dict[str, Any] = {
+        "eps": [options.get(f"bn{i}_eps", 0.0) for i in (1, 2, 3)],
+        "of_batch": [False] * 3,
+        "shuffle_groups": options["groups"] if options.get("shuffle_groups") is None else options["shuffle_groups"],
+    }
+    defaults = {"stride": 1, "conv2_relu": False, "pool_count_include_pad": True, "shortcut_first": False}
+    for option in Options._fields:
+        given.setdefault(option, options.get(option, defaults.get(option, True)))
+    kept = getattr(torch.ops.shufflenet_ext, NAME)(x, *tensors, **given)
+    depth = max(_first_depth(places[i]) for i in wanted)
+    found = _of_inputs(gradient, x, kept, tensors, depth, given)
+    return tuple(found[places[i]] if i in wanted else None for i in range(len(inputs)))
 
 
 def _transformed(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -243,6 +289,8 @@ def uses_batch(norm: nn.Module | None) -> bool:
 def untrainable(norm: nn.Module | None) -> str | None:
     """Why there is no native training step with this norm; None where there is."""
     is_synced = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if norm is not None and not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        return f"there is no native training step with a {type(norm).__name__} in the place of a batch norm"
     if isinstance(norm, nn.SyncBatchNorm) and uses_batch(norm) and is_synced:
         return "there is no native training step with a SyncBatchNorm of several processes"
     return None
@@ -256,6 +304,11 @@ class TrainedStage(NamedTuple):
     norm_weight: Tensor | None
     norm_bias: Tensor | None
     norm: Any
+    order: Tensor | None = None  # of the unit's channels among the norm's, where they are others
+
+    def running_statistics(self) -> list[Tensor | None]:
+        tensors = [None, None] if self.norm is None else [self.norm.running_mean, self.norm.running_var]
+        return [each if each is None or self.order is None else each[self.order] for each in tensors]
 
 
 def run(x: Tensor, stages: Sequence[TrainedStage], **options: Any) -> Tensor:
@@ -266,8 +319,8 @@ def run(x: Tensor, stages: Sequence[TrainedStage], **options: Any) -> Tensor:
     of_batch = [uses_batch(stage.norm) for stage in stages]
     tensors: list[Tensor | None] = []
     for stage, batch in zip(stages, of_batch, strict=True):
-        statistics = [None, None] if batch or stage.norm is None else [stage.norm.running_mean, stage.norm.running_var]
-        tensors += [*stage[:-1], *statistics]
+        tensors += [stage.weight, stage.bias, stage.norm_weight, stage.norm_bias]
+        tensors += [None, None] if batch else stage.running_statistics()
     (n, _, height, width), stride = x.shape, options["stride"]
     of_x, of_result = n * height * width, n * ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
     counts = of_x, of_result, of_result
@@ -296,8 +349,9 @@ def _update_running_statistics(stage: TrainedStage, mean: Tensor, var: Tensor, c
         factor = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
     if stage.bias is not None:
         mean = mean + stage.bias.detach()
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), factor)
+    for running, found in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
+        in_order = found if stage.order is None else torch.empty_like(found).index_copy_(0, stage.order, found)
+        running.lerp_(in_order.to(running.dtype), factor)
 
 
 if _native.native_error is None:

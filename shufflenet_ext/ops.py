@@ -168,7 +168,10 @@ def _plain(name: str) -> Callable[..., Tensor]:
 
 
 def _register_autograd(name: str) -> None:
-    """Gives an op the backward pass of the reference of its name. All its positional arguments must be tensors."""
+    """Gives an op the backward pass of the reference of its name, or a native one where there is one.
+
+    All its positional arguments must be tensors.
+    """
     plain = _plain(name)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -176,9 +179,12 @@ def _register_autograd(name: str) -> None:
         ctx.options = keyword_only_inputs
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Only the inputs were kept, so the reference computes the intermediate tensors again.
+        # Only the inputs were kept, so the intermediate tensors are computed again.
         inputs = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        gradients = _training_op.frozen_gradients(name, grad, inputs, wanted, ctx.options)
+        if gradients is not None:
+            return gradients
 
         def run(*values: Tensor) -> Tensor:
             replaced = dict(zip(wanted, values, strict=True))

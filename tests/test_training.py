@@ -204,6 +204,30 @@ def test_gradients_by_differences(configuration):
     torch.autograd.gradcheck(run, inputs, fast_mode=True, atol=1e-4)
 
 
+@each_unit
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_frozen_statistics(configuration, is_folded):
+    # Fine-tuning: the inference op forward, which keeps nothing, and the native passes back.
+    unit = fused(configuration).eval()
+    plain, x = plain_step_unit(unit), images(unit)
+    modules = [unit, plain]
+    if is_folded:
+        pairs = [(conv.weight, torch.randn(len(conv.weight))) for conv, _ in unit.pairs()]
+        tensors = [tensor.detach().requires_grad_() for pair in pairs for tensor in pair]
+        names = ("groups", "stride", "conv2_relu", "pool_count_include_pad", "shuffle_groups", "shortcut_first")
+        options = {name: getattr(unit, name) for name in (*names, "shortcut_relu")}
+        options["conv1_groups"] = unit.conv1.groups
+        modules = [lambda x, run=run: run.shuffle_bottleneck(x, *tensors, **options) for run in (se.ops, se.reference)]
+    steps = []
+    for module in modules:
+        of_x = x.clone().requires_grad_()
+        parameters = tensors if is_folded else list(module.parameters())
+        with assert_ran(_training_op.BACKWARD_NAME) if module is modules[0] else contextlib.nullcontext():
+            steps.append(torch.autograd.grad(module(of_x).square().sum(), [of_x, *parameters]))
+    for got, expected in zip(*steps, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-2)
+
+
 def test_gradients_of_gradients():
     unit = fused(UNITS[1], torch.float64)
     plain, x = plain_step_unit(unit), images(unit).requires_grad_()
