@@ -275,8 +275,7 @@ class FusedUnit(Fused):
                 tensors, adopted.paths, adopted.orders, strict=True
             )
         ]
-        causes = [untrainable(stage.norm) for stage in stages]
-        if (cause := next(filter(None, causes), None)) is not None:
+        if (cause := untrainable([stage.norm for stage in stages])) is not None:
             fall_back(cause)
             return None
         return train(x, stages, **unit.options)

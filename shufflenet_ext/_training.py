@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from shufflenet_ext._native import is_channels_last
 
@@ -36,6 +36,7 @@ class Options(NamedTuple):
     shuffle_groups: int
     shortcut_first: bool
     shortcut_relu: bool
+    processes: str  # the name of the process group that shares the norms' statistics; empty: this process has its own
 
 
 class Norm(NamedTuple):
@@ -61,6 +62,7 @@ class Statistics(NamedTuple):
     var3: Tensor
     centre: Tensor
     covariance: Tensor  # of v within each group; empty where norm 3 does not use the batch's statistics
+    images: Tensor  # in the batches of all processes
 
 
 class Forward(NamedTuple):
@@ -98,11 +100,26 @@ def _fixed_statistics(norm: Norm, channels: int) -> tuple[Tensor, Tensor]:
     return mean if norm.conv_bias is None else mean - norm.conv_bias.double(), var
 
 
-def _combined(moments: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+def _summed(o: Options, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The sums of tensors over all processes that share the norms' statistics."""
+    if not o.processes:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(flat, group=process_group(o))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True))
+
+
+def process_group(o: Options) -> Any:
+    return distributed.distributed_c10d._resolve_process_group(o.processes)  # type: ignore[arg-type]  # a str
+
+
+def _combined(moments: Tensor, pixels: int, images: Tensor, o: Options) -> tuple[Tensor, Tensor]:
     """Mean and variance of a batch from each image's mean and sum of squared deviations."""
     means, squares = moments
-    mean = means.mean(0)
-    return mean, (squares.sum(0) + pixels * (means - mean).square_().sum(0)) / (len(means) * pixels)
+    mean = _summed(o, means.sum(0))[0] / images
+    (deviations,) = _summed(o, squares.sum(0) + pixels * (means - mean).square_().sum(0))
+    return mean, deviations / (images * pixels)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -168,10 +185,12 @@ def forward(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norms: tuple[Norm
     mid, out_channels = len(weight1), len(weight3)
     out_size = (height - 1) // o.stride + 1, (width - 1) // o.stride + 1
 
+    (images,) = _summed(o, torch.tensor(float(n), dtype=torch.float64))
     y1 = _empty(x, mid, (height, width))
     moments = _moments(n, mid, norms[0].of_batch)
     _passes.training_pointwise(x, weight1, None, None, y1, moments, groups=o.conv1_groups)
-    mean1, var1 = _fixed_statistics(norms[0], mid) if moments is None else _combined(moments, height * width)
+    of_y1 = None if moments is None else _combined(moments, height * width, images, o)
+    mean1, var1 = of_y1 or _fixed_statistics(norms[0], mid)
     norm1 = _Affine.of(norms[0], mean1, var1)
 
     y2 = _empty(x, mid, out_size)
@@ -179,13 +198,15 @@ def forward(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norms: tuple[Norm
     moments = _moments(n, mid, norms[1].of_batch or norms[2].of_batch)
     scale, shift = norm1.scale.to(dtype), norm1.shift.to(dtype)
     _passes.training_depthwise(y1, scale, shift, weight2, y2, moments, shuffle_groups=o.shuffle_groups, stride=o.stride)
-    of_y2 = None if moments is None else _combined(moments, pixels)
+    of_y2 = None if moments is None else _combined(moments, pixels, images, o)
     mean2, var2 = of_y2 if of_y2 is not None and norms[1].of_batch else _fixed_statistics(norms[1], mid)
     norm2 = _Affine.of(norms[1], mean2, var2)
 
     v = _read_by_conv3(y2, norm2, o)
     if o.conv2_relu:
-        centre = v.mean((0, 2, 3), dtype=torch.float64) if norms[2].of_batch else torch.zeros_like(mean2)
+        centre = torch.zeros_like(mean2)
+        if norms[2].of_batch:
+            centre = _summed(o, v.sum((0, 2, 3), dtype=torch.float64))[0] / (images * pixels)
     else:
         centre = (mean2 if of_y2 is None else of_y2[0]).clone()  # as the op's outputs may not be one tensor
     conv3 = _Conv3(weight3, norm2, centre, o)
@@ -193,7 +214,7 @@ def forward(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norms: tuple[Norm
     if norms[2].of_batch:
         covariance = torch.empty(mid, mid // o.groups, dtype=torch.float64)
         _passes.training_products(v, v, centre.to(dtype), covariance, groups=o.groups)
-        covariance = covariance.view(o.groups, -1, mid // o.groups) / (n * pixels)
+        covariance = _summed(o, covariance)[0].view(o.groups, -1, mid // o.groups) / (images * pixels)
         mean3 = conv3.mean_at_centre()
         var3 = ((conv3.of_v @ covariance) * conv3.of_v).sum(2).flatten()
     else:
@@ -209,7 +230,7 @@ def forward(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norms: tuple[Norm
     _passes.training_pointwise(v, matrix.to(dtype), bias.to(dtype), residual, main, None, groups=o.groups, relu=True)
     if pooled is not None:
         _passes.training_pool(x, pooled, relu=o.shortcut_relu, count_include_pad=o.pool_count_include_pad)
-    statistics = Statistics(mean1, var1, mean2, var2, mean3, var3, centre, covariance)
+    statistics = Statistics(mean1, var1, mean2, var2, mean3, var3, centre, covariance, images)
     return Forward(_as_given(result, given), y1.to(given.dtype), y2.to(given.dtype), statistics)
 
 
@@ -259,7 +280,9 @@ def backward(
     norm3 = _Affine.of(norms[2], s.mean3, s.var3)
     v = _read_by_conv3(y2, norm2, o)
     conv3 = _Conv3(weight3, norm2, s.centre, o)
-    values = y2.shape[0] * y2.shape[2] * y2.shape[3]
+    values = s.images * (y2.shape[2] * y2.shape[3])
+    # Sums over all processes give each of them its part of a parameter's gradient: those of the parts add up to it.
+    share = 1 / distributed.get_world_size(process_group(o)) if o.processes else 1
 
     def grouped(vector: Tensor) -> Tensor:
         return vector.view(o.groups, -1, 1)
@@ -270,7 +293,7 @@ def backward(
     dz = _empty(x, out_channels, (y2.shape[2], y2.shape[3]))
     products, total = (torch.empty(out_channels, *size, dtype=torch.float64) for size in ((mid // o.groups,), ()))
     _passes.training_relu_backward(main, main_gradient, dz, v, s.centre.to(dtype), products, total, groups=o.groups)
-    products = products.view_as(conv3.of_v)
+    products, total = _summed(o, products.view_as(conv3.of_v), total)
     with_y3 = norm3.rstd * (conv3.of_v * products).sum(2).flatten()
     if norms[2].of_batch:
         correction = conv3.of_v @ s.covariance * grouped(with_y3 * norm3.rstd)
@@ -280,11 +303,9 @@ def backward(
         products = products * grouped(norm3.scale)
         sum3, of_scale3 = norm3.scale * total, with_y3 + norm3.rstd * total * (conv3.mean_at_centre() - s.mean3)
     of_weight3 = (conv3.times_slope(products) + grouped(sum3) * conv3.at_centre).view(weights[2].shape)
-    gradients = Gradients(
-        None, (None, None, of_weight3), (None, None, sum3), (None, None, of_scale3), (None, None, total)
-    )
+    of_conv3 = [share * each for each in (of_weight3, sum3, of_scale3, total)]
     if depth == 1:
-        return gradients
+        return Gradients(None, *((None, None, each) for each in of_conv3))
 
     # Of v: matrix @ dz - b @ (v - centre) - c.
     matrix = conv3.times_slope(conv3.weight * grouped(norm3.scale)).transpose(1, 2)
@@ -309,7 +330,7 @@ def backward(
     matrix = matrix.reshape(mid, -1).to(dtype).contiguous()
     _passes.training_pointwise(dz, matrix, None, added, y2_gradient, None, groups=o.groups)
     if o.conv2_relu:
-        sum2, with_y2 = _relu_norm_backward(v, y2, y2_gradient, norm2, norms[1].of_batch)
+        sum2, with_y2 = _relu_norm_backward(v, y2, y2_gradient, norm2, norms[1].of_batch, s.images, o)
     of_scale2 = norm2.rstd * (with_y2 if o.conv2_relu else with_y2 + sum2 * (s.centre - s.mean2))
     conv2_bias = torch.zeros_like(sum2) if norms[1].of_batch else norm2.scale * sum2
 
@@ -330,18 +351,19 @@ def backward(
     )
     sums = sums.sum(0)
     before_shuffle = sums[:, :2].view(mid // o.shuffle_groups, o.shuffle_groups, 2).transpose(0, 1).reshape(mid, 2)
-    sum1, with_y1 = before_shuffle.unbind(1)
+    sum1, with_y1 = _summed(o, before_shuffle)[0].unbind(1)
+    conv1_bias = torch.zeros_like(sum1) if norms[0].of_batch else norm1.scale * sum1
     gradients = Gradients(
         None,
-        (None, sums[:, 2:].reshape(weights[1].shape), of_weight3),
-        (torch.zeros_like(sum1) if norms[0].of_batch else norm1.scale * sum1, conv2_bias, sum3),
-        (with_y1 * norm1.rstd, of_scale2, of_scale3),
-        (sum1, sum2, total),
+        (None, sums[:, 2:].reshape(weights[1].shape), of_conv3[0]),
+        (share * conv1_bias, share * conv2_bias, of_conv3[1]),
+        (share * with_y1 * norm1.rstd, share * of_scale2, of_conv3[2]),
+        (share * sum1, share * sum2, of_conv3[3]),
     )
     if depth == 2:
         return gradients
 
-    _norm_backward(norm1, norms[0].of_batch, y1, y1_gradient, sum1, with_y1)
+    _norm_backward(norm1, norms[0].of_batch, y1, y1_gradient, sum1, with_y1, s.images)
     # Turned about, as the planes of the first operand are read but once.
     turned = torch.empty(in_channels, mid // o.conv1_groups, dtype=torch.float64)
     _passes.training_products(x, y1_gradient, None, turned, groups=o.conv1_groups)
@@ -350,9 +372,7 @@ def backward(
     if depth == 3:
         return gradients
 
-    transposed = (
-        weight1.view(o.conv1_groups, -1, weight1.shape[1]).transpose(1, 2).reshape(in_channels, -1).contiguous()
-    )
+    transposed = weight1.view(o.conv1_groups, -1, weight1.shape[1]).transpose(1, 2).reshape(in_channels, -1)
     x_gradient = dz
     if pooled is not None:
         assert pooled_gradient is not None
@@ -369,9 +389,11 @@ def backward(
     return gradients._replace(x=_as_given(x_gradient, given))
 
 
-def _norm_backward(norm: _Affine, of_batch: bool, y: Tensor, gradient: Tensor, total: Tensor, with_y: Tensor) -> None:
+def _norm_backward(
+    norm: _Affine, of_batch: bool, y: Tensor, gradient: Tensor, total: Tensor, with_y: Tensor, images: Tensor
+) -> None:
     """Replaces the gradient of a norm's result by that of its input."""
-    values = y.numel() // y.shape[1]
+    values = images * (y.shape[2] * y.shape[3])
     slope, shift = torch.zeros_like(total), torch.zeros_like(total)
     if of_batch:
         slope = norm.scale * norm.rstd.square() * with_y / values
@@ -380,7 +402,7 @@ def _norm_backward(norm: _Affine, of_batch: bool, y: Tensor, gradient: Tensor, t
 
 
 def _relu_norm_backward(
-    v: Tensor, y2: Tensor, gradient: Tensor, norm: _Affine, of_batch: bool
+    v: Tensor, y2: Tensor, gradient: Tensor, norm: _Affine, of_batch: bool, images: Tensor, o: Options
 ) -> tuple[Tensor, Tensor]:
     """Takes a gradient from behind the ReLU that follows norm 2 to y2, where it lies.
 
@@ -389,6 +411,6 @@ def _relu_norm_backward(
     total = torch.empty_like(norm.mean)
     _passes.training_relu_backward(v, gradient, gradient, None, None, None, total)
     deviation = y2 - norm.mean.to(y2.dtype).view(1, -1, 1, 1)
-    with_y = (gradient * deviation).sum((2, 3)).sum(0, dtype=torch.float64)
-    _norm_backward(norm, of_batch, y2, gradient, total, with_y)
+    total, with_y = _summed(o, total, (gradient * deviation).sum((2, 3)).sum(0, dtype=torch.float64))
+    _norm_backward(norm, of_batch, y2, gradient, total, with_y, images)
     return total, with_y

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from shufflenet_ext import _native, _training, reference
@@ -26,7 +26,8 @@ _TENSORS = ", ".join(
 )
 _OPTIONS = (
     "float[] eps, bool[] of_batch, int conv1_groups, int groups, int stride, bool conv2_relu, "
-    "bool pool_count_include_pad, int shuffle_groups, bool shortcut_first, bool shortcut_relu"
+    "bool pool_count_include_pad, int shuffle_groups, bool shortcut_first, bool shortcut_relu, "
+    "str processes"
 )
 _KEPT = 2 + len(Statistics._fields)  # outputs beside the result: y1, y2 and the statistics
 _OF_STAGE = 6  # tensors of a convolution and its norm
@@ -103,8 +104,8 @@ def plain(
     _, y = stage(F.relu(y) if options["conv2_relu"] else y, 2, groups=options["groups"])
     names = ("stride", "pool_count_include_pad", "shortcut_first", "shortcut_relu")
     result = reference.add_shortcut(y, x, **{name: options[name] for name in names})
-    empty = x.new_empty(0, dtype=torch.float64)
-    return result, y1, y2, *statistics, empty, empty
+    empty = [x.new_empty(0, dtype=torch.float64)] * 2
+    return result, y1, y2, *statistics, *empty, x.new_tensor(x.shape[0], dtype=torch.float64)
 
 
 def _native_forward(
@@ -132,7 +133,7 @@ def _fake_forward(
 
     vectors = [double(count) for count in (mid, mid, mid, mid, out_channels, out_channels, mid)]
     covariance = double(groups, mid // groups, mid // groups) if of_batch[2] else double(0)
-    return result, x.new_empty(n, mid, height, width), x.new_empty(n, mid, *size), *vectors, covariance
+    return result, x.new_empty(n, mid, height, width), x.new_empty(n, mid, *size), *vectors, covariance, double()
 
 
 def _native_backward(
@@ -197,6 +198,8 @@ def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None
     if gradient is None:
         return tuple(found)
     if torch.is_grad_enabled():  # the gradients are to be differentiated themselves, which PyTorch's operations can be
+        if ctx.options["processes"]:
+            raise RuntimeError("gradients of gradients: got batch norms of several processes, expected those of one")
 
         def run(*values: Tensor) -> Tensor:
             replaced = dict(zip(wanted, values, strict=True))
@@ -249,6 +252,7 @@ def frozen_gradients(
     given: dict[str, Any] = {
         "eps": [options.get(f"bn{i}_eps", 0.0) for i in (1, 2, 3)],
         "of_batch": [False] * 3,
+        "processes": "",
         "shuffle_groups": options["groups"] if options.get("shuffle_groups") is None else options["shuffle_groups"],
     }
     defaults = {"stride": 1, "conv2_relu": False, "pool_count_include_pad": True, "shortcut_first": False}
@@ -286,14 +290,22 @@ def uses_batch(norm: nn.Module | None) -> bool:
     return norm is not None and (norm.training or (norm.running_mean is None and norm.running_var is None))
 
 
-def untrainable(norm: nn.Module | None) -> str | None:
-    """Why there is no native training step with this norm; None where there is."""
-    is_synced = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if norm is not None and not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
-        return f"there is no native training step with a {type(norm).__name__} in the place of a batch norm"
-    if isinstance(norm, nn.SyncBatchNorm) and uses_batch(norm) and is_synced:
-        return "there is no native training step with a SyncBatchNorm of several processes"
+def untrainable(norms: Sequence[nn.Module | None]) -> str | None:
+    """Why there is no native training step with these norms; None where there is."""
+    for norm in norms:
+        if norm is not None and not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+            return f"there is no native training step with a {type(norm).__name__} in the place of a batch norm"
+    if len({_processes(norm) for norm in norms if uses_batch(norm)}) > 1:
+        return "there is no native training step with batch norms of other processes each"
     return None
+
+
+def _processes(norm: Any) -> str:
+    """The name of the process group with which a norm shares its statistics; empty where it shares them with none."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not distributed.is_available() or not distributed.is_initialized():
+        return ""
+    group: Any = norm.process_group or distributed.group.WORLD
+    return group.group_name if norm.training and distributed.get_world_size(group) > 1 else ""
 
 
 class TrainedStage(NamedTuple):
@@ -323,13 +335,16 @@ def run(x: Tensor, stages: Sequence[TrainedStage], **options: Any) -> Tensor:
         tensors += [None, None] if batch else stage.running_statistics()
     (n, _, height, width), stride = x.shape, options["stride"]
     of_x, of_result = n * height * width, n * ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
-    counts = of_x, of_result, of_result
-    if any(batch and count == 1 for batch, count in zip(of_batch, counts, strict=True)):
+    counts: tuple[Any, ...] = (of_x, of_result, of_result)  # of values by norm
+    processes = next((_processes(stage.norm) for stage in stages if uses_batch(stage.norm)), "")
+    if not processes and any(batch and count == 1 for batch, count in zip(of_batch, counts, strict=True)):
         size = [n, len(stages[0].weight), 1, 1]
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     eps = [0.0 if stage.norm is None else stage.norm.eps for stage in stages]
     op = getattr(torch.ops.shufflenet_ext, NAME)
-    result, _, _, *found = op(x, *tensors, eps=eps, of_batch=of_batch, **options)
+    result, _, _, *found = op(x, *tensors, eps=eps, of_batch=of_batch, processes=processes, **options)
+    if processes:
+        counts = tuple(found[-1] * (count // n) for count in counts)
     for stage, batch, count, mean, var in zip(stages, of_batch, counts, found[0:6:2], found[1:6:2], strict=True):
         if batch and stage.norm.training and stage.norm.track_running_stats:
             _update_running_statistics(stage, mean, var, count)
@@ -337,7 +352,7 @@ def run(x: Tensor, stages: Sequence[TrainedStage], **options: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _update_running_statistics(stage: TrainedStage, mean: Tensor, var: Tensor, count: int) -> None:
+def _update_running_statistics(stage: TrainedStage, mean: Tensor, var: Tensor, count: Any) -> None:
     norm = stage.norm
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

@@ -182,8 +182,6 @@ def unfusable(conv: nn.Module, norm: nn.Module, is_trained: bool = False) -> str
         return f"a convolution was replaced: {conv}"
     if not _computes_as(norm, nn.BatchNorm2d, nn.SyncBatchNorm):  # the same in eval mode
         return f"a batch norm was replaced: {norm}"
-    if is_trained and (cause := untrainable(norm)) is not None:
-        return cause
     if not is_trained and (norm.running_mean is None or norm.running_var is None):
         return "a batch norm has no running statistics"
     if has_hooks(conv) or has_hooks(norm):
@@ -217,11 +215,13 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
         is_trained = any(norm.training for _, norm in pairs)
         if not (trains_native(x) if is_trained else runs_native(x, lambda: unit_sizes(self), self.variant())):
             return super().forward(x)
-        for conv, norm in pairs:
-            cause = unfusable(conv, norm, is_trained)
-            if cause is not None:
-                fall_back(f"in a FusedShuffleBottleneck {cause}")
-                return super().forward(x)
+        causes = [unfusable(conv, norm, is_trained) for conv, norm in pairs]
+        cause = next((cause for cause in causes if cause is not None), None)
+        if cause is None and is_trained:
+            cause = untrainable([norm for _, norm in pairs])
+        if cause is not None:
+            fall_back(f"in a FusedShuffleBottleneck {cause}")
+            return super().forward(x)
         return self._train(x) if is_trained else self._infer(x)
 
     def _train(self, x: Tensor) -> Tensor:

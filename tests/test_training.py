@@ -19,7 +19,7 @@ from support import (
     randomize,
     selected_isa,
 )
-from torch import nn
+from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -411,7 +411,7 @@ def test_the_op_is_what_pytorch_expects():
         tensors += [conv.weight, conv.bias, norm.weight, norm.bias, None, None]
     names = ("groups", "stride", "conv2_relu", "pool_count_include_pad", "shuffle_groups", "shortcut_first")
     options = {name: getattr(unit, name) for name in (*names, "shortcut_relu")} | {"conv1_groups": unit.conv1.groups}
-    options |= {"eps": [1e-5] * 3, "of_batch": [True] * 3}
+    options |= {"eps": [1e-5] * 3, "of_batch": [True] * 3, "processes": ""}
     op = getattr(torch.ops.shufflenet_ext, OP)
     for layout in LAYOUTS:
         x = images(unit).contiguous(memory_format=layout).requires_grad_()
@@ -530,3 +530,73 @@ def test_passes_refuse_what_does_not_fit(name):
         if not isinstance(value, bool):
             with pytest.raises(RuntimeError, match=f"{option}: got"):
                 run(*tensors, **options | {option: 7})
+
+
+def load_step(configuration, folder):
+    """A unit, its input and the gradient of its result, which are the same in all processes."""
+    unit = fused(configuration, torch.float64)
+    state, x, gradient = torch.load(f"{folder}/data.pt")
+    unit.load_state_dict(state)
+    return unit, x, gradient
+
+
+def train_in_processes(rank, world, store, configuration, results):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    unit, x, gradient = load_step(configuration, results)
+    unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit)
+    of_rank = slice(0, 3) if rank == 0 else slice(3, 5)  # batches of other sizes
+    of_x = x[of_rank].clone().requires_grad_()
+    with se.use_backend("native"):
+        result = unit(of_x)
+    result.backward(gradient[of_rank])
+    # DistributedDataParallel refuses a SyncBatchNorm on a CPU, so this does what it does.
+    gradients = {name: parameter.grad for name, parameter in unit.named_parameters()}
+    for each in gradients.values():
+        distributed.all_reduce(each)
+    state = {"result": result.detach(), "x": of_x.grad, **gradients, **dict(unit.named_buffers())}
+    torch.save(state, f"{results}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def train_parallel(rank, world, store, configuration, results):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    unit, x, gradient = load_step(configuration, results)
+    parallel = nn.parallel.DistributedDataParallel(unit)
+    with se.use_backend("native"):
+        parallel(x[rank : rank + 1]).backward(gradient[rank : rank + 1])
+    torch.save({name: parameter.grad for name, parameter in unit.named_parameters()}, f"{results}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_data_parallel_training_is_pytorchs(tmp_path):
+    unit = fused(UNITS[0], torch.float64)
+    x, gradient = images(unit, 2), torch.randn(2, 24, 7, 9, dtype=torch.float64)
+    torch.save((unit.state_dict(), x, gradient), tmp_path / "data.pt")
+    torch.multiprocessing.spawn(train_parallel, (2, tmp_path / "store", UNITS[0], tmp_path), nprocs=2)
+    parts = [step(plain_step_unit(unit), x[i : i + 1], gradient[i : i + 1]) for i in range(2)]
+    for rank in range(2):
+        for name, value in torch.load(tmp_path / f"{rank}.pt").items():
+            expected = sum(part[f"grad of {name}"] for part in parts) / 2
+            torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-8, msg=name)
+
+
+@pytest.mark.long
+@each_unit
+def test_two_processes_are_one_with_the_whole_batch(configuration, tmp_path):
+    unit = fused(configuration, torch.float64)
+    x = images(unit, 5)
+    gradient = torch.randn_like(plain_step_unit(unit)(x))
+    torch.save((unit.state_dict(), x, gradient), tmp_path / "data.pt")
+    arguments = (2, tmp_path / "store", configuration, tmp_path)
+    torch.multiprocessing.spawn(train_in_processes, arguments, nprocs=2)
+    expected = step(plain_step_unit(unit), x, gradient)
+    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, of_both in (("result", "result"), ("x", "grad of x")):
+        torch.testing.assert_close(torch.cat([state[name] for state in states]), expected[of_both])
+    for state in states:
+        for name in state.keys() - {"result", "x"}:
+            value = expected.get(f"grad of {name}", expected.get(name))
+            torch.testing.assert_close(state[name], value, rtol=1e-8, atol=1e-8, msg=name)
