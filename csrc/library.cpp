@@ -44,6 +44,23 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "float bn1_eps, float bn2_eps, float bn3_eps, int conv1_groups, int groups, int stride=1, "
       "bool conv2_relu=False, bool pool_count_include_pad=True, int? shuffle_groups=None, bool shortcut_first=False, "
       "bool shortcut_relu=True, bool allow_tf32=False) -> Tensor");
+  // The passes of a unit's training; see cpu/training.cpp.
+  m.def(
+      "training_pointwise(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) y, Tensor(b!)? moments, "
+      "*, int groups, bool relu=False) -> ()");
+  m.def(
+      "training_depthwise(Tensor y1, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) y2, Tensor(b!)? moments, *, "
+      "int shuffle_groups, int stride) -> ()");
+  m.def(
+      "training_depthwise_backward(Tensor y2_gradient, Tensor y1, Tensor y1_mean, Tensor scale, Tensor shift, "
+      "Tensor weight, Tensor(a!) gradient, Tensor(b!) sums, *, int shuffle_groups, int stride) -> ()");
+  m.def("training_norm_backward(Tensor(a!) gradient, Tensor y, Tensor coefficients) -> ()");
+  m.def("training_products(Tensor a, Tensor b, Tensor? offset, Tensor(a!) sums, *, int groups) -> ()");
+  m.def(
+      "training_relu_backward(Tensor result, Tensor result_gradient, Tensor(a!) gradient, Tensor? b, Tensor? offset, "
+      "Tensor(b!)? sums, Tensor(c!) totals, *, int groups=1) -> ()");
+  m.def("training_pool(Tensor x, Tensor(a!) y, *, bool relu, bool count_include_pad) -> ()");
+  m.def("training_pool_backward(Tensor y_gradient, Tensor(a!) gradient, *, bool count_include_pad) -> ()");
 }
 
 namespace {

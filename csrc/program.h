@@ -307,7 +307,10 @@ inline std::pair<std::vector<ConvolutionArguments>, int64_t> network_arguments(
     if (!t[0]) fail("tensors: got None for a weight, at ", i);
     ConvolutionArguments& conv =
         arguments.emplace_back(ConvolutionArguments{"conv" + std::to_string(arguments.size() + 1), *t[0], t[1], {}});
-    if (i < of_all && t[4] && t[5]) conv.norm = BatchNorm{t[2], t[3], *t[4], *t[5], eps[i / kOfConvolution]};
+    if (i < of_all && (t[2] || t[3] || t[4] || t[5])) {
+      if (!t[4] || !t[5]) fail("tensors: got a batch norm without its mean or variance, at ", i, ", expected both");
+      conv.norm = BatchNorm{t[2], t[3], *t[4], *t[5], eps[i / kOfConvolution]};
+    }
     add_padded(conv.weight.numel());
     add_padded(conv.weight.size(0));
   }

@@ -100,6 +100,22 @@ def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]
     return False
 
 
+def trains_native(x: torch.Tensor, version: int = 1) -> bool:
+    """Whether a training step of a unit on ``x`` runs the native passes under the backend in use.
+
+    ``version`` is that of the ShuffleNet it is a unit of.
+    """
+    if _backend == "reference" or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
+        return False
+    cause = _native.untrainable(x)
+    if version == 2:
+        cause = "there is no native training step of units of ShuffleNet v2"
+    if cause is None:
+        return True
+    fall_back(cause)
+    return False
+
+
 class _Settings(ModuleType):
     """Torch's settings, as attributes of a module: there torch.compile reads an attribute and guards its value.
 

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shufflenet_ext import ops, reference
-from shufflenet_ext._backend import allows_tf32, fall_back, runs_native
+from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, trains_native
 from shufflenet_ext._fold import fold_norm
 from shufflenet_ext._match import AnyUnit, Norm, Stage, Unit, UnitV2
 from shufflenet_ext._network import Stem
+from shufflenet_ext._training_op import TrainedStage, untrainable
+from shufflenet_ext._training_op import run as train
 from shufflenet_ext._unit_v2 import run_unit_v2
 from shufflenet_ext.modules import HOOKS, FusedShuffleBottleneck, has_hooks, leaf_node, unfusable
 from shufflenet_ext.modules_v2 import FusedShuffleUnitV2, unfusable_v2
@@ -41,15 +43,20 @@ class Snapshot:
         self.read = operator.itemgetter(*self.names)  # all of a network's in 60 us, one by one they take 300
         self.missing = self._missing()
 
-    def holds(self) -> bool:
-        module = self.module
+    def holds(self, *, in_any_mode: bool = False) -> bool:
+        """Whether all is as it was; the module was in eval mode then."""
+        module, values = self.module, self.values
+        if in_any_mode:
+            values = tuple(
+                module.training if name == "training" else value for name, value in zip(self.names, values, strict=True)
+            )
         if self.type is not None and (type(module) is not self.type or "forward" in vars(module)):
             return False
         try:
             if torch.compiler.is_compiling():  # which traces, and then guards, one at a time
-                same = all(getattr(module, name) == value for name, value in zip(self.names, self.values, strict=True))
+                same = all(getattr(module, name) == value for name, value in zip(self.names, values, strict=True))
             else:
-                same = self.read(vars(module)) == self.values
+                same = self.read(vars(module)) == values
         except (AttributeError, KeyError):  # a setting was deleted
             return False
         return same and self._missing() == self.missing
@@ -71,8 +78,8 @@ class _Adopted:
     def training(self) -> bool:
         return any(snapshot.module.training for snapshot in self.snapshots)
 
-    def unchanged(self) -> bool:
-        return all(snapshot.holds() for snapshot in self.snapshots)
+    def unchanged(self, *, in_any_mode: bool = False) -> bool:
+        return all(snapshot.holds(in_any_mode=in_any_mode) for snapshot in self.snapshots)
 
     def take_synced_norms(self) -> None:
         """Takes a SyncBatchNorm in a batch norm's place for the one that was proved: in eval mode they are the same."""
@@ -210,11 +217,20 @@ def run_unit(x: Tensor, unit: AnyUnit, tensors: list[list[Tensor | None]]) -> Te
     return ops.shuffle_bottleneck(x, *folded, **unit.options)
 
 
-class Fused(nn.Module):
-    """A mixin by which :func:`shufflenet_ext.fuse` makes a module of any class run fused in eval mode.
+def _norm_of(module: nn.Module, paths: _Paths) -> Any:
+    """The module of a stage's norm, None where it has none."""
+    mean = paths[-2]
+    if mean is None:
+        return None
+    for name in mean[:-1]:
+        module = module._modules[name]  # type: ignore[assignment]  # it is there
+    return module
 
-    In training mode, and wherever the module is not what it was at the time of :func:`shufflenet_ext.fuse`, it runs its
-    own class's code.
+
+class Fused(nn.Module):
+    """A mixin by which :func:`shufflenet_ext.fuse` makes a module of any class run fused.
+
+    Wherever the module is not what it was at the time of :func:`shufflenet_ext.fuse`, it runs its own class's code.
     """
 
     _adopted: _Adopted
@@ -247,13 +263,25 @@ class FusedUnit(Fused):
 
     def _run(self, x: Tensor) -> Tensor | None:
         adopted, unit = self._adopted, self.fused_unit
-        if not adopted.unchanged():
-            if not adopted.training():
-                fall_back(f"a fused {type(self).__name__} is not what it was when fuse() proved it")
+        is_trained = not adopted.unchanged()
+        if is_trained and not (adopted.training() and adopted.unchanged(in_any_mode=True)):
+            fall_back(f"a fused {type(self).__name__} is not what it was when fuse() proved it")
             return None
-        if not runs_native(x, lambda: unit.sizes, unit.version):
+        if not (trains_native(x, unit.version) if is_trained else runs_native(x, lambda: unit.sizes, unit.version)):
             return None
-        return run_unit(x, unit, _read_all(self, adopted.paths, adopted.orders))
+        tensors = _read_all(self, adopted.paths, adopted.orders)
+        if not is_trained:
+            return run_unit(x, unit, tensors)
+        stages = [
+            TrainedStage(weight, bias, norm_weight, norm_bias, _norm_of(self, paths), orders[-1])  # type: ignore[arg-type]
+            for (weight, bias, norm_weight, norm_bias, *_), paths, orders in zip(
+                tensors, adopted.paths, adopted.orders, strict=True
+            )
+        ]
+        if (cause := untrainable([stage.norm for stage in stages])) is not None:
+            fall_back(cause)
+            return None
+        return train(x, stages, **unit.options)
 
 
 def _new(mixin: type[Fused], base: Any, *args: Any) -> nn.Module:

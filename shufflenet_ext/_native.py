@@ -136,6 +136,19 @@ def uncovered(
     return None
 
 
+def untrainable(x: torch.Tensor) -> str | None:
+    """Why no native training step covers the input; None where one does."""
+    if native_error is not None:
+        return native_error
+    if x.dtype not in DTYPES:
+        return f"there is no native kernel for {x.dtype}"
+    if x.device.type not in ("cpu", "meta"):
+        return f"there is no native training step on device type {x.device.type!r}"
+    if x.dim() == 4 and x.shape[0] == 0:
+        return "there is no native training step on an empty batch"
+    return None
+
+
 def cuda_plan(
     shape: Sequence[int],
     sizes: UnitSizes,

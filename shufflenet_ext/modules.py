@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
 from shufflenet_ext import reference
-from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, unit_variant
+from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, trains_native, unit_variant
 from shufflenet_ext._checks import check_divides, check_int, check_tensor
 from shufflenet_ext._native import UnitSizes
+from shufflenet_ext._training_op import TrainedStage, untrainable
+from shufflenet_ext._training_op import run as train
 
 # The channels of a network's stem. The unit behind it does not group its first convolution (section 3.2).
 STEM_CHANNELS = 24
@@ -171,13 +173,16 @@ def _computes_as(module: nn.Module, *classes: type[nn.Module]) -> bool:
     return (kind in classes or kind.forward in [c.forward for c in classes]) and "forward" not in module.__dict__
 
 
-def unfusable(conv: nn.Module, norm: nn.Module) -> str | None:
-    """Why the op cannot stand, in eval mode, for what is in a convolution's and a norm's place; None where it can."""
+def unfusable(conv: nn.Module, norm: nn.Module, is_trained: bool = False) -> str | None:
+    """Why the op cannot stand for what is in a convolution's and a norm's place; None where it can.
+
+    That is the op of eval mode, or of a unit that is trained.
+    """
     if not isinstance(conv, nn.Conv2d) or not _computes_as(conv, nn.Conv2d) or not _pads_to_same_size(conv):
         return f"a convolution was replaced: {conv}"
     if not _computes_as(norm, nn.BatchNorm2d, nn.SyncBatchNorm):  # the same in eval mode
         return f"a batch norm was replaced: {norm}"
-    if norm.running_mean is None or norm.running_var is None:
+    if not is_trained and (norm.running_mean is None or norm.running_var is None):
         return "a batch norm has no running statistics"
     if has_hooks(conv) or has_hooks(norm):
         return "a convolution or batch norm has hooks"
@@ -194,12 +199,13 @@ def unit_sizes(unit: ShuffleBottleneck) -> list[UnitSizes]:
 
 
 class FusedShuffleBottleneck(ShuffleBottleneck):
-    """The drop-in: a :class:`ShuffleBottleneck` that runs as one native kernel in eval mode.
+    """The drop-in: a :class:`ShuffleBottleneck` that runs native kernels, as one in eval mode.
 
     Same arguments, state_dict, results and gradients. In eval mode a call is one op, which reads the parameters and the
     statistics as they are at that moment: there is no folded copy that could be stale. In training mode, where batch
-    norm needs the whole batch's statistics between the convolutions, it runs as the plain unit. The backend in use
-    (:func:`shufflenet_ext.use_backend`) decides what runs the op.
+    norm needs the whole batch's statistics between the convolutions, it takes three passes forward and four back, on
+    the CPU; elsewhere it runs as the plain unit. The backend in use (:func:`shufflenet_ext.use_backend`) decides what
+    runs the op.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,14 +213,28 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
             return super().forward(x)
         check_tensor("x", x)
         pairs = self.pairs()
-        if any(norm.training for _, norm in pairs) or not runs_native(x, lambda: unit_sizes(self)):
+        is_trained = any(norm.training for _, norm in pairs)
+        if not (trains_native(x) if is_trained else runs_native(x, lambda: unit_sizes(self))):
             return super().forward(x)
+        causes = [unfusable(conv, norm, is_trained) for conv, norm in pairs]
+        cause = next((cause for cause in causes if cause is not None), None)
+        if cause is None and is_trained:
+            cause = untrainable([norm for _, norm in pairs])
+        if cause is not None:
+            fall_back(f"in a FusedShuffleBottleneck {cause}")
+            return super().forward(x)
+        return self._train(x) if is_trained else self._infer(x)
+
+    def _train(self, x: Tensor) -> Tensor:
+        self._check(x)
+        stages = [TrainedStage(conv.weight, conv.bias, norm.weight, norm.bias, norm) for conv, norm in self.pairs()]
+        names = ("groups", "stride", "conv2_relu", "pool_count_include_pad", "shuffle_groups", "shortcut_first")
+        options = {name: getattr(self, name) for name in (*names, "shortcut_relu")}
+        return train(x, stages, conv1_groups=self.conv1.groups, **options)
+
+    def _infer(self, x: Tensor) -> Tensor:
         tensors: list[Tensor | None] = []
-        for conv, norm in pairs:
-            cause = unfusable(conv, norm)
-            if cause is not None:
-                fall_back(f"in a FusedShuffleBottleneck {cause}")
-                return super().forward(x)
+        for conv, norm in self.pairs():
             tensors += [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
         return torch.ops.shufflenet_ext.shuffle_bottleneck_batch_norm(
             x,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from shufflenet_ext import reference
-from shufflenet_ext._backend import fall_back, runs_native
+from shufflenet_ext._backend import fall_back, runs_native, trains_native
 from shufflenet_ext._checks import check_divides, check_int, check_tensor
 from shufflenet_ext._program import StepKind
 from shufflenet_ext._unit_v2 import run_unit_v2
@@ -157,9 +157,8 @@ class FusedShuffleUnitV2(ShuffleUnitV2):
     """The drop-in: a :class:`ShuffleUnitV2` that runs as one native op in eval mode, on the CPU.
 
     Same arguments, state_dict, results and gradients. In eval mode a call reads the parameters and the statistics as
-    they are at that moment. In training mode, where batch norm needs the whole batch's statistics between the
-    convolutions, it runs as the plain unit. The backend in use (:func:`shufflenet_ext.use_backend`) decides what runs
-    the op; on CUDA that is the reference.
+    they are at that moment. In training mode, and on CUDA, it runs as the plain unit, of which a warning is given once.
+    The backend in use (:func:`shufflenet_ext.use_backend`) decides what runs the op.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +167,7 @@ class FusedShuffleUnitV2(ShuffleUnitV2):
         check_tensor("x", x)
         cause = unfusable_v2(self)
         training = self.training if cause is not None else any(norm.training for _, norm in self.pairs())
-        if training or not runs_native(x, tuple, version=2):
+        if not (trains_native(x, version=2) if training else runs_native(x, tuple, version=2)):
             return super().forward(x)
         if cause is not None:
             fall_back(f"in a FusedShuffleUnitV2 {cause}")

@@ -9,7 +9,7 @@ from torch._decomp import register_decomposition
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from shufflenet_ext import _native, reference
+from shufflenet_ext import _native, _training_op, reference
 from shufflenet_ext._backend import fall_back, implementation, unit_variant
 from shufflenet_ext._checks import check_int, check_tensor, overridable
 
@@ -249,7 +249,10 @@ def _plain(name: str) -> Callable[..., Tensor]:
 
 
 def _register_autograd(name: str) -> None:
-    """Gives an op the backward pass of the reference of its name. All its positional arguments must be tensors."""
+    """Gives an op the backward pass of the reference of its name, or a native one where there is one.
+
+    All its positional arguments must be tensors.
+    """
     plain = _plain(name)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -257,9 +260,12 @@ def _register_autograd(name: str) -> None:
         ctx.options = keyword_only_inputs
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Only the inputs were kept, so the reference computes the intermediate tensors again.
+        # Only the inputs were kept, so the intermediate tensors are computed again.
         inputs = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        gradients = _training_op.frozen_gradients(name, grad, inputs, wanted, ctx.options)
+        if gradients is not None:
+            return gradients
 
         def run(*values: Tensor) -> Tensor:
             replaced = dict(zip(wanted, values, strict=True))
@@ -367,3 +373,4 @@ if _native.native_error is None:
         _register_transforms(_name)
         _register_decomposition(_name)
         _register_flop_formula(_name)
+    _register_autocast(_training_op.NAME)

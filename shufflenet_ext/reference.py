@@ -275,7 +275,9 @@ def shuffle_network_batch_norm(x: Tensor, tensors: list[Tensor | None], eps: lis
         check_tensor("tensors", weight)
         assert weight is not None
         shift = weight.new_zeros(len(weight)) if bias is None else bias
-        if mean is not None and var is not None:
+        if any(given is not None for given in (gamma, beta, mean, var)):
+            if mean is None or var is None:
+                raise ValueError(f"tensors: got a batch norm without its mean or variance, at {i}, expected both")
             scale = torch.rsqrt(var + eps[i // 6])
             scale = scale if gamma is None else gamma * scale
             shift = (shift - mean) * scale if beta is None else beta + (shift - mean) * scale

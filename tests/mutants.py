@@ -757,6 +757,70 @@ MUTANTS = [
         "",
         "test_backend.py",
     ),
+    # ---- Training
+    Mutant(
+        "training: the taps are not turned about on the way back",
+        KERNELS + "training.h",
+        "S::broadcast(weight[8 - i])",
+        "S::broadcast(weight[i])",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: a mask: sums take in lanes behind the last pixel",
+        KERNELS + "training.h",
+        "is_tail ? S::keep(kept, mask) : kept",
+        "kept",
+        "test_training.py::test_planes",
+    ),
+    Mutant(
+        "training: products are of b, not of what it lies above its mean",
+        KERNELS + "plane_products.h",
+        "load(b + column * pixels) - offset[column]",
+        "load(b + column * pixels)",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: the shuffle backwards is the shuffle",
+        KERNELS + "training_table.h",
+        "c % shuffle_groups * (channels / shuffle_groups) + c / shuffle_groups",
+        "c % (channels / shuffle_groups) * shuffle_groups + c / (channels / shuffle_groups)",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: the pool's gradient counts padding where the pool does not",
+        KERNELS + "training.h",
+        "unit.pool_count_include_pad ? 9 : inside(row, in.height) * inside(column, in.width)",
+        "int64_t{9}",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: the running variance is the batch's own, not the unbiased one",
+        "shufflenet_ext/_training_op.py",
+        "var * (count / (count - 1))",
+        "var",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: norm 3's gradient forgets that its mean is the batch's",
+        "shufflenet_ext/_training.py",
+        "c = (matrix @ grouped(total / values)).flatten()",
+        "c = torch.zeros_like(sum2)",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: a frozen norm is taken for one of the batch",
+        "shufflenet_ext/_training_op.py",
+        "of_batch = [uses_batch(stage.norm) for stage in stages]",
+        "of_batch = [True for stage in stages]",
+        "test_training.py::test_norms_in_eval_mode_or_without_statistics",
+    ),
+    Mutant(
+        "training: a fused unit's running statistics are in the unit's order, not the norm's",
+        "shufflenet_ext/_training_op.py",
+        "found if stage.order is None else torch.empty_like(found).index_copy_(0, stage.order, found)",
+        "found",
+        "test_match.py::test_fuse_takes_every_style",
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import pytorchcv.models.shufflenet
 import torch
 from styles import NEAR_MISSES, random_style, random_unit
-from support import assert_as_accurate, each_isa_for_bfloat16, randomize
+from support import Recorder, assert_as_accurate, each_isa_for_bfloat16, randomize
 from torch import nn
 
 import shufflenet_ext as se
@@ -56,11 +56,16 @@ def test_fuse_takes_every_style(style):
     x = torch.randn(2, 3, size, size)
     assert_same(model, plain, x)
     assert_same(pickle.loads(pickle.dumps(model)), plain, x)
-    for trained in (model.train(), plain.train()):
-        torch.manual_seed(0)
-        trained(x).sum().backward()
+    torch.manual_seed(0)
+    with Recorder() as recorder:
+        model.double().train()(x.double()).square().sum().backward()
+    assert recorder.names.count("shufflenet_ext::shuffle_bottleneck_training") == units
+    torch.manual_seed(0)
+    plain.double().train()(x.double()).square().sum().backward()
     for (name, got), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, expected.grad, msg=name)
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-7, atol=1e-7, msg=name)
+    for (name, got), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(got, expected, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -78,11 +78,11 @@ def test_training_is_that_of_the_plain_model(unit_class, kind):
     for _ in range(2):
         x = images(3)
         got, expected = fused(x), plain(x)
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         for result in (got, expected):
             result.square().sum().backward()
     for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
     for a, b in zip(fused.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b)
     assert_native(fused.eval(), plain.eval())
@@ -101,8 +101,9 @@ def test_without_statistics_our_own_unit_is_the_plain_one(which):
             got = fused(x)
         torch.testing.assert_close(got, plain(x))
         torch.testing.assert_close(se.optimize_for_inference(fused)(x), plain(x))
-    with assert_ran_reference():
-        fused.train()(x)
+    with assert_ran("shuffle_bottleneck_training"):
+        got = fused.train()(x)
+    torch.testing.assert_close(got, plain.train()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_without_statistics_a_foreign_unit_is_left_alone():
@@ -134,7 +135,7 @@ def test_norms_converted_behind_fuse(unit_class):
     assert_native(copy.deepcopy(fused), plain)
     assert_native(se.optimize_for_inference(fused), plain, "shuffle_network")
     x = images(3)
-    torch.testing.assert_close(fused.train()(x), plain.train()(x))
+    torch.testing.assert_close(fused.train()(x), plain.train()(x), rtol=1e-4, atol=1e-4)
     # What changes in a converted norm is seen as in any other.
     for model in (fused, plain):
         model.eval()[0].bn1.eps = 0.5

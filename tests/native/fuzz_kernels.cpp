@@ -938,6 +938,8 @@ static void check_stem_and_head(const Isa& isa) {
   check_images(dtype, isa.kernels(dtype), dtype == Dtype::float64 ? dtype : Dtype::float32, isa);
 }
 
+#include "fuzz_training.h"
+
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a line is out before a crash
   const long units = argc > 1 ? std::atol(argv[1]) : 2000;
@@ -947,7 +949,8 @@ int main(int argc, char** argv) {
     for (long i = 0; i < units; ++i) check(random_case(), isa());
     for (long i = 0; i < units; ++i) check_stem_and_head(isa());
     for (long i = 0; i < units; ++i) check_v2(isa());
-    std::printf("%s: %ld units, stems, heads and images\n", name.c_str(), units);
+    for (long i = 0; i < units; ++i) check_training(isa());
+    std::printf("%s: %ld units, stems, heads, images and passes of training\n", name.c_str(), units);
     if (isa().pair_kernels(Dtype::bfloat16)) check_pairs(isa(), units);
   }
   check_pairs(plain_pairs, units);

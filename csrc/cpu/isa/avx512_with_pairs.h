@@ -8,6 +8,7 @@ namespace shufflenet::cpu {
 class Avx512WithPairs : public Isa {
  public:
   const Kernels& kernels(Dtype dtype) const override { return avx512_isa.kernels(dtype); }
+  const TrainingKernel& training(Dtype dtype) const override { return avx512_isa.training(dtype); }
   void to_accumulator(Dtype dtype, const void* from, void* to, int64_t n) const override {
     avx512_isa.to_accumulator(dtype, from, to, n);
   }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../kernels/table.h"
+#include "../kernels/training_table.h"
 
 namespace shufflenet::cpu {
 
@@ -18,6 +19,9 @@ class Isa {
   virtual const Kernels& kernels(Dtype) const = 0;
   // Those on planes of pairs, for tensors of bfloat16 or float32. Null without dot products of bfloat16.
   virtual const Kernels* pair_kernels(Dtype) const { return nullptr; }
+
+  // Those of training, on planes of float32 or float64.
+  virtual const TrainingKernel& training(Dtype) const = 0;
 
   // Converts n elements of the dtype to its accumulator type.
   virtual void to_accumulator(Dtype, const void* from, void* to, int64_t n) const = 0;

@@ -5,6 +5,7 @@
 #include "head.h"
 #include "last_convolution.h"
 #include "stem.h"
+#include "training.h"
 #include "unit.h"
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
@@ -12,6 +13,8 @@ namespace shufflenet::cpu::SHUFFLENET_ISA {
 template <class T>
 inline constexpr KernelsOf<UnitOf<FloatFormat<T>>, FloatStem<T>, FloatLastConvolution<T>, FloatHead<T>, FloatImages<T>>
     kFloatKernels{};
+template <class A>
+inline constexpr TrainingOf<A> kTrainingKernels{};
 
 // Does rounds of multiply-adds: as many independent chains as a tile of a pointwise convolution has, but no loads.
 template <class A>
@@ -42,6 +45,11 @@ class FloatIsa : public Isa {
       case Dtype::float16: return kFloatKernels<Float16>;
       default: return kFloatKernels<float>;
     }
+  }
+
+  const TrainingKernel& training(Dtype dtype) const override {
+    if (dtype == Dtype::float64) return kTrainingKernels<double>;
+    return kTrainingKernels<float>;
   }
 
   void to_accumulator(Dtype dtype, const void* from, void* to, int64_t n) const override {

@@ -52,14 +52,19 @@ class Phases {
 struct Profile {
   std::vector<double> seconds;
   void add(int64_t step, double time) {
-    if (step == kTimedInside) return;
     if (static_cast<size_t>(step) >= seconds.size()) seconds.resize(step + 1);
     seconds[step] += time;
   }
   double total() const { return std::accumulate(seconds.begin(), seconds.end(), 0.0); }
 };
-// Adds up the calls that a thread makes while it has one: what the thread measured that worked on each call longest.
+// Adds up the calls that a thread makes while it has one. A phase takes from the end of the one before to the end of
+// its last task. Of a phase timed inside, what the thread measured that worked on it longest is taken.
 inline thread_local Profile* current_profile = nullptr;
+
+using Clock = std::chrono::steady_clock;
+inline double seconds_between(Clock::time_point from, Clock::time_point to) {
+  return std::chrono::duration<double>(to - from).count();
+}
 
 // Adds the time that has gone by since the last lap to a step. Does nothing without a profile.
 class Stopwatch {
@@ -70,12 +75,11 @@ class Stopwatch {
   void lap(int64_t step) {
     if (!profile_) return;
     const auto now = Clock::now();
-    profile_->add(step, std::chrono::duration<double>(now - last_).count());
+    profile_->add(step, seconds_between(last_, now));
     last_ = now;
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
   Profile* profile_;
   Clock::time_point last_;
 };
@@ -92,10 +96,7 @@ inline void run_phases(const Phases& phases) {
   };
   struct alignas(64) Progress {
     std::atomic<int64_t> done{0};
-  };
-  struct Done {  // counts the task even if it throws, so that nobody waits for it forever
-    std::atomic<int64_t>& count;
-    ~Done() { count.fetch_add(1, std::memory_order_release); }
+    Clock::time_point end;  // of the last task, where there is a profile
   };
   constexpr int kSpins = 2000;  // some microseconds: longer than balanced tasks differ, shorter than a time slice
   int64_t tasks = 0, widest = 0;
@@ -109,6 +110,16 @@ inline void run_phases(const Phases& phases) {
   std::uninitialized_default_construct_n(progress, phases.size());
   const int64_t workers = std::min<int64_t>(widest, torch::stable::get_num_threads());
   Profile* const profile = current_profile;
+  struct Done {  // counts the task even if it throws, so that nobody waits for it forever
+    Progress& phase;
+    int64_t tasks;
+    bool timed;
+    ~Done() {
+      if (phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 == tasks && timed) phase.end = Clock::now();
+    }
+  };
+  Clock::time_point end;  // of the phase before
+  if (profile) end = Clock::now();
   Profile longest;
   std::mutex longest_mutex;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
@@ -122,20 +133,24 @@ inline void run_phases(const Phases& phases) {
       for (int64_t j = 0; j < phase.tasks; ++j) {
         const int64_t i = first + j < phase.tasks ? first + j : first + j - phase.tasks;
         if (claim[i].taken.load(std::memory_order_relaxed) || claim[i].taken.exchange(true)) continue;
-        const Done done{progress[p].done};
+        const Done done{progress[p], phase.tasks, profile != nullptr};
         phase.run_task(phase.work, i);
       }
       claim += phase.tasks;
       for (int spins = 0; progress[p].done.load(std::memory_order_acquire) < phase.tasks; ++spins) {
         if (spins >= kSpins) std::this_thread::yield();
       }
-      stopwatch.lap(phase.step);
     }
     if (profile) {
       const std::lock_guard<std::mutex> lock(longest_mutex);
       if (own.total() > longest.total()) longest = std::move(own);
     }
   });
+  if (!profile) return;
+  for (size_t p = 0; p < phases.size(); ++p) {
+    if (phases[p].step != kTimedInside) profile->add(phases[p].step, seconds_between(end, progress[p].end));
+    end = progress[p].end;
+  }
   for (size_t step = 0; step < longest.seconds.size(); ++step) {
     profile->add(static_cast<int64_t>(step), longest.seconds[step]);
   }

@@ -221,7 +221,6 @@ Description describe_program(const Program& program, Dtype weights, const Call& 
 }
 
 double measure_peak(Dtype dtype) {
-  using Clock = std::chrono::steady_clock;
   constexpr int64_t kRounds = 100'000;  // about half a millisecond: so short that some of the times are undisturbed
   constexpr int kTimes = 60;
   double peak = 0;
@@ -231,7 +230,7 @@ double measure_peak(Dtype dtype) {
     torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) multiply_adds += isa().multiply_add(dtype, kRounds);
     });
-    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    const double seconds = seconds_between(start, Clock::now());
     peak = std::max(peak, 2 * static_cast<double>(multiply_adds) / seconds);
   }
   return peak;

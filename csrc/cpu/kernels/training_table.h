@@ -1,0 +1,94 @@
+// The interface between the passes of training (schedule/training.h), which are compiled once and share their tasks
+// among threads, and their kernels, which are compiled for each ISA. All planes are contiguous, one behind the other,
+// of the accumulator type; sums and statistics are doubles.
+#pragma once
+
+#include <cstdint>
+
+#include "table.h"
+
+namespace shufflenet::cpu {
+
+// The height and width of a plane.
+struct PlaneSize {
+  int64_t height = 0, width = 0;
+  int64_t pixels() const { return height * width; }
+};
+
+// What makes planes of others by a value for each channel.
+struct ChannelAffine {
+  const void* scale = nullptr;
+  const void* shift = nullptr;
+};
+
+// A grouped pointwise convolution of an image.
+struct TrainingPointwise {
+  Convolution conv;  // its bias is there, its scale is not
+  Activation activation;
+  int64_t rows, groups, depth, pixels;  // depth: of a group
+  const void* x;
+  const void* residual;  // null: none; y itself: its results are added where they lie
+  void* y;
+};
+
+// The depthwise convolution behind the first norm, its ReLU and the shuffle.
+struct TrainingDepthwise {
+  PlaneSize in, out;
+  int64_t stride, channels, shuffle_groups;
+  ChannelAffine norm1;  // of y1's channels
+  const void* weight;
+
+  // The channel of y1 that the shuffle sends to place c.
+  int64_t source(int64_t c) const { return c % shuffle_groups * (channels / shuffle_groups) + c / shuffle_groups; }
+};
+
+// What a channel's backward pass through it, the ReLU and the first norm adds up, over an image.
+struct DepthwiseSums {
+  double gradient, gradient_times_y1;  // of the norm's results; times what y1 lies above its mean
+  double taps[9];
+};
+
+// Scalar products of some planes, a, with others, b, less its offsets, over several images.
+struct PlaneProducts {
+  const void* a;
+  const void* b;
+  int64_t a_image, b_image;  // elements from image to image
+  const void* b_offset;      // null: none
+  int64_t a_planes, b_planes, images, pixels;
+  double* sums;  // [a_planes][b_planes], to which the products are added
+};
+
+class TrainingKernel {
+ public:
+  virtual int64_t pointwise_bytes(const TrainingPointwise&) const = 0;
+  // Computes some of the rows. The result does not depend on how rows are split.
+  virtual void pointwise(const TrainingPointwise&, Range rows, void* workspace) const = 0;
+
+  // Finds the mean and the sum of squared deviations from it of each plane.
+  virtual void moments(const void* planes, int64_t pixels, int64_t count, double* means, double* squares) const = 0;
+
+  virtual int64_t depthwise_bytes(const TrainingDepthwise&) const = 0;
+  // Computes some channels of y2 of an image.
+  virtual void depthwise(const TrainingDepthwise&, Range channels, const void* y1, void* y2, void* workspace) const = 0;
+  // Computes, from the gradient of y2, that of the norm's results (of y1's channels), and sums: two planes may be one.
+  virtual void depthwise_backward(const TrainingDepthwise&, Range channels, const void* y2_gradient, const void* y1,
+                                  const void* y1_means, void* gradient, DepthwiseSums* sums, void* workspace) const = 0;
+
+  // Writes scale * gradient - slope * (y - mean) - shift over the gradient of a plane.
+  struct NormBackward {
+    double scale, slope, mean, shift;
+  };
+  virtual void norm_backward(const NormBackward&, const void* y, int64_t pixels, void* gradient) const = 0;
+
+  // Copies the gradient where a ReLU's result is above zero, zeros elsewhere, and returns its sum.
+  virtual double relu_backward(const void* result, int64_t pixels, const void* gradient, void* to) const = 0;
+
+  virtual void products(const PlaneProducts&) const = 0;
+
+  virtual int64_t pool_bytes(PlaneSize in) const = 0;
+  // The shortcut of stride 2, as in Unit, of a plane; and its gradient from that of its results.
+  virtual void pool(const Unit&, const void* x, void* result, void* workspace) const = 0;
+  virtual void pool_backward(const Unit&, const void* result_gradient, void* gradient, void* workspace) const = 0;
+};
+
+}  // namespace shufflenet::cpu

@@ -1,0 +1,227 @@
+// Fuzzes the kernels of training: each on planes of a random size, against loops in double. Part of fuzz_kernels.cpp.
+#pragma once
+
+// Values of random planes, as the kernels take them and in double.
+template <class A>
+struct RandomPlanes {
+  explicit RandomPlanes(int64_t n) : values(n) {
+    for (A& value : values) value = static_cast<A>(uniform(-64, 64)) / 32;
+    values.shrink_to_fit();
+  }
+  double operator[](int64_t i) const { return values[i]; }
+  const A* data() const { return values.data(); }
+  Array<A> values;
+};
+
+template <class A>
+Array<A> poisoned(int64_t n) {
+  return Array<A>(n, std::numeric_limits<A>::quiet_NaN());
+}
+
+template <class A>
+class TrainingFuzz {
+ public:
+  explicit TrainingFuzz(const Isa& isa)
+      : isa_(isa), kernel_(isa.training(sizeof(A) == 8 ? Dtype::float64 : Dtype::float32)) {}
+
+  void run() const {
+    pointwise();
+    depthwise();
+    planes();
+    products();
+    pool();
+  }
+
+ private:
+  static constexpr double kEpsilon = std::numeric_limits<A>::epsilon();
+
+  void check(double got, double expected, double magnitude, const char* what, int64_t i) const {
+    check_value(got, expected, 64 * kEpsilon * (magnitude + 1), what, i, isa_);
+  }
+
+  void pointwise() const {
+    TrainingPointwise p = {};
+    p.groups = uniform(1, 4);
+    p.depth = uniform(1, 90);
+    p.rows = p.groups * uniform(1, 20);
+    p.pixels = uniform(1, 120);
+    const RandomPlanes<A> x(p.groups * p.depth * p.pixels), weight(p.rows * p.depth), bias(p.rows);
+    RandomPlanes<A> y(p.rows * p.pixels);  // which is the residual as well
+    const bool has_residual = uniform(0, 1);
+    const std::vector<A> before(y.values.begin(), y.values.end());
+    p.conv.weight = weight.data();
+    p.conv.bias = bias.data();
+    p.activation = uniform(0, 1) ? kRelu : kNoActivation;
+    p.x = x.data();
+    p.y = y.values.data();
+    p.residual = has_residual ? p.y : nullptr;
+    const Buffer workspace(kernel_.pointwise_bytes(p));
+    in_shares(p.rows, 1, [&](Range rows) { kernel_.pointwise(p, rows, workspace.get()); });
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const int64_t group = row / (p.rows / p.groups);
+      for (int64_t i = 0; i < p.pixels; ++i) {
+        double sum = bias[row] + (has_residual ? before[row * p.pixels + i] : 0), magnitude = std::abs(sum);
+        for (int64_t k = 0; k < p.depth; ++k) {
+          const double term = weight[row * p.depth + k] * x[(group * p.depth + k) * p.pixels + i];
+          sum += term;
+          magnitude += std::abs(term);
+        }
+        check(y[row * p.pixels + i], std::max(sum, p.activation.lower), magnitude, "training pointwise", i);
+      }
+    }
+  }
+
+  void depthwise() const {
+    TrainingDepthwise d = {};
+    d.stride = uniform(1, 2);
+    d.in = {uniform(1, 20), uniform(1, 40)};
+    d.out = {(d.in.height - 1) / d.stride + 1, (d.in.width - 1) / d.stride + 1};
+    d.shuffle_groups = uniform(1, 4);
+    d.channels = d.shuffle_groups * uniform(1, 3);
+    const int64_t in = d.in.pixels(), out = d.out.pixels();
+    const RandomPlanes<A> y1(d.channels * in), scale(d.channels), shift(d.channels), weight(9 * d.channels);
+    const RandomPlanes<A> gradient(d.channels * out), means(d.channels);
+    d.norm1 = {scale.data(), shift.data()};
+    d.weight = weight.data();
+    Array<A> y2 = poisoned<A>(d.channels * out), y1_gradient = poisoned<A>(d.channels * in);
+    std::vector<DepthwiseSums> sums(d.channels);
+    const Buffer workspace(kernel_.depthwise_bytes(d));
+    in_shares(d.channels, 1, [&](Range some) {
+      kernel_.depthwise(d, some, y1.data(), y2.data(), workspace.get());
+      kernel_.depthwise_backward(
+          d, some, gradient.data(), y1.data(), means.data(), y1_gradient.data(), sums.data(), workspace.get());
+    });
+    for (int64_t c = 0; c < d.channels; ++c) {
+      const int64_t source = d.source(c);
+      const auto z = [&](int64_t i) { return std::max(0.0, scale[source] * y1[source * in + i] + shift[source]); };
+      std::vector<double> expected(in), taps(9);
+      for (int64_t row = 0; row < d.out.height; ++row) {
+        for (int64_t column = 0; column < d.out.width; ++column) {
+          const int64_t at = c * out + row * d.out.width + column;
+          double sum = 0;
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            const int64_t r = row * d.stride + tap / 3 - 1, k = column * d.stride + tap % 3 - 1;
+            if (r < 0 || k < 0 || r >= d.in.height || k >= d.in.width) continue;
+            const int64_t i = r * d.in.width + k;
+            sum += weight[9 * c + tap] * z(i);
+            taps[tap] += gradient[at] * z(i);
+            expected[i] += weight[9 * c + tap] * gradient[at];
+          }
+          check(y2[at], sum, 100, "training depthwise", at);
+        }
+      }
+      double total = 0, with_y1 = 0;
+      for (int64_t i = 0; i < in; ++i) {
+        if (std::abs(scale[source] * y1[source * in + i] + shift[source]) < 1e-6)
+          expected[i] = 0;  // at the ReLU's edge
+        const double value = z(i) > 1e-6 ? expected[i] : 0;
+        check(y1_gradient[source * in + i], value, 40, "gradient of y1", i);
+        total += value;
+        with_y1 += value * (y1[source * in + i] - means[source]);
+      }
+      check(sums[c].gradient, total, 40.0 * in, "sum of the gradient of y1", c);
+      check(sums[c].gradient_times_y1, with_y1, 160.0 * in, "sum of the gradient times y1", c);
+      for (int tap = 0; tap < 9; ++tap) check(sums[c].taps[tap], taps[tap], 12.0 * in, "gradient of a tap", tap);
+    }
+  }
+
+  // Moments, and the gradients of a ReLU and of a norm.
+  void planes() const {
+    const int64_t count = uniform(1, 5), pixels = uniform(1, 200);
+    const RandomPlanes<A> y(count * pixels), gradient(count * pixels);
+    std::vector<double> means(count), squares(count);
+    kernel_.moments(y.data(), pixels, count, means.data(), squares.data());
+    for (int64_t c = 0; c < count; ++c) {
+      double mean = 0, square = 0, total = 0;
+      for (int64_t i = 0; i < pixels; ++i) mean += y[c * pixels + i] / static_cast<double>(pixels);
+      for (int64_t i = 0; i < pixels; ++i) square += std::pow(y[c * pixels + i] - mean, 2);
+      check(means[c], mean, 2, "mean", c);
+      check(squares[c], square, 4.0 * pixels, "sum of squares", c);
+      Array<A> kept = poisoned<A>(pixels), back(gradient.values.begin(), gradient.values.begin() + pixels);
+      const double sum =
+          kernel_.relu_backward(y.data() + c * pixels, pixels, gradient.data() + c * pixels, kept.data());
+      const TrainingKernel::NormBackward n = {0.5, 0.25, mean, 0.125};
+      kernel_.norm_backward(n, y.data() + c * pixels, pixels, back.data());
+      for (int64_t i = 0; i < pixels; ++i) {
+        const double value = y[c * pixels + i] > 0 ? gradient[c * pixels + i] : 0;
+        total += value;
+        check(kept[i], value, 0, "gradient of a ReLU", i);
+        check(back[i], 0.5 * gradient[i] - 0.25 * (y[c * pixels + i] - mean) - 0.125, 8, "gradient of a norm", i);
+      }
+      check(sum, total, 2.0 * pixels, "sum of a gradient", c);
+    }
+  }
+
+  void products() const {
+    PlaneProducts p = {};
+    p.images = uniform(1, 3);
+    p.pixels = uniform(1, 70);
+    p.a_planes = uniform(1, 20);
+    p.b_planes = uniform(1, 20);
+    p.a_image = p.a_planes * p.pixels;
+    p.b_image = p.b_planes * p.pixels;
+    const RandomPlanes<A> a(p.images * p.a_image), b(p.images * p.b_image), offset(p.b_planes);
+    const bool has_offset = uniform(0, 1);
+    Array<double> sums(p.a_planes * p.b_planes, 1.0);
+    p.a = a.data();
+    p.b = b.data();
+    p.b_offset = has_offset ? offset.data() : nullptr;
+    p.sums = sums.data();
+    kernel_.products(p);
+    for (int64_t i = 0; i < p.a_planes; ++i) {
+      for (int64_t j = 0; j < p.b_planes; ++j) {
+        double sum = 1;
+        for (int64_t n = 0; n < p.images; ++n) {
+          for (int64_t k = 0; k < p.pixels; ++k) {
+            sum += a[n * p.a_image + i * p.pixels + k] *
+                   (b[n * p.b_image + j * p.pixels + k] - (has_offset ? offset[j] : 0));
+          }
+        }
+        check(sums[i * p.b_planes + j], sum, 8.0 * p.images * p.pixels, "product of planes", i);
+      }
+    }
+  }
+
+  void pool() const {
+    Unit unit;
+    unit.stride = 2;
+    unit.height = uniform(1, 20);
+    unit.width = uniform(1, 40);
+    unit.shortcut_relu = uniform(0, 1);
+    unit.pool_count_include_pad = uniform(0, 1);
+    const int64_t in = unit.height * unit.width, out = unit.out_height() * unit.out_width();
+    const RandomPlanes<A> x(in), gradient(out);
+    Array<A> result = poisoned<A>(out), back = poisoned<A>(in);
+    const Buffer workspace(kernel_.pool_bytes({unit.height, unit.width}));
+    kernel_.pool(unit, x.data(), result.data(), workspace.get());
+    kernel_.pool_backward(unit, gradient.data(), back.data(), workspace.get());
+    std::vector<double> expected(in);
+    for (int64_t i = 0; i < out; ++i) {
+      std::vector<int64_t> window;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const int64_t row = i / unit.out_width() * 2 + tap / 3 - 1, column = i % unit.out_width() * 2 + tap % 3 - 1;
+        if (row < 0 || column < 0 || row >= unit.height || column >= unit.width) continue;
+        window.push_back(row * unit.width + column);
+      }
+      const double count = unit.pool_count_include_pad ? 9 : static_cast<double>(window.size());
+      double sum = 0;
+      for (const int64_t at : window) {
+        sum += x[at];
+        expected[at] += gradient[i] / count;
+      }
+      check(result[i], std::max(sum / count, unit.pool_activation().lower), 4, "training pool", i);
+    }
+    for (int64_t i = 0; i < in; ++i) check(back[i], expected[i], 8, "gradient of the pool", i);
+  }
+
+  const Isa& isa_;
+  const TrainingKernel& kernel_;
+};
+
+static void check_training(const Isa& isa) {
+  if (uniform(0, 1)) {
+    TrainingFuzz<float>(isa).run();
+  } else {
+    TrainingFuzz<double>(isa).run();
+  }
+}
