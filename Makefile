@@ -12,7 +12,7 @@ TORCH_STAMP := $(STAMPS)/$(subst =,_,$(subst >,_,$(subst <,_,$(TORCH))))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(shell find benchmarks tests/native -name "*.cpp" -o -name "*.h")
 
-.PHONY: demo test test-all mutants bench bench-cuda sanitize sanitize-cuda test-aarch64 lint format clean
+.PHONY: demo test test-all mutants bench bench-cuda first-contact sanitize sanitize-cuda test-aarch64 lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMPS)/built $(STAMPS)/extra-demo
@@ -37,6 +37,10 @@ bench: $(STAMPS)/built $(STAMPS)/extra-bench
 
 bench-cuda: $(STAMPS)/built $(STAMPS)/extra-bench
 	$(BIN)/python -m benchmarks.cuda
+
+# What a card shows within eight minutes, with the torch of $(PYTHON); see docs/first-contact.md. OUT: the results' folder.
+first-contact:
+	$(PYTHON) -m benchmarks.first_contact $(if $(OUT),--output "$(OUT)")
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the torch-free kernels, ThreadSanitizer over the threads' phases.
 sanitize:

@@ -21,6 +21,8 @@ from torch.utils import cpp_extension
 # The oldest torch that the library runs under: the target of LibTorch's stable ABI, as in pyproject.toml.
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"
 DEFAULT_CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+# Whose PTX is kept beside that of the last one, for newer cards that the last one's does not reach: 10.3 and 11.0.
+PTX_CUDA_ARCH = "9.0"
 
 
 def cpp_flags() -> list[str]:
@@ -59,14 +61,15 @@ def toolkit_version(home: str) -> str:
 def default_cuda_archs() -> str:
     """What to build for where TORCH_CUDA_ARCH_LIST names nothing: those of DEFAULT_CUDA_ARCHS that nvcc knows.
 
-    No GPU is asked: the machine that builds need not be the one that runs. The last also leaves PTX for newer cards.
+    No GPU is asked: the machine that builds need not be the one that runs. PTX_CUDA_ARCH and the last also leave PTX,
+    which the driver compiles for newer cards.
     """
     nvcc = Path(str(cpp_extension.CUDA_HOME), "bin", "nvcc")
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     archs = [arch for arch in DEFAULT_CUDA_ARCHS if "sm_" + arch.replace(".", "") in known]
     if not archs:
         raise RuntimeError(f"{nvcc} knows none of {DEFAULT_CUDA_ARCHS}: set TORCH_CUDA_ARCH_LIST")
-    return ";".join(archs) + "+PTX"
+    return ";".join(f"{arch}+PTX" if arch in (PTX_CUDA_ARCH, archs[-1]) else arch for arch in archs)
 
 
 def cuda_decision() -> tuple[bool, str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from statistics import median
 from typing import Protocol
 
 import torch
@@ -25,10 +26,11 @@ from benchmarks.shapes import IMAGE_SIZE, NetworkShape, UnitShape, with_statisti
 OURS_GRAPH = "ours graph"
 OURS_CHANNELS_LAST_GRAPH = "ours channels_last graph"
 MAX_AUTOTUNE = "torch.compile max-autotune"
+COPY = "copy"
 UNITS, ALL_UNITS, NETWORKS = "units", "network's units", "networks"
 _ROUNDS = 50
 _COPIED_BYTES = 2**29  # beyond every card's L2 cache
-_FLUSHED_BYTES = 2**28
+_FLUSHED_BYTES = 2**28  # beyond every card's L2 cache, too
 
 # Returns the seconds of one call.
 Clock = Callable[[Contender], float]
@@ -104,17 +106,18 @@ def shapes(batches: tuple[int, ...] = BATCHES) -> Iterator[tuple[str, Shape]]:
 
 
 class EventClock:
-    """Times a call by CUDA events, after a write that clears the L2 cache of the call's data.
+    """Times a call by CUDA events, after a read that clears the L2 cache of the call's data.
 
-    The write takes so long that a few launches are queued behind it meanwhile, and are not waited for.
+    The read takes so long that a few launches are queued behind it meanwhile, and are not waited for. A write would
+    clear the cache too, but leave it full of what is still to be written to memory, in the time of the call.
     """
 
     def __init__(self) -> None:
-        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+        self._flushed = torch.zeros(_FLUSHED_BYTES // 4, device="cuda")
 
     def __call__(self, run: Contender) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flushed.zero_()
+        self._flushed.sum()
         start.record()
         run()
         end.record()
@@ -140,11 +143,17 @@ def graphed(run: Contender) -> Contender:
     return replay
 
 
-def copy_bandwidth(clock: Clock, device: str, traffic: int = _COPIED_BYTES) -> float:
-    """Bytes a second, read and written, of a copy in the device's memory: the best of the rounds."""
+def copy_of(traffic: int, device: str) -> Contender:
+    """A copy in the device's memory that reads and writes so many bytes together."""
     source = torch.zeros(traffic // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(clock(lambda: target.copy_(source)) for _ in range(_ROUNDS))
+    return lambda: target.copy_(source)
+
+
+def copy_bandwidth(clock: Clock, device: str, traffic: int = _COPIED_BYTES) -> float:
+    """Bytes a second, read and written, of a copy in the device's memory: the best of the rounds."""
+    copy_all = copy_of(traffic, device)
+    return traffic / min(clock(copy_all) for _ in range(_ROUNDS))
 
 
 # ---- Contenders -----------------------------------------------------------------------------------------------------
@@ -181,8 +190,10 @@ def ours(module: nn.Module, x: Tensor, graph: Wrapper) -> dict[str, Contender]:
 @dataclass
 class CudaRow(Row):
     """A row on CUDA. ``traffic`` counts the units alone, also in a network: the input, result and parameters of each,
-    once. ``predicted`` has the model's seconds of the units for each layout, where there is a model for the card."""
+    once. ``copied`` has the seconds of a copy of as many bytes, timed in the same rounds. ``predicted`` has the model's
+    seconds of the units for each layout, where there is a model for the card."""
 
+    copied: float = 0
     predicted: dict[str, float] | None = None
 
     @property
@@ -190,8 +201,8 @@ class CudaRow(Row):
         """Seconds that memory alone needs."""
         return self.traffic / self.copy_bandwidth
 
-    def over_floor(self, name: str) -> float:
-        return self.timings[name].median / self.floor
+    def over_copy(self, name: str) -> float:
+        return self.timings[name].median / self.copied
 
 
 def units_of(module: nn.Module, x: Tensor) -> list[Unit]:
@@ -241,7 +252,10 @@ class Track:
             built, absent = peers.build(self.builders, plain, folded, x)
             contenders = ours(optimized, x, self.graph) | built
             check(contenders, contenders[OURS]().clone(), precision.tolerance, OURS)
-            samples = self._rounds(contenders)
+            traffic = x.element_size() * sum(unit.elements for unit in units)
+            # As a graph, like ours: its launch is in both times.
+            samples = self._rounds(contenders | {COPY: self.graph(copy_of(traffic, self.device))})
+            copied = median(samples.pop(COPY))
             flop = work(folded, x)[0]
         torch.compiler.reset()  # otherwise each row's module counts towards the limit of recompilations
         return CudaRow(
@@ -250,12 +264,13 @@ class Track:
             shape.groups,
             shape.batch,
             flop,
-            x.element_size() * sum(unit.elements for unit in units),
+            traffic,
             self.bandwidth,
             rounds=self.rounds,
             timings=timings_of(samples, OURS_CHANNELS_LAST_GRAPH),
             absent=absent,
             precision=precision.name,
+            copied=copied,
             predicted=self.predict(units, precision),
         )
 

@@ -69,7 +69,7 @@ def unit_variant(
 ) -> dict[str, Any]:
     """The keyword arguments that set a unit apart from the original code's; none for that one.
 
-    The op knows them on the CPU. They are passed only where they say something, as each takes time in the dispatcher.
+    They are passed only where they say something, as each takes time in the dispatcher.
     """
     variant: dict[str, Any] = {}
     if shuffle_groups is not None and shuffle_groups != groups:
@@ -81,22 +81,12 @@ def unit_variant(
     return variant
 
 
-def no_cuda_kernel(variant: dict[str, Any]) -> str:
-    """Why a unit in general does not run on CUDA."""
-    return f"there is no CUDA kernel for a unit with {', '.join(f'{k}={v}' for k, v in variant.items())}"
-
-
-def runs_native(
-    x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]], variant: dict[str, Any] | None = None
-) -> bool:
+def runs_native(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> bool:
     """Whether a call of ``units``, one behind the other, on ``x`` runs the native kernel under the backend in use."""
     if _backend == "reference" or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
         return False  # TorchScript's ONNX exporter takes PyTorch's operations alone; the other one knows ours (ops.py)
     if _native.native_error is None and x.is_cpu and x.dtype in _native.DTYPES:  # asked first, as it is most calls
         return True
-    if variant and x.is_cuda:
-        fall_back(no_cuda_kernel(variant))
-        return False
     cause = _native.uncovered(x.shape, x.dtype, x.device, units)
     if cause is None:
         return True
@@ -125,11 +115,9 @@ def allows_tf32(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and _settings.convolutions_use_tf32
 
 
-def implementation(
-    x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]], variant: dict[str, Any] | None = None
-) -> tuple[Any, dict[str, bool]]:
+def implementation(x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]]) -> tuple[Any, dict[str, bool]]:
     """What runs a call of ``units`` on ``x`` under the backend in use, and the keyword arguments that only it takes."""
-    if runs_native(x, units, variant):
+    if runs_native(x, units):
         # A keyword argument takes its time in the dispatcher.
         return torch.ops.shufflenet_ext, {"allow_tf32": True} if allows_tf32(x) else {}
     return reference, {}

@@ -18,12 +18,12 @@ from shufflenet_ext._network import chains_of
 
 def backend(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compiles a graph for torch.compile: units with all their norms in eval mode become ops, which have gradients."""
-    compiled: Any = compile_fx(_with_ops(module, example_inputs), list(example_inputs))
+    compiled: Any = compile_fx(_with_ops(module), list(example_inputs))
     assert callable(compiled)
     return compiled
 
 
-def _with_ops(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.fx.GraphModule:
+def _with_ops(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     # Inputs as dynamo traced them: without data, so that no norm is updated by tracing once more, and of symbolic sizes
     # where a second call had other ones.
     values = [node.meta.get("example_value") for node in module.graph.nodes if node.op == "placeholder"]
@@ -37,8 +37,7 @@ def _with_ops(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> to
     except TraceError:
         return module
     inputs = {node.name: node for node in traced.graph.nodes if node.op == "placeholder"}
-    on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in example_inputs)
-    found = [found for chain in chains for found in chain.units if not (on_cuda and found.unit.variant)]
+    found = [found for chain in chains for found in chain.units]
     for each in found:
         names = [stage_names(stage) for stage in each.unit.stages]
         tensors = [[None if name is None else inputs[name] for name in stage] for stage in names]

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from shufflenet_ext import _native
-from shufflenet_ext._backend import no_cuda_kernel
 from shufflenet_ext._checks import check_int
 from shufflenet_ext.modules import ShuffleBottleneck, unfusable, unit_sizes
 
@@ -67,8 +66,6 @@ def explain(
         raise TypeError(f"dtype: got {type(dtype).__name__}, expected a torch.dtype")
 
     def planned(**card: int) -> dict[str, Any]:
-        if unit.variant():
-            return {"backend": "reference", "explanation": no_cuda_kernel(unit.variant())}
         plan = _native.cuda_plan(shape, sizes, memory_format == torch.channels_last, dtype, **card)
         if plan.pop("ok"):
             return {"backend": "native", **plan}

@@ -248,7 +248,7 @@ class FusedUnit(Fused):
             if not adopted.training():
                 fall_back(f"a fused {type(self).__name__} is not what it was when fuse() proved it")
             return None
-        if not runs_native(x, lambda: [unit.sizes], unit.variant):
+        if not runs_native(x, lambda: [unit.sizes]):
             return None
         return run_unit(x, unit, _read_all(self, adopted.paths, adopted.orders))
 

@@ -57,7 +57,7 @@ class Unit:
         """The unit for the planner."""
         conv1 = (self.mid_channels, self.in_channels // self.conv1_groups, 1, 1)
         conv3 = (self.out_channels, self.mid_channels // self.groups, 1, 1)
-        return (*conv1, *conv3, self.conv1_groups, self.groups, self.stride)
+        return (*conv1, *conv3, self.conv1_groups, self.groups, self.stride, self.shuffle_groups)
 
     @property
     def variant(self) -> dict[str, Any]:

@@ -53,27 +53,36 @@ def run_while_tracing(function: Callable[..., Any]) -> None:
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# A unit as the planner takes it: the shape of conv1's weight, that of conv3's if there is one, conv1_groups, groups and
-# stride, all in one tuple.
+# A unit as the planner takes it: the shape of conv1's weight, that of conv3's if there is one, conv1_groups, groups,
+# stride and shuffle_groups, all in one tuple.
 UnitSizes = tuple[int, ...]
 
 
 @cache
 def _device_error(index: int) -> str | None:
-    """Why the CUDA kernels do not run on a card, and the remedy; None where they do."""
+    """Why the CUDA kernels do not run on a card, and the remedy; None where they do. Makes no context there."""
     assert _C_cuda is not None
     return _C_cuda.device_error(index) or None
 
 
 def _cuda_error() -> str | None:
-    """Why no CUDA kernel runs here, and the remedy, or None."""
+    """Why no CUDA kernel runs here, and the remedy, or None.
+
+    To ask a card initialises the driver, and a process cannot use CUDA behind a fork where it was initialised before.
+    So cards are asked once torch has done that. Until then it is known whether the driver is new enough, and by NVML,
+    where that is there, how many cards torch will find.
+    """
     if cuda_error is not None:
         return cuda_error
-    if not torch.cuda.is_available():
+    assert _C_cuda is not None
+    least = max(_C_cuda.cuda_version // 1000, int(str(torch.version.cuda).split(".")[0]))
+    if _C_cuda.driver_version() // 1000 < least or torch.cuda.device_count() == 0:
         return _device_error(0) or (
-            f"torch.cuda.is_available() is False: the driver is too old for a torch for CUDA {torch.version.cuda}; "
+            f"torch finds no CUDA device: the driver is too old for a torch for CUDA {torch.version.cuda}; "
             "update the driver, or install torch for an older CUDA"
         )
+    if not torch.cuda.is_initialized():
+        return None
     errors = [_device_error(i) for i in range(torch.cuda.device_count())]
     return None if None in errors else errors[0]
 
@@ -201,7 +210,8 @@ def build_info() -> dict[str, Any]:
     Returns a dict: ``version``; ``torch``, the version built against; ``compiler``; ``cpu_isa``, in use; ``cpu_isas``,
     usable on this processor (the environment variable ``SHUFFLENET_EXT_CPU_ISA`` forces one); ``cuda_archs``, the
     architectures that CUDA kernels were compiled for; ``cuda_error``, why CUDA kernels are missing, or None;
-    ``native_error``, why the native library is missing, or None.
+    ``native_error``, why the native library is missing, or None. Nothing is initialised to answer: whether the kernels
+    were compiled for a card that is here, ``cuda_error`` says once torch has initialised CUDA (``torch.cuda.init``).
     """
     return {
         "version": metadata.version("shufflenet_ext"),

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from shufflenet_ext import build_info
 
 
@@ -24,6 +26,8 @@ def _positive(text: str) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    if torch.cuda.is_available():
+        torch.cuda.init()  # so that the cards are asked, too
     info = build_info()
     if arguments.json:
         print(json.dumps(info, indent=2))

@@ -43,8 +43,6 @@ class _Steps:
         self.tensors = [tensor for part in parts for tensor in _weights_of(*part, dtype)]
         units = [part for _, part in parts if isinstance(part, Unit)]
         self.sizes = [unit.sizes for unit in units]
-        # What sets a unit apart from the original code's, if one is.
-        self.variant: dict[str, Any] = next((unit.variant for unit in units if unit.variant), {})
 
     def packed(self) -> Tensor:
         return reference.pack_weights(self.tensors)
@@ -70,14 +68,14 @@ class InferenceUnits(_EvalOnly):
         steps = _Steps(list(units), dtype)
         self.register_buffer("weights", steps.packed())
         self.program = steps.program
-        self.sizes, self.variant = steps.sizes, steps.variant
+        self.sizes = steps.sizes
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy) and (node := leaf_node(self, x)) is not None:
             return node
         check_tensor("x", x)
-        return _run(x, _weights(self), self.program, self.sizes, self.variant)
+        return _run(x, _weights(self), self.program, self.sizes)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -113,7 +111,7 @@ class InferenceNetwork(_EvalOnly):
         self.register_buffer("weights", torch.cat([weights for weights in packed if weights is not None]))
         self.program = [number for part in parts for number in part.program]
         self.lengths = [0 if weights is None else len(weights) for weights in packed]
-        self.sizes, self.variant = parts[1].sizes, parts[1].variant
+        self.sizes = parts[1].sizes
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,12 +119,12 @@ class InferenceNetwork(_EvalOnly):
             return node
         check_tensor("x", x)
         if not x.is_cuda:
-            return _run(x, _weights(self), self.program, self.sizes, self.variant)
+            return _run(x, _weights(self), self.program, self.sizes)
         stem, units, head = zip(self.weights.split(self.lengths), self.programs, strict=True)
         y = _for_cuda(x, self.weights)
         if stem[1]:
             y = reference.shuffle_network(y, *stem)
-        y = _run(y, *units, self.sizes, self.variant)
+        y = _run(y, *units, self.sizes)
         if head[1]:
             y = reference.shuffle_network(y, *head)
         return y.to(x.dtype)
@@ -150,8 +148,8 @@ def _weights(module: InferenceUnits | InferenceNetwork) -> Tensor:
     return weights
 
 
-def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes], variant: dict[str, Any]) -> Tensor:
-    run, settings = implementation(x, lambda: sizes, variant)
+def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes]) -> Tensor:
+    run, settings = implementation(x, lambda: sizes)
     given = _for_cuda(x, weights) if x.is_cuda else x
     y: Tensor = run.shuffle_network(given, weights, program, **settings)
     return y if given is x else y.to(x.dtype)

@@ -189,7 +189,8 @@ def unit_sizes(unit: ShuffleBottleneck) -> list[UnitSizes]:
     conv1, conv3 = unit.conv1, unit.conv3
     if not isinstance(conv1, nn.Conv2d) or not isinstance(conv3, nn.Conv2d):
         return []
-    return [(*conv1.weight.shape, *conv3.weight.shape, conv1.groups, unit.groups, unit.stride)]
+    shapes = (*conv1.weight.shape, *conv3.weight.shape)
+    return [(*shapes, conv1.groups, unit.groups, unit.stride, unit.shuffle_groups)]
 
 
 class FusedShuffleBottleneck(ShuffleBottleneck):
@@ -205,8 +206,8 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
         if isinstance(x, Proxy):
             return super().forward(x)
         check_tensor("x", x)
-        pairs, variant = self.pairs(), self.variant()
-        if any(norm.training for _, norm in pairs) or not runs_native(x, lambda: unit_sizes(self), variant):
+        pairs = self.pairs()
+        if any(norm.training for _, norm in pairs) or not runs_native(x, lambda: unit_sizes(self)):
             return super().forward(x)
         tensors: list[Tensor | None] = []
         for conv, norm in pairs:
@@ -227,5 +228,5 @@ class FusedShuffleBottleneck(ShuffleBottleneck):
             conv2_relu=self.conv2_relu,
             pool_count_include_pad=self.pool_count_include_pad,
             allow_tf32=allows_tf32(x),
-            **variant,
+            **self.variant(),
         )

@@ -53,7 +53,9 @@ def pointwise_shuffle_depthwise(
         {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias},
         {"conv1_groups": conv1_groups, "shuffle_groups": shuffle_groups, "stride": stride},
     )
-    run, settings = implementation(x, lambda: [(*conv1_weight.shape, conv1_groups, shuffle_groups, stride)])
+    run, settings = implementation(
+        x, lambda: [(*conv1_weight.shape, conv1_groups, shuffle_groups, stride, shuffle_groups)]
+    )
     return run.pointwise_shuffle_depthwise(
         x,
         conv1_weight,
@@ -115,6 +117,7 @@ def shuffle_bottleneck(
 
     Raises TypeError, ValueError or RuntimeError, which name the argument, for arguments that are not as above.
     """
+    shuffled = groups if shuffle_groups is None else shuffle_groups
     _check_types(
         {"x": x, "conv1_weight": conv1_weight, "conv2_weight": conv2_weight, "conv3_weight": conv3_weight},
         {"conv1_bias": conv1_bias, "conv2_bias": conv2_bias, "conv3_bias": conv3_bias},
@@ -122,12 +125,11 @@ def shuffle_bottleneck(
             "conv1_groups": conv1_groups,
             "groups": groups,
             "stride": stride,
-            "shuffle_groups": groups if shuffle_groups is None else shuffle_groups,
+            "shuffle_groups": shuffled,
         },
     )
-    variant = unit_variant(groups, shuffle_groups, shortcut_first, shortcut_relu, stride)
     run, settings = implementation(
-        x, lambda: [(*conv1_weight.shape, *conv3_weight.shape, conv1_groups, groups, stride)], variant
+        x, lambda: [(*conv1_weight.shape, *conv3_weight.shape, conv1_groups, groups, stride, shuffled)]
     )
     return run.shuffle_bottleneck(
         x,
@@ -142,7 +144,7 @@ def shuffle_bottleneck(
         stride=stride,
         conv2_relu=conv2_relu,
         pool_count_include_pad=pool_count_include_pad,
-        **variant,
+        **unit_variant(groups, shuffle_groups, shortcut_first, shortcut_relu, stride),
         **settings,
     )
 

@@ -454,7 +454,35 @@ MUTANTS = [
         "",
         "test_cuda_host.py::test_thread_order_does_not_matter",
     ),
+    Mutant(
+        "CUDA: a kernel is loaded as if no stream were captured",
+        CUDA + "launch.cu",
+        "  const RelaxedCapture relaxed;\n",
+        "",
+        "test_cuda_launch.py::test_a_first_launch_inside_of_a_capture",
+    ),
+    Mutant(
+        "CUDA: a launch leaves its device current",
+        CUDA + "launch.cu",
+        "if (previous_ != index_ && has_context(previous_))",
+        "if (previous_ == index_ && has_context(previous_))",
+        "test_cuda_launch.py::test_a_launch_for_another_device_on_a_fresh_thread",
+    ),
+    Mutant(
+        "CUDA: a launch makes a context on the device that was current",
+        CUDA + "launch.cu",
+        "if (previous_ != index_ && has_context(previous_))",
+        "if (previous_ != index_)",
+        "test_cuda_launch.py::test_a_device_that_had_no_context_has_none_behind_the_launch",
+    ),
     # ---- Python
+    Mutant(
+        "build_info asks a card, and initialises CUDA's driver, before torch does",
+        "shufflenet_ext/_native.py",
+        "    if not torch.cuda.is_initialized():\n",
+        "    if not torch.cuda.device_count():\n",
+        "test_cuda_launch.py::test_cards_are_asked_once_torch_has_initialised_cuda",
+    ),
     Mutant(
         "a wrong stride of a fake kernel: a result for channels last is contiguous",
         "shufflenet_ext/ops.py",

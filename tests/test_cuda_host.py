@@ -106,6 +106,8 @@ def random_cases(program: str, seed: int, count: int) -> list[Case]:
             "stride": stride,
             "relu": rng.randint(0, 1),
             "pad": rng.randint(0, 1),
+            "first": rng.randint(0, 1),
+            "shortcut_relu": rng.randint(0, 1),
             "norm": rng.randint(0, 2),
             "shift": rng.choice([0, 0, 0, 1, 4]),
             "seed": i,
@@ -113,6 +115,8 @@ def random_cases(program: str, seed: int, count: int) -> list[Case]:
         }
         if stride == 1 and case["out"]:
             case["in"] = case["out"] = both * rng.choice([1, 2, 3, 8, 11])
+        if rng.random() < 0.4:
+            case["sg"] = rng.choice([divisor for divisor in range(1, 25) if int(case["mid"]) % divisor == 0])
         out_height, out_width = (int(case["h"]) - 1) // stride + 1, (int(case["w"]) - 1) // stride + 1
         if rng.random() < 0.6:
             case["tile_rows"] = rng.randint(1, out_height)
@@ -209,7 +213,7 @@ MUTATIONS = {
 
 @pytest.fixture(scope="session")
 def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    source = (KERNEL / "unit_kernel.cuh").read_text().replace('"tiling.h"', f'"{KERNEL / "tiling.h"}"')
+    source = (KERNEL / "unit_kernel.cuh").read_text()
     folder = tmp_path_factory.mktemp("mutants")
 
     def build_mutant(name: str) -> Path:

@@ -36,12 +36,12 @@ class Planner(SimpleNamespace):
         return ""
 
     def plan(self, shape: Any, sizes: Any, channels_last: bool, dtype: str, index: int, sm: int | None) -> Any:
-        if len(shape) != 4 or len(sizes) not in (7, 11):
+        if len(shape) != 4 or len(sizes) not in (8, 12):
             raise ValueError("sizes: these are no unit's")
         self.asked.append((tuple(shape), tuple(sizes)))
         batch, channels, height, width = shape
-        stride = sizes[-1]
-        rows = sizes[0] if len(sizes) == 7 else sizes[4] + (channels if stride == 2 else 0)
+        stride = sizes[-2]
+        rows = sizes[0] if len(sizes) == 8 else sizes[4] + (channels if stride == 2 else 0)
         result = (batch, rows, (height - 1) // stride + 1, (width - 1) // stride + 1)
         return {"ok": sizes[0] <= self.most, "explanation": "sm_90: too many channels", "result_shape": result}
 
@@ -85,12 +85,24 @@ def module(mid: int) -> tuple[se.FusedShuffleBottleneck, dict[str, Tensor]]:
 def test_a_unit_that_can_be_planned_runs_natively(planner: Planner) -> None:
     with assert_ran("shuffle_bottleneck"):
         assert call(*tensors(12)).device == torch.device("cuda:0")
-    assert set(planner.asked) == {((2, 24, 5, 7), (12, 8, 1, 1, 24, 4, 1, 1, 3, 3, 1))}
+    assert set(planner.asked) == {((2, 24, 5, 7), (12, 8, 1, 1, 24, 4, 1, 1, 3, 3, 1, 3))}
     with assert_ran("pointwise_shuffle_depthwise"):
         se.ops.pointwise_shuffle_depthwise(*tensors(12)[:5], conv1_groups=3, shuffle_groups=3)
     unit, state = module(12)
     with assert_ran("shuffle_bottleneck_batch_norm"):
         torch.func.functional_call(unit, state, tensors(12)[0])
+
+
+def test_a_unit_in_general_runs_natively(planner: Planner) -> None:
+    (x, *rest), variant = tensors(12), {"shuffle_groups": 4, "shortcut_first": True, "shortcut_relu": False}
+    with assert_ran("shuffle_bottleneck"):
+        got = se.ops.shuffle_bottleneck(x, *rest, conv1_groups=3, groups=3, stride=2, **variant)
+    assert got.shape == (2, 48, 3, 4)
+    with unset_fake_temporarily(), torch.device("meta"):
+        unit = se.FusedShuffleBottleneck(24, 24, 2, 3, mid_channels=12, conv1_groups=3, **variant).eval()
+    with assert_ran("shuffle_bottleneck_batch_norm"):
+        torch.func.functional_call(unit, on_a_fake_card(unit), x)
+    assert {sizes for _, sizes in planner.asked} == {(12, 8, 1, 1, 24, 4, 1, 1, 3, 3, 2, 4)}
 
 
 def test_one_that_cannot_raises_under_native(planner: Planner) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from compiled import CXX, compiled
 from test_cuda_host import MUTATIONS, SOURCES, Case, failures, paper_units, random_cases, run
+from test_cuda_strips import random_strips
 
 from benchmarks import cuda_counts
 from benchmarks.cuda_toolkit import KERNEL, LAYOUTS, PTX_FLAGS, compile_ptx, nvcc, ptx_arch
@@ -42,11 +43,17 @@ def program() -> Path:
     return compiled([SOURCES / "unit_test.cpp"], *PTX_FLAGS)
 
 
-def with_ptx(cases: list[Case]) -> list[Case]:
+@pytest.fixture(scope="session")
+def strip_program() -> Path:
+    """The same by strips."""
+    return compiled([SOURCES / "strip_test.cpp"], *PTX_FLAGS)
+
+
+def with_ptx(cases: list[Case], kind: str = "unit") -> list[Case]:
     """The cases, each with the PTX of its dtype and architecture, which is compiled where it is not there yet."""
 
     def ptx_of(case: Case) -> tuple[str, int]:
-        return str(case["dtype"]), ptx_arch(int(case["sm"]))
+        return f"{kind}_{case['dtype']}", ptx_arch(int(case["sm"]))
 
     wanted = sorted({ptx_of(case) for case in cases})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -83,18 +90,41 @@ def test_units_of_the_paper(program: Path) -> None:
 @needs_nvcc
 @pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_counts_are_as_recorded(program: Path, layout: str) -> None:
+def test_counts_are_as_recorded(strip_program: Path, program: Path, layout: str) -> None:
     """What the kernels execute may grow by 5 % until it is recorded anew, by python -m benchmarks.cuda_counts."""
     name = "stage 4 stride 1"  # the one that is counted fastest
     unit = cuda_counts.paper_units(cuda_counts.BATCH)[name]
     case = unit.case(cuda_counts.DTYPE, layout, cuda_counts.SM)
-    got = cuda_counts.summary(unit, cuda_counts.count(program, case))
+    got = cuda_counts.summary(unit, cuda_counts.count({"strip": strip_program, "unit": program}, case))
     recorded = json.loads((cuda_counts.RESULTS / "cuda_counts.json").read_text())[f"{name}, {layout}"]
     assert got.keys() == recorded.keys()
     for key in ("instructions", "wavefronts_an_access", "loaded_of_x"):
         assert got[key] <= 1.05 * recorded[key], key
     assert got["stored_of_result"] == 1
     assert got["used_of_a_stored_sector"] >= 0.95 * recorded["used_of_a_stored_sector"]
+
+
+@needs_nvcc
+def test_a_few_strips(strip_program: Path) -> None:
+    cases = [case | {"dtype": "float16", "sm": 90} for case in random_strips(1000, 12)]
+    assert failures(strip_program, with_ptx(cases, "strip")) == []
+
+
+@needs_nvcc
+@pytest.mark.long
+def test_strips_of_all_kinds(strip_program: Path) -> None:
+    assert failures(strip_program, with_ptx(random_strips(1001, 120), "strip")) == []
+
+
+@needs_nvcc
+@pytest.mark.long
+def test_units_of_the_paper_by_strips(strip_program: Path) -> None:
+    cases: list[Case] = [
+        unit | {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
+        for unit in paper_units()
+        if "stride" not in unit
+    ]
+    assert failures(strip_program, with_ptx(cases, "strip")) == []
 
 
 # Faults in inline assembly, which the source's host version has not: what is replaced in device.cuh.
@@ -140,7 +170,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         shutil.copytree(KERNEL.parent, sources, ignore=shutil.ignore_patterns("cpu"))
         kernel = sources / KERNEL.name
         (kernel / file).write_text((kernel / file).read_text().replace(right, planted))
-        return compile_ptx("float16", 90, kernel)
+        return compile_ptx("unit_float16", 90, kernel)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(FAULTS, pool.map(compile_fault, FAULTS), strict=True))

@@ -14,13 +14,44 @@ const void* kernel_bfloat16(Layout layout);
 const void* kernel_float16(Layout layout);
 const void* kernel_tfloat32(Layout layout);
 
-// Returns a device's properties, which are asked for once. Throws std::runtime_error where CUDA fails.
+// The kernels of a unit that is cut into strips, of 16-bit dtypes.
+struct StripKernels {
+  const void* strip;
+  const void* pack;
+};
+StripKernels strip_kernels_float16();
+StripKernels strip_kernels_bfloat16();
+
+// Returns a device's properties, which are asked for once. Makes no context there. Throws std::runtime_error where CUDA
+// fails.
 const Device& device_properties(int index);
 
-// Returns why kernels cannot run on a device and what to do about it, or an empty string where they can.
+// Return the CUDA version of the library's runtime, 13000 for 13.0, and the newest one that the driver supports, 0
+// where there is no driver. Initialise nothing.
+int runtime_version();
+int driver_version();
+
+// Returns why kernels cannot run on a device and what to do about it, or an empty string where they can. Makes no
+// context there.
 std::string device_error(int index);
+
+// Makes a device the current one of the library's CUDA runtime in this thread while it lives. torch's own guard does so
+// for torch's runtime: one stands in the scope of the other. Throws std::runtime_error where CUDA refuses.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index);
+  CurrentDevice(const CurrentDevice&) = delete;
+  ~CurrentDevice();
+
+ private:
+  int index_, previous_ = 0;
+};
 
 // Launches the unit on the current device in `stream` (a cudaStream_t). Throws std::runtime_error where CUDA refuses.
 void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_t shared_bytes, void* stream);
+
+// Launches the unit by strips, as planned, in the same way: a kernel that packs its weights, and the unit's.
+void launch_strips(const PackArguments& pack, const StripArguments& arguments, const StripPlan& plan, Dtype dtype,
+                   void* stream);
 
 }  // namespace shufflenet::cuda

@@ -1,9 +1,26 @@
 // All calls to the CUDA runtime, for device properties and launches; each is checked. The runtime is linked statically,
-// so that the library does not depend on the version that torch brings.
+// so that the library does not depend on the version that torch brings. So it has state of its own: which device is
+// current in a thread, and which kernels are loaded.
+//
+// What the calls leave behind matters to the rest of the process. A context takes some hundred megabytes of a card's
+// memory, and a process whose driver is initialised cannot use CUDA in its forked children:
+//
+//   cudaDriverGetVersion                             initialises nothing
+//   cudaDeviceGetAttribute, cudaGetDevice,
+//   cudaGetDriverEntryPointByVersion                 initialise the driver, make no context
+//   cudaSetDevice (from CUDA 12 on), cudaFunc...,
+//   cudaThreadExchangeStreamCaptureMode, a launch    make a context on the device that they are about
+//
+// The last ones are called for the device of a call's tensors alone, where torch has made the context already.
+#include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
+#include <cstdio>
+#include <map>
 #include <mutex>
+#include <sstream>
 #include <stdexcept>
 
 #include "kernels.h"
@@ -16,6 +33,10 @@ namespace shufflenet::cuda {
 namespace {
 
 constexpr int kMaxDevices = 64;
+
+constexpr char kOtherArchitectures[] =
+    ": shufflenet_ext was built for " SHUFFLENET_EXT_CUDA_ARCHS
+    "; rebuild it with TORCH_CUDA_ARCH_LIST naming this card's compute capability";
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version / 10 % 100);
@@ -34,8 +55,7 @@ std::string remedy(cudaError_t error) {
     case cudaErrorNoDevice: return ": no CUDA device is visible; check CUDA_VISIBLE_DEVICES and the driver";
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
-      return ": shufflenet_ext was built for " SHUFFLENET_EXT_CUDA_ARCHS
-             "; rebuild it with TORCH_CUDA_ARCH_LIST naming this card's compute capability";
+    case cudaErrorUnsupportedPtxVersion: return kOtherArchitectures;
     default: return "";
   }
 }
@@ -62,20 +82,86 @@ const void* kernel_for(Dtype dtype, Layout layout) {
   }
 }
 
-// Allows the kernel this much shared memory. CUDA wants to be asked beyond 48 KB, once for each device.
-void allow_shared_memory(const void* kernel, Dtype dtype, Layout layout, int64_t bytes) {
-  constexpr int64_t kWithoutAsking = 48 * 1024;
-  if (bytes <= kWithoutAsking) return;
+// Whether one of these architectures, such as "8.0;9.0a;12.0+PTX", runs on a card. Machine code does on cards of the
+// same major version and at least the minor one, PTX on all newer cards; with an "a" both do on that very card alone.
+// An entry without a version, as torch takes names as well, may be anything.
+bool run_on(const char* architectures, int compute_capability) {
+  std::istringstream entries(architectures);
+  for (std::string entry; std::getline(entries, entry, ';');) {
+    int major = 0, minor = 0;
+    char suffix[8] = "";
+    if (std::sscanf(entry.c_str(), "%d.%d%7s", &major, &minor, suffix) < 2) return true;
+    const int architecture = 10 * major + minor;
+    if (architecture == compute_capability) return true;
+    const bool is_ptx = entry.find("+PTX") != std::string::npos;
+    if (suffix[0] != 'a' && architecture < compute_capability && (is_ptx || major == compute_capability / 10)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Whether a device has a context. Asking makes none. Only the driver can say, which is not linked: the library loads
+// where there is none.
+bool has_context(int index) {
+  static const auto get_state = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    if (cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &function, 7000, cudaEnableDefault, &result)) {
+      cudaGetLastError();
+    }
+    return reinterpret_cast<PFN_cuDevicePrimaryCtxGetState_v7000>(function);
+  }();
+  unsigned flags = 0;
+  int is_active = 0;
+  return get_state != nullptr && get_state(index, &flags, &is_active) == CUDA_SUCCESS && is_active;
+}
+
+// Lets this thread, while it lives, do what is forbidden elsewhere while a stream is captured into a CUDA graph.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the mode before
+};
+
+// Returns the percentage of a multiprocessor's shared memory that holds the blocks which the planner counts on. The
+// rest of it caches what is read from memory. Left alone, CUDA may keep less than these blocks need.
+int carveout_of(int64_t shared_bytes, int64_t blocks, const Device& device) {
+  const int64_t used = blocks * (shared_bytes + kReservedPerBlock);
+  const int64_t whole = device.shared_per_multiprocessor;
+  return static_cast<int>(std::min<int64_t>(100, (100 * used + whole - 1) / whole));
+}
+
+// Makes a kernel ready for a launch with this much shared memory, and so many blocks on a multiprocessor, on the current
+// device. The first time on a device it
+// is loaded, which CUDA would otherwise put off until the launch (CUDA_MODULE_LOADING), where it can fail inside of a
+// graph's capture; and it is allowed all the shared memory that a block can have, which beyond 48 KB has to be asked
+// for.
+template <class Blocks>
+void prepare(const void* kernel, int64_t shared_bytes, const Blocks& blocks_on) {
   static std::mutex mutex;
-  static std::array<std::array<int64_t, 2 * kDtypes>, kMaxDevices> allowed = {};
+  // The percentage that each kernel was given last on a device; none where it is not loaded.
+  static std::array<std::map<const void*, int>, kMaxDevices> carveouts;
   int index = 0;
   check(cudaGetDevice(&index), "cudaGetDevice");
-  int64_t& known = allowed.at(index)[static_cast<int>(dtype) * 2 + static_cast<int>(layout)];
+  const Device& device = device_properties(index);
+  const int carveout = carveout_of(shared_bytes, blocks_on(device), device);
   const std::lock_guard<std::mutex> lock(mutex);
-  if (bytes <= known) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-        "cudaFuncSetAttribute");
-  known = bytes;
+  int& given = carveouts.at(index)[kernel];
+  if (given == carveout) return;
+  const RelaxedCapture relaxed;
+  if (given == 0) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "loading the unit's kernel");
+    const auto most = static_cast<int>(device.shared_per_block - static_cast<int64_t>(attributes.sharedSizeBytes));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+  }
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout), "cudaFuncSetAttribute");
+  given = carveout;
 }
 
 }  // namespace
@@ -98,19 +184,33 @@ const Device& device_properties(int index) {
   return device;
 }
 
+int runtime_version() { return CUDART_VERSION; }
+
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return version;
+}
+
 std::string device_error(int index) {
-  int previous = 0;
   try {
-    check(cudaGetDevice(&previous), "CUDA");
-    check(cudaSetDevice(index), "CUDA");
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel_float32(Layout::contiguous));
-    check(cudaSetDevice(previous), "CUDA");
-    check(error, "CUDA");
-    return "";
+    const int found = device_properties(index).compute_capability;
+    if (run_on(SHUFFLENET_EXT_CUDA_ARCHS, found)) return "";
+    return "a card of compute capability " + std::to_string(found / 10) + "." + std::to_string(found % 10) +
+           kOtherArchitectures;
   } catch (const std::exception& error) {
     return error.what();
   }
+}
+
+CurrentDevice::CurrentDevice(int index) : index_(index) {
+  check(cudaGetDevice(&previous_), "cudaGetDevice");
+  if (previous_ != index) check(cudaSetDevice(index), "cudaSetDevice");
+}
+
+CurrentDevice::~CurrentDevice() {
+  // A device without a context was current by default alone. To make it so again would make one.
+  if (previous_ != index_ && has_context(previous_)) cudaSetDevice(previous_);
 }
 
 void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_t shared_bytes, void* stream) {
@@ -120,11 +220,35 @@ void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_
   constexpr int64_t kMaxGrid = 0x7fffffff;
   const dim3 grid(static_cast<unsigned>(windows < kMaxGrid ? windows : kMaxGrid));
   const void* const kernel = kernel_for(dtype, layout);
-  allow_shared_memory(kernel, dtype, layout, shared_bytes);
+  const auto blocks = [&](const Device& device) {
+    return blocks_per_multiprocessor(shared_bytes, accumulator_bytes(dtype), device);
+  };
+  prepare(kernel, shared_bytes, blocks);
   void* parameters[] = {const_cast<KernelArguments*>(&arguments)};
   check(cudaLaunchKernel(kernel, grid, dim3(kThreads), parameters, static_cast<size_t>(shared_bytes),
                          static_cast<cudaStream_t>(stream)),
         "launch of the unit's kernel");
+}
+
+void launch_strips(const PackArguments& pack, const StripArguments& arguments, const StripPlan& plan, Dtype dtype,
+                   void* stream) {
+  if (plan.blocks == 0) return;
+  const StripKernels kernels = dtype == Dtype::float16 ? strip_kernels_float16() : strip_kernels_bfloat16();
+  const auto blocks = [&](const Device&) { return plan.blocks_per_multiprocessor; };
+  // Both kernels have the same carveout, so that a multiprocessor need not change it between them.
+  prepare(kernels.pack, plan.shared_bytes, blocks);
+  prepare(kernels.strip, plan.shared_bytes, blocks);
+  constexpr int64_t kMostPackBlocks = 512;
+  const int64_t fragments = int64_t{pack.layout.part} * arguments.tiling.parts(pack.sizes);
+  const int64_t pack_blocks = std::min(kMostPackBlocks, shufflenet::ceil_div(fragments, int64_t{kPackThreads}));
+  const auto start = [&](const void* kernel, int64_t grid, int threads, const void* given, int64_t shared_bytes) {
+    void* parameters[] = {const_cast<void*>(given)};
+    check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid)), dim3(threads), parameters,
+                           static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
+          "launch of the unit's kernels");
+  };
+  start(kernels.pack, pack_blocks, kPackThreads, &pack, pack_shared_bytes(pack.sizes, pack.layout));
+  start(kernels.strip, plan.blocks, 32 * plan.tiling.warps, &arguments, plan.shared_bytes);
 }
 
 }  // namespace shufflenet::cuda

@@ -2,39 +2,13 @@
 // the paper and every architecture that is built.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <sstream>
-#include <string>
 
-#include "tiling.h"
+#include "strip_planner.h"
 
 namespace shufflenet::cuda {
-
-struct Device {
-  int compute_capability = 0;  // 90 for sm_90
-  int multiprocessors = 0;
-  int64_t shared_per_block = 0;  // what a kernel can opt in to
-  int64_t shared_per_multiprocessor = 0;
-  int threads_per_multiprocessor = 0;
-};
-
-// A card of each architecture that is built, for tests and for explanations without a GPU.
-inline Device device_of(int compute_capability) {
-  constexpr int64_t kKiB = 1024;
-  switch (compute_capability) {
-    case 75: return {75, 40, 64 * kKiB, 64 * kKiB, 1024};       // T4
-    case 80: return {80, 108, 163 * kKiB, 164 * kKiB, 2048};    // A100
-    case 86: return {86, 84, 99 * kKiB, 100 * kKiB, 1536};      // A40
-    case 89: return {89, 142, 99 * kKiB, 100 * kKiB, 1536};     // L40S
-    case 90: return {90, 132, 227 * kKiB, 228 * kKiB, 2048};    // H100
-    case 100: return {100, 148, 227 * kKiB, 228 * kKiB, 2048};  // B200
-    case 120: return {120, 188, 99 * kKiB, 100 * kKiB, 1536};   // RTX PRO 6000
-    default: return {};
-  }
-}
 
 // The depths of a warp's tile of x that the planner tries, in bytes of one pixel's channels. 160 bytes hold the 80
 // channels of 16 bits that a group of conv1 reads in stage 2 of the paper's network with three groups. Smaller depths
@@ -49,40 +23,11 @@ struct Plan {
   int blocks_per_multiprocessor = 0;
   double cycles = 0;  // predicted for the whole launch, see predicted_cycles
   std::string explanation;
+  // The plan to run the unit by strips instead, and whether that is chosen: it is for aligned tensors. Then the
+  // explanation is of it.
+  StripPlan strips;
+  bool by_strips = false;
 };
-
-inline int element_bytes(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 || dtype == Dtype::tfloat32 ? 4 : 2;
-}
-inline int accumulator_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : 4; }
-inline bool uses_mma(Dtype dtype, const Device& device) {
-  const bool from_sm_80 = dtype == Dtype::bfloat16 || dtype == Dtype::tfloat32;
-  return dtype == Dtype::float16 || (from_sm_80 && device.compute_capability >= 80);
-}
-
-inline Sizes sizes_of(const Unit& unit) {
-  const auto narrow = [](int64_t n) { return static_cast<int>(n); };
-  return {
-      unit.batch,
-      narrow(unit.in_channels),
-      narrow(unit.height),
-      narrow(unit.width),
-      narrow(unit.mid_channels),
-      narrow(unit.out_channels),
-      narrow(unit.conv1_groups),
-      narrow(unit.groups),
-      narrow(unit.stride),
-      narrow(unit.out_height()),
-      narrow(unit.out_width()),
-      narrow(unit.result_channels()),
-      narrow(unit.slice_channels()),
-      narrow(unit.conv1_depth()),
-      narrow(unit.out_channels / unit.groups),
-      narrow(unit.height * unit.width),
-      narrow(unit.out_height() * unit.out_width()),
-      unit.conv2_relu,
-      unit.pool_count_include_pad};
-}
 
 // The addresses that a launch works on. Their alignment limits how wide an access can be.
 struct Addresses {
@@ -109,9 +54,11 @@ inline void choose_vectors(const Unit& unit, Dtype dtype, Tiling& t, const Addre
     // conv3, the channels of a chunk are written, and so the distance between chunks counts.
     const int64_t start = unit.has_conv3() ? unit.out_channels / unit.groups * e
                                            : std::gcd(unit.slice_channels() * e * t.slices, int64_t{t.chunk} * e);
-    t.result_vector = vector_bytes({unit.result_channels() * e, start, address(at.result), residual});
+    t.result_vector = vector_bytes(
+        {unit.result_channels() * e, unit.first_conv3_channel() * e, start, address(at.result), residual});
     t.pool_vector = vector_bytes(
-        {unit.in_channels * e, unit.result_channels() * e, unit.out_channels * e, address(at.x), address(at.result)});
+        {unit.in_channels * e, unit.result_channels() * e, unit.first_pooled_channel() * e, address(at.x),
+         address(at.result)});
   } else if (t.column_tiles(s) == 1) {
     const int64_t in_row = t.row_tiles(s) == 1 ? 16 : unit.width * e;
     const int64_t out_start = t.row_tiles(s) == 1 ? 16 : t.tile_rows * unit.out_width() * e;
@@ -127,7 +74,6 @@ inline void choose_vectors(const Unit& unit, Dtype dtype, Tiling& t, const Addre
 }
 
 inline int blocks_per_multiprocessor(int64_t shared_bytes, int accumulator, const Device& device) {
-  constexpr int64_t kReservedPerBlock = 1024;  // bytes of shared memory that CUDA takes for itself, from sm_80 on
   const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kReservedPerBlock);
   const int64_t by_threads = device.threads_per_multiprocessor / kThreads;
   const int64_t blocks = std::min({by_shared, by_threads, int64_t{blocks_by_registers(accumulator)}});
@@ -159,24 +105,11 @@ inline Instructions instructions_of(Dtype dtype, const Device& device) {
   return {24, 12 + 4.0 * kStepBytes / element * multiply_add};
 }
 
-// Returns a multiprocessor's share of the memory bandwidth, in bytes a cycle.
-inline double bandwidth_of(const Device& device) {
-  switch (device.compute_capability) {
-    case 80: return 12;
-    case 90: return 14.5;
-    case 100: return 28;
-    default: return 5;  // no HBM
-  }
-}
-
 // Predicts the cycles of a launch. Blocks run in rounds, each of as many blocks as fit on the card side by side. A
 // round takes as long as its instructions or its memory traffic, whichever is longer, plus the times that a block waits
 // for memory with nothing else to do.
 inline double predicted_cycles(const Unit& unit, const Tiling& t, Dtype dtype, const Device& device, int blocks,
                                const SharedLayout& layout) {
-  constexpr double kLatency = 1000;        // cycles of a read from memory and the barrier behind it
-  constexpr double kWarpInterval = 6;      // cycles from one instruction of a warp to its next
-  constexpr double kMostInstructions = 3;  // instructions a cycle that four schedulers issue in practice, out of 4
   const Sizes s = sizes_of(unit);
   const Instructions count = instructions_of(dtype, device);
   const int element = element_bytes(dtype), step = kStepBytes / element;
@@ -188,7 +121,7 @@ inline double predicted_cycles(const Unit& unit, const Tiling& t, Dtype dtype, c
   // Counts tiles as if all warps took equally many: the block waits for the warps that take one more.
   const auto all_warps = [](double tiles) { return std::ceil(tiles / kWarps) * kWarps; };
 
-  const int runs = std::min(s.groups, t.chunk), run_rows = ceil_div(t.chunk, runs);
+  const int runs = std::min(s.shuffle_groups, t.chunk), run_rows = ceil_div(t.chunk, runs);
   const int run_tiles = ceil_div(run_rows, kTileRows), eights = ceil_div(ceil_div(run_rows, run_tiles), 8);
   const double conv1 =
       chunks * all_warps(double(ceil_div(in_pixels, kTilePixels)) * runs * run_tiles) *
@@ -242,7 +175,7 @@ inline Plan plan_unit(const Unit& unit, Dtype dtype, const Device& device) {
     const int blocks = blocks_per_multiprocessor(bytes, a, device);
     const double cycles = predicted_cycles(unit, t, dtype, device, blocks, layout);
     if (best.ok && cycles >= best.cycles) return;
-    best = {true, t, bytes, t.windows(s), blocks, cycles, {}};
+    best = {true, t, bytes, t.windows(s), blocks, cycles, {}, {}, false};
   };
   // Whole rows of as many slices as fit at once; narrower windows and fewer channels only where none does.
   for (int parts_of_slice = 1; !best.ok; parts_of_slice *= 2) {
@@ -278,6 +211,9 @@ inline Plan plan_unit(const Unit& unit, Dtype dtype, const Device& device) {
        << t.tile_depth << " channels of x at a time; " << (uses_mma(dtype, device) ? "tensor cores" : "FMA")
        << "; accesses of " << t.x_vector << " bytes to x, " << t.result_vector << " to the result";
   best.explanation = text.str();
+  best.strips = plan_strips(unit, dtype, device);
+  best.by_strips = best.strips.ok && best.strips.cycles < best.cycles;
+  if (best.by_strips) best.explanation = best.strips.explanation;
   return best;
 }
 

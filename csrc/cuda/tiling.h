@@ -55,12 +55,42 @@ SHUFFLENET_HOST_DEVICE inline int ceil_div(int a, int b) { return (a + b - 1) / 
 // offsets of images in 64.
 struct Sizes {
   int64_t batch;
-  int in_channels, height, width, mid_channels, out_channels, conv1_groups, groups, stride;
+  int in_channels, height, width, mid_channels, out_channels, conv1_groups, groups, shuffle_groups, stride;
   int out_height, out_width, result_channels;
-  int slice_channels, conv1_depth, group_rows;  // group_rows: output channels of a group of conv3
+  int slice_channels, shuffle_rows, conv1_depth, group_rows;  // group_rows: output channels of a group of conv3
+  int first_conv3_channel, first_pooled_channel;              // in the result
   int in_plane, out_plane;                      // pixels of a channel
-  bool conv2_relu, pool_count_include_pad;
+  bool conv2_relu, pool_count_include_pad, pool_relu;
 };
+
+inline Sizes sizes_of(const Unit& unit) {
+  const auto narrow = [](int64_t n) { return static_cast<int>(n); };
+  return {
+      unit.batch,
+      narrow(unit.in_channels),
+      narrow(unit.height),
+      narrow(unit.width),
+      narrow(unit.mid_channels),
+      narrow(unit.out_channels),
+      narrow(unit.conv1_groups),
+      narrow(unit.groups),
+      narrow(unit.shuffle_groups),
+      narrow(unit.stride),
+      narrow(unit.out_height()),
+      narrow(unit.out_width()),
+      narrow(unit.result_channels()),
+      narrow(unit.slice_channels()),
+      narrow(unit.shuffle_rows()),
+      narrow(unit.conv1_depth()),
+      narrow(unit.out_channels / unit.groups),
+      narrow(unit.first_conv3_channel()),
+      narrow(unit.first_pooled_channel()),
+      narrow(unit.height * unit.width),
+      narrow(unit.out_height() * unit.out_width()),
+      unit.conv2_relu,
+      unit.pool_count_include_pad,
+      unit.shortcut_relu};
+}
 
 struct Tiling {
   int tile_rows = 0, tile_columns = 0;
@@ -82,7 +112,7 @@ struct Tiling {
 // A run of consecutive rows of conv1's weights that belong to one tile. `row` is the first one in the weights,
 // `position` the first one among the rows that the block keeps in shared memory. `x_channel` is the first channel of x
 // that they read, `channel` the shuffled place of the channel that the first row computes, counted from the chunk's
-// first. The next row's channel is shuffled to a place `groups` further on.
+// first. The next row's channel is shuffled to a place `shuffle_groups` further on.
 struct Run {
   int row, rows, position, x_channel, channel;
 };
@@ -111,7 +141,7 @@ struct SharedLayout {
     weight3_pitch = narrow(weight3_elements);
     x_pitch = narrow(pitch(t.tile_depth, element));
     x_bytes = (planes ? t.tile_depth * kPlanePitch : kTilePixels * x_pitch) * element;
-    max_runs = (s.groups < t.chunk ? s.groups : t.chunk) + s.conv1_groups + t.chunk / (kTileRows / 2);
+    max_runs = (s.shuffle_groups < t.chunk ? s.shuffle_groups : t.chunk) + s.conv1_groups + t.chunk / (kTileRows / 2);
 
     int64_t end = round_up(int64_t{max_runs} * sizeof(Run), 16);
     taps = narrow(end);

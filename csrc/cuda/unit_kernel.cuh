@@ -12,42 +12,15 @@
 // y1 and y2 have x's dtype, as in PyTorch. Sums, biases and what else is done to sums have the accumulator's.
 #pragma once
 
-#ifdef SHUFFLENET_TEST_DEVICE
-#include SHUFFLENET_TEST_DEVICE
-#else
-#include "device.cuh"
-#endif
-
-#include "tiling.h"
+#include "common.cuh"
 
 namespace shufflenet::cuda {
-
-template <class T>
-struct AccumulatorOf {
-  using Type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using Type = double;
-};
-template <class T>
-using accumulator_t = typename AccumulatorOf<T>::Type;
 
 // How many elements of T 16 bytes hold (kPerBlock), and how many channels one mma instruction multiplies (kStep).
 template <class T>
 inline constexpr int kPerBlock = 16 / static_cast<int>(sizeof(T));
 template <class T>
 inline constexpr int kStep = kStepBytes / static_cast<int>(sizeof(T));
-
-template <class T, int kSize>
-struct alignas(kSize * sizeof(T)) Vector {
-  T elements[kSize];
-};
-
-SHUFFLENET_DEVICE int least(int a, int b) { return a < b ? a : b; }
-SHUFFLENET_DEVICE int most(int a, int b) { return a > b ? a : b; }
-SHUFFLENET_DEVICE int warp_index() { return thread_index() / 32; }
-SHUFFLENET_DEVICE int lane_index() { return thread_index() % 32; }
 
 // Returns how many of the n rows that are left the next tile takes, so that all tiles become about equal.
 SHUFFLENET_DEVICE int next_rows(int n) {
@@ -60,17 +33,6 @@ SHUFFLENET_DEVICE int next_rows(int n) {
 // lane eight neighbouring elements instead, which it writes in wide accesses. It swaps bits 1 and 2 of e with bits 3
 // and 4, and so is its own inverse.
 SHUFFLENET_DEVICE int place(int e) { return (e & ~0x1e) | (e >> 3 & 3) << 1 | (e >> 1 & 3) << 3; }
-
-// Divides by a number that is used often, by multiplying with its inverse. The quotient is exact while the product of
-// dividend and divisor is below 2^32. It is for the pixels of a window, as shared memory bounds their number.
-struct Divisor {
-  SHUFFLENET_DEVICE explicit Divisor(int divisor) : inverse(0xffffffffu / static_cast<uint32_t>(divisor) + 1) {}
-  SHUFFLENET_DEVICE int quotient(int n) const {
-    // The inverse of 1 does not fit in 32 bits, and is stored as 0.
-    return inverse ? static_cast<int>(static_cast<uint64_t>(n) * inverse >> 32) : n;
-  }
-  uint32_t inverse;
-};
 
 // ---- Where a block works --------------------------------------------------------------------------------------------
 
@@ -138,30 +100,6 @@ struct Window {
 template <Layout kLayout>
 SHUFFLENET_DEVICE int image_offset(int channels, int pixels, int c, int pixel) {
   return kLayout == Layout::channels_last ? pixel * channels + c : c * pixels + pixel;
-}
-
-// ---- Parameters -----------------------------------------------------------------------------------------------------
-
-template <class T>
-SHUFFLENET_DEVICE accumulator_t<T> read(const Parameter& parameter, int i) {
-  if (parameter.is_float32) return static_cast<const float*>(parameter.data)[i];
-  return widen(static_cast<const T*>(parameter.data)[i]);
-}
-
-template <class A>
-struct Affine {
-  A scale, bias;
-};
-
-template <class T>
-SHUFFLENET_DEVICE Affine<accumulator_t<T>> affine(const ConvolutionPointers& conv, int channel) {
-  using A = accumulator_t<T>;
-  const A bias = conv.bias.data ? read<T>(conv.bias, channel) : A{0};
-  if (!conv.norm_mean.data) return {A{1}, bias};
-  const A weight = conv.norm_weight.data ? read<T>(conv.norm_weight, channel) : A{1};
-  const A scale = weight / square_root(read<T>(conv.norm_var, channel) + static_cast<A>(conv.eps));
-  const A norm_bias = conv.norm_bias.data ? read<T>(conv.norm_bias, channel) : A{0};
-  return {scale, norm_bias - (read<T>(conv.norm_mean, channel) - bias) * scale};
 }
 
 // ---- Global memory to shared memory ---------------------------------------------------------------------------------
@@ -406,19 +344,19 @@ struct Block {
   }
 
   // Finds the runs of conv1's rows that compute the shuffled channels [begin, end), and returns their number. Shuffled
-  // channel n * groups + r is row r * slice_channels + n: for each r these rows are consecutive, and a run of them is
+  // channel n * shuffle_groups + r is row r * shuffle_rows + n: for each r these rows are consecutive, and a run of them is
   // cut where a group of conv1 ends. One thread writes the runs; all threads count them.
   SHUFFLENET_DEVICE int find_runs(int begin, int end) const {
     const int group_rows = s.mid_channels / s.conv1_groups;
     int count = 0, position = 0;
-    for (int r = 0; r < s.groups; ++r) {
-      const int run_end = r * s.slice_channels + ceil_div(most(end - r, 0), s.groups);
-      for (int row = r * s.slice_channels + ceil_div(most(begin - r, 0), s.groups), rows; row < run_end; row += rows) {
+    for (int r = 0; r < s.shuffle_groups; ++r) {
+      const int first = r * s.shuffle_rows, run_end = first + ceil_div(most(end - r, 0), s.shuffle_groups);
+      for (int row = first + ceil_div(most(begin - r, 0), s.shuffle_groups), rows; row < run_end; row += rows) {
         const int group = row / group_rows;
         rows = next_rows(least(run_end, (group + 1) * group_rows) - row);
         if (thread_index() == 0) {
           runs[count] =
-              Run{row, rows, position, group * s.conv1_depth, (row - r * s.slice_channels) * s.groups + r - begin};
+              Run{row, rows, position, group * s.conv1_depth, (row - first) * s.shuffle_groups + r - begin};
         }
         position += rows;
         ++count;
@@ -432,7 +370,7 @@ struct Block {
     SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < channels; i += kThreads) {
       const int channel = begin + i;
-      const Affine<A> first = affine<T>(arguments.conv1, channel % s.groups * s.slice_channels + channel / s.groups);
+      const Affine<A> first = affine<T>(arguments.conv1, channel % s.shuffle_groups * s.shuffle_rows + channel / s.shuffle_groups);
       const Affine<A> second = affine<T>(arguments.conv2, channel);
       taps[2 * i] = first.scale;
       taps[2 * i + 1] = first.bias;
@@ -574,7 +512,7 @@ struct Block {
       SHUFFLENET_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
         const int row = place(j, odd);
-        const int c = at.run.channel + least(row, at.run.rows - 1) * s.groups;
+        const int c = at.run.channel + least(row, at.run.rows - 1) * s.shuffle_groups;
         const Sums constants = shared_as<const Sums>(Shared<const A>(taps + 2 * c))[0];
         SHUFFLENET_UNROLL
         for (int half = 0; half < 2; ++half) {
@@ -710,7 +648,8 @@ struct Block {
       SHUFFLENET_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int at_line = first_line + line(2 * half);
-        start[half] = image_offset<kLayout>(s.result_channels, s.out_plane, channel + (kPlanes ? at_line : element),
+        start[half] = image_offset<kLayout>(s.result_channels, s.out_plane,
+                                            s.first_conv3_channel + channel + (kPlanes ? at_line : element),
                                             w.out_index(s, kPlanes ? element : at_line));
       }
       V residual[2][8 / kSize] = {};
@@ -798,7 +737,8 @@ struct Block {
     *reinterpret_cast<Vector<T, kSize>*>(result_image(w) + at) = vector;
   }
 
-  // Computes the shortcut of a stride-2 unit, relu(avg_pool2d(x, 3, 2, 1)), for the block's share of x's channels.
+  // Computes the shortcut of a stride-2 unit, avg_pool2d(x, 3, 2, 1) with or without a ReLU, for the block's share of
+  // x's channels.
   SHUFFLENET_DEVICE void pool(const Window& w) {
     switch (t.pool_vector) {
       case 16: pool_vectors<16>(w); break;
@@ -838,8 +778,11 @@ struct Block {
       const A count = static_cast<A>(s.pool_count_include_pad ? 9 : rows * columns);
       Channels pooled;
       SHUFFLENET_UNROLL
-      for (int e = 0; e < kSize; ++e) narrow(relu(sum[e] / count), pooled.elements[e]);
-      write_vector(pooled, w, s.out_channels + c, pixel);
+      for (int e = 0; e < kSize; ++e) {
+        const A mean = sum[e] / count;
+        narrow(s.pool_relu ? relu(mean) : mean, pooled.elements[e]);
+      }
+      write_vector(pooled, w, s.first_pooled_channel + c, pixel);
     }
   }
 

@@ -37,6 +37,9 @@ struct Case {
     unit.out_channels = number("out", 12);
     unit.conv1_groups = number("g1", 3);
     unit.groups = number("g", 3);
+    unit.shuffle_groups = number("sg", unit.groups);
+    unit.shortcut_first = number("first", 0);
+    unit.shortcut_relu = number("shortcut_relu", 1);
     unit.stride = number("stride", 1);
     unit.conv2_relu = number("relu", 0);
     unit.pool_count_include_pad = number("pad", 1);

@@ -397,12 +397,13 @@ struct LoadLane {
   int64_t row;
 };
 
-inline void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) {
+template <int kMatrices>
+void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) {
   LoadLane mine = {to, row};
   Machine& machine = *Machine::current();
   machine.warp_wide(line, &mine, [&](void** lanes) {
     const auto lane_of = [&](int i) -> LoadLane& { return *static_cast<LoadLane*>(lanes[i]); };
-    for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int matrix = 0; matrix < kMatrices; ++matrix) {
       uint16_t elements[8][8];
       for (int i = 0; i < 8; ++i) {
         const int64_t at = lane_of(8 * matrix + i).row;
@@ -424,7 +425,7 @@ inline void load_matrices(uint32_t* to, int64_t row, bool transposed, int line) 
 
 template <bool kTransposed, class T>
 void load_matrices(uint32_t (&to)[4], Shared<const T> row, int line = __builtin_LINE()) {
-  detail::load_matrices(to, row.offset, kTransposed, line);
+  detail::load_matrices<4>(to, row.offset, kTransposed, line);
 }
 // The architecture that the kernel is compiled for, as __CUDA_ARCH__ / 10 is in device.cuh.
 #ifndef SHUFFLENET_TEST_ARCH

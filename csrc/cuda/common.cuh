@@ -1,0 +1,69 @@
+// What kernels have in common: numbers, where a thread is, and the parameters of a convolution.
+#pragma once
+
+#ifdef SHUFFLENET_TEST_DEVICE
+#include SHUFFLENET_TEST_DEVICE
+#else
+#include "device.cuh"
+#endif
+
+#include "tiling.h"
+
+namespace shufflenet::cuda {
+
+template <class T>
+struct AccumulatorOf {
+  using Type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using Type = double;
+};
+template <class T>
+using accumulator_t = typename AccumulatorOf<T>::Type;
+
+template <class T, int kSize>
+struct alignas(kSize * sizeof(T)) Vector {
+  T elements[kSize];
+};
+
+SHUFFLENET_DEVICE int least(int a, int b) { return a < b ? a : b; }
+SHUFFLENET_DEVICE int most(int a, int b) { return a > b ? a : b; }
+// Of no sign, so that dividing by a power of two is one shift.
+SHUFFLENET_DEVICE int warp_index() { return static_cast<int>(static_cast<uint32_t>(thread_index()) / 32); }
+SHUFFLENET_DEVICE int lane_index() { return static_cast<int>(static_cast<uint32_t>(thread_index()) % 32); }
+
+// Divides by a number that is used often, by multiplying with its inverse. The quotient is exact while the product of
+// dividend and divisor is below 2^32. It is for the pixels of a window, as shared memory bounds their number.
+struct Divisor {
+  SHUFFLENET_DEVICE explicit Divisor(int divisor) : inverse(0xffffffffu / static_cast<uint32_t>(divisor) + 1) {}
+  SHUFFLENET_DEVICE int quotient(int n) const {
+    // The inverse of 1 does not fit in 32 bits, and is stored as 0.
+    return inverse ? static_cast<int>(static_cast<uint64_t>(n) * inverse >> 32) : n;
+  }
+  uint32_t inverse;
+};
+
+template <class T>
+SHUFFLENET_DEVICE accumulator_t<T> read(const Parameter& parameter, int i) {
+  if (parameter.is_float32) return static_cast<const float*>(parameter.data)[i];
+  return widen(static_cast<const T*>(parameter.data)[i]);
+}
+
+template <class A>
+struct Affine {
+  A scale, bias;
+};
+
+template <class T>
+SHUFFLENET_DEVICE Affine<accumulator_t<T>> affine(const ConvolutionPointers& conv, int channel) {
+  using A = accumulator_t<T>;
+  const A bias = conv.bias.data ? read<T>(conv.bias, channel) : A{0};
+  if (!conv.norm_mean.data) return {A{1}, bias};
+  const A weight = conv.norm_weight.data ? read<T>(conv.norm_weight, channel) : A{1};
+  const A scale = weight / square_root(read<T>(conv.norm_var, channel) + static_cast<A>(conv.eps));
+  const A norm_bias = conv.norm_bias.data ? read<T>(conv.norm_bias, channel) : A{0};
+  return {scale, norm_bias - (read<T>(conv.norm_mean, channel) - bias) * scale};
+}
+
+}  // namespace shufflenet::cuda

@@ -1,0 +1,173 @@
+// Puts a unit's weights, and the scales and biases that its batch norms and biases come to, in the order in which
+// strip_kernel.cuh reads them (PackedLayout in strip.h). With host_device.h it runs on the CPU.
+#pragma once
+
+#include "common.cuh"
+#ifndef SHUFFLENET_TEST_DEVICE
+#include "matrices.cuh"
+#endif
+#include "strip.h"
+
+namespace shufflenet::cuda {
+
+template <class T>
+struct Packer {
+  SHUFFLENET_DEVICE explicit Packer(const PackArguments& arguments)
+      : arguments(arguments),
+        s(arguments.sizes),
+        layout(arguments.layout),
+        channels(shared_at<int>(shared_memory(), 0)),
+        fragments(static_cast<Fragment*>(arguments.fragments)) {}
+
+  SHUFFLENET_DEVICE void run() {
+    find_channels();
+    barrier();
+    const int64_t all = int64_t{layout.part} * (s.groups / arguments.slices);
+    for (int64_t i = block_index() * kPackThreads + thread_index(); i < all; i += block_count() * kPackThreads) {
+      const int part = static_cast<int>(i / layout.part);
+      fragments[i] = fragment(part * arguments.slices, static_cast<int>(i - int64_t{part} * layout.part));
+    }
+  }
+
+ private:
+  // Writes which channel of its slice lies in each slot, or -1: a thread the slots of a piece, in the channels' order.
+  SHUFFLENET_DEVICE void find_channels() {
+    for (int piece = thread_index(); piece < s.groups * s.conv1_groups; piece += kPackThreads) {
+      const int slice = piece / s.conv1_groups, group = piece % s.conv1_groups;
+      const int slots = layout.piece_tiles * kColumns;
+      int found = 0;
+      for (int i = 0; i < s.slice_channels; ++i) {
+        if (PackedLayout::conv1_group(s, slice * s.slice_channels + i) == group) channels[piece * slots + found++] = i;
+      }
+      for (; found < slots; ++found) channels[piece * slots + found] = -1;
+    }
+  }
+
+  // Returns the channel of y1 that a slot of a slice has, or -1.
+  SHUFFLENET_DEVICE int channel_of(int slice, int slot) const {
+    if (slot >= layout.blocks * kColumns) return -1;
+    const int i = channels[slice * layout.blocks * kColumns + slot];
+    return i < 0 ? -1 : slice * s.slice_channels + i;
+  }
+
+  // Return the channel whose sum is in a column of a tile of conv1, or of conv3; -1 if there is none.
+  SHUFFLENET_DEVICE int conv1_channel(int first_slice, int group, int tile, int column) const {
+    const int slice = tile / layout.piece_tiles;
+    if (slice >= arguments.slices) return -1;
+    return channel_of(first_slice + slice,
+                      (group * layout.piece_tiles + tile % layout.piece_tiles) * kColumns + column);
+  }
+  // A lane holds the sums of columns 2 * (lane % 4) and the one behind, which in the two tiles of a pair are four
+  // neighbouring channels.
+  SHUFFLENET_DEVICE int conv3_channel(int slice, int tile, int column) const {
+    const int channel = tile / 2 * 2 * kColumns + column / 2 * 4 + tile % 2 * 2 + column % 2;
+    return channel < s.group_rows ? slice * s.group_rows + channel : -1;
+  }
+
+  // Returns fragment `i` of the part that begins with slice `first_slice`.
+  SHUFFLENET_DEVICE Fragment fragment(int first_slice, int i) const {
+    if (i < layout.affine1) return conv1_fragment(first_slice, i);
+    if (i < layout.taps) {
+      i -= layout.affine1;
+      const int group = i / 4 / layout.conv1_tiles, tile = i / 4 % layout.conv1_tiles;
+      return affine_fragment(arguments.conv1, i % 4, [&](int column) {
+        const int channel = conv1_channel(first_slice, group, tile, column);
+        return channel < 0 ? -1 : PackedLayout::conv1_row(s, channel);
+      });
+    }
+    if (i < layout.affine2) return taps_fragment(first_slice, i - layout.taps);
+    if (i < layout.conv3) {
+      i -= layout.affine2;
+      const int slice = first_slice + i / 4 / layout.blocks, block = i / 4 % layout.blocks;
+      return affine_fragment(arguments.conv2, i % 4,
+                             [&](int column) { return channel_of(slice, block * kColumns + column); });
+    }
+    if (i < layout.affine3) return conv3_fragment(first_slice, i - layout.conv3);
+    i -= layout.affine3;
+    const int slice = first_slice + i / 4 / (2 * layout.conv3_pairs), tile = i / 4 % (2 * layout.conv3_pairs);
+    return affine_fragment(arguments.conv3, i % 4, [&](int column) { return conv3_channel(slice, tile, column); });
+  }
+
+  // Returns two scales and two biases. Empty slots have -0, by which the kernel knows them, and 0.
+  template <class ChannelOf>
+  SHUFFLENET_DEVICE Fragment affine_fragment(const ConvolutionPointers& conv, int lane,
+                                             const ChannelOf& channel_of) const {
+    Fragment f;
+    SHUFFLENET_UNROLL
+    for (int odd = 0; odd < 2; ++odd) {
+      const int channel = channel_of(2 * lane + odd);
+      const Affine<float> constants = channel < 0 ? Affine<float>{-0.f, 0.f} : affine<T>(conv, channel);
+      f.words[odd] = bits_of(constants.scale);
+      f.words[2 + odd] = bits_of(constants.bias);
+    }
+    return f;
+  }
+
+  // Returns a lane's operand of 32 rows: word i holds rows 8 * i + 2 * (lane % 4) and the one behind, of column lane / 4.
+  // weight_of(row, column) gives the weights' bits.
+  template <class WeightOf>
+  SHUFFLENET_DEVICE static Fragment operand(int lane, const WeightOf& weight_of) {
+    Fragment f;
+    SHUFFLENET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = 8 * i + lane % 4 * 2;
+      f.words[i] = weight_of(row, lane / 4) | uint32_t{weight_of(row + 1, lane / 4)} << 16;
+    }
+    return f;
+  }
+
+  SHUFFLENET_DEVICE Fragment conv1_fragment(int first_slice, int i) const {
+    const int lane = i % 32, in_chunk = i / 32 % layout.conv1_chunk;
+    i /= 32 * layout.conv1_chunk;
+    const int step = i % layout.conv1_steps, chunk = i / layout.conv1_steps % layout.conv1_chunks;
+    const int group = i / layout.conv1_steps / layout.conv1_chunks;
+    const int skipped = GroupStart(s, group).skipped, tile = chunk * layout.conv1_chunk + in_chunk;
+    return operand(lane, [&](int row, int column) -> uint16_t {
+      const int channel = conv1_channel(first_slice, group, tile, column), depth = step * 32 + row - skipped;
+      if (channel < 0 || depth < 0 || depth >= s.conv1_depth) return 0;
+      return weight(arguments.conv1, PackedLayout::conv1_row(s, channel), s.conv1_depth, depth);
+    });
+  }
+
+  // Word w of a lane, of the three fragments that a block has, is the operand of tap tap_of(w): rows are slots, too, and
+  // only what is on the diagonal is not 0.
+  SHUFFLENET_DEVICE Fragment taps_fragment(int first_slice, int i) const {
+    const int lane = i % 32, third = i / 32 % 3, block = i / 96 % layout.blocks, slice = i / 96 / layout.blocks;
+    const int column = lane / 4, channel = channel_of(first_slice + slice, block * kColumns + column);
+    Fragment f = {};
+    if (channel < 0 || column / 2 != lane % 4) return f;
+    SHUFFLENET_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const int word = third * 4 + w;
+      if (word >= 9) break;
+      const int tap = word < 6 ? word / 2 + word % 2 * 3 : word;
+      f.words[w] = uint32_t{weight(arguments.conv2, channel, 9, tap)} << 16 * (column % 2);
+    }
+    return f;
+  }
+
+  SHUFFLENET_DEVICE Fragment conv3_fragment(int first_slice, int i) const {
+    const int lane = i % 32, in_chunk = i / 32 % (2 * layout.conv3_chunk);
+    i /= 64 * layout.conv3_chunk;
+    const int step = i % layout.conv3_steps, chunk = i / layout.conv3_steps % layout.conv3_chunks;
+    const int slice = first_slice + i / layout.conv3_steps / layout.conv3_chunks;
+    const int tile = chunk * 2 * layout.conv3_chunk + in_chunk;
+    return operand(lane, [&](int row, int column) -> uint16_t {
+      const int channel = conv3_channel(slice, tile, column), from = channel_of(slice, step * 32 + row);
+      if (channel < 0 || from < 0) return 0;
+      return weight(arguments.conv3, channel, s.slice_channels, from - slice * s.slice_channels);
+    });
+  }
+
+  SHUFFLENET_DEVICE static uint16_t weight(const ConvolutionPointers& conv, int row, int depth, int i) {
+    return static_cast<const T*>(conv.weight)[int64_t{row} * depth + i].bits;
+  }
+
+  const PackArguments& arguments;
+  const Sizes& s;
+  const PackedLayout& layout;
+  const Shared<int> channels;
+  Fragment* const fragments;
+};
+
+}  // namespace shufflenet::cuda

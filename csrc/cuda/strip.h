@@ -1,0 +1,215 @@
+// How a unit is cut into strips: what strip_planner.h chooses on the host, and pack_kernel.cuh and strip_kernel.cuh work
+// by on the device.
+//
+// A block computes a strip of whole rows of one image, for `slices` slices of the unit. Everything is multiplied on
+// tensor cores, by mma instructions of 16 pixels x 8 columns. Their operands of weights lie in memory in the order in
+// which lanes hold them, as pack_kernel.cuh has put them there, so that one load of 16 bytes brings a lane what it needs
+// for 32 channels.
+//
+// **Pieces and tiles.** Piece (h, r) is what the shuffle sends from group r of conv1 to slice h: a group of conv3 and the
+// channels that it reads. A tile of conv1 is 8 columns of one piece, and so 8 neighbouring slots of the slice. A slot is
+// where a channel lies in y1 and y2; where a piece has fewer channels than its tiles have columns, the last slots are
+// empty, and hold zeros. This is how the shuffle costs nothing: a whole tile of conv1's result is a whole block of y1.
+#pragma once
+
+#include "tiling.h"
+
+namespace shufflenet::cuda {
+
+// A warp multiplies 32 pixels at a time, two tiles of 16, by the same operands of weights.
+inline constexpr int kTilesOfItem = 2;
+inline constexpr int kItemPixels = kTilesOfItem * kTilePixels;
+inline constexpr int kColumns = 8;  // of a tile; a block of y1 or y2 has as many slots, which are 16 bytes of a pixel
+inline constexpr int kBlockBytes = 16;
+// The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers.
+inline constexpr int kMostConv1Tiles = 6;
+inline constexpr int kMostConv3Pairs = 5;
+inline constexpr int kMostStripWarps = 8;  // so that a thread may have 255 registers
+
+struct StripTiling {
+  int rows = 0;    // of the result
+  int slices = 0;  // a divisor of groups
+  int warps = 0;  // an even number, so that the pixels that a warp copies all have the same swizzle
+  // Pixels of y1 between two rows, of which the ones next to an image's are zeros. One is enough. With eight, each eight
+  // pixels of a tile lie in different banks of shared memory, even where the tile goes on in the next row.
+  int gap = 0;
+
+  SHUFFLENET_HOST_DEVICE int strips(const Sizes& s) const { return ceil_div(s.out_height, rows); }
+  SHUFFLENET_HOST_DEVICE int parts(const Sizes& s) const { return s.groups / slices; }
+  SHUFFLENET_HOST_DEVICE int64_t blocks(const Sizes& s) const { return s.batch * strips(s) * parts(s); }
+};
+
+// How many of something are taken at a time: as few times as the most at a time allows, about equally many each time.
+struct Chunks {
+  SHUFFLENET_HOST_DEVICE Chunks(int all, int most) : count(ceil_div(all, most)), size(ceil_div(all, count)) {}
+  int count, size;
+};
+
+// The channels of x that a group of conv1 reads, as blocks of 8 that begin at a multiple of 8: `skipped` channels before
+// the group's own lie in the first one.
+struct GroupStart {
+  SHUFFLENET_HOST_DEVICE GroupStart(const Sizes& s, int group) {
+    const unsigned channel = static_cast<unsigned>(group * s.conv1_depth);
+    block = static_cast<int>(channel / kColumns);
+    skipped = static_cast<int>(channel % kColumns);
+  }
+  int block, skipped;
+};
+
+// Where the parts of a unit lie in the packed weights, in fragments (16 bytes). One part after the other, a part has
+//
+//   conv1     [conv1_groups][chunks][steps][tiles of the chunk][lane 32]: the operand of 32 channels
+//   affine1   [conv1_groups][tiles][lane % 4]: scale, scale, bias, bias of the two columns that the lane holds sums of
+//   taps      [slices][blocks][3][lane 32]: diagonal operands of the taps 0 3, 1 4, 2 5, 6 7 and 8
+//   affine2   [slices][blocks][lane % 4]
+//   conv3     [slices][chunks][steps][tiles of the chunk][lane 32]
+//   affine3   [slices][tiles][lane % 4]
+struct PackedLayout {
+  SHUFFLENET_HOST_DEVICE PackedLayout(const Sizes& s, int slices)
+      : piece_tiles(0),
+        conv1_tiles(0),
+        conv1_halves(0),
+        conv1_steps(0),
+        blocks(0),
+        conv3_pairs(0),
+        conv3_halves(0),
+        conv3_steps(0),
+        conv1_chunk(0),
+        conv1_chunks(0),
+        conv3_chunk(0),
+        conv3_chunks(0),
+        affine1(0),
+        taps(0),
+        affine2(0),
+        conv3(0),
+        affine3(0),
+        part(0) {
+    // A group of conv1 has conv1_group_rows rows, of which a piece has at most the greatest number of multiples.
+    piece_tiles = ceil_div(most_of_a_piece(s), kColumns);
+    const Chunks first(slices * piece_tiles, kMostConv1Tiles);
+    conv1_chunk = first.size;
+    conv1_chunks = first.count;
+    conv1_tiles = first.count * first.size;
+    int skipped = 0;
+    for (int r = 0; r < s.conv1_groups && r < kColumns; ++r) {
+      const int mine = GroupStart(s, r).skipped;
+      skipped = mine > skipped ? mine : skipped;
+    }
+    is_masked = skipped > 0 || s.conv1_depth % 16 != 0;
+    conv1_halves = ceil_div(skipped + s.conv1_depth, 16);
+    conv1_steps = ceil_div(conv1_halves, 2);
+    blocks = s.conv1_groups * piece_tiles;
+    const Chunks last(ceil_div(s.group_rows, 2 * kColumns), kMostConv3Pairs);
+    conv3_chunk = last.size;
+    conv3_chunks = last.count;
+    conv3_pairs = last.count * last.size;
+    conv3_halves = ceil_div(blocks, 2);
+    conv3_steps = ceil_div(conv3_halves, 2);
+    affine1 = s.conv1_groups * conv1_tiles * conv1_steps * 32;
+    taps = affine1 + s.conv1_groups * conv1_tiles * 4;
+    affine2 = taps + slices * blocks * 3 * 32;
+    conv3 = affine2 + slices * blocks * 4;
+    affine3 = conv3 + slices * conv3_pairs * 2 * conv3_steps * 32;
+    part = affine3 + slices * conv3_pairs * 2 * 4;
+  }
+
+  // Returns the channels of the largest piece.
+  SHUFFLENET_HOST_DEVICE static int most_of_a_piece(const Sizes& s) {
+    int most = 0;
+    for (int h = 0; h < s.groups; ++h) {
+      for (int r = 0; r < s.conv1_groups; ++r) {
+        int count = 0;
+        for (int i = 0; i < s.slice_channels; ++i) count += conv1_group(s, h * s.slice_channels + i) == r;
+        most = count > most ? count : most;
+      }
+    }
+    return most;
+  }
+  // Return the row of conv1 that the shuffle makes channel `channel`, and the group of conv1 that it belongs to.
+  SHUFFLENET_HOST_DEVICE static int conv1_row(const Sizes& s, int channel) {
+    return channel % s.shuffle_groups * s.shuffle_rows + channel / s.shuffle_groups;
+  }
+  SHUFFLENET_HOST_DEVICE static int conv1_group(const Sizes& s, int channel) {
+    return conv1_row(s, channel) / (s.mid_channels / s.conv1_groups);
+  }
+
+  int piece_tiles;   // tiles of a piece
+  int conv1_tiles;   // of a group of conv1 in a part
+  int conv1_halves;  // blocks of 16 channels that a group of conv1 multiplies; a step has two
+  int conv1_steps;
+  int blocks;       // of a slice
+  int conv3_pairs;  // pairs of tiles of a slice
+  int conv3_halves, conv3_steps;
+  int conv1_chunk, conv1_chunks;  // tiles that are multiplied at a time, and how many times
+  int conv3_chunk, conv3_chunks;  // pairs of tiles
+  bool is_masked;                 // whether blocks of x have channels that a group does not read
+  int affine1, taps, affine2, conv3, affine3, part;
+};
+
+// A block's shared memory, as byte offsets.
+struct StripLayout {
+  SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t)
+      : packed(s, t.slices), x_pitch(0), own_blocks(s.in_channels / kColumns), x_blocks(0), y1_pitch(0), y1_pixels(0), y1(0), y2(0), y2_bytes(0), bytes(0) {
+    // An odd number of 32 bytes: with the swizzle of x_swizzle, eight neighbouring pixels' blocks lie in different banks.
+    const int block_pairs = ceil_div(s.in_channels, 2 * kColumns);
+    x_pitch = (block_pairs % 2 == 1 ? block_pairs : block_pairs + 1) * 2 * kBlockBytes;
+    // Blocks of a pixel that are read: behind its own channels lie those that the last group's last step reads as well.
+    const int last = GroupStart(s, s.conv1_groups - 1).block + 2 * packed.conv1_halves;
+    x_blocks = static_cast<int>(round_up(last > own_blocks ? last : own_blocks, 2));
+    const int in_rows = t.rows + 2, image_rows = in_rows < s.height ? in_rows : s.height;
+    const int64_t pixels = int64_t{image_rows} * s.width;
+    y1_pitch = s.width + t.gap;
+    // The last item computes pixels behind the last one, and writes them where the rows below would be.
+    const int64_t last_pixel = round_up(pixels, kItemPixels) - 1;
+    const int64_t all_rows = int64_t{in_rows} * y1_pitch;
+    const int64_t written = last_pixel + last_pixel / s.width * t.gap + y1_pitch + 1;
+    const int64_t y1_all = (all_rows > written ? all_rows : written) + 1;
+    y1_pixels = static_cast<int>(y1_all);
+    int64_t end = pixels * x_pitch + (x_blocks * kBlockBytes > x_pitch ? x_blocks * kBlockBytes - x_pitch : 0);
+    end = round_up(end, 32);
+    y1 = static_cast<int>(end);
+    end += int64_t{s.conv1_groups} * packed.conv1_tiles * y1_all * kBlockBytes;
+    y2 = static_cast<int>(end);
+    y2_bytes = packed.conv3_halves * 2 * kItemPixels * kBlockBytes;
+    bytes = end + int64_t{t.warps} * y2_bytes;
+  }
+
+  // Returns where in shared memory a pixel of x has its byte `at`: blocks 2i and 2i + 1 trade places in every other four
+  // pixels.
+  SHUFFLENET_HOST_DEVICE int x_swizzle(int pixel) const { return (pixel >> 2 & 1) * kBlockBytes; }
+  SHUFFLENET_HOST_DEVICE int x_offset(int pixel, int at) const { return pixel * x_pitch + (at ^ x_swizzle(pixel)); }
+
+  PackedLayout packed;
+  int x_pitch;  // bytes from one pixel of x to the next
+  int own_blocks, x_blocks;  // that a pixel has, and that are read from its first on
+  int y1_pitch, y1_pixels;
+  int y1;            // [conv1_groups][conv1_tiles][y1_pixels] blocks
+  int y2, y2_bytes;  // of each warp: [2 * conv3_halves][kItemPixels] blocks
+  int64_t bytes;     // of it all; may be more than any device has, and then the other members mean nothing
+};
+
+inline constexpr int kPackThreads = 256;
+
+// Returns the bytes of shared memory that a block of pack_kernel.cuh needs: for each slot of the unit, its channel.
+SHUFFLENET_HOST_DEVICE inline int64_t pack_shared_bytes(const Sizes& s, const PackedLayout& layout) {
+  return int64_t{s.groups} * layout.blocks * kColumns * static_cast<int64_t>(sizeof(int));
+}
+
+struct PackArguments {
+  Sizes sizes;
+  int slices;
+  PackedLayout layout;
+  ConvolutionPointers conv1, conv2, conv3;
+  void* fragments;
+};
+
+struct StripArguments {
+  Sizes sizes;
+  StripTiling tiling;
+  StripLayout layout;  // computed on the host, so that the kernel reads it as constants
+  const void* x;
+  const void* fragments;
+  void* result;
+};
+
+}  // namespace shufflenet::cuda

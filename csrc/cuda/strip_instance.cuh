@@ -1,0 +1,28 @@
+// Makes CUDA kernels of strip_kernel.cuh and pack_kernel.cuh. strip_float16.cu and strip_bfloat16.cu include this file.
+#pragma once
+
+#include "kernels.h"
+#include "pack_kernel.cuh"
+#include "strip_kernel.cuh"
+
+namespace shufflenet::cuda {
+
+// Before sm_80 the kernel is empty: strip_planner.h plans none there.
+template <class T>
+__global__ void __launch_bounds__(32 * kMostStripWarps, 1) strip_kernel(const __grid_constant__ StripArguments arguments) {
+#if __CUDA_ARCH__ >= 800
+  StripBlock<T>(arguments).run();
+#endif
+}
+
+template <class T>
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ PackArguments arguments) {
+  Packer<T>(arguments).run();
+}
+
+template <class T>
+StripKernels strip_kernels_of() {
+  return {reinterpret_cast<const void*>(&strip_kernel<T>), reinterpret_cast<const void*>(&pack_kernel<T>)};
+}
+
+}  // namespace shufflenet::cuda

@@ -1,0 +1,420 @@
+// A unit of stride 1 as one fused pass over a strip of rows (strip.h), in 16 bits and channels_last, on tensor cores from
+// sm_80 on. x is copied to shared memory once and serves conv1 and the residual.
+//
+//   conv1      multiplies 32 pixels by some tiles of a group. The results are stored as blocks of y1, which the shuffle
+//              has sorted.
+//   depthwise  and conv3 make 32 pixels of a slice. The warp keeps their y2 in shared memory of its own, from where
+//              conv3's operands come; the sums go to the result in accesses of 8 bytes, which fill its sectors.
+//
+// A warp stays with its group or slice and goes on to further pixels, so that all addresses but few are computed once.
+// As in PyTorch, y1, y2 and y3 are rounded to x's dtype, and y3 before the residual is added.
+#pragma once
+
+#include "strip_products.cuh"
+
+namespace shufflenet::cuda {
+
+template <class T>
+struct StripBlock {
+  SHUFFLENET_DEVICE explicit StripBlock(const StripArguments& arguments)
+      : arguments(arguments),
+        s(arguments.sizes),
+        t(arguments.tiling),
+        layout(arguments.layout),
+        packed(arguments.layout.packed),
+        base(shared_base()),
+        warp(warp_index()),
+        lane(lane_index()),
+        by_width(arguments.sizes.width) {
+    const uint32_t index = static_cast<uint32_t>(block_index()), parts = t.parts(s), strips = t.strips(s);
+    const uint32_t strip = index / parts;
+    image = strip / strips;
+    part = static_cast<int>(index - strip * parts);
+    out_row = static_cast<int>(strip - static_cast<uint32_t>(image) * strips) * t.rows;
+    out_rows = least(t.rows, s.height - out_row);
+    image_row = most(out_row - 1, 0);
+    image_rows = least(out_row + out_rows + 1, s.height) - image_row;
+    fragments = static_cast<const Fragment*>(arguments.fragments) + int64_t{part} * packed.part;
+  }
+
+  SHUFFLENET_DEVICE void run() {
+    copy_x();
+    clear_y1_outside_the_image();
+    clear_unused();
+    wait_copies<0>();
+    barrier();
+    conv1();
+    barrier();
+    depthwise_and_conv3();
+  }
+
+ private:
+  // What a warp does of a phase: of `pieces` (groups or slices), those from `first` on, `step` apart; of the pixels, the
+  // items from `pixel` on, `pixel_step` pixels apart.
+  struct Share {
+    SHUFFLENET_DEVICE Share(int warp, int warps, int pieces) {
+      const int teams = most(warps / pieces, 1), team = warp / pieces;
+      first = team < teams ? warp - team * pieces : pieces;  // a warp that is left over has none
+      step = least(warps, pieces);
+      pixel = team * kItemPixels;
+      pixel_step = teams * kItemPixels;
+    }
+    int first, step, pixel, pixel_step;
+  };
+
+  // ---- Staging ------------------------------------------------------------------------------------------------------
+
+  // Starts to copy the strip's rows of x. A warp copies four neighbouring pixels at a time, a lane a block of each.
+  SHUFFLENET_DEVICE void copy_x() {
+    const int pixels = image_rows * s.width, first = warp * 4, step = t.warps * 4;
+    const int64_t pixel_bytes = s.in_channels * static_cast<int64_t>(sizeof(T)), step_bytes = step * pixel_bytes;
+    const int x_pitch = layout.x_pitch, step_pitch = step * x_pitch;
+    const char* const strip = static_cast<const char*>(arguments.x) +
+                              ((int64_t{image} * s.height + image_row) * s.width + first) * pixel_bytes;
+    SHUFFLENET_NO_UNROLL
+    for (int block = lane; block < layout.own_blocks; block += 32) {
+      const char* from = strip + block * kBlockBytes;
+      uint32_t to = base + layout.x_offset(first, block * kBlockBytes);
+      int left = pixels - first;
+      SHUFFLENET_NO_UNROLL
+      for (; left >= 4; left -= step) {
+        copy_block_async(to, from);
+        copy_block_async(to + x_pitch, from + pixel_bytes);
+        copy_block_async(to + 2 * x_pitch, from + 2 * pixel_bytes);
+        copy_block_async(to + 3 * x_pitch, from + 3 * pixel_bytes);
+        from += step_bytes;
+        to += step_pitch;
+      }
+      SHUFFLENET_NO_UNROLL
+      for (int i = 0; i < left; ++i) copy_block_async(to + i * x_pitch, from + i * pixel_bytes);
+    }
+    commit_copies();
+  }
+
+  // Zeroes the pixels of y1 outside of the image, as padding is zero behind conv1's bias and ReLU.
+  SHUFFLENET_DEVICE void clear_y1_outside_the_image() {
+    const int blocks = s.conv1_groups * packed.conv1_tiles, rows = out_rows + 2;
+    const int row_bytes = layout.y1_pitch * kBlockBytes, width_bytes = s.width * kBlockBytes;
+    const int block_bytes = layout.y1_pixels * kBlockBytes;
+    const bool is_top = out_row == 0, is_bottom = out_row + out_rows == s.height;
+    SHUFFLENET_NO_UNROLL
+    for (int block = warp; block < blocks; block += t.warps) {
+      const uint32_t to = base + layout.y1 + block * block_bytes;
+      SHUFFLENET_NO_UNROLL
+      for (int row = lane; row < rows; row += 32) {
+        clear_block(to + row * row_bytes);
+        if (t.gap > 1 || row == rows - 1) clear_block(to + row * row_bytes + width_bytes + kBlockBytes);
+      }
+      SHUFFLENET_NO_UNROLL
+      for (int column = lane; column < s.width; column += 32) {
+        const uint32_t at = to + (column + 1) * kBlockBytes;
+        if (is_top) clear_block(at);
+        if (is_bottom) clear_block(at + (rows - 1) * row_bytes);
+      }
+    }
+  }
+
+  // Zeroes the blocks of x that conv1 loads without using them, and the block of y2 that makes its number even.
+  SHUFFLENET_DEVICE void clear_unused() {
+    const int blocks = layout.own_blocks, unused = layout.x_blocks - blocks;
+    if (unused > 0) {
+      const int pixels = image_rows * s.width, in_pitch = layout.x_pitch / kBlockBytes - blocks;
+      SHUFFLENET_NO_UNROLL
+      for (int pixel = warp * 32 + lane; pixel < pixels; pixel += t.warps * 32) {
+        const int count = pixel == pixels - 1 ? most(unused, in_pitch) : in_pitch;
+        SHUFFLENET_NO_UNROLL
+        for (int i = 0; i < count; ++i) clear_block(base + layout.x_offset(pixel, (blocks + i) * kBlockBytes));
+      }
+    }
+    if (packed.blocks % 2 != 0) clear_block(my_y2() + (packed.blocks * kItemPixels + lane) * kBlockBytes);
+  }
+
+  SHUFFLENET_DEVICE uint32_t my_y2() const { return base + layout.y2 + warp * layout.y2_bytes; }
+
+  // ---- conv1 --------------------------------------------------------------------------------------------------------
+
+  SHUFFLENET_DEVICE void conv1() {
+    switch (packed.conv1_chunk) {
+      case 1: conv1_of<1>(); break;
+      case 2: conv1_of<2>(); break;
+      case 3: conv1_of<3>(); break;
+      case 4: conv1_of<4>(); break;
+      case 5: conv1_of<5>(); break;
+      default: conv1_of<6>();
+    }
+  }
+  template <int kTiles>
+  SHUFFLENET_DEVICE void conv1_of() {
+    const Share share(warp, t.warps, s.conv1_groups * packed.conv1_chunks);
+    SHUFFLENET_NO_UNROLL
+    for (int piece = share.first; piece < s.conv1_groups * packed.conv1_chunks; piece += share.step) {
+      if (packed.is_masked) {
+        conv1_tiles<kTiles, true>(piece, share);
+      } else {
+        conv1_tiles<kTiles, false>(piece, share);
+      }
+    }
+  }
+
+  // Computes kTiles tiles of a group of conv1 for the warp's share of pixels.
+  template <int kTiles, bool kMasked>
+  SHUFFLENET_DEVICE void conv1_tiles(int piece, const Share& share) {
+    static_assert(kTiles <= kMostConv1Tiles);
+    const int pixels = image_rows * s.width, group = piece / packed.conv1_chunks;
+    const GroupStart start(s, group);
+    const ChannelMask mask = {start.skipped, s.conv1_depth};
+    const int in_pixel = (start.block + lane / 16) * kBlockBytes;
+    const Fragment* const weights = fragments + piece * kTiles * packed.conv1_steps * 32 + lane;
+    const Fragment* const affine = fragments + packed.affine1 + piece * kTiles * 4 + lane % 4;
+    const uint32_t two_blocks = 2 * layout.y1_pixels * kBlockBytes;
+    const int top = image_row - (out_row - 1);  // rows above the image
+    const uint32_t y1 = base + layout.y1 + piece * kTiles * (two_blocks / 2) + lane / 16 * (two_blocks / 2) +
+                        (lane % 16 + top * layout.y1_pitch + 1) * kBlockBytes;
+    const uint32_t gap_bytes = t.gap * kBlockBytes, x_step = share.pixel_step * layout.x_pitch;
+    const int halves = packed.conv1_halves;
+    uint32_t x = base + layout.x_offset(share.pixel + lane % 16, in_pixel);
+    SHUFFLENET_NO_UNROLL
+    for (int pixel = share.pixel; pixel < pixels; pixel += share.pixel_step, x += x_step) {
+      const bool is_tail = pixel + kItemPixels > pixels;
+      uint32_t row[kTilesOfItem] = {x, x + kTilePixels * layout.x_pitch};
+      if (is_tail) {  // addresses behind the last pixel are those of the last
+        SHUFFLENET_UNROLL
+        for (int m = 0; m < kTilesOfItem; ++m) {
+          row[m] = base + layout.x_offset(least(pixel + m * kTilePixels + lane % 16, pixels - 1), in_pixel);
+        }
+      }
+      Sums<kTiles> sums;
+      multiply<T, 32, kMasked>(sums, row, weights, halves, mask);
+      uint32_t pairs[kTilesOfItem][kTiles][2];
+      for_each<0, kTiles>([&](auto index) {
+        constexpr int n = decltype(index)::value;
+        const Vector4 constants = load_floats<n * 4>(affine);
+        SHUFFLENET_UNROLL
+        for (int m = 0; m < kTilesOfItem; ++m) finish<T, true>(sums[m][n], constants, pairs[m][n]);
+      });
+      SHUFFLENET_UNROLL
+      for (int m = 0; m < kTilesOfItem; ++m) {
+        const int first = pixel + m * kTilePixels;
+        const uint32_t to = y1 + first * kBlockBytes + by_width.quotient(first + lane % 16) * gap_bytes;
+        store_tiles<kTiles>(to, two_blocks, pairs[m]);
+        // What is behind the last pixel is outside of the image, or nobody reads it.
+        if (is_tail) {
+          warp_barrier();
+          if (first + lane % 16 >= pixels) clear_tiles<kTiles>(to, two_blocks);
+        }
+      }
+    }
+  }
+
+  // Stores tiles of 16 pixels as blocks of y1. `to` is the address of a pixel in the first, or for lanes 16 to 31 in the
+  // second block.
+  template <int kTiles>
+  SHUFFLENET_DEVICE static void store_tiles(uint32_t to, uint32_t two_blocks, const uint32_t (&pairs)[kTiles][2]) {
+    SHUFFLENET_UNROLL
+    for (int n = 0; n + 1 < kTiles; n += 2, to += two_blocks) {
+      store_matrices<4>(to, {pairs[n][0], pairs[n][1], pairs[n + 1][0], pairs[n + 1][1]});
+    }
+    if constexpr (kTiles % 2 != 0) store_matrices<2>(to, pairs[kTiles - 1]);
+  }
+  template <int kTiles>
+  SHUFFLENET_DEVICE void clear_tiles(uint32_t to, uint32_t two_blocks) const {
+    SHUFFLENET_NO_UNROLL
+    for (int n = lane / 16; n < kTiles; n += 2, to += two_blocks) clear_block(to);
+  }
+
+  // ---- The depthwise convolution and conv3 --------------------------------------------------------------------------
+
+  SHUFFLENET_DEVICE void depthwise_and_conv3() {
+    switch (packed.conv3_chunk) {
+      case 1: slices_of<1>(); break;
+      case 2: slices_of<2>(); break;
+      case 3: slices_of<3>(); break;
+      case 4: slices_of<4>(); break;
+      default: slices_of<5>();
+    }
+  }
+  template <int kPairs>
+  SHUFFLENET_DEVICE void slices_of() {
+    const Share share(warp, t.warps, t.slices);
+    SHUFFLENET_NO_UNROLL
+    for (int slice = share.first; slice < t.slices; slice += share.step) {
+      SHUFFLENET_NO_UNROLL
+      for (int pixel = share.pixel; pixel < out_rows * s.width; pixel += share.pixel_step) {
+        if (s.conv2_relu) {
+          make_y2<true, true>(pixel, slice);
+        } else {
+          make_y2<true, false>(pixel, slice);
+        }
+        if (!conv3<kPairs>(pixel, slice, true)) {
+          make_y2<false, false>(pixel, slice);
+          conv3<kPairs>(pixel, slice, false);
+        }
+      }
+    }
+  }
+
+  // Returns the address, in the first block of y1 that a slice has, of the top left tap of a pixel.
+  SHUFFLENET_DEVICE uint32_t y1_corner(int pixel, int slice) const {
+    const int inside = least(pixel, out_rows * s.width - 1);
+    return base + layout.y1 +
+           (slice * packed.piece_tiles * layout.y1_pixels + inside + by_width.quotient(inside) * t.gap) * kBlockBytes;
+  }
+
+  // Makes the warp's y2 of 32 pixels. Where kFinite, all of y1 should be finite: 0 times Inf carries NaN from one slot
+  // into others. If not, each slot is computed by itself, and the ReLU is decided at run time.
+  template <bool kFinite, bool kRelu>
+  SHUFFLENET_DEVICE void make_y2(int first_pixel, int slice) {
+    const uint32_t row_bytes = layout.y1_pitch * kBlockBytes, block_bytes = layout.y1_pixels * kBlockBytes;
+    const uint32_t to_next_group = (packed.conv1_tiles - packed.piece_tiles + 1) * block_bytes;
+    uint32_t corner[kTilesOfItem], bottom[kTilesOfItem], rows[kTilesOfItem][2];
+    SHUFFLENET_UNROLL
+    for (int m = 0; m < kTilesOfItem; ++m) {
+      const uint32_t at = y1_corner(first_pixel + m * kTilePixels + lane % 16, slice);
+      corner[m] = at + lane / 16 * row_bytes;
+      bottom[m] = at + 2 * row_bytes + lane / 16 * kBlockBytes;
+      if constexpr (!kFinite) {
+        SHUFFLENET_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          rows[m][half] = y1_corner(first_pixel + m * kTilePixels + half * 8 + lane / 4, slice);
+        }
+      }
+    }
+    const Fragment* taps = fragments + packed.taps + slice * packed.blocks * 96 + lane;
+    const Fragment* affine = fragments + packed.affine2 + slice * packed.blocks * 4 + lane % 4;
+    uint32_t to = my_y2() + lane * kBlockBytes;
+    warp_barrier();                  // all lanes have finished reading what y2 was
+    int tiles = packed.piece_tiles;  // that are left of a piece
+    SHUFFLENET_NO_UNROLL
+    for (int block = packed.blocks; block > 0; --block) {
+      Sums<1> sums;
+      const Vector4 constants = load_floats<0>(affine);
+      if constexpr (kFinite) {
+        depthwise<T>(sums, corner, bottom, taps);
+      } else {
+        depthwise_by_slots<T>(sums, rows, row_bytes, taps);
+      }
+      uint32_t pairs[kTilesOfItem][2];
+      SHUFFLENET_UNROLL
+      for (int m = 0; m < kTilesOfItem; ++m) {
+        finish<T, kRelu>(sums[m][0], constants, pairs[m]);
+        if constexpr (!kFinite) {
+          if (s.conv2_relu) finish<T, true>(sums[m][0], constants, pairs[m]);
+          clear_empty_slots(pairs[m], constants);
+        }
+      }
+      store_matrices<4>(to, {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
+      to += kItemPixels * kBlockBytes;
+      taps += 96;
+      affine += 4;
+      --tiles;
+      const uint32_t next = tiles == 0 ? to_next_group : block_bytes;
+      tiles = tiles == 0 ? packed.piece_tiles : tiles;
+      SHUFFLENET_UNROLL
+      for (int m = 0; m < kTilesOfItem; ++m) {
+        corner[m] += next;
+        bottom[m] += next;
+        if constexpr (!kFinite) {
+          rows[m][0] += next;
+          rows[m][1] += next;
+        }
+      }
+    }
+    warp_barrier();
+  }
+
+  // Zeroes the slots that no channel has: 0 times Inf may have made them NaN.
+  SHUFFLENET_DEVICE static void clear_empty_slots(uint32_t (&pairs)[2], const Vector4& constants) {
+    constexpr uint32_t kEmpty = 0x80000000u;  // -0
+    const uint32_t mask = (bits_of(constants.values[0]) == kEmpty ? 0 : 0xffffu) |
+                          (bits_of(constants.values[1]) == kEmpty ? 0 : 0xffff0000u);
+    pairs[0] &= mask;
+    pairs[1] &= mask;
+  }
+
+  // Makes the result of 32 pixels of a slice from y2. Where `checks`, it returns false and writes nothing if a sum is
+  // NaN. A NaN anywhere in a pixel's y2 makes all of its sums NaN, so that one of them is asked.
+  template <int kPairs>
+  SHUFFLENET_DEVICE bool conv3(int first_pixel, int slice, bool checks) {
+    static_assert(kPairs <= kMostConv3Pairs);
+    constexpr int kTiles = 2 * kPairs;
+    const int pixels = out_rows * s.width, pixel = first_pixel + lane / 4, x_pitch = layout.x_pitch;
+    const int64_t pixel_bytes = s.in_channels * static_cast<int>(sizeof(T));
+    const int step_fragments = kTiles * packed.conv3_steps * 32, halves = packed.conv3_halves;
+    const Fragment* weights = fragments + packed.conv3 + slice * packed.conv3_chunks * step_fragments + lane;
+    const Fragment* affine = fragments + packed.affine3 + slice * packed.conv3_chunks * kTiles * 4 + lane % 4;
+    // The lane's four channels of a pair of tiles, within the slice's group, and their byte in a pixel.
+    int channel = lane % 4 * 4;
+    int byte = ((part * t.slices + slice) * s.group_rows + channel) * static_cast<int>(sizeof(T));
+    uint32_t x = base + layout.x_offset(pixel + (out_row - image_row) * s.width, byte);
+    char* to = static_cast<char*>(arguments.result) +
+               ((int64_t{image} * s.height + out_row) * s.width + pixel) * pixel_bytes + byte;
+    const uint32_t y2 = my_y2() + (lane / 16 * kItemPixels + lane % 16) * kBlockBytes;
+    const bool is_whole = first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
+    SHUFFLENET_NO_UNROLL
+    for (int chunk = 0; chunk < packed.conv3_chunks; ++chunk) {
+      uint32_t row[kTilesOfItem] = {y2, y2 + kTilePixels * kBlockBytes};
+      Sums<kTiles> sums;
+      multiply<T, 2 * kItemPixels * kBlockBytes, false>(sums, row, weights, halves, {});
+      if (chunk == 0 && checks) {
+        const float any = sums[0][0][0] + sums[0][0][2] + (sums[1][0][0] + sums[1][0][2]);
+        if (warp_any(any != any)) return false;
+      }
+      if (is_whole) {
+        write<kPairs, true>(to, x, pixel_bytes, x_pitch, sums, affine, 0, 0);
+      } else {
+        write<kPairs, false>(to, x, pixel_bytes, x_pitch, sums, affine, pixels - pixel, s.group_rows - channel);
+      }
+      weights += step_fragments;
+      affine += kTiles * 4;
+      channel += kPairs * 2 * kColumns;
+      x += kPairs * 2 * kColumns * static_cast<int>(sizeof(T));
+      to += kPairs * 2 * kColumns * static_cast<int>(sizeof(T));
+    }
+    return true;
+  }
+
+  // Finishes and writes the sums. Unless kWhole, only so many pixels are there from the lane's first on, and channels.
+  template <int kPairs, bool kWhole>
+  SHUFFLENET_DEVICE static void write(char* to, uint32_t x, int64_t pixel_bytes, int x_pitch,
+                                      const Sums<2 * kPairs>& sums, const Fragment* affine, int pixels, int channels) {
+    char* out[2 * kTilesOfItem];
+    uint32_t from[2 * kTilesOfItem];  // the swizzle is the same every eight pixels
+    SHUFFLENET_UNROLL
+    for (int eight = 0; eight < 2 * kTilesOfItem; ++eight) {
+      out[eight] = to + eight * (8 * pixel_bytes);
+      from[eight] = x + eight * (8 * x_pitch);
+    }
+    for_each<0, kPairs>([&](auto index) {
+      constexpr int kPair = decltype(index)::value, kChannels = kPair * 2 * kColumns;
+      constexpr int kBytes = kChannels * static_cast<int>(sizeof(T));
+      const Vector4 first = load_floats<kPair * 8>(affine), second = load_floats<kPair * 8 + 4>(affine);
+      SHUFFLENET_UNROLL
+      for (int m = 0; m < kTilesOfItem; ++m) {
+        uint32_t low[2], high[2];
+        finish<T, false>(sums[m][2 * kPair], first, low);
+        finish<T, false>(sums[m][2 * kPair + 1], second, high);
+        SHUFFLENET_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int eight = 2 * m + half;
+          if (kWhole || (eight * 8 < pixels && kChannels < channels)) {
+            add_relu_and_store<kBytes>(out[eight], from[eight], low[half], high[half], T{});
+          }
+        }
+      }
+    });
+  }
+
+  const StripArguments& arguments;
+  const Sizes& s;
+  const StripTiling& t;
+  const StripLayout& layout;
+  const PackedLayout& packed;
+  const uint32_t base;
+  const int warp, lane;
+  const Divisor by_width;
+  // Where the block works: the slices of a part, rows of the result, and the rows of x that these are made of.
+  const Fragment* fragments;
+  int image, part, out_row, out_rows, image_row, image_rows;
+};
+
+}  // namespace shufflenet::cuda

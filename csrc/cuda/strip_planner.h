@@ -1,0 +1,140 @@
+// Chooses how a unit is cut into strips (strip.h), if it can be. Pure host code, as planner.h.
+#pragma once
+
+#include <cmath>
+#include <sstream>
+
+#include "device.h"
+#include "strip.h"
+
+namespace shufflenet::cuda {
+
+struct StripPlan {
+  bool ok = false;
+  StripTiling tiling;
+  int64_t shared_bytes = 0;
+  int64_t blocks = 0;
+  int blocks_per_multiprocessor = 0;
+  double instructions = 0;  // that the warps of the launch execute, as predicted
+  double cycles = 0;        // predicted for the launch
+  std::string explanation;  // why there is no plan, or what it is
+};
+
+// Says why a unit cannot be cut into strips, or nothing.
+inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Device& device) {
+  if (dtype != Dtype::float16 && dtype != Dtype::bfloat16) return "strips are for 16 bits";
+  if (device.compute_capability < 80) return "strips need sm_80";
+  if (unit.layout != Layout::channels_last) return "strips are for channels_last";
+  if (!unit.adds_residual()) return "strips are for whole units of stride 1";
+  if (unit.in_channels % 8 != 0) return "strips need a multiple of 8 channels";
+  if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
+  if (unit.out_channels / unit.groups % 4 != 0) return "strips need a multiple of 4 channels in a group of conv3";
+  if (unit.mid_channels > 4096 || unit.groups * unit.conv1_groups > 256) return "too many channels or groups for strips";
+  return "";
+}
+
+// How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for sm_90
+// on the CPU. The sum comes within a tenth of what whole launches execute.
+struct StripInstructions {
+  // Once a warp; to copy a pixel, for each 32 blocks of it; to clear the frame of a block of y1.
+  static constexpr double warp = 340, copy = 4.4, clear = 52;
+  // A product, for each step, and for each half of a step: without its tiles, and for each of them. What a mask adds.
+  static constexpr double step = 8, step_tile = 1, half = 2, half_tile = 2, mask = 12;
+  // conv1 and conv3: an item, and what is done to the sums of each tile of it.
+  static constexpr double item1 = 45, outputs1 = 14, item3 = 30, outputs3 = 22;
+  // The depthwise convolution: an item, and each block of 8 slots of it.
+  static constexpr double item2 = 60, block2 = 54;
+
+  static double product(int tiles, int steps, int halves, bool is_masked) {
+    return steps * (step + tiles * step_tile) + halves * (half + tiles * half_tile + (is_masked ? mask : 0));
+  }
+};
+
+inline double strip_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout) {
+  using Count = StripInstructions;
+  const PackedLayout& p = layout.packed;
+  const int conv3_tiles = 2 * p.conv3_chunk;
+  const double conv1 = Count::item1 + p.conv1_chunk * Count::outputs1 +
+                       Count::product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, p.is_masked);
+  const double depthwise = Count::item2 + p.blocks * Count::block2;
+  const double conv3 = Count::item3 + conv3_tiles * Count::outputs3 +
+                       Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
+  double all = 0;
+  for (int row = 0; row < s.out_height; row += t.rows) {
+    const int rows = std::min(t.rows, s.out_height - row);
+    const int image_rows = std::min(row + rows + 1, s.height) - std::max(row - 1, 0);
+    const double in_items = ceil_div(image_rows * s.width, kItemPixels), out_items = ceil_div(rows * s.width, kItemPixels);
+    all += t.warps * Count::warp + image_rows * s.width * Count::copy * ceil_div(layout.own_blocks, 32) +
+           s.conv1_groups * p.conv1_tiles * Count::clear + in_items * s.conv1_groups * p.conv1_chunks * conv1 +
+           out_items * t.slices * (depthwise + p.conv3_chunks * conv3);
+  }
+  return all * static_cast<double>(s.batch) * t.parts(s);
+}
+
+// Predicts the cycles of a launch, as predicted_cycles in planner.h does: blocks run in rounds, of which each takes as
+// long as its instructions or its memory traffic, and the times that a block waits for memory with nothing else to do.
+inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLayout& layout, const Device& device,
+                           int blocks_per_multiprocessor) {
+  constexpr double kWaits = 2;  // for x, and for the first operands of weights
+  const Sizes s = sizes_of(unit);
+  Sizes one = s;
+  one.batch = 1;
+  const double of_image = static_cast<double>(t.strips(s)) * t.parts(s);
+  const double blocks = std::max<double>(1, s.batch) * of_image;  // an empty batch is cut as one image is
+  const double instructions = strip_instructions(one, t, layout) / of_image;
+  const double rows = static_cast<double>(s.out_height) / t.strips(s);
+  // Each part of an image copies all of x, the first from memory and the others from the cache.
+  const double bytes = 2.0 * s.in_channels * s.width * (rows + (rows + 2)) / t.parts(s);
+  const double side_by_side =
+      std::min<double>(blocks_per_multiprocessor, std::ceil(blocks / device.multiprocessors));
+  const double a_cycle = std::min(kMostInstructions, side_by_side * t.warps / kWarpInterval);
+  const double round =
+      side_by_side * std::max(instructions / a_cycle, bytes / bandwidth_of(device)) + kWaits * kLatency;
+  return std::ceil(blocks / (side_by_side * device.multiprocessors)) * round;
+}
+
+inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device) {
+  StripPlan best;
+  best.explanation = obstacle_to_strips(unit, dtype, device);
+  if (!best.explanation.empty()) return best;
+  const Sizes s = sizes_of(unit);
+  int64_t least_bytes = std::numeric_limits<int64_t>::max();
+  for (int slices = s.groups; slices >= 1; --slices) {
+    if (s.groups % slices != 0) continue;
+    for (int strips = 1, rows = 0; strips <= s.out_height; ++strips) {
+      if (ceil_div(s.out_height, strips) == rows) continue;
+      rows = ceil_div(s.out_height, strips);
+      if (int64_t{rows} * s.width > 1 << 14) continue;  // more pixels than shared memory holds, and than fit 32 bits
+      for (int warps : {8, 6, 4, 2}) {
+        for (int gap : {8, 1}) {
+          const StripTiling t = {rows, slices, warps, gap};
+          const StripLayout layout(s, t);
+          least_bytes = std::min(least_bytes, layout.bytes);
+          if (layout.bytes > device.shared_per_block || t.blocks(s) > std::numeric_limits<int>::max()) continue;
+          if (pack_shared_bytes(s, layout.packed) > kSharedWithoutAsking) continue;
+          const int64_t by_shared = device.shared_per_multiprocessor / (layout.bytes + kReservedPerBlock);
+          const int blocks =
+              static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, kMostStripWarps / warps)));
+          const double cycles = strip_cycles(unit, t, layout, device, blocks);
+          if (best.ok && cycles >= best.cycles) continue;
+          best = {true, t, layout.bytes, t.blocks(s), blocks, strip_instructions(s, t, layout), cycles, {}};
+        }
+      }
+    }
+  }
+  std::ostringstream text;
+  text << "sm_" << device.compute_capability << ": ";
+  if (best.ok) {
+    text << "strips of " << best.tiling.rows << " rows, " << best.tiling.slices << " of " << s.groups << " slices; "
+         << best.blocks << " blocks of " << best.tiling.warps * 32 << " threads, " << best.shared_bytes
+         << " bytes of shared memory, " << best.blocks_per_multiprocessor << " on a multiprocessor; x is copied once; "
+         << "about " << static_cast<int64_t>(best.instructions) << " warp instructions; tensor cores";
+  } else {
+    text << "the smallest strip takes " << least_bytes << " bytes of shared memory, and a block has "
+         << device.shared_per_block;
+  }
+  best.explanation = text.str();
+  return best;
+}
+
+}  // namespace shufflenet::cuda

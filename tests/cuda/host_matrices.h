@@ -1,0 +1,136 @@
+// The names of csrc/cuda/matrices.cuh for the CPU, on host_device.h's machine.
+#pragma once
+
+#include "host_device.h"
+
+namespace shufflenet::cuda {
+
+inline uint32_t shared_base() { return 0; }
+
+struct alignas(16) Fragment {
+  uint32_t words[4];
+};
+struct Vector4 {
+  float values[4];
+};
+inline uint32_t bits_of(float value) { return bits_as<uint32_t>(value); }
+template <int kAhead = 0>
+Fragment load_constant(const Fragment* from) {
+  return from[kAhead];
+}
+
+template <int kAhead>
+Vector4 load_floats(const Fragment* from) {
+  return bits_as<Vector4>(from[kAhead]);
+}
+
+inline void copy_block_async(uint32_t to, const void* from) {
+  copy_async<16>(Shared<uint16_t>(to), static_cast<const uint16_t*>(from), true);
+}
+
+namespace detail {
+
+template <class Value>
+Value load_shared(int64_t at) {
+  Machine& machine = *Machine::current();
+  machine.check_access(at, sizeof(Value), sizeof(Value));
+  machine.note_read(at, sizeof(Value));
+  Value value;
+  std::memcpy(&value, machine.shared.data() + at, sizeof(Value));
+  return value;
+}
+template <class Value>
+void store_shared(int64_t at, const Value& value) {
+  Machine& machine = *Machine::current();
+  machine.check_access(at, sizeof(Value), sizeof(Value));
+  machine.note_write(at, sizeof(Value));
+  std::memcpy(machine.shared.data() + at, &value, sizeof(Value));
+}
+
+}  // namespace detail
+
+inline void clear_block(uint32_t at) { detail::store_shared(at, Fragment{}); }
+inline uint32_t load_pair(uint32_t at) { return detail::load_shared<uint32_t>(at); }
+
+template <int kOffset, int kMatrices>
+void load_matrices(uint32_t (&to)[kMatrices], uint32_t row, int line = __builtin_LINE()) {
+  detail::load_matrices<kMatrices>(to, row + kOffset, false, line);
+}
+
+template <int kMatrices>
+void store_matrices(uint32_t row, const uint32_t (&from)[kMatrices], int line = __builtin_LINE()) {
+  struct Lane {
+    const uint32_t* from;
+    uint32_t row;
+  } mine = {from, row};
+  Machine::current()->warp_wide(line, &mine, [](void** lanes) {
+    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+      for (int i = 0; i < 8; ++i) {
+        Fragment elements;
+        for (int j = 0; j < 4; ++j) elements.words[j] = static_cast<Lane*>(lanes[4 * i + j])->from[matrix];
+        detail::store_shared(static_cast<Lane*>(lanes[8 * matrix + i])->row, elements);
+      }
+    }
+  });
+}
+
+inline bool warp_any(bool value, int line = __builtin_LINE()) {
+  struct Lane {
+    bool value;
+  } mine = {value};
+  Machine::current()->warp_wide(line, &mine, [](void** lanes) {
+    bool any = false;
+    for (int i = 0; i < 32; ++i) any = any || static_cast<Lane*>(lanes[i])->value;
+    for (int i = 0; i < 32; ++i) static_cast<Lane*>(lanes[i])->value = any;
+  });
+  return mine.value;
+}
+
+template <class T>
+void set_to_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T, int line = __builtin_LINE()) {
+  for (float& value : d) value = 0;
+  multiply_matrices(d, a, b, T{}, line);
+}
+inline void multiply_matrices(float (&d)[4], const uint32_t (&a)[2], uint32_t b, BFloat16,
+                              int line = __builtin_LINE()) {
+  detail::multiply_16_bit<8, BFloat16>(d, a, &b, line);
+}
+
+// ---- Pairs of 16-bit numbers ----------------------------------------------------------------------------------------
+
+namespace detail {
+
+template <class T>
+float half_of(uint32_t pair, int i) {
+  return widen(T{static_cast<uint16_t>(pair >> 16 * i)});
+}
+template <class T>
+uint32_t pair_of(float low, float high) {
+  T first, second;
+  narrow(low, first);
+  narrow(high, second);
+  return first.bits | uint32_t{second.bits} << 16;
+}
+
+}  // namespace detail
+
+template <bool kRelu, class T>
+uint32_t pack(float low, float high, T) {
+  return kRelu ? detail::pair_of<T>(relu(low), relu(high)) : detail::pair_of<T>(low, high);
+}
+// The sum of two 16-bit numbers is rounded to float first. Only bfloat16's sums may then differ from those that are
+// rounded once, and by less than float's rounding.
+template <int kOffset, class T>
+void add_relu_and_store(void* to, uint32_t at, uint32_t low, uint32_t high, T) {
+  char* const into = static_cast<char*>(to) + kOffset;
+  if (reinterpret_cast<uintptr_t>(into) % 8) Machine::fail("a global address not aligned to 8");
+  const uint64_t pairs = detail::load_shared<uint64_t>(at + kOffset);
+  const auto sum = [&](uint32_t a, uint32_t b) {
+    const auto one = [&](int i) { return relu(detail::half_of<T>(a, i) + detail::half_of<T>(b, i)); };
+    return detail::pair_of<T>(one(0), one(1));
+  };
+  const uint32_t sums[2] = {sum(low, static_cast<uint32_t>(pairs)), sum(high, static_cast<uint32_t>(pairs >> 32))};
+  std::memcpy(into, sums, 8);
+}
+
+}  // namespace shufflenet::cuda

@@ -1,0 +1,196 @@
+"""The strip kernel's own source, run on the CPU by tests/cuda/strip_test.cpp and compared with a naive unit in double.
+
+As in test_cuda_host.py, only g++ on x86-64 Linux is needed.
+"""
+
+import math
+import os
+import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from compiled import compiled
+from test_cuda_host import SOURCES, Case, failures, paper_units, pytestmark, run  # noqa: F401  # pytestmark is pytest's
+
+from benchmarks.cuda_toolkit import KERNEL
+
+
+def build(kernel: Path = KERNEL) -> Path:
+    flags = ["-O0", "-g1", "-fsanitize=address", "-fno-strict-aliasing"]
+    return compiled([SOURCES / "strip_test.cpp"], *flags, f"-I{kernel}", f"-I{SOURCES}")
+
+
+@pytest.fixture(scope="session")
+def program() -> Path:
+    return build()
+
+
+def random_strips(seed: int, count: int) -> list[Case]:
+    """Units that can be run by strips, cut by the planner or at random; some with Inf and NaN in x."""
+    rng = random.Random(1000 + seed)
+    cases = []
+    for i in range(count):
+        groups = rng.choice([1, 2, 3, 4, 8])
+        conv1_groups = rng.choice([1, groups, groups, 2])
+        both = math.lcm(groups, conv1_groups)
+        channels = math.lcm(8, 4 * both) * rng.choice([1, 2, 3, 5])
+        mid = both * rng.choice([1, 2, 3, 5, 8, 9, 17])
+        case: Case = {
+            "layout": "nhwc",
+            "dtype": rng.choice(["float16", "bfloat16"]),
+            "n": rng.choice([1, 1, 2]),
+            "in": channels,
+            "mid": mid,
+            "out": channels,
+            "h": rng.choice([1, 2, 3, 5, 7, 8]),
+            "w": rng.choice([1, 2, 3, 7, 8, 13, 16, 17]),
+            "g": groups,
+            "g1": conv1_groups,
+            "relu": rng.randint(0, 1),
+            "norm": rng.randint(0, 2),
+            "wild": rng.choice([0, 0, 1, 4]),
+            "seed": i,
+            "sm": rng.choice([80, 86, 90]),
+        }
+        if rng.random() < 0.3:
+            case["sg"] = rng.choice([divisor for divisor in range(1, 25) if mid % divisor == 0])
+        if rng.random() < 0.7:
+            case["rows"] = rng.randint(1, int(case["h"]))
+            case["slices"] = rng.choice([divisor for divisor in range(1, groups + 1) if groups % divisor == 0])
+            case["warps"] = rng.choice([2, 4, 6, 8])
+            case["gap"] = rng.choice([1, 8])
+        cases.append(case)
+    return cases
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 8))])
+def test_strips_of_all_kinds(program: Path, seed: int) -> None:
+    assert failures(program, random_strips(seed, 12)) == []
+
+
+STRIP: Case = {"layout": "nhwc", "dtype": "float16", "in": 24, "mid": 18, "out": 24, "h": 5, "w": 7}
+
+
+def test_strips_around_the_tiles(program: Path) -> None:
+    # 16 pixels by 8 columns a tile, 32 pixels an item; 16 channels a half and 32 a step of conv1, and of conv3 two and
+    # four blocks; up to six tiles of conv1 and five pairs of conv3 at a time.
+    one: Case = STRIP | {"g": 1, "g1": 1, "h": 1, "w": 9, "in": 16, "out": 16, "mid": 5}
+    edges = [one | {"w": width} for width in (15, 16, 17, 31, 32, 33, 65)]
+    edges += [one | {"in": channels, "out": channels} for channels in (8, 24, 32, 40, 80, 88, 168)]
+    edges += [one | {"mid": mid} for mid in (8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 56, 97)]
+    assert failures(program, edges) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])
+def test_units_of_the_paper_by_strips(program: Path, groups: int) -> None:
+    cases: list[Case] = [
+        unit | {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
+        for unit in paper_units()
+        if unit["g"] == groups and "stride" not in unit
+    ]
+    for case in cases:
+        case["h"] = min(int(case["h"]), 9)
+    assert failures(program, cases) == []
+
+
+# What each planted bug replaces in a file, and how the harness must answer; what the case has beside STRIP.
+STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
+    "y1 read before all of it is there": (
+        "strip_kernel.cuh",
+        "    conv1();\n    barrier();\n",
+        "    conv1();\n",
+        "race|never written",
+        {},
+    ),
+    "x not waited for": ("strip_kernel.cuh", "    wait_copies<0>();\n", "", "is filling|never written", {}),
+    "swizzle of the copies alone": (
+        "strip_kernel.cuh",
+        "base + layout.x_offset(share.pixel + lane % 16, in_pixel)",
+        "base + (share.pixel + lane % 16) * layout.x_pitch + in_pixel",
+        "wrong",
+        {},
+    ),
+    "y2 of the next pixels too early": (
+        "strip_kernel.cuh",
+        "    warp_barrier();                  // all lanes have finished reading what y2 was\n",
+        "",
+        "race",
+        {"h": 9, "w": 8, "warps": 2},
+    ),
+    "tail not cleared": (
+        "strip_kernel.cuh",
+        "if (first + lane % 16 >= pixels) clear_tiles",
+        "if (first + lane % 16 > pixels) clear_tiles",
+        "wrong",
+        {},
+    ),
+    "a row of the halo missing": (
+        "strip_kernel.cuh",
+        "least(out_row + out_rows + 1, s.height)",
+        "least(out_row + out_rows, s.height)",
+        "wrong|never written",
+        {"rows": 2},
+    ),
+    "matrices in the wrong order": (
+        "strip_kernel.cuh",
+        "{pairs[n][0], pairs[n][1], pairs[n + 1][0], pairs[n + 1][1]}",
+        "{pairs[n][0], pairs[n + 1][0], pairs[n][1], pairs[n + 1][1]}",
+        "wrong",
+        {},
+    ),
+    "half a step of y2 left over": (
+        "strip_kernel.cuh",
+        "if (packed.blocks % 2 != 0) clear_block",
+        "if (packed.blocks % 2 == 0) clear_block",
+        "never written",
+        {},
+    ),
+    "NaN not looked for": ("strip_kernel.cuh", "warp_any(any != any)", "warp_any(false)", "wrong", {"wild": 2}),
+    "channels of other groups multiplied": (
+        "strip_products.cuh",
+        "if constexpr (kMasked) mask.apply(a[m], half);",
+        "",
+        "wrong",
+        {"g": 2, "g1": 2, "in": 40, "out": 40, "wild": 2},
+    ),
+    "taps in the wrong order": (
+        "pack_kernel.cuh",
+        "word < 6 ? word / 2 + word % 2 * 3 : word",
+        "word",
+        "wrong",
+        {},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def strip_mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("strip_mutants")
+
+    def build_mutant(name: str) -> Path:
+        file, right, planted, *_ = STRIP_MUTATIONS[name]
+        place = folder / name.replace(" ", "_") / "cuda"
+        shutil.copytree(KERNEL, place, ignore=shutil.ignore_patterns("*.cpp", "*.cu"))
+        shutil.copy(KERNEL.parent / "unit.h", place.parent)
+        (place / file).write_text((place / file).read_text().replace(right, planted))
+        return build(place)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(STRIP_MUTATIONS, pool.map(build_mutant, STRIP_MUTATIONS), strict=True))
+
+
+def test_the_bugs_to_plant_fit_the_strips() -> None:
+    found = {name: (KERNEL / file).read_text().count(right) for name, (file, right, *_) in STRIP_MUTATIONS.items()}
+    assert found == dict.fromkeys(STRIP_MUTATIONS, 1)
+
+
+@pytest.mark.long  # as below
+@pytest.mark.parametrize("name", STRIP_MUTATIONS)
+def test_a_bug_planted_in_strips_is_caught(strip_mutants: dict[str, Path], name: str) -> None:
+    *_, symptoms, others = STRIP_MUTATIONS[name]
+    done = run(strip_mutants[name], [STRIP | others | {"seed": seed} for seed in range(4)])
+    answer = done.stdout + done.stderr
+    assert any(symptom in answer for symptom in symptoms.split("|")), answer
