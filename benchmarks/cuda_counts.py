@@ -41,7 +41,7 @@ class Count:
         return Count(*(getattr(self, name) + getattr(other, name) for name in Count.__annotations__))
 
 
-# The programs of tests/cuda that run kernels by their PTX, by the sources of the kernels: those that are preferred first.
+# The programs of tests/cuda that run kernels by their PTX, by the kernels' kind: those that are preferred first.
 PROGRAMS = {"strip": "strip_test.cpp", "unit": "unit_test.cpp"}
 
 

@@ -78,7 +78,8 @@ def compile_ptx(name: str, arch: int, kernel: Path = KERNEL) -> Path:
     return ptx
 
 
-# What unit_test.cpp and strip_test.cpp of tests/cuda are compiled with to run kernels by their PTX. No two operations may become one.
+# What unit_test.cpp and strip_test.cpp of tests/cuda are compiled with to run kernels by their PTX. No two operations
+# may become one.
 PTX_FLAGS = (
     *("-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-DSHUFFLENET_TEST_PTX", f"-I{KERNEL}", f"-I{ROOT / 'tests' / 'cuda'}"),
