@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="float16 at batch 64 only, which has the targets")
     parser.add_argument("--output", type=Path, default=_RESULTS, help="folder of the results (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if torch.cuda.is_available():
+        torch.cuda.init()  # so that build_info asks the card
     if error := se.build_info()["cuda_error"]:
         print(f"the CUDA benchmarks need a GPU and this package's CUDA kernels: {error}", file=sys.stderr)
         return 1

@@ -37,23 +37,34 @@ class Kernel:
 
 def compile_kernels(dtype: str, arch: str, folder: Path) -> tuple[Path, list[Kernel]]:
     """Compiles the two kernels of a dtype, one for each layout. Raises RuntimeError where nvcc fails."""
-    cubin = folder / f"{dtype}_{arch}.cubin"
-    source = KERNEL / f"unit_{dtype}.cu"
+    cubin, entries = _compile(KERNEL / f"unit_{dtype}.cu", arch, folder)
+    return cubin, [_kernel(LAYOUTS["LayoutE1" in entry], entry) for entry in entries]
+
+
+def compile_strips(dtype: str, arch: str, folder: Path) -> tuple[Path, Kernel]:
+    """Compiles the kernel that runs units of a 16-bit dtype by strips. Raises RuntimeError where nvcc fails."""
+    cubin, entries = _compile(KERNEL / f"strip_{dtype}.cu", arch, folder)
+    (entry,) = (entry for entry in entries if "strip_kernel" in entry.partition("\n")[0])
+    return cubin, _kernel("channels_last", entry)
+
+
+def _compile(source: Path, arch: str, folder: Path) -> tuple[Path, list[str]]:
+    """Compiles a file; what ptxas says of each of its kernels."""
+    cubin = folder / f"{source.stem}_{arch}.cubin"
     command = [nvcc(), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", cubin, source]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc failed on {source.name} for sm_{arch}:\n{done.stderr}")
-    kernels = []
-    for part in done.stderr.split("Compiling entry function")[1:]:
-        kernels.append(
-            Kernel(
-                layout=LAYOUTS["LayoutE1" in part],
-                registers=_number(r"Used (\d+) registers", part),
-                spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", part))),
-                static_shared_bytes=_number(r"(\d+) bytes smem", part, 0),
-            )
-        )
-    return cubin, kernels
+    return cubin, done.stderr.split("Compiling entry function")[1:]
+
+
+def _kernel(layout: str, entry: str) -> Kernel:
+    return Kernel(
+        layout=layout,
+        registers=_number(r"Used (\d+) registers", entry),
+        spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", entry))),
+        static_shared_bytes=_number(r"(\d+) bytes smem", entry, 0),
+    )
 
 
 def compile_ptx(name: str, arch: int, kernel: Path = KERNEL) -> Path:

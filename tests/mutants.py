@@ -415,7 +415,7 @@ MUTANTS = [
     Mutant(
         "CUDA: the shuffle's stride: conv1's groups instead of the shuffle's",
         CUDA + "unit_kernel.cuh",
-        "least(row, at.run.rows - 1) * s.groups",
+        "least(row, at.run.rows - 1) * s.shuffle_groups",
         "least(row, at.run.rows - 1) * s.conv1_groups",
         "test_cuda_host.py::test_units_of_all_kinds",
     ),
@@ -455,6 +455,20 @@ MUTANTS = [
         "test_cuda_host.py::test_thread_order_does_not_matter",
     ),
     Mutant(
+        "CUDA: strips: NaN in the depthwise convolution goes unnoticed",
+        CUDA + "strip_kernel.cuh",
+        "warp_any(any != any)",
+        "warp_any(any != any && lane < 0)",
+        "test_cuda_strips.py::test_strips_of_all_kinds",
+    ),
+    Mutant(
+        "CUDA: strips: a row of conv1 is taken for the channel that it becomes",
+        CUDA + "pack_kernel.cuh",
+        "return channel < 0 ? -1 : PackedLayout::conv1_row(s, channel);",
+        "return channel;",
+        "test_cuda_strips.py::test_strips_of_all_kinds",
+    ),
+    Mutant(
         "CUDA: a kernel is loaded as if no stream were captured",
         CUDA + "launch.cu",
         "  const RelaxedCapture relaxed;\n",
@@ -474,6 +488,27 @@ MUTANTS = [
         "if (previous_ != index_ && has_context(previous_))",
         "if (previous_ != index_)",
         "test_cuda_launch.py::test_a_device_that_had_no_context_has_none_behind_the_launch",
+    ),
+    Mutant(
+        "first contact: a hanging step's children live on",
+        "benchmarks/first_contact/runner.py",
+        "os.killpg(process.pid, signal.SIGKILL)",
+        "os.kill(process.pid, signal.SIGKILL)",
+        "test_first_contact.py::test_a_step_that_fails_or_hangs_does_not_stop_the_others",
+    ),
+    Mutant(
+        "first contact: a driver that ends takes the cases behind with it",
+        "benchmarks/first_contact/driver.py",
+        "_of_a_process(command, lines[done:], seconds)",
+        "_of_a_process(command, lines[done:] * (done == 0), seconds)",
+        "test_first_contact.py::test_a_case_that_ends_or_holds_the_driver_is_one_failure",
+    ),
+    Mutant(
+        "first contact: what lies around a result is not looked at",
+        "benchmarks/first_contact/driver.cpp",
+        "difference.is_small() && is_guarded",
+        "difference.is_small()",
+        "test_first_contact.py::test_the_driver_names_what_is_wrong",
     ),
     # ---- Python
     Mutant(

@@ -3,6 +3,7 @@
 First all tests of the CPU kernels, with a card as torch's default device; then what only a card has.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -167,6 +168,18 @@ def test_another_device_than_the_current(op):
     assert torch.cuda.current_device() == 0
     with pytest.raises(RuntimeError, match="conv1_weight: got a tensor on another device than x's"):
         unit.native([tensors[0], *(tensor.to("cuda:0") for tensor in tensors[1:])])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_another_device_on_a_fresh_thread():
+    unit = replace(STAGE_2, batch=1)
+    tensors = [tensor.to("cuda:1") for tensor in unit.tensors(torch.float16)]
+    got = []
+    thread = threading.Thread(target=lambda: got.append(unit.native(tensors)))
+    thread.start()
+    thread.join()
+    assert_as_accurate(got[0], unit.reference(tensors), unit.exact(tensors))
+    assert torch.cuda.current_device() == 0
 
 
 # ---- Compilation and networks ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cuda_toolkit import Kernel, compile_kernels, nvcc
+from benchmarks.cuda_toolkit import Kernel, compile_kernels, compile_strips, nvcc
 
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 DTYPES = ("float32", "float64", "bfloat16", "float16", "tfloat32")
@@ -81,3 +81,30 @@ def test_the_assembly_has_the_instructions_it_should(
             assert "LDSM.16.M88.4" in kernel
             # Planes: the fragments of 16-bit x are transposed on their way from shared memory.
             assert "LDSM.16.MT88.4" in kernel or dtype == "tfloat32" or "LayoutE1" in kernel
+
+
+# ---- Strips ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def strips(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, Kernel]]:
+    folder = tmp_path_factory.mktemp("strips")
+    wanted = [(dtype, arch) for dtype in ("float16", "bfloat16") for arch in ARCHS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(wanted, pool.map(lambda pair: compile_strips(*pair, folder), wanted), strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_strips_fit_their_registers(strips: dict[tuple[str, str], tuple[Path, Kernel]], dtype: str, arch: str) -> None:
+    cubin, kernel = strips[dtype, arch]
+    assert kernel.spilled_bytes == 0, kernel
+    assert kernel.registers <= 255  # 256 threads, kMostStripWarps in strip.h, then fit a multiprocessor
+    assert kernel.static_shared_bytes == 0, "all shared memory is dynamic: StripLayout counts it"
+    if int(arch) < 80 or cuobjdump() is None:
+        return
+    assembly = subprocess.run([str(cuobjdump()), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    (code,) = (part for part in assembly.split("Function : ")[1:] if "strip_kernel" in part.partition("\n")[0])
+    for instruction in (r"HMMA\.16816\.F32", r"LDSM\.16\.M88\.4", r"LDGSTS\.E\.BYPASS\S*\.128", r"STG\.E\S*\.64"):
+        assert re.search(instruction, code), instruction
+    assert ("STSM.16.M88" in code) == (int(arch) >= 90)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from compiled import CXX, compiled
 from test_cuda_host import MUTATIONS, SOURCES, Case, failures, paper_units, random_cases, run
-from test_cuda_strips import random_strips
+from test_cuda_strips import STRIP_MUTATIONS, random_strips
 
 from benchmarks import cuda_counts
 from benchmarks.cuda_toolkit import KERNEL, LAYOUTS, PTX_FLAGS, compile_ptx, nvcc, ptx_arch
@@ -139,24 +139,30 @@ IN_ASSEMBLY = {
     "copies that are never committed": ('asm volatile("cp.async.commit_group;" ::: "memory");', ""),
     "copies that nobody waits for": ('asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");', ""),
 }
-# Those of test_cuda_host.py that are compiled here as well, which takes seconds each.
-IN_SOURCE = (
-    "missing barrier",
-    "missing barrier of a warp",
-    "halo off by one",
-    "fragment of the wrong lane",
-    "copy not waited for",
-    "padding not cleared",
-    "one row too many",
-)
-FAULTS = {name: ("device.cuh", *fault) for name, fault in IN_ASSEMBLY.items()} | {
-    name: ("unit_kernel.cuh", *MUTATIONS[name][:2]) for name in IN_SOURCE if name in MUTATIONS
+STRIP_MMA = MMA + "{%4, %5, %6, %7}, {%8, %9}, {%10"
+IN_ASSEMBLY_OF_STRIPS = {
+    "matrices stored in the wrong order": ("[%0], {%1, %2, %3, %4};", "[%0], {%1, %3, %2, %4};"),
+    "the first product's registers of A swapped": (STRIP_MMA, STRIP_MMA.replace("%5, %6", "%6, %5")),
+}
+# Those of test_cuda_host.py and test_cuda_strips.py that are compiled here as well, which takes seconds each.
+IN_SOURCE = ("missing barrier", "missing barrier of a warp", "halo off by one", "one row too many")
+IN_SOURCE_OF_STRIPS = ("swizzle of the copies alone", "y2 of the next pixels too early", "tail not cleared")
+# By name: the kind of kernel, the file, what is replaced in it and by what, and what the case has beside others'.
+FAULTS: dict[str, tuple[str, str, str, str, Case]] = {
+    **{name: ("unit", "device.cuh", *fault, {}) for name, fault in IN_ASSEMBLY.items()},
+    **{name: ("strip", "matrices.cuh", *fault, {}) for name, fault in IN_ASSEMBLY_OF_STRIPS.items()},
+    **{name: ("unit", "unit_kernel.cuh", *MUTATIONS[name][:2], {}) for name in IN_SOURCE if name in MUTATIONS},
+    **{
+        name: ("strip", *STRIP_MUTATIONS[name][:3], STRIP_MUTATIONS[name][4])
+        for name in IN_SOURCE_OF_STRIPS
+        if name in STRIP_MUTATIONS
+    },
 }
 
 
-def test_the_faults_to_plant_fit_the_kernel() -> None:
-    assert set(IN_SOURCE) <= set(FAULTS)
-    found = {name: (KERNEL / file).read_text().count(right) for name, (file, right, _) in FAULTS.items()}
+def test_the_faults_to_plant_fit_the_kernels() -> None:
+    assert {*IN_SOURCE, *IN_SOURCE_OF_STRIPS} <= set(FAULTS)
+    found = {name: (KERNEL / file).read_text().count(right) for name, (_, file, right, *_) in FAULTS.items()}
     assert found == dict.fromkeys(FAULTS, 1)
 
 
@@ -165,12 +171,12 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The PTX of the kernels with each fault planted."""
 
     def compile_fault(name: str) -> Path:
-        file, right, planted = FAULTS[name]
+        kind, file, right, planted, _ = FAULTS[name]
         sources = tmp_path_factory.mktemp("faulty") / "csrc"
         shutil.copytree(KERNEL.parent, sources, ignore=shutil.ignore_patterns("cpu"))
         kernel = sources / KERNEL.name
         (kernel / file).write_text((kernel / file).read_text().replace(right, planted))
-        return compile_ptx("unit_float16", 90, kernel)
+        return compile_ptx(f"{kind}_float16", 90, kernel)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(FAULTS, pool.map(compile_fault, FAULTS), strict=True))
@@ -179,8 +185,20 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @needs_nvcc
 @pytest.mark.long  # compiles for a minute
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_caught(program: Path, faulty: dict[str, Path], name: str) -> None:
-    case: Case = {"dtype": "float16", "layout": "nhwc", "in": 24, "mid": 18, "out": 24, "h": 9, "w": 8, "sm": 90}
-    done = run(program, [case | {"tile_rows": rows, "ptx": str(faulty[name])} for rows in (9, 4)])
+def test_a_planted_fault_is_caught(program: Path, strip_program: Path, faulty: dict[str, Path], name: str) -> None:
+    kind, *_, others = FAULTS[name]
+    case: Case = {
+        "dtype": "float16",
+        "layout": "nhwc",
+        "in": 24,
+        "mid": 18,
+        "out": 24,
+        "sm": 90,
+        "ptx": str(faulty[name]),
+    }
+    if kind == "unit":
+        done = run(program, [case | {"h": 9, "w": 8, "tile_rows": rows} for rows in (9, 4)])
+    else:
+        done = run(strip_program, [case | {"h": 5, "w": 7, "seed": seed} | others for seed in range(4)])
     # A wrong result, or an error of the machine, which says where; not one of reading the PTX.
     assert re.search(r"^wrong |^failed: block \d+, warp \d+", done.stdout, re.M), done.stdout + done.stderr

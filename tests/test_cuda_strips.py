@@ -128,7 +128,7 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         {},
     ),
     "a row of the halo missing": (
-        "strip_kernel.cuh",
+        "strip_staging.cuh",
         "least(out_row + out_rows + 1, s.height)",
         "least(out_row + out_rows, s.height)",
         "wrong|never written",
@@ -142,7 +142,7 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         {},
     ),
     "half a step of y2 left over": (
-        "strip_kernel.cuh",
+        "strip_staging.cuh",
         "if (packed.blocks % 2 != 0) clear_block",
         "if (packed.blocks % 2 == 0) clear_block",
         "never written",

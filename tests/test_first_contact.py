@@ -17,6 +17,7 @@ from benchmarks.cuda_toolkit import KERNEL, ROOT
 from benchmarks.first_contact import cases, driver, profile, runner, steps, table
 from benchmarks.first_contact.__main__ import contact, main
 from benchmarks.first_contact.runner import Outcome, Step, run_all
+from benchmarks.first_contact.steps import Card
 
 HERE = ROOT / "benchmarks" / "first_contact"
 
@@ -241,6 +242,20 @@ def test_the_table_names_what_is_wrong() -> None:
     text = "\n".join(table.lines({"card": "none"}, [outcome], 1.0, cases.UNITS, 64))
     assert "**1 of 1 rows are wrong.**" in text
     assert "- torch: right: {'ok': False, 'unit': 'odd', 'error': 0.5}" in text
+
+
+def test_the_card_is_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "NVIDIA H100 80GB HBM3, 9.0, 580.159.04, 1980 MHz, 2619 MHz"
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for lines, expected in (
+        (f"echo '{said}'; echo another", Card("NVIDIA H100 80GB HBM3", "9.0", "580.159.04", "1980 MHz, 2619 MHz")),
+        ("echo 'NVIDIA-SMI has failed'; exit 9", None),
+        ("echo", None),
+    ):
+        program.write_text(f"#!/bin/sh\n{lines}\n")
+        program.chmod(0o755)
+        assert steps.find_card() == expected
 
 
 def test_without_a_card_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,11 +5,11 @@ Only the standard library is imported: what needs torch runs in processes of its
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -19,6 +19,18 @@ from benchmarks.first_contact.runner import Outcome, Show, Step, run_all
 from benchmarks.first_contact.steps import Card
 
 _RESULTS = Path(__file__).parents[1] / "results"
+
+
+def as_json(machine: dict[str, str], outcomes: list[Outcome]) -> str:
+    """All but the steps' text, with a line for each row."""
+
+    def step(outcome: Outcome) -> str:
+        rows = ",\n".join(map(json.dumps, outcome.rows))
+        head = json.dumps({"name": outcome.name, "status": outcome.status, "cause": outcome.cause})
+        return f'{head[:-1]}, "seconds": {outcome.seconds:.2f}, "rows": [\n{rows}\n]}}'
+
+    steps = ",\n".join(map(step, outcomes))
+    return f'{{"machine": {json.dumps(machine)}, "steps": [\n{steps}\n]}}\n'
 
 
 def contact(
@@ -33,12 +45,13 @@ def contact(
         "card": card.name,
         "compute capability": card.arch,
         "driver": card.driver,
+        "highest clocks": card.clocks,
+        "python": sys.version.split()[0],
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
     def keep(outcomes: list[Outcome]) -> None:
-        kept = [asdict(outcome) | {"text": f"{len(outcome.text)} characters in log.txt"} for outcome in outcomes]
-        (output / "results.json").write_text(json.dumps({"machine": machine, "steps": kept}, indent=1))
+        (output / "results.json").write_text(as_json(machine, outcomes))
         text = "".join(f"== {o.name}: {o.status} {o.cause}\n{o.text}\n" for o in outcomes)
         (output / "log.txt").write_text(text)
         written = "\n".join(table.lines(machine, outcomes, time.monotonic() - start, units, batch))
@@ -56,7 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns an exit code: 1 where there is no card or a step is not ok."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_contact", description=__doc__)
     parser.add_argument(
-        "--output", type=Path, help="folder of the results (default: benchmarks/results/cuda-CARD-DATE)"
+        "--output",
+        type=Path,
+        help="folder of the results (default: benchmarks/results/cuda-CARD-DATE, or build/first-contact)",
     )
     parser.add_argument(
         "--rehearse", action="store_true", help="without a card: kernels run on the CPU, on small units"
@@ -66,8 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
     if card is None:
         print("there is no card that nvidia-smi knows of; --rehearse does without one", file=sys.stderr)
         return 1
-    name = "-".join(["cuda", *card.name.lower().split()[-2:], datetime.now(timezone.utc).strftime("%Y-%m-%d")])
-    output: Path = options.output or _RESULTS / name
+    words = re.findall(r"[a-z0-9]+", card.name.lower().removeprefix("nvidia"))
+    name = "-".join(["cuda", *words, datetime.now(timezone.utc).strftime("%Y-%m-%d")])
+    output: Path = options.output or (ROOT / "build" / "first-contact" if options.rehearse else _RESULTS / name)
     start = time.monotonic()
     show: Callable[[str], None] = lambda text: print(f"[{time.monotonic() - start:4.0f} s] {text}", flush=True)  # noqa: E731
     show(f"{card.name}: results go to {output}")

@@ -29,13 +29,16 @@ class Memory {
 
 int64_t l2_bytes();
 
+// Returns how many launches a timed graph has at least: so many that what the graph itself takes does not count.
+int64_t least_launches();
+
 // Copies inside of the card's memory, in a stream.
 void copy(void* to, const void* from, int64_t bytes, void* stream);
 
 // Runs the work and waits for it.
 void run(const Work& work);
 
-// Returns the seconds of each of some replays of the work as one CUDA graph, which is run once before.
+// Returns the seconds of each of some replays of the work as one CUDA graph, behind others that warm the card up.
 std::vector<double> time(const Work& work, int replays);
 
 }  // namespace shufflenet::cuda::card

@@ -1,6 +1,6 @@
 // card.h and csrc/cuda/kernels.h for a rehearsal: an H100 whose kernels, of float16 and float32, run on the CPU by
 // tests/cuda/host_device.h.
-#define SHUFFLENET_TEST_DEVICE "host_device.h"
+#define SHUFFLENET_TEST_DEVICE "host_matrices.h"
 
 #include "card.h"
 
@@ -8,6 +8,8 @@
 #include <stdexcept>
 
 #include "kernels.h"
+#include "pack_kernel.cuh"
+#include "strip_kernel.cuh"
 #include "unit_kernel.cuh"
 
 // AddressSanitizer, which wants to know of fibers, is not linked.
@@ -43,6 +45,15 @@ void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_
   throw std::runtime_error("dtype: a rehearsal has kernels of float16 and float32 only");
 }
 
+void launch_strips(const PackArguments& pack, const StripArguments& arguments, const StripPlan& plan, Dtype dtype,
+                   void*) {
+  if (dtype != Dtype::float16) throw std::runtime_error("dtype: a rehearsal has strips of float16 only");
+  Machine packer(kPackThreads, pack_shared_bytes(pack.sizes, pack.layout), 0);
+  packer.launch(1, [&] { Packer<Float16>(pack).run(); });
+  Machine machine(32 * plan.tiling.warps, plan.shared_bytes, 0);
+  machine.launch(plan.blocks, [&] { StripBlock<Float16>(arguments).run(); });
+}
+
 namespace card {
 
 Memory::Memory(int64_t bytes) : bytes(bytes) {
@@ -58,6 +69,8 @@ void Memory::write(int64_t at, const void* from, int64_t count) {
 std::vector<char> Memory::read() const { return {data, data + bytes}; }
 
 int64_t l2_bytes() { return 0; }
+
+int64_t least_launches() { return 2; }
 
 void copy(void* to, const void* from, int64_t bytes, void*) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
 

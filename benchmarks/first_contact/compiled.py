@@ -31,7 +31,7 @@ def main() -> None:
             case = {"unit": unit.label, "dtype": dtype, "layout": "channels_last", "batch": batch}
             try:
                 folded = on_device(peers.folded_copy(module_of(unit)))
-                x = peers.channels_last(image_of(unit, batch).to(settings.device, real))
+                x = peers.channels_last(image_of(unit, batch, settings.device).to(real))
                 run: Callable[[Tensor], Tensor] = torch.compile(folded, fullgraph=True, dynamic=False)
                 images = [x, *(torch.randn_like(x) for _ in range(sets_of(2 * x.nbytes) - 1))]
                 say(**case, compiled=timed(rotated(run, images)))

@@ -41,6 +41,7 @@ Plan cut(const Case& c) {
   Plan plan = plan_unit(unit, c.dtype(), device);
   if (!plan.ok) throw std::runtime_error(plan.explanation);
   if (c.values.count("tile_rows") == 0) return plan;
+  plan.by_strips = false;
   Tiling& t = plan.tiling;
   t.tile_rows = static_cast<int>(c.number("tile_rows", 0));
   t.tile_columns = static_cast<int>(unit.out_width());
@@ -61,7 +62,15 @@ Plan cut(const Case& c) {
 
 std::string described(const Plan& plan) {
   const Tiling& t = plan.tiling;
+  const StripPlan& strips = plan.strips;
   std::ostringstream text;
+  text << "\"by_strips\": " << (plan.by_strips ? "true" : "false") << ", ";
+  if (plan.by_strips) {
+    text << "\"tile_rows\": " << strips.tiling.rows << ", \"slices\": " << strips.tiling.slices
+         << ", \"tile_depth\": 0, \"shared_bytes\": " << strips.shared_bytes << ", \"windows\": " << strips.blocks
+         << ", \"blocks\": " << strips.blocks_per_multiprocessor << ", \"cycles\": " << strips.cycles;
+    return text.str();
+  }
   text << "\"tile_rows\": " << t.tile_rows << ", \"slices\": " << t.slices << ", \"tile_depth\": " << t.tile_depth
        << ", \"shared_bytes\": " << plan.shared_bytes << ", \"windows\": " << plan.windows
        << ", \"blocks\": " << plan.blocks_per_multiprocessor << ", \"cycles\": " << plan.cycles;
@@ -103,12 +112,23 @@ class CardUnit {
   CardUnit(const Case& c, const Problem<T, Norm>& problem)
       : plan(cut(c)), dtype_(c.dtype()), unit_(c.unit()), conv1_(problem.conv1), conv2_(problem.conv2) {
     if (problem.conv3) conv3_.reset(new CardConvolution<T, Norm>(*problem.conv3));
+    if (plan.by_strips) {
+      const PackedLayout layout(sizes_of(unit_), plan.strips.tiling.slices);
+      packed_.reset(new card::Memory(layout.part * int64_t{plan.strips.tiling.parts(sizes_of(unit_))} * kBlockBytes));
+    }
   }
 
   void launch(const void* x, void* result, void* stream) const {
     const Sizes sizes = sizes_of(unit_);
     const ConvolutionPointers conv3 = conv3_ ? conv3_->pointers : ConvolutionPointers{};
     const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
+    if (plan.by_strips && (address(x) | address(result)) % 16 == 0) {
+      const StripTiling& strips = plan.strips.tiling;
+      const StripLayout layout(sizes, strips);
+      launch_strips({sizes, strips.slices, layout.packed, conv1_.pointers, conv2_.pointers, conv3, packed_->data},
+                    {sizes, strips, layout, x, packed_->data, result}, plan.strips, dtype_, stream);
+      return;
+    }
     Tiling tiling = plan.tiling;
     choose_vectors(
         unit_, dtype_, tiling, {address(x), address(conv1_.pointers.weight), address(conv3.weight), address(result)});
@@ -124,6 +144,7 @@ class CardUnit {
   Unit unit_;
   CardConvolution<T, Norm> conv1_, conv2_;
   std::unique_ptr<CardConvolution<T, Norm>> conv3_;
+  std::unique_ptr<card::Memory> packed_;
 };
 
 template <class T, class Norm>
@@ -162,11 +183,15 @@ std::string timed(const std::vector<double>& seconds, int64_t launches, int64_t 
   return answer.str();
 }
 
-// Returns how many sets of buffers of so many bytes do not fit into the L2 cache together, by far.
-int64_t sets_of(int64_t bytes) {
-  constexpr int64_t kLeast = 2, kMost = 512;
-  return std::min(kMost, std::max(kLeast, 2 * card::l2_bytes() / bytes + 1));
-}
+// How many sets of buffers of so many bytes do not fit into the L2 cache together, by far, and how many launches rotate
+// over them.
+struct Rotation {
+  explicit Rotation(int64_t bytes)
+      : sets(std::min(kMost, std::max(kLeast, 2 * card::l2_bytes() / bytes + 1))),
+        launches(std::max(sets, card::least_launches())) {}
+  static constexpr int64_t kLeast = 2, kMost = 512;
+  int64_t sets, launches;
+};
 
 // What a launch of a case has to move, at least: its input, its result and its parameters once each. Images are alike,
 // so that one is drawn.
@@ -197,34 +222,42 @@ template <class T, class Norm>
 std::string time_launches(const Case& c) {
   const Traffic<T, Norm> traffic(c);
   const CardUnit<T, Norm> unit(c, traffic.problem);
-  const int64_t sets = sets_of(traffic.bytes);
+  const Rotation rotation(traffic.bytes);
   const int64_t x_step = round_up(traffic.x_bytes, 256), result_step = round_up(traffic.result_bytes, 256);
-  const card::Memory result(sets * result_step);
-  card::Memory x(sets * x_step);
-  for (int64_t set = 0; set < sets; ++set) {
-    for (int64_t at = 0; at < traffic.x_bytes; at += traffic.image_bytes) {
-      x.write(set * x_step + at, traffic.problem.x.data, traffic.image_bytes);
-    }
+  const card::Memory result(rotation.sets * result_step);
+  card::Memory x(rotation.sets * x_step);
+  for (int64_t at = 0; at < traffic.x_bytes; at += traffic.image_bytes) {
+    x.write(at, traffic.problem.x.data, traffic.image_bytes);
   }
-  const card::Work launches = [&](void* stream) {
-    for (int64_t set = 0; set < sets; ++set) {
+  card::run([&](void* stream) {
+    for (int64_t set = 1; set < rotation.sets; ++set) {
+      card::copy(x.data + set * x_step, x.data, traffic.x_bytes, stream);
+    }
+  });
+  const card::Work work = [&](void* stream) {
+    for (int64_t i = 0; i < rotation.launches; ++i) {
+      const int64_t set = i % rotation.sets;
       unit.launch(x.data + set * x_step, result.data + set * result_step, stream);
     }
   };
-  return timed(card::time(launches, kReplays), sets, traffic.bytes) + ", " + described(unit.plan);
+  return timed(card::time(work, kReplays), rotation.launches, traffic.bytes) + ", " + described(unit.plan);
 }
 
 template <class T, class Norm>
 std::string time_copies(const Case& c) {
   const Traffic<T, Norm> traffic(c);
-  const int64_t sets = sets_of(traffic.bytes), half = traffic.bytes / 2, step = round_up(half, 256);
-  card::Memory from(sets * step);
-  const card::Memory to(sets * step);
+  const Rotation rotation(traffic.bytes);
+  const int64_t half = traffic.bytes / 2, step = round_up(half, 256);
+  card::Memory from(rotation.sets * step);
+  const card::Memory to(rotation.sets * step);
   from.fill(0);
   const card::Work copies = [&](void* stream) {
-    for (int64_t set = 0; set < sets; ++set) card::copy(to.data + set * step, from.data + set * step, half, stream);
+    for (int64_t i = 0; i < rotation.launches; ++i) {
+      const int64_t at = i % rotation.sets * step;
+      card::copy(to.data + at, from.data + at, half, stream);
+    }
   };
-  return timed(card::time(copies, kReplays), sets, traffic.bytes);
+  return timed(card::time(copies, kReplays), rotation.launches, traffic.bytes);
 }
 
 template <class T, class Norm>

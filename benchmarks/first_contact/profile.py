@@ -1,4 +1,4 @@
-"""Counts what kernels do by ncu: ``python -m benchmarks.first_contact.profile PROGRAM``. One row a kernel.
+"""Counts what kernels do by ncu: ``python -m benchmarks.first_contact.profile PROGRAM``. One row a kernel, in order.
 
 Only the standard library is imported.
 """
@@ -50,11 +50,11 @@ def main(program: str) -> int:
         [*command, program, "once"], input="\n".join(wanted) + "\n", capture_output=True, text=True, check=False
     )
     rows = rows_of(done.stdout)
-    for case, row in zip(wanted, rows, strict=False):
-        print(json.dumps({"case": case, **row}))
-    if len(rows) != len(wanted):
+    for row in rows:
+        print(json.dumps(row))
+    if len(rows) < len(wanted):
         print(done.stdout, done.stderr)
-        print(json.dumps({"ok": False, "what": f"ncu counted {len(rows)} of {len(wanted)} kernels"}))
+        print(json.dumps({"ok": False, "what": f"ncu counted {len(rows)} kernels of {len(wanted)} units"}))
     return done.returncode
 
 

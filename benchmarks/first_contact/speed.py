@@ -31,7 +31,11 @@ class WallClock:
         return time.perf_counter() - start
 
 
-def timer(settings: Settings) -> Callable[[list[Callable[[], object]]], float]:
+# Returns the microseconds of a call, of several that are recorded as one graph.
+Timer = Callable[[list[Callable[[], object]]], float]
+
+
+def timer(settings: Settings) -> Timer:
     """Returns what times calls, which are recorded as one graph: the median of some replays, in µs a call."""
     clock: Clock = WallClock() if settings.rehearse else EventClock()
 
@@ -56,7 +60,7 @@ def rotated(run: Callable[[Tensor], Tensor], images: list[Tensor]) -> list[Calla
     return [lambda x=x: run(x) for x in images]  # type: ignore[misc]
 
 
-def row_of(settings: Settings, unit: PaperUnit, dtype: str, layout: str, batch: int) -> dict[str, object]:
+def row_of(settings: Settings, timed: Timer, unit: PaperUnit, dtype: str, layout: str, batch: int) -> dict[str, object]:
     """One unit's times. Raises RuntimeError where the kernels do not run."""
     real, memory_format = allow_tf32(dtype), FORMATS[layout]
     torch.backends.cudnn.benchmark = batch == 64  # for the batch that there are targets for; it takes its time
@@ -71,14 +75,13 @@ def row_of(settings: Settings, unit: PaperUnit, dtype: str, layout: str, batch: 
     )
     for module in (folded, plain):
         module.to(memory_format=memory_format)  # type: ignore[call-overload]
-    x = image_of(unit, batch).to(settings.device, real, memory_format=memory_format)
+    x = image_of(unit, batch, settings.device).to(real, memory_format=memory_format)
     result = optimized(x)
     allowed = {"float32": 1e-4, "bfloat16": 5e-2}.get(dtype, 1e-2)  # peers round intermediate results
     largest = result.abs().max().item()
     apart = max((module(x) - result).abs().max().item() / largest for module in (folded, plain))
     traffic = x.nbytes + result.nbytes + sum(weight.nbytes for weight in folded.parameters())
     images = [x, *(torch.randn_like(x) for _ in range(sets_of(traffic) - 1))]
-    timed = timer(settings)
     return {
         "ok": apart <= allowed,
         "apart": apart,
@@ -92,13 +95,14 @@ def row_of(settings: Settings, unit: PaperUnit, dtype: str, layout: str, batch: 
 
 def main() -> None:
     settings = Settings(__doc__)
+    timed = timer(settings)
     batches = (1,) if settings.rehearse else sorted(BATCHES, key=lambda n: n != 64)
     dtypes = settings.dtypes if settings.rehearse else TIMED_DTYPES
     with torch.no_grad(), se.use_backend("native"):
         for batch, dtype, layout, unit in product(batches, dtypes, LAYOUTS, settings.units):
             case = {"unit": unit.label, "dtype": dtype, "layout": layout, "batch": batch}
             try:
-                say(**case, **row_of(settings, unit, dtype, layout, batch))
+                say(**case, **row_of(settings, timed, unit, dtype, layout, batch))
             except Exception as error:  # of one case, which must not cost the others theirs
                 say(**case, ok=False, what=f"{type(error).__name__}: {error}")
 

@@ -19,20 +19,22 @@ class Card:
     name: str
     arch: str  # "9.0", or build.HOST in a rehearsal
     driver: str
+    clocks: str  # the highest of the multiprocessors and of the memory
 
 
 def find_card() -> Card | None:
     """The first card, as nvidia-smi names it; None where there is none."""
     try:
-        command = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+        query = "--query-gpu=name,compute_cap,driver_version,clocks.max.sm,clocks.max.memory"
+        command = ["nvidia-smi", query, "--format=csv,noheader"]
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-        name, arch, driver = said.splitlines()[0].split(", ")
+        name, arch, driver, *clocks = said.splitlines()[0].split(", ")
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return None
-    return Card(name, arch, driver)
+    return Card(name, arch, driver, ", ".join(clocks))
 
 
-HOST = Card("none: a rehearsal on the CPU", build.HOST, "none")
+HOST = Card("none: a rehearsal on the CPU", build.HOST, "none", "none")
 
 
 def environment() -> Mapping[str, str]:
@@ -79,7 +81,7 @@ def steps(card: Card, work: Path) -> list[tuple[Step, ...]]:
         driver("copy", "timed", 20, "copies"),
         torch_step("matrix", "right", 60),
         torch_step("speed", "times", 75),
-        driver("time", "planned", 45, "plans"),
+        driver("time", "planned", 60, "plans"),
         sanitizers,
         (Step("ncu", _module("profile", program), 40, ("ncu",)),),
         torch_step("compiled", "torch.compile", 90),

@@ -40,8 +40,8 @@ def module_of(unit: PaperUnit) -> se.FusedShuffleBottleneck:
     return with_statistics(module)
 
 
-def image_of(unit: PaperUnit, batch: int) -> Tensor:
-    return torch.randn(batch, unit.in_channels, unit.size, unit.size)
+def image_of(unit: PaperUnit, batch: int, device: str = "cpu") -> Tensor:
+    return torch.randn(batch, unit.in_channels, unit.size, unit.size, device=device)
 
 
 def allow_tf32(name: str) -> torch.dtype:

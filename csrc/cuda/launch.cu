@@ -136,11 +136,10 @@ int carveout_of(int64_t shared_bytes, int64_t blocks, const Device& device) {
   return static_cast<int>(std::min<int64_t>(100, (100 * used + whole - 1) / whole));
 }
 
-// Makes a kernel ready for a launch with this much shared memory, and so many blocks on a multiprocessor, on the current
-// device. The first time on a device it
-// is loaded, which CUDA would otherwise put off until the launch (CUDA_MODULE_LOADING), where it can fail inside of a
-// graph's capture; and it is allowed all the shared memory that a block can have, which beyond 48 KB has to be asked
-// for.
+// Makes a kernel ready for a launch with this much shared memory, and so many blocks on a multiprocessor, on the
+// current device. The first time on a device it is loaded, which CUDA would otherwise put off until the launch
+// (CUDA_MODULE_LOADING), where it can fail inside of a graph's capture; and it is allowed all the shared memory that a
+// block can have, which beyond 48 KB has to be asked for.
 template <class Blocks>
 void prepare(const void* kernel, int64_t shared_bytes, const Blocks& blocks_on) {
   static std::mutex mutex;

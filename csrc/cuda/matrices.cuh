@@ -84,8 +84,8 @@ SHUFFLENET_DEVICE void store_matrices(uint32_t row, const uint32_t (&from)[kMatr
                  "r"(from[1]), "r"(from[2]), "r"(from[3])
                  : "memory");
   } else {
-    asm volatile(
-        "stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(from[0]), "r"(from[1]) : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(row), "r"(from[0]), "r"(from[1])
+                 : "memory");
   }
 #else
   const int lane = static_cast<int>(threadIdx.x & 31);
@@ -171,8 +171,8 @@ SHUFFLENET_DEVICE uint32_t add_relu(uint32_t a, uint32_t b, BFloat16) {
   return sum;
 }
 
-// Adds to two pairs those of shared memory at `at`, applies a ReLU, rounds once, and writes the 8 bytes to global memory.
-// Both addresses are kOffset bytes less than meant.
+// Adds to two pairs those of shared memory at `at`, applies a ReLU, rounds once, and writes the 8 bytes to global
+// memory. Both addresses are kOffset bytes less than meant.
 template <int kOffset, class T>
 SHUFFLENET_DEVICE void add_relu_and_store(void* to, uint32_t at, uint32_t low, uint32_t high, T) {
 #if __CUDA_ARCH__ >= 800

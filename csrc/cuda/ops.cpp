@@ -71,8 +71,8 @@ struct UnitParameters {
   ConvolutionPointers conv1, conv2, conv3;
 };
 
-// Launches the unit by strips. The weights are packed by each call into memory that torch lends: its allocator knows that
-// what is freed here is in use until the stream has come so far.
+// Launches the unit by strips. The weights are packed by each call into memory that torch lends: its allocator knows
+// that what is freed here is in use until the stream has come so far.
 void launch_by_strips(const Unit& unit, const StripPlan& plan, const Tensor& x, const UnitParameters& parameters,
                       Dtype dtype, const Tensor& result, void* stream) {
   const Sizes s = sizes_of(unit);
@@ -221,10 +221,10 @@ pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& s
   const Device device = sm ? named_device(*sm) : device_properties(index);
   const Plan plan = plan_unit(unit, dtype_named(dtype), device);
   pybind11::dict answer;
-  answer["ok"] = plan.ok;
-  answer["explanation"] = plan.explanation;
   const StripPlan& strips = plan.strips;
   const bool by_strips = plan.by_strips;  // windows of all columns, with all of their channels at once
+  answer["ok"] = plan.ok;
+  answer["explanation"] = by_strips ? strips.explanation : plan.explanation;
   const int64_t width = unit.out_width(), depth = unit.conv1_depth();
   answer["tile_rows"] = by_strips ? strips.tiling.rows : plan.tiling.tile_rows;
   answer["tile_columns"] = by_strips ? width : plan.tiling.tile_columns;
@@ -233,8 +233,7 @@ pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& s
   answer["tile_depth"] = by_strips ? depth : plan.tiling.tile_depth;
   answer["shared_bytes"] = by_strips ? strips.shared_bytes : plan.shared_bytes;
   answer["windows"] = by_strips ? strips.blocks : plan.windows;
-  answer["blocks_per_multiprocessor"] =
-      by_strips ? strips.blocks_per_multiprocessor : plan.blocks_per_multiprocessor;
+  answer["blocks_per_multiprocessor"] = by_strips ? strips.blocks_per_multiprocessor : plan.blocks_per_multiprocessor;
   answer["multiprocessors"] = device.multiprocessors;
   answer["cycles"] = by_strips ? strips.cycles : plan.cycles;
   answer["result_shape"] =

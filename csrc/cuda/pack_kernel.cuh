@@ -54,8 +54,8 @@ struct Packer {
   SHUFFLENET_DEVICE int conv1_channel(int first_slice, int group, int tile, int column) const {
     const int slice = tile / layout.piece_tiles;
     if (slice >= arguments.slices) return -1;
-    return channel_of(first_slice + slice,
-                      (group * layout.piece_tiles + tile % layout.piece_tiles) * kColumns + column);
+    return channel_of(
+        first_slice + slice, (group * layout.piece_tiles + tile % layout.piece_tiles) * kColumns + column);
   }
   // A lane holds the sums of columns 2 * (lane % 4) and the one behind, which in the two tiles of a pair are four
   // neighbouring channels.
@@ -79,8 +79,8 @@ struct Packer {
     if (i < layout.conv3) {
       i -= layout.affine2;
       const int slice = first_slice + i / 4 / layout.blocks, block = i / 4 % layout.blocks;
-      return affine_fragment(arguments.conv2, i % 4,
-                             [&](int column) { return channel_of(slice, block * kColumns + column); });
+      return affine_fragment(
+          arguments.conv2, i % 4, [&](int column) { return channel_of(slice, block * kColumns + column); });
     }
     if (i < layout.affine3) return conv3_fragment(first_slice, i - layout.conv3);
     i -= layout.affine3;
@@ -103,8 +103,8 @@ struct Packer {
     return f;
   }
 
-  // Returns a lane's operand of 32 rows: word i holds rows 8 * i + 2 * (lane % 4) and the one behind, of column lane / 4.
-  // weight_of(row, column) gives the weights' bits.
+  // Returns a lane's operand of 32 rows: word i holds rows 8 * i + 2 * (lane % 4) and the one behind, of column lane
+  // / 4. weight_of(row, column) gives the weights' bits.
   template <class WeightOf>
   SHUFFLENET_DEVICE static Fragment operand(int lane, const WeightOf& weight_of) {
     Fragment f;
@@ -129,8 +129,8 @@ struct Packer {
     });
   }
 
-  // Word w of a lane, of the three fragments that a block has, is the operand of tap tap_of(w): rows are slots, too, and
-  // only what is on the diagonal is not 0.
+  // Word w of a lane, of the three fragments that a block has, is the operand of tap tap_of(w): rows are slots, too,
+  // and only what is on the diagonal is not 0.
   SHUFFLENET_DEVICE Fragment taps_fragment(int first_slice, int i) const {
     const int lane = i % 32, third = i / 32 % 3, block = i / 96 % layout.blocks, slice = i / 96 / layout.blocks;
     const int column = lane / 4, channel = channel_of(first_slice + slice, block * kColumns + column);

@@ -23,8 +23,7 @@ struct Plan {
   int blocks_per_multiprocessor = 0;
   double cycles = 0;  // predicted for the whole launch, see predicted_cycles
   std::string explanation;
-  // The plan to run the unit by strips instead, and whether that is chosen: it is for aligned tensors. Then the
-  // explanation is of it.
+  // The plan to run the unit by strips instead, and whether that is chosen: it is for aligned tensors.
   StripPlan strips;
   bool by_strips = false;
 };
@@ -54,11 +53,10 @@ inline void choose_vectors(const Unit& unit, Dtype dtype, Tiling& t, const Addre
     // conv3, the channels of a chunk are written, and so the distance between chunks counts.
     const int64_t start = unit.has_conv3() ? unit.out_channels / unit.groups * e
                                            : std::gcd(unit.slice_channels() * e * t.slices, int64_t{t.chunk} * e);
-    t.result_vector = vector_bytes(
-        {unit.result_channels() * e, unit.first_conv3_channel() * e, start, address(at.result), residual});
-    t.pool_vector = vector_bytes(
-        {unit.in_channels * e, unit.result_channels() * e, unit.first_pooled_channel() * e, address(at.x),
-         address(at.result)});
+    t.result_vector =
+        vector_bytes({unit.result_channels() * e, unit.first_conv3_channel() * e, start, address(at.result), residual});
+    t.pool_vector = vector_bytes({unit.in_channels * e, unit.result_channels() * e, unit.first_pooled_channel() * e,
+                                  address(at.x), address(at.result)});
   } else if (t.column_tiles(s) == 1) {
     const int64_t in_row = t.row_tiles(s) == 1 ? 16 : unit.width * e;
     const int64_t out_start = t.row_tiles(s) == 1 ? 16 : t.tile_rows * unit.out_width() * e;
@@ -213,7 +211,6 @@ inline Plan plan_unit(const Unit& unit, Dtype dtype, const Device& device) {
   best.explanation = text.str();
   best.strips = plan_strips(unit, dtype, device);
   best.by_strips = best.strips.ok && best.strips.cycles < best.cycles;
-  if (best.by_strips) best.explanation = best.strips.explanation;
   return best;
 }
 

@@ -1,15 +1,16 @@
-// How a unit is cut into strips: what strip_planner.h chooses on the host, and pack_kernel.cuh and strip_kernel.cuh work
-// by on the device.
+// How a unit is cut into strips: what strip_planner.h chooses on the host, and pack_kernel.cuh and strip_kernel.cuh
+// work by on the device.
 //
 // A block computes a strip of whole rows of one image, for `slices` slices of the unit. Everything is multiplied on
 // tensor cores, by mma instructions of 16 pixels x 8 columns. Their operands of weights lie in memory in the order in
-// which lanes hold them, as pack_kernel.cuh has put them there, so that one load of 16 bytes brings a lane what it needs
-// for 32 channels.
+// which lanes hold them, as pack_kernel.cuh has put them there, so that one load of 16 bytes brings a lane what it
+// needs for 32 channels.
 //
-// **Pieces and tiles.** Piece (h, r) is what the shuffle sends from group r of conv1 to slice h: a group of conv3 and the
-// channels that it reads. A tile of conv1 is 8 columns of one piece, and so 8 neighbouring slots of the slice. A slot is
-// where a channel lies in y1 and y2; where a piece has fewer channels than its tiles have columns, the last slots are
-// empty, and hold zeros. This is how the shuffle costs nothing: a whole tile of conv1's result is a whole block of y1.
+// **Pieces and tiles.** Piece (h, r) is what the shuffle sends from group r of conv1 to slice h: a group of conv3 and
+// the channels that it reads. A tile of conv1 is 8 columns of one piece, and so 8 neighbouring slots of the slice. A
+// slot is where a channel lies in y1 and y2; where a piece has fewer channels than its tiles have columns, the last
+// slots are empty, and hold zeros. This is how the shuffle costs nothing: a whole tile of conv1's result is a whole
+// block of y1.
 #pragma once
 
 #include "tiling.h"
@@ -20,7 +21,8 @@ namespace shufflenet::cuda {
 inline constexpr int kTilesOfItem = 2;
 inline constexpr int kItemPixels = kTilesOfItem * kTilePixels;
 inline constexpr int kColumns = 8;  // of a tile; a block of y1 or y2 has as many slots, which are 16 bytes of a pixel
-inline constexpr int kBlockBytes = 16;
+inline constexpr int kElementBytes = 2;
+inline constexpr int kBlockBytes = kColumns * kElementBytes;
 // The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers.
 inline constexpr int kMostConv1Tiles = 6;
 inline constexpr int kMostConv3Pairs = 5;
@@ -29,9 +31,9 @@ inline constexpr int kMostStripWarps = 8;  // so that a thread may have 255 regi
 struct StripTiling {
   int rows = 0;    // of the result
   int slices = 0;  // a divisor of groups
-  int warps = 0;  // an even number, so that the pixels that a warp copies all have the same swizzle
-  // Pixels of y1 between two rows, of which the ones next to an image's are zeros. One is enough. With eight, each eight
-  // pixels of a tile lie in different banks of shared memory, even where the tile goes on in the next row.
+  int warps = 0;   // an even number, so that the pixels that a warp copies all have the same swizzle
+  // Pixels of y1 between two rows, of which the ones next to an image's are zeros. One is enough. With eight, each
+  // eight pixels of a tile lie in different banks of shared memory, even where the tile goes on in the next row.
   int gap = 0;
 
   SHUFFLENET_HOST_DEVICE int strips(const Sizes& s) const { return ceil_div(s.out_height, rows); }
@@ -45,8 +47,8 @@ struct Chunks {
   int count, size;
 };
 
-// The channels of x that a group of conv1 reads, as blocks of 8 that begin at a multiple of 8: `skipped` channels before
-// the group's own lie in the first one.
+// The channels of x that a group of conv1 reads, as blocks of 8 that begin at a multiple of 8: `skipped` channels
+// before the group's own lie in the first one.
 struct GroupStart {
   SHUFFLENET_HOST_DEVICE GroupStart(const Sizes& s, int group) {
     const unsigned channel = static_cast<unsigned>(group * s.conv1_depth);
@@ -149,8 +151,18 @@ struct PackedLayout {
 // A block's shared memory, as byte offsets.
 struct StripLayout {
   SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t)
-      : packed(s, t.slices), x_pitch(0), own_blocks(s.in_channels / kColumns), x_blocks(0), y1_pitch(0), y1_pixels(0), y1(0), y2(0), y2_bytes(0), bytes(0) {
-    // An odd number of 32 bytes: with the swizzle of x_swizzle, eight neighbouring pixels' blocks lie in different banks.
+      : packed(s, t.slices),
+        x_pitch(0),
+        own_blocks(s.in_channels / kColumns),
+        x_blocks(0),
+        y1_pitch(0),
+        y1_pixels(0),
+        y1(0),
+        y2(0),
+        y2_bytes(0),
+        bytes(0) {
+    // An odd number of 32 bytes: with the swizzle of x_swizzle, eight neighbouring pixels' blocks lie in different
+    // banks.
     const int block_pairs = ceil_div(s.in_channels, 2 * kColumns);
     x_pitch = (block_pairs % 2 == 1 ? block_pairs : block_pairs + 1) * 2 * kBlockBytes;
     // Blocks of a pixel that are read: behind its own channels lie those that the last group's last step reads as well.
@@ -174,13 +186,13 @@ struct StripLayout {
     bytes = end + int64_t{t.warps} * y2_bytes;
   }
 
-  // Returns where in shared memory a pixel of x has its byte `at`: blocks 2i and 2i + 1 trade places in every other four
-  // pixels.
+  // Returns where in shared memory a pixel of x has its byte `at`: blocks 2i and 2i + 1 trade places in every other
+  // four pixels.
   SHUFFLENET_HOST_DEVICE int x_swizzle(int pixel) const { return (pixel >> 2 & 1) * kBlockBytes; }
   SHUFFLENET_HOST_DEVICE int x_offset(int pixel, int at) const { return pixel * x_pitch + (at ^ x_swizzle(pixel)); }
 
   PackedLayout packed;
-  int x_pitch;  // bytes from one pixel of x to the next
+  int x_pitch;               // bytes from one pixel of x to the next
   int own_blocks, x_blocks;  // that a pixel has, and that are read from its first on
   int y1_pitch, y1_pixels;
   int y1;            // [conv1_groups][conv1_tiles][y1_pixels] blocks

@@ -9,7 +9,8 @@ namespace shufflenet::cuda {
 
 // Before sm_80 the kernel is empty: strip_planner.h plans none there.
 template <class T>
-__global__ void __launch_bounds__(32 * kMostStripWarps, 1) strip_kernel(const __grid_constant__ StripArguments arguments) {
+__global__ void __launch_bounds__(32 * kMostStripWarps, 1)
+    strip_kernel(const __grid_constant__ StripArguments arguments) {
 #if __CUDA_ARCH__ >= 800
   StripBlock<T>(arguments).run();
 #endif

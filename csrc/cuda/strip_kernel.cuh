@@ -1,5 +1,5 @@
-// A unit of stride 1 as one fused pass over a strip of rows (strip.h), in 16 bits and channels_last, on tensor cores from
-// sm_80 on. x is copied to shared memory once and serves conv1 and the residual.
+// A unit of stride 1 as one fused pass over a strip of rows (strip.h), in 16 bits and channels_last, on tensor cores
+// from sm_80 on. x is copied to shared memory once and serves conv1 and the residual.
 //
 //   conv1      multiplies 32 pixels by some tiles of a group. The results are stored as blocks of y1, which the shuffle
 //              has sorted.
@@ -11,31 +11,13 @@
 #pragma once
 
 #include "strip_products.cuh"
+#include "strip_staging.cuh"
 
 namespace shufflenet::cuda {
 
 template <class T>
-struct StripBlock {
-  SHUFFLENET_DEVICE explicit StripBlock(const StripArguments& arguments)
-      : arguments(arguments),
-        s(arguments.sizes),
-        t(arguments.tiling),
-        layout(arguments.layout),
-        packed(arguments.layout.packed),
-        base(shared_base()),
-        warp(warp_index()),
-        lane(lane_index()),
-        by_width(arguments.sizes.width) {
-    const uint32_t index = static_cast<uint32_t>(block_index()), parts = t.parts(s), strips = t.strips(s);
-    const uint32_t strip = index / parts;
-    image = strip / strips;
-    part = static_cast<int>(index - strip * parts);
-    out_row = static_cast<int>(strip - static_cast<uint32_t>(image) * strips) * t.rows;
-    out_rows = least(t.rows, s.height - out_row);
-    image_row = most(out_row - 1, 0);
-    image_rows = least(out_row + out_rows + 1, s.height) - image_row;
-    fragments = static_cast<const Fragment*>(arguments.fragments) + int64_t{part} * packed.part;
-  }
+struct StripBlock : StripStaging {
+  SHUFFLENET_DEVICE explicit StripBlock(const StripArguments& arguments) : StripStaging(arguments) {}
 
   SHUFFLENET_DEVICE void run() {
     copy_x();
@@ -49,8 +31,8 @@ struct StripBlock {
   }
 
  private:
-  // What a warp does of a phase: of `pieces` (groups or slices), those from `first` on, `step` apart; of the pixels, the
-  // items from `pixel` on, `pixel_step` pixels apart.
+  // What a warp does of a phase: of `pieces` (groups or slices), those from `first` on, `step` apart; of the pixels,
+  // the items from `pixel` on, `pixel_step` pixels apart.
   struct Share {
     SHUFFLENET_DEVICE Share(int warp, int warps, int pieces) {
       const int teams = most(warps / pieces, 1), team = warp / pieces;
@@ -61,75 +43,6 @@ struct StripBlock {
     }
     int first, step, pixel, pixel_step;
   };
-
-  // ---- Staging ------------------------------------------------------------------------------------------------------
-
-  // Starts to copy the strip's rows of x. A warp copies four neighbouring pixels at a time, a lane a block of each.
-  SHUFFLENET_DEVICE void copy_x() {
-    const int pixels = image_rows * s.width, first = warp * 4, step = t.warps * 4;
-    const int64_t pixel_bytes = s.in_channels * static_cast<int64_t>(sizeof(T)), step_bytes = step * pixel_bytes;
-    const int x_pitch = layout.x_pitch, step_pitch = step * x_pitch;
-    const char* const strip = static_cast<const char*>(arguments.x) +
-                              ((int64_t{image} * s.height + image_row) * s.width + first) * pixel_bytes;
-    SHUFFLENET_NO_UNROLL
-    for (int block = lane; block < layout.own_blocks; block += 32) {
-      const char* from = strip + block * kBlockBytes;
-      uint32_t to = base + layout.x_offset(first, block * kBlockBytes);
-      int left = pixels - first;
-      SHUFFLENET_NO_UNROLL
-      for (; left >= 4; left -= step) {
-        copy_block_async(to, from);
-        copy_block_async(to + x_pitch, from + pixel_bytes);
-        copy_block_async(to + 2 * x_pitch, from + 2 * pixel_bytes);
-        copy_block_async(to + 3 * x_pitch, from + 3 * pixel_bytes);
-        from += step_bytes;
-        to += step_pitch;
-      }
-      SHUFFLENET_NO_UNROLL
-      for (int i = 0; i < left; ++i) copy_block_async(to + i * x_pitch, from + i * pixel_bytes);
-    }
-    commit_copies();
-  }
-
-  // Zeroes the pixels of y1 outside of the image, as padding is zero behind conv1's bias and ReLU.
-  SHUFFLENET_DEVICE void clear_y1_outside_the_image() {
-    const int blocks = s.conv1_groups * packed.conv1_tiles, rows = out_rows + 2;
-    const int row_bytes = layout.y1_pitch * kBlockBytes, width_bytes = s.width * kBlockBytes;
-    const int block_bytes = layout.y1_pixels * kBlockBytes;
-    const bool is_top = out_row == 0, is_bottom = out_row + out_rows == s.height;
-    SHUFFLENET_NO_UNROLL
-    for (int block = warp; block < blocks; block += t.warps) {
-      const uint32_t to = base + layout.y1 + block * block_bytes;
-      SHUFFLENET_NO_UNROLL
-      for (int row = lane; row < rows; row += 32) {
-        clear_block(to + row * row_bytes);
-        if (t.gap > 1 || row == rows - 1) clear_block(to + row * row_bytes + width_bytes + kBlockBytes);
-      }
-      SHUFFLENET_NO_UNROLL
-      for (int column = lane; column < s.width; column += 32) {
-        const uint32_t at = to + (column + 1) * kBlockBytes;
-        if (is_top) clear_block(at);
-        if (is_bottom) clear_block(at + (rows - 1) * row_bytes);
-      }
-    }
-  }
-
-  // Zeroes the blocks of x that conv1 loads without using them, and the block of y2 that makes its number even.
-  SHUFFLENET_DEVICE void clear_unused() {
-    const int blocks = layout.own_blocks, unused = layout.x_blocks - blocks;
-    if (unused > 0) {
-      const int pixels = image_rows * s.width, in_pitch = layout.x_pitch / kBlockBytes - blocks;
-      SHUFFLENET_NO_UNROLL
-      for (int pixel = warp * 32 + lane; pixel < pixels; pixel += t.warps * 32) {
-        const int count = pixel == pixels - 1 ? most(unused, in_pitch) : in_pitch;
-        SHUFFLENET_NO_UNROLL
-        for (int i = 0; i < count; ++i) clear_block(base + layout.x_offset(pixel, (blocks + i) * kBlockBytes));
-      }
-    }
-    if (packed.blocks % 2 != 0) clear_block(my_y2() + (packed.blocks * kItemPixels + lane) * kBlockBytes);
-  }
-
-  SHUFFLENET_DEVICE uint32_t my_y2() const { return base + layout.y2 + warp * layout.y2_bytes; }
 
   // ---- conv1 --------------------------------------------------------------------------------------------------------
 
@@ -206,8 +119,8 @@ struct StripBlock {
     }
   }
 
-  // Stores tiles of 16 pixels as blocks of y1. `to` is the address of a pixel in the first, or for lanes 16 to 31 in the
-  // second block.
+  // Stores tiles of 16 pixels as blocks of y1. `to` is the address of a pixel in the first, or for lanes 16 to 31 in
+  // the second block.
   template <int kTiles>
   SHUFFLENET_DEVICE static void store_tiles(uint32_t to, uint32_t two_blocks, const uint32_t (&pairs)[kTiles][2]) {
     SHUFFLENET_UNROLL
@@ -338,13 +251,13 @@ struct StripBlock {
     static_assert(kPairs <= kMostConv3Pairs);
     constexpr int kTiles = 2 * kPairs;
     const int pixels = out_rows * s.width, pixel = first_pixel + lane / 4, x_pitch = layout.x_pitch;
-    const int64_t pixel_bytes = s.in_channels * static_cast<int>(sizeof(T));
+    const int64_t pixel_bytes = s.in_channels * kElementBytes;
     const int step_fragments = kTiles * packed.conv3_steps * 32, halves = packed.conv3_halves;
     const Fragment* weights = fragments + packed.conv3 + slice * packed.conv3_chunks * step_fragments + lane;
     const Fragment* affine = fragments + packed.affine3 + slice * packed.conv3_chunks * kTiles * 4 + lane % 4;
     // The lane's four channels of a pair of tiles, within the slice's group, and their byte in a pixel.
     int channel = lane % 4 * 4;
-    int byte = ((part * t.slices + slice) * s.group_rows + channel) * static_cast<int>(sizeof(T));
+    int byte = ((part * t.slices + slice) * s.group_rows + channel) * kElementBytes;
     uint32_t x = base + layout.x_offset(pixel + (out_row - image_row) * s.width, byte);
     char* to = static_cast<char*>(arguments.result) +
                ((int64_t{image} * s.height + out_row) * s.width + pixel) * pixel_bytes + byte;
@@ -367,8 +280,8 @@ struct StripBlock {
       weights += step_fragments;
       affine += kTiles * 4;
       channel += kPairs * 2 * kColumns;
-      x += kPairs * 2 * kColumns * static_cast<int>(sizeof(T));
-      to += kPairs * 2 * kColumns * static_cast<int>(sizeof(T));
+      x += kPairs * 2 * kColumns * kElementBytes;
+      to += kPairs * 2 * kColumns * kElementBytes;
     }
     return true;
   }
@@ -386,7 +299,7 @@ struct StripBlock {
     }
     for_each<0, kPairs>([&](auto index) {
       constexpr int kPair = decltype(index)::value, kChannels = kPair * 2 * kColumns;
-      constexpr int kBytes = kChannels * static_cast<int>(sizeof(T));
+      constexpr int kBytes = kChannels * kElementBytes;
       const Vector4 first = load_floats<kPair * 8>(affine), second = load_floats<kPair * 8 + 4>(affine);
       SHUFFLENET_UNROLL
       for (int m = 0; m < kTilesOfItem; ++m) {
@@ -403,18 +316,6 @@ struct StripBlock {
       }
     });
   }
-
-  const StripArguments& arguments;
-  const Sizes& s;
-  const StripTiling& t;
-  const StripLayout& layout;
-  const PackedLayout& packed;
-  const uint32_t base;
-  const int warp, lane;
-  const Divisor by_width;
-  // Where the block works: the slices of a part, rows of the result, and the rows of x that these are made of.
-  const Fragment* fragments;
-  int image, part, out_row, out_rows, image_row, image_rows;
 };
 
 }  // namespace shufflenet::cuda

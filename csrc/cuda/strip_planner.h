@@ -29,12 +29,13 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
   if (unit.in_channels % 8 != 0) return "strips need a multiple of 8 channels";
   if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
   if (unit.out_channels / unit.groups % 4 != 0) return "strips need a multiple of 4 channels in a group of conv3";
-  if (unit.mid_channels > 4096 || unit.groups * unit.conv1_groups > 256) return "too many channels or groups for strips";
+  if (unit.mid_channels > 4096 || unit.groups * unit.conv1_groups > 256)
+    return "too many channels or groups for strips";
   return "";
 }
 
-// How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for sm_90
-// on the CPU. The sum comes within a tenth of what whole launches execute.
+// How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for
+// sm_90 on the CPU. The sum comes within a tenth of what whole launches execute.
 struct StripInstructions {
   // Once a warp; to copy a pixel, for each 32 blocks of it; to clear the frame of a block of y1.
   static constexpr double warp = 340, copy = 4.4, clear = 52;
@@ -57,13 +58,14 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
   const double conv1 = Count::item1 + p.conv1_chunk * Count::outputs1 +
                        Count::product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, p.is_masked);
   const double depthwise = Count::item2 + p.blocks * Count::block2;
-  const double conv3 = Count::item3 + conv3_tiles * Count::outputs3 +
-                       Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
+  const double conv3 =
+      Count::item3 + conv3_tiles * Count::outputs3 + Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
   double all = 0;
   for (int row = 0; row < s.out_height; row += t.rows) {
     const int rows = std::min(t.rows, s.out_height - row);
     const int image_rows = std::min(row + rows + 1, s.height) - std::max(row - 1, 0);
-    const double in_items = ceil_div(image_rows * s.width, kItemPixels), out_items = ceil_div(rows * s.width, kItemPixels);
+    const double in_items = ceil_div(image_rows * s.width, kItemPixels),
+                 out_items = ceil_div(rows * s.width, kItemPixels);
     all += t.warps * Count::warp + image_rows * s.width * Count::copy * ceil_div(layout.own_blocks, 32) +
            s.conv1_groups * p.conv1_tiles * Count::clear + in_items * s.conv1_groups * p.conv1_chunks * conv1 +
            out_items * t.slices * (depthwise + p.conv3_chunks * conv3);
@@ -85,8 +87,7 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   const double rows = static_cast<double>(s.out_height) / t.strips(s);
   // Each part of an image copies all of x, the first from memory and the others from the cache.
   const double bytes = 2.0 * s.in_channels * s.width * (rows + (rows + 2)) / t.parts(s);
-  const double side_by_side =
-      std::min<double>(blocks_per_multiprocessor, std::ceil(blocks / device.multiprocessors));
+  const double side_by_side = std::min<double>(blocks_per_multiprocessor, std::ceil(blocks / device.multiprocessors));
   const double a_cycle = std::min(kMostInstructions, side_by_side * t.warps / kWarpInterval);
   const double round =
       side_by_side * std::max(instructions / a_cycle, bytes / bandwidth_of(device)) + kWaits * kLatency;

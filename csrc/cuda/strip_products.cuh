@@ -1,6 +1,6 @@
-// What a warp of strip_kernel.cuh multiplies: 32 pixels by some tiles of conv1, by the taps of a slice, by some tiles of
-// conv3. All operands of pixels come from shared memory by ldmatrix, a lane giving the address of one pixel; all operands
-// of weights from the packed fragments.
+// What a warp of strip_kernel.cuh multiplies: 32 pixels by some tiles of conv1, by the taps of a slice, by some tiles
+// of conv3. All operands of pixels come from shared memory by ldmatrix, a lane giving the address of one pixel; all
+// operands of weights from the packed fragments.
 //
 // A lane holds the sums of rows (pixels) lane / 4 and lane / 4 + 8 of a tile, in columns 2 * (lane % 4) and the one
 // behind: sum[0], sum[1] of the first row, sum[2], sum[3] of the second.
@@ -30,8 +30,8 @@ using Sums = float[kTilesOfItem][kTiles][4];
 
 // The channels of x that a group reads, of the blocks that are loaded: `depth` of them behind `skipped` ones.
 struct ChannelMask {
-  // Clears what a lane holds of other channels, in the half (16 channels) `half` of a tile's operand. They are multiplied
-  // by weights that are 0; but 0 times Inf is NaN.
+  // Clears what a lane holds of other channels, in the half (16 channels) `half` of a tile's operand. They are
+  // multiplied by weights that are 0; but 0 times Inf is NaN.
   SHUFFLENET_DEVICE void apply(uint32_t (&a)[4], int half) const {
     SHUFFLENET_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -61,12 +61,12 @@ SHUFFLENET_DEVICE void multiply_half(Sums<kTiles>& sums, const uint32_t (&a)[kTi
   }
 }
 
-// Multiplies 32 pixels by kTiles tiles, over 16 x `halves` channels. row[m] is the address of the lane's pixel of tile m
-// (lanes 16 to 31 give that of the next 8 channels), from which each half lies kHalfBytes further than the last.
+// Multiplies 32 pixels by kTiles tiles, over 16 x `halves` channels. row[m] is the address of the lane's pixel of tile
+// m (lanes 16 to 31 give that of the next 8 channels), from which each half lies kHalfBytes further than the last.
 template <class T, int kHalfBytes, bool kMasked, int kTiles>
 SHUFFLENET_DEVICE void multiply(Sums<kTiles>& sums, uint32_t (&row)[kTilesOfItem], const Fragment* weights, int halves,
                                 ChannelMask mask) {
-  const auto load_half = [&](uint32_t(&a)[kTilesOfItem][4], int half, auto odd) {
+  const auto load_half = [&](uint32_t (&a)[kTilesOfItem][4], int half, auto odd) {
     SHUFFLENET_UNROLL
     for (int m = 0; m < kTilesOfItem; ++m) {
       load_matrices<decltype(odd)::value * kHalfBytes>(a[m], row[m]);
@@ -96,7 +96,7 @@ SHUFFLENET_DEVICE void multiply(Sums<kTiles>& sums, uint32_t (&row)[kTilesOfItem
 // Applies scale, scale, bias, bias to a tile's sums, rounds them, and keeps the pairs of both rows.
 template <class T, bool kRelu>
 SHUFFLENET_DEVICE void finish(const float (&sum)[4], const Vector4& affine, uint32_t (&pairs)[2]) {
-  const float(&v)[4] = affine.values;
+  const float (&v)[4] = affine.values;
   SHUFFLENET_UNROLL
   for (int row = 0; row < 2; ++row) {
     pairs[row] = pack<kRelu>(multiply_add(sum[2 * row], v[0], v[2]), multiply_add(sum[2 * row + 1], v[1], v[3]), T{});
@@ -152,7 +152,8 @@ SHUFFLENET_DEVICE void depthwise_by_slots(Sums<1>& sums, const uint32_t (&corner
     SHUFFLENET_UNROLL
     for (int odd = 0; odd < 2; ++odd) {
       const Fragment f = load_constant(taps + (word / 4 * 32 + lanes[odd] - here));
-      const uint32_t even_words = word % 2 == 0 ? f.words[0] : f.words[1], odd_words = word % 2 == 0 ? f.words[2] : f.words[3];
+      const uint32_t even_words = word % 2 == 0 ? f.words[0] : f.words[1],
+                     odd_words = word % 2 == 0 ? f.words[2] : f.words[3];
       weight[odd] = number_of<T>(word % 4 < 2 ? even_words : odd_words, odd);
     }
     SHUFFLENET_UNROLL

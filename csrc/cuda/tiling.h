@@ -59,7 +59,7 @@ struct Sizes {
   int out_height, out_width, result_channels;
   int slice_channels, shuffle_rows, conv1_depth, group_rows;  // group_rows: output channels of a group of conv3
   int first_conv3_channel, first_pooled_channel;              // in the result
-  int in_plane, out_plane;                      // pixels of a channel
+  int in_plane, out_plane;                                    // pixels of a channel
   bool conv2_relu, pool_count_include_pad, pool_relu;
 };
 

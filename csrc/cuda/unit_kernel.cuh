@@ -344,8 +344,8 @@ struct Block {
   }
 
   // Finds the runs of conv1's rows that compute the shuffled channels [begin, end), and returns their number. Shuffled
-  // channel n * shuffle_groups + r is row r * shuffle_rows + n: for each r these rows are consecutive, and a run of them is
-  // cut where a group of conv1 ends. One thread writes the runs; all threads count them.
+  // channel n * shuffle_groups + r is row r * shuffle_rows + n: for each r these rows are consecutive, and a run of
+  // them is cut where a group of conv1 ends. One thread writes the runs; all threads count them.
   SHUFFLENET_DEVICE int find_runs(int begin, int end) const {
     const int group_rows = s.mid_channels / s.conv1_groups;
     int count = 0, position = 0;
@@ -355,8 +355,7 @@ struct Block {
         const int group = row / group_rows;
         rows = next_rows(least(run_end, (group + 1) * group_rows) - row);
         if (thread_index() == 0) {
-          runs[count] =
-              Run{row, rows, position, group * s.conv1_depth, (row - first) * s.shuffle_groups + r - begin};
+          runs[count] = Run{row, rows, position, group * s.conv1_depth, (row - first) * s.shuffle_groups + r - begin};
         }
         position += rows;
         ++count;
@@ -370,7 +369,8 @@ struct Block {
     SHUFFLENET_NO_UNROLL
     for (int i = thread_index(); i < channels; i += kThreads) {
       const int channel = begin + i;
-      const Affine<A> first = affine<T>(arguments.conv1, channel % s.shuffle_groups * s.shuffle_rows + channel / s.shuffle_groups);
+      const Affine<A> first =
+          affine<T>(arguments.conv1, channel % s.shuffle_groups * s.shuffle_rows + channel / s.shuffle_groups);
       const Affine<A> second = affine<T>(arguments.conv2, channel);
       taps[2 * i] = first.scale;
       taps[2 * i + 1] = first.bias;
@@ -648,9 +648,9 @@ struct Block {
       SHUFFLENET_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int at_line = first_line + line(2 * half);
-        start[half] = image_offset<kLayout>(s.result_channels, s.out_plane,
-                                            s.first_conv3_channel + channel + (kPlanes ? at_line : element),
-                                            w.out_index(s, kPlanes ? element : at_line));
+        start[half] = image_offset<kLayout>(
+            s.result_channels, s.out_plane, s.first_conv3_channel + channel + (kPlanes ? at_line : element),
+            w.out_index(s, kPlanes ? element : at_line));
       }
       V residual[2][8 / kSize] = {};
       SHUFFLENET_UNROLL
