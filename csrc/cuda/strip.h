@@ -151,7 +151,9 @@ struct PackedLayout {
 // A block's shared memory, as byte offsets.
 struct StripLayout {
   SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t)
-      : packed(s, t.slices),
+      : StripLayout(s, t, PackedLayout(s, t.slices)) {}
+  SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t, const PackedLayout& packed)
+      : packed(packed),
         x_pitch(0),
         own_blocks(s.in_channels / kColumns),
         x_blocks(0),

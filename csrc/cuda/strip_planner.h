@@ -102,6 +102,8 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
   int64_t least_bytes = std::numeric_limits<int64_t>::max();
   for (int slices = s.groups; slices >= 1; --slices) {
     if (s.groups % slices != 0) continue;
+    const PackedLayout packed(s, slices);  // takes longer than the rest of a layout
+    if (pack_shared_bytes(s, packed) > kSharedWithoutAsking) continue;
     for (int strips = 1, rows = 0; strips <= s.out_height; ++strips) {
       if (ceil_div(s.out_height, strips) == rows) continue;
       rows = ceil_div(s.out_height, strips);
@@ -109,10 +111,9 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
       for (int warps : {8, 6, 4, 2}) {
         for (int gap : {8, 1}) {
           const StripTiling t = {rows, slices, warps, gap};
-          const StripLayout layout(s, t);
+          const StripLayout layout(s, t, packed);
           least_bytes = std::min(least_bytes, layout.bytes);
           if (layout.bytes > device.shared_per_block || t.blocks(s) > std::numeric_limits<int>::max()) continue;
-          if (pack_shared_bytes(s, layout.packed) > kSharedWithoutAsking) continue;
           const int64_t by_shared = device.shared_per_multiprocessor / (layout.bytes + kReservedPerBlock);
           const int blocks =
               static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, kMostStripWarps / warps)));
