@@ -67,29 +67,30 @@ def _kernel(layout: str, entry: str) -> Kernel:
     )
 
 
-def compile_ptx(dtype: str, arch: int, kernel: Path = KERNEL) -> Path:
-    """The PTX of the kernels of a dtype, for a compute capability such as 90; ``kernel`` is the folder of the sources.
+def compile_ptx(name: str, arch: int, kernel: Path = KERNEL) -> Path:
+    """The PTX of name.cu, for a compute capability such as 90; ``kernel`` is the folder of the sources.
 
     It is kept in build/ptx from one run to the next, by what it is made of. Raises RuntimeError where nvcc fails.
     """
     command = [str(nvcc()), "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx"]
-    key = hashlib.sha256(repr([command, toolkit_version(), dtype]).encode())
+    key = hashlib.sha256(repr([command, toolkit_version(), name]).encode())
     for source in sorted([*kernel.glob("*.*"), *kernel.parent.glob("*.h")]):
         key.update(source.name.encode() + source.read_bytes())
     folder = ROOT / "build" / "ptx"
-    ptx = folder / f"{dtype}_{arch}-{key.hexdigest()[:16]}.ptx"
+    ptx = folder / f"{name}_{arch}-{key.hexdigest()[:16]}.ptx"
     if not ptx.exists():
         folder.mkdir(parents=True, exist_ok=True)
         made = folder / f"{ptx.stem}-{os.getpid()}"  # a file that is there is a whole one
-        command += ["-o", str(made), str(kernel / f"unit_{dtype}.cu")]
+        command += ["-o", str(made), str(kernel / f"{name}.cu")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"nvcc failed on unit_{dtype}.cu for compute_{arch}:\n{done.stderr}")
+            raise RuntimeError(f"nvcc failed on {name}.cu for compute_{arch}:\n{done.stderr}")
         made.rename(ptx)
     return ptx
 
 
-# What tests/cuda/unit_test.cpp is compiled with to run kernels by their PTX. No two operations may become one.
+# What unit_test.cpp and strip_test.cpp of tests/cuda are compiled with to run kernels by their PTX. No two operations
+# may become one.
 PTX_FLAGS = (
     *("-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-DSHUFFLENET_TEST_PTX", f"-I{KERNEL}", f"-I{ROOT / 'tests' / 'cuda'}"),

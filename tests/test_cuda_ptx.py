@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from compiled import CXX, compiled
 from test_cuda_host import MUTATIONS, SOURCES, Case, failures, paper_units, random_cases, run
+from test_cuda_strips import STRIP_MUTATIONS, random_strips
 
 from benchmarks import cuda_counts
 from benchmarks.cuda_toolkit import KERNEL, LAYOUTS, PTX_FLAGS, compile_ptx, nvcc, ptx_arch
@@ -42,11 +43,17 @@ def program() -> Path:
     return compiled([SOURCES / "unit_test.cpp"], *PTX_FLAGS)
 
 
-def with_ptx(cases: list[Case]) -> list[Case]:
+@pytest.fixture(scope="session")
+def strip_program() -> Path:
+    """The same by strips."""
+    return compiled([SOURCES / "strip_test.cpp"], *PTX_FLAGS)
+
+
+def with_ptx(cases: list[Case], kind: str = "unit") -> list[Case]:
     """The cases, each with the PTX of its dtype and architecture, which is compiled where it is not there yet."""
 
     def ptx_of(case: Case) -> tuple[str, int]:
-        return str(case["dtype"]), ptx_arch(int(case["sm"]))
+        return f"{kind}_{case['dtype']}", ptx_arch(int(case["sm"]))
 
     wanted = sorted({ptx_of(case) for case in cases})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -83,18 +90,41 @@ def test_units_of_the_paper(program: Path) -> None:
 @needs_nvcc
 @pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_counts_are_as_recorded(program: Path, layout: str) -> None:
+def test_counts_are_as_recorded(strip_program: Path, program: Path, layout: str) -> None:
     """What the kernels execute may grow by 5 % until it is recorded anew, by python -m benchmarks.cuda_counts."""
     name = "stage 4 stride 1"  # the one that is counted fastest
     unit = cuda_counts.paper_units(cuda_counts.BATCH)[name]
     case = unit.case(cuda_counts.DTYPE, layout, cuda_counts.SM)
-    got = cuda_counts.summary(unit, cuda_counts.count(program, case))
+    got = cuda_counts.summary(unit, cuda_counts.count({"strip": strip_program, "unit": program}, case))
     recorded = json.loads((cuda_counts.RESULTS / "cuda_counts.json").read_text())[f"{name}, {layout}"]
     assert got.keys() == recorded.keys()
     for key in ("instructions", "wavefronts_an_access", "loaded_of_x"):
         assert got[key] <= 1.05 * recorded[key], key
     assert got["stored_of_result"] == 1
     assert got["used_of_a_stored_sector"] >= 0.95 * recorded["used_of_a_stored_sector"]
+
+
+@needs_nvcc
+def test_a_few_strips(strip_program: Path) -> None:
+    cases = [case | {"dtype": "float16", "sm": 90} for case in random_strips(1000, 12)]
+    assert failures(strip_program, with_ptx(cases, "strip")) == []
+
+
+@needs_nvcc
+@pytest.mark.long
+def test_strips_of_all_kinds(strip_program: Path) -> None:
+    assert failures(strip_program, with_ptx(random_strips(1001, 120), "strip")) == []
+
+
+@needs_nvcc
+@pytest.mark.long
+def test_units_of_the_paper_by_strips(strip_program: Path) -> None:
+    cases: list[Case] = [
+        unit | {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
+        for unit in paper_units()
+        if "stride" not in unit
+    ]
+    assert failures(strip_program, with_ptx(cases, "strip")) == []
 
 
 # Faults in inline assembly, which the source's host version has not: what is replaced in device.cuh.
@@ -109,24 +139,34 @@ IN_ASSEMBLY = {
     "copies that are never committed": ('asm volatile("cp.async.commit_group;" ::: "memory");', ""),
     "copies that nobody waits for": ('asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");', ""),
 }
-# Those of test_cuda_host.py that are compiled here as well, which takes seconds each.
-IN_SOURCE = (
-    "missing barrier",
-    "missing barrier of a warp",
-    "halo off by one",
-    "fragment of the wrong lane",
-    "copy not waited for",
-    "padding not cleared",
-    "one row too many",
-)
-FAULTS = {name: ("device.cuh", *fault) for name, fault in IN_ASSEMBLY.items()} | {
-    name: ("unit_kernel.cuh", *MUTATIONS[name][:2]) for name in IN_SOURCE if name in MUTATIONS
+STRIP_MMA = MMA + "{%4, %5, %6, %7}, {%8, %9}, {%10"
+IN_ASSEMBLY_OF_STRIPS = {
+    "matrices stored in the wrong order": ("[%0], {%1, %2, %3, %4};", "[%0], {%1, %3, %2, %4};"),
+    "the first product's registers of A swapped": (STRIP_MMA, STRIP_MMA.replace("%5, %6", "%6, %5")),
+}
+# Those of test_cuda_host.py and test_cuda_strips.py that are compiled here as well, which takes seconds each.
+IN_SOURCE = ("missing barrier", "missing barrier of a warp", "halo off by one", "one row too many")
+IN_SOURCE_OF_STRIPS = ("swizzle of the copies alone", "tail not cleared")
+# By name: the kind of kernel, the file, what is replaced in it and by what.
+FAULTS: dict[str, tuple[str, str, str, str]] = {
+    **{name: ("unit", "device.cuh", *fault) for name, fault in IN_ASSEMBLY.items()},
+    **{name: ("strip", "matrices.cuh", *fault) for name, fault in IN_ASSEMBLY_OF_STRIPS.items()},
+    **{name: ("unit", "unit_kernel.cuh", *MUTATIONS[name][:2]) for name in IN_SOURCE if name in MUTATIONS},
+    **{name: ("strip", *STRIP_MUTATIONS[name][:3]) for name in IN_SOURCE_OF_STRIPS if name in STRIP_MUTATIONS},
+}
+# Small cases of either kind. Of those by strips one has several tiles of conv1 a slice, one a pitch that is swizzled.
+CASES: dict[str, list[Case]] = {
+    "unit": [{"in": 24, "mid": 18, "out": 24, "h": 9, "w": 8, "tile_rows": rows} for rows in (9, 4)],
+    "strip": [
+        {"in": 48, "mid": 48, "out": 48, "g": 1, "g1": 1, "h": 9, "w": 8},
+        {"in": 64, "mid": 16, "out": 64, "g": 1, "g1": 1, "h": 9, "w": 17},
+    ],
 }
 
 
-def test_the_faults_to_plant_fit_the_kernel() -> None:
-    assert set(IN_SOURCE) <= set(FAULTS)
-    found = {name: (KERNEL / file).read_text().count(right) for name, (file, right, _) in FAULTS.items()}
+def test_the_faults_to_plant_fit_the_kernels() -> None:
+    assert {*IN_SOURCE, *IN_SOURCE_OF_STRIPS} <= set(FAULTS)
+    found = {name: (KERNEL / file).read_text().count(right) for name, (_, file, right, _) in FAULTS.items()}
     assert found == dict.fromkeys(FAULTS, 1)
 
 
@@ -135,12 +175,12 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The PTX of the kernels with each fault planted."""
 
     def compile_fault(name: str) -> Path:
-        file, right, planted = FAULTS[name]
+        kind, file, right, planted = FAULTS[name]
         sources = tmp_path_factory.mktemp("faulty") / "csrc"
         shutil.copytree(KERNEL.parent, sources, ignore=shutil.ignore_patterns("cpu"))
         kernel = sources / KERNEL.name
         (kernel / file).write_text((kernel / file).read_text().replace(right, planted))
-        return compile_ptx("float16", 90, kernel)
+        return compile_ptx(f"{kind}_float16", 90, kernel)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(FAULTS, pool.map(compile_fault, FAULTS), strict=True))
@@ -149,8 +189,9 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @needs_nvcc
 @pytest.mark.long  # compiles for a minute
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_caught(program: Path, faulty: dict[str, Path], name: str) -> None:
-    case: Case = {"dtype": "float16", "layout": "nhwc", "in": 24, "mid": 18, "out": 24, "h": 9, "w": 8, "sm": 90}
-    done = run(program, [case | {"tile_rows": rows, "ptx": str(faulty[name])} for rows in (9, 4)])
+def test_a_planted_fault_is_caught(program: Path, strip_program: Path, faulty: dict[str, Path], name: str) -> None:
+    kind = FAULTS[name][0]
+    common: Case = {"dtype": "float16", "layout": "nhwc", "sm": 90, "ptx": str(faulty[name])}
+    done = run({"unit": program, "strip": strip_program}[kind], [case | common for case in CASES[kind]])
     # A wrong result, or an error of the machine, which says where; not one of reading the PTX.
     assert re.search(r"^wrong |^failed: block \d+, warp \d+", done.stdout, re.M), done.stdout + done.stderr

@@ -1,5 +1,6 @@
-// Runs csrc/cuda/pack_kernel.cuh and strip_kernel.cuh on the CPU (host_matrices.h) and compares the result with a naive
-// unit in double. Reads cases and answers them as unit_test.cpp does.
+// Runs csrc/cuda/pack_kernel.cuh and strip_kernel.cuh on the CPU, by their source (host_matrices.h) or their PTX
+// (launch_ptx.h), and compares the result with a naive unit in double. Reads cases and answers them as unit_test.cpp
+// does.
 #define SHUFFLENET_TEST_DEVICE "host_matrices.h"
 
 #include <iostream>
@@ -10,6 +11,9 @@
 #include "naive_unit.h"
 #include "pack_kernel.cuh"
 #include "strip_kernel.cuh"
+#ifdef SHUFFLENET_TEST_PTX
+#include "launch_ptx.h"
+#endif
 
 namespace shufflenet::cuda {
 namespace {
@@ -33,11 +37,16 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
       problem.conv2.pointers,
       problem.conv3->pointers,
       fragments.data};
+  const StripArguments arguments = {s, tiling, layout, problem.x.data, fragments.data, result.data};
+#ifdef SHUFFLENET_TEST_PTX
+  launch_ptx(c, "pack_kernel", 2, kPackThreads, pack_shared_bytes(s, layout.packed), pack, fragments.data);
+  launch_ptx(c, "strip_kernel", tiling.blocks(s), tiling.warps * 32, layout.bytes, arguments, result.data);
+#else
   Machine packer(kPackThreads, pack_shared_bytes(s, layout.packed), c.number("seed", 0));
   packer.launch(2, [&] { Packer<T>(pack).run(); });
-  const StripArguments arguments = {s, tiling, layout, problem.x.data, fragments.data, result.data};
   Machine machine(tiling.warps * 32, layout.bytes, c.number("seed", 0));
   machine.launch(tiling.blocks(s), [&] { StripBlock<T>(arguments).run(); });
+#endif
   const Difference difference = problem.compare(result.data);
   std::ostringstream answer;
   answer << (difference.is_small() ? "ok " : "wrong ") << difference.units << " " << difference.where;
@@ -58,6 +67,10 @@ std::string run(const std::string& line) {
 
 int main() {
   for (std::string line; std::getline(std::cin, line);) {
-    std::cout << shufflenet::cuda::run(line) << std::endl;
+    try {
+      std::cout << shufflenet::cuda::run(line) << std::endl;
+    } catch (const std::exception& error) {
+      std::cout << "failed: " << error.what() << std::endl;
+    }
   }
 }

@@ -1,7 +1,7 @@
-// Runs csrc/cuda/unit_kernel.cuh on the CPU, by its source (by_source.h) or by the PTX that nvcc made of it (by_ptx.h),
-// and compares it with a naive unit in double. Reads cases from standard input, one a line as `key=value` pairs, and
-// answers each with "ok <error>" or "wrong <error> <what>", where the error is relative to the largest magnitude of the
-// result and in units of the dtype's rounding; or with "failed <why>".
+// Runs csrc/cuda/unit_kernel.cuh on the CPU, by its source (host_device.h) or by the PTX that nvcc made of it
+// (launch_ptx.h), and compares it with a naive unit in double. Reads cases from standard input, one a line as
+// `key=value` pairs, and answers each with "ok <error>" or "wrong <error> <what>", where the error is relative to the
+// largest magnitude of the result and in units of the dtype's rounding; or with "failed: <why>".
 #define SHUFFLENET_TEST_DEVICE "host_device.h"
 
 #include <iostream>
@@ -12,9 +12,7 @@
 #include "naive_unit.h"
 #include "unit_kernel.cuh"
 #ifdef SHUFFLENET_TEST_PTX
-#include "by_ptx.h"
-#else
-#include "by_source.h"
+#include "launch_ptx.h"
 #endif
 
 namespace shufflenet::cuda {
@@ -32,7 +30,14 @@ std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
   const SharedLayout layout(problem.sizes, tiling, kLayout, sizeof(T), sizeof(accumulator_t<T>));
   const KernelArguments arguments = {problem.sizes,          tiling, layout,     problem.x.data, problem.conv1.pointers,
                                      problem.conv2.pointers, conv3,  result.data};
-  launch<T, kLayout>(c, arguments, std::min(c.number("blocks", 1 << 20), tiling.windows(problem.sizes)), result.data);
+  const int64_t blocks = std::min(c.number("blocks", 1 << 20), tiling.windows(problem.sizes));
+#ifdef SHUFFLENET_TEST_PTX
+  const std::string name = "LayoutE" + std::to_string(static_cast<int>(kLayout));  // as the compiler mangles it
+  launch_ptx(c, name, blocks, kThreads, layout.bytes, arguments, result.data);
+#else
+  Machine machine(kThreads, layout.bytes, c.number("seed", 0));
+  machine.launch(blocks, [&] { Block<T, kLayout>(arguments).run(); });
+#endif
 
   const Difference difference = problem.compare(result.data);
   std::ostringstream answer;

@@ -1,4 +1,4 @@
-// Runs a unit's kernel by the PTX that nvcc made of it (ptx/machine.h). A case says where that is: `ptx=file`; with
+// Runs kernels by the PTX that nvcc made of them (ptx/machine.h). A case says where that is: `ptx=file`; with
 // `counts=file` what was executed is written there, a line an opcode.
 #pragma once
 
@@ -11,7 +11,6 @@
 #include "buffer.h"
 #include "case.h"
 #include "ptx/machine.h"
-#include "unit_kernel.cuh"
 
 namespace shufflenet::cuda {
 
@@ -51,13 +50,6 @@ void launch_ptx(const Case& c, const std::string& name, int64_t blocks, int thre
   }
   machine.launch({blocks}, threads, shared_bytes, &arguments);
   if (const std::string file = c.text("counts", ""); !file.empty()) write_counts(machine, file);
-}
-
-// The same as in by_source.h.
-template <class T, Layout kLayout>
-void launch(const Case& c, const KernelArguments& arguments, int64_t blocks, const void* result) {
-  const std::string name = "LayoutE" + std::to_string(static_cast<int>(kLayout));  // as the compiler mangles it
-  launch_ptx(c, name, blocks, kThreads, arguments.layout.bytes, arguments, result);
 }
 
 }  // namespace shufflenet::cuda
