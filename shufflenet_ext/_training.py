@@ -367,7 +367,7 @@ def backward(
     # Turned about, as the planes of the first operand are read but once.
     turned = torch.empty(in_channels, mid // o.conv1_groups, dtype=torch.float64)
     _passes.training_products(x, y1_gradient, None, turned, groups=o.conv1_groups)
-    of_weight1 = turned.view(o.conv1_groups, -1, turned.shape[1]).transpose(1, 2).reshape(weights[0].shape)
+    of_weight1 = turned.view(o.conv1_groups, -1, turned.shape[1]).transpose(1, 2).reshape(weights[0].shape).contiguous()
     gradients = gradients._replace(weights=(of_weight1, *gradients.weights[1:]))
     if depth == 3:
         return gradients

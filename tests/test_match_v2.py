@@ -133,7 +133,7 @@ def test_compile_backend(unit):
     torch._dynamo.reset()
     model = randomize(nn.Sequential(unit(8, 20, 2), unit(20, 20, 1), unit(20, 20, 1))).eval()
     # Without inductor, which takes its time.
-    compiled = torch.compile(model, backend=lambda graph, inputs: _with_ops(graph, inputs).forward)
+    compiled = torch.compile(model, backend=lambda graph, inputs: _with_ops(graph).forward)
     x = torch.randn(2, 8, 9, 7)
     with torch.no_grad():
         assert_as_accurate(compiled(x), model(x), copy.deepcopy(model).double()(x.double()))

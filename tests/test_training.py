@@ -404,8 +404,9 @@ def test_compiled(dynamic):
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
-def test_the_op_is_what_pytorch_expects():
-    unit = fused(UNITS[3])
+@pytest.mark.parametrize("configuration", UNITS[3:], ids=str)
+def test_the_op_is_what_pytorch_expects(configuration):
+    unit = fused(configuration)
     tensors = []
     for conv, norm in unit.pairs():
         tensors += [conv.weight, conv.bias, norm.weight, norm.bias, None, None]
