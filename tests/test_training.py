@@ -523,6 +523,7 @@ def test_passes_refuse_what_does_not_fit(name):
     run(*tensors, **options)
     for i, tensor in enumerate(tensors):
         others = [tensor.new_empty(*tensor.shape[:-1], tensor.shape[-1] + 2), tensor.to(torch.int64), tensor[None]]
+        others.append(tensor[:, :0] if tensor.dim() == 4 else tensor[..., :0])
         others += [tensor.transpose(-1, -2)] if tensor.dim() > 1 and tensor.shape[-1] != tensor.shape[-2] else []
         for other in others:
             with pytest.raises(RuntimeError, match="got"):

@@ -31,6 +31,9 @@ struct Batch4 {
     }
     channels = tensor.size(1);
     size = {tensor.size(2), tensor.size(3)};
+    if (channels < 1 || size.height < 1 || size.width < 1) {
+      fail(name, ": got ", shape_of(tensor), ", expected at least one channel, row and column");
+    }
     image = tensor.stride(0);
     bytes = tensor.element_size();
     const bool dense =
