@@ -178,60 +178,90 @@ class _Conv3:
         return (self.weight * self.at_centre).sum(2).flatten()
 
 
-def forward(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norms: tuple[Norm, Norm, Norm], o: Options) -> Forward:
-    given, x = x, _planes(x)
-    dtype, (n, _, height, width) = x.dtype, x.shape
-    weight1, weight2, weight3 = (_matrix(weight, dtype) for weight in weights)
-    mid, out_channels = len(weight1), len(weight3)
-    out_size = (height - 1) // o.stride + 1, (width - 1) // o.stride + 1
+class _Sizes(NamedTuple):
+    """Of a unit's tensors."""
 
-    (images,) = _summed(o, torch.tensor(float(n), dtype=torch.float64))
-    y1 = _empty(x, mid, (height, width))
-    moments = _moments(n, mid, norms[0].of_batch)
+    n: int
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+    mid: int
+    out_channels: int
+
+    @staticmethod
+    def of(x: Tensor, weights: "Weights", o: Options) -> "_Sizes":
+        n, _, height, width = x.shape
+        out_size = (height - 1) // o.stride + 1, (width - 1) // o.stride + 1
+        return _Sizes(n, (height, width), out_size, len(weights[0]), len(weights[2]))
+
+
+Weights = tuple[Tensor, Tensor, Tensor]
+Norms = tuple[Norm, Norm, Norm]
+
+
+def forward(given: Tensor, weights: Weights, norms: Norms, o: Options) -> Forward:
+    """A unit's result, its norms in training mode or not, and what its backward pass needs."""
+    x = _planes(given)
+    weight1, weight2, weight3 = (_matrix(weight, x.dtype) for weight in weights)
+    sizes = _Sizes.of(x, weights, o)
+    (images,) = _summed(o, torch.tensor(float(sizes.n), dtype=torch.float64))
+
+    y1 = _empty(x, sizes.mid, sizes.in_size)
+    moments = _moments(sizes.n, sizes.mid, norms[0].of_batch)
     _passes.training_pointwise(x, weight1, None, None, y1, moments, groups=o.conv1_groups)
-    of_y1 = None if moments is None else _combined(moments, height * width, images, o)
-    mean1, var1 = of_y1 or _fixed_statistics(norms[0], mid)
+    of_y1 = None if moments is None else _combined(moments, y1[0, 0].numel(), images, o)
+    mean1, var1 = of_y1 or _fixed_statistics(norms[0], sizes.mid)
     norm1 = _Affine.of(norms[0], mean1, var1)
 
-    y2 = _empty(x, mid, out_size)
-    pixels = out_size[0] * out_size[1]
-    moments = _moments(n, mid, norms[1].of_batch or norms[2].of_batch)
-    scale, shift = norm1.scale.to(dtype), norm1.shift.to(dtype)
-    _passes.training_depthwise(y1, scale, shift, weight2, y2, moments, shuffle_groups=o.shuffle_groups, stride=o.stride)
+    y2 = _empty(x, sizes.mid, sizes.out_size)
+    pixels = y2[0, 0].numel()
+    moments = _moments(sizes.n, sizes.mid, norms[1].of_batch or norms[2].of_batch)
+    affine1 = norm1.scale.to(x.dtype), norm1.shift.to(x.dtype)
+    _passes.training_depthwise(y1, *affine1, weight2, y2, moments, shuffle_groups=o.shuffle_groups, stride=o.stride)
     of_y2 = None if moments is None else _combined(moments, pixels, images, o)
-    mean2, var2 = of_y2 if of_y2 is not None and norms[1].of_batch else _fixed_statistics(norms[1], mid)
+    mean2, var2 = of_y2 if of_y2 is not None and norms[1].of_batch else _fixed_statistics(norms[1], sizes.mid)
     norm2 = _Affine.of(norms[1], mean2, var2)
 
     v = _read_by_conv3(y2, norm2, o)
-    if o.conv2_relu:
-        centre = torch.zeros_like(mean2)
-        if norms[2].of_batch:
-            centre = _summed(o, v.sum((0, 2, 3), dtype=torch.float64))[0] / (images * pixels)
-    else:
+    if not o.conv2_relu:
         centre = (mean2 if of_y2 is None else of_y2[0]).clone()  # as the op's outputs may not be one tensor
+    elif norms[2].of_batch:
+        centre = _summed(o, v.sum((0, 2, 3), dtype=torch.float64))[0] / (images * pixels)
+    else:
+        centre = torch.zeros_like(mean2)
     conv3 = _Conv3(weight3, norm2, centre, o)
     covariance = torch.empty(0, dtype=torch.float64)
     if norms[2].of_batch:
-        covariance = torch.empty(mid, mid // o.groups, dtype=torch.float64)
-        _passes.training_products(v, v, centre.to(dtype), covariance, groups=o.groups)
-        covariance = _summed(o, covariance)[0].view(o.groups, -1, mid // o.groups) / (images * pixels)
+        covariance = _covariance(v, centre, images * pixels, o)
         mean3 = conv3.mean_at_centre()
         var3 = ((conv3.of_v @ covariance) * conv3.of_v).sum(2).flatten()
     else:
-        mean3, var3 = _fixed_statistics(norms[2], out_channels)
-    norm3 = _Affine.of(norms[2], mean3, var3)
-
-    matrix = (conv3.of_v * norm3.scale.view(o.groups, -1, 1)).view(out_channels, -1)
-    bias = norm3.bias + norm3.scale * (conv3.mean_at_centre() - mean3)
-    bias = bias - (matrix.view_as(conv3.of_v) @ centre.view(o.groups, -1, 1)).flatten()
-    result = _empty(x, out_channels + (given.shape[1] if o.stride == 2 else 0), out_size)
-    main, pooled = _slices(result, out_channels, o)
-    residual = x if o.stride == 1 else None
-    _passes.training_pointwise(v, matrix.to(dtype), bias.to(dtype), residual, main, None, groups=o.groups, relu=True)
-    if pooled is not None:
-        _passes.training_pool(x, pooled, relu=o.shortcut_relu, count_include_pad=o.pool_count_include_pad)
+        mean3, var3 = _fixed_statistics(norms[2], sizes.out_channels)
+    result = _result(x, v, conv3, _Affine.of(norms[2], mean3, var3), centre, sizes, o)
     statistics = Statistics(mean1, var1, mean2, var2, mean3, var3, centre, covariance, images)
     return Forward(_as_given(result, given), y1.to(given.dtype), y2.to(given.dtype), statistics)
+
+
+def _covariance(v: Tensor, centre: Tensor, values: Tensor, o: Options) -> Tensor:
+    """Of the channels of each group of conv3's input."""
+    of_group = v.shape[1] // o.groups
+    products = torch.empty(v.shape[1], of_group, dtype=torch.float64)
+    _passes.training_products(v, v, centre.to(v.dtype), products, groups=o.groups)
+    return _summed(o, products)[0].view(o.groups, of_group, of_group) / values
+
+
+def _result(x: Tensor, v: Tensor, conv3: _Conv3, norm3: _Affine, centre: Tensor, sizes: _Sizes, o: Options) -> Tensor:
+    """The last pass: conv3 and its norm as one convolution of v, the shortcut and the last ReLU."""
+    matrix = conv3.of_v * norm3.scale.view(o.groups, -1, 1)
+    bias = norm3.bias + norm3.scale * (conv3.mean_at_centre() - norm3.mean)
+    bias = bias - (matrix @ centre.view(o.groups, -1, 1)).flatten()
+    result = _empty(x, sizes.out_channels + (x.shape[1] if o.stride == 2 else 0), sizes.out_size)
+    main, pooled = _slices(result, sizes.out_channels, o)
+    folded = matrix.view(sizes.out_channels, -1).to(x.dtype), bias.to(x.dtype)
+    residual = x if o.stride == 1 else None
+    _passes.training_pointwise(v, *folded, residual, main, None, groups=o.groups, relu=True)
+    if pooled is not None:
+        _passes.training_pool(x, pooled, relu=o.shortcut_relu, count_include_pad=o.pool_count_include_pad)
+    return result
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -256,137 +286,168 @@ class Gradients(NamedTuple):
 
 
 def backward(
-    gradient: Tensor,
-    x: Tensor,
-    forward_pass: Forward,
-    weights: tuple[Tensor, Tensor, Tensor],
-    norms: tuple[Norm, Norm, Norm],
-    o: Options,
-    depth: int,
+    gradient: Tensor, x: Tensor, done: Forward, weights: Weights, norms: Norms, o: Options, depth: int
 ) -> Gradients:
     """The gradients of the forward pass.
 
     ``depth`` says how far back they are wanted: 1 to norm 3 and conv3, 2 to norm 2 and conv2, 3 to norm 1 and conv1, 4
     to x.
     """
-    given, x = x, _planes(x)
-    dtype, (n, in_channels, *_) = x.dtype, x.shape
-    weight1, weight2, weight3 = (_matrix(weight, dtype) for weight in weights)
-    mid, out_channels = len(weight1), len(weight3)
-    result, gradient = _planes(forward_pass.result), _planes(gradient)
-    y1, y2 = _planes(forward_pass.y1), _planes(forward_pass.y2)
-    s = forward_pass.statistics
-    norm1, norm2 = _Affine.of(norms[0], s.mean1, s.var1), _Affine.of(norms[1], s.mean2, s.var2)
-    norm3 = _Affine.of(norms[2], s.mean3, s.var3)
-    v = _read_by_conv3(y2, norm2, o)
-    conv3 = _Conv3(weight3, norm2, s.centre, o)
-    values = s.images * (y2.shape[2] * y2.shape[3])
-    # Sums over all processes give each of them its part of a parameter's gradient: those of the parts add up to it.
-    share = 1 / distributed.get_world_size(process_group(o)) if o.processes else 1
-
-    def grouped(vector: Tensor) -> Tensor:
-        return vector.view(o.groups, -1, 1)
-
-    # Of conv3's result before its norm, dy3 = scale3 * (dz - total / values - rstd3 * y3 * of_scale3 / values).
-    main, pooled = _slices(result, out_channels, o)
-    main_gradient, pooled_gradient = _slices(gradient, out_channels, o)
-    dz = _empty(x, out_channels, (y2.shape[2], y2.shape[3]))
-    products, total = (torch.empty(out_channels, *size, dtype=torch.float64) for size in ((mid // o.groups,), ()))
-    _passes.training_relu_backward(main, main_gradient, dz, v, s.centre.to(dtype), products, total, groups=o.groups)
-    products, total = _summed(o, products.view_as(conv3.of_v), total)
-    with_y3 = norm3.rstd * (conv3.of_v * products).sum(2).flatten()
-    if norms[2].of_batch:
-        correction = conv3.of_v @ s.covariance * grouped(with_y3 * norm3.rstd)
-        products = (products - correction) * grouped(norm3.scale)
-        sum3, of_scale3 = torch.zeros_like(total), with_y3
-    else:
-        products = products * grouped(norm3.scale)
-        sum3, of_scale3 = norm3.scale * total, with_y3 + norm3.rstd * total * (conv3.mean_at_centre() - s.mean3)
-    of_weight3 = (conv3.times_slope(products) + grouped(sum3) * conv3.at_centre).view(weights[2].shape)
-    of_conv3 = [share * each for each in (of_weight3, sum3, of_scale3, total)]
+    run = _Backward(gradient, x, done, weights, norms, o)
+    of_conv3 = run.conv3_gradients()
     if depth == 1:
         return Gradients(None, *((None, None, each) for each in of_conv3))
+    of_conv2 = run.conv2_gradients()
+    of_conv1 = run.conv1_gradients(depth > 2)
+    x_gradient = run.x_gradient() if depth == 4 else None
+    return Gradients(x_gradient, *zip(of_conv1, of_conv2, of_conv3, strict=True))
 
-    # Of v: matrix @ dz - b @ (v - centre) - c.
-    matrix = conv3.times_slope(conv3.weight * grouped(norm3.scale)).transpose(1, 2)
-    sum2 = (conv3.weight * grouped(sum3)).sum(1).flatten()
-    with_y2 = (conv3.weight * products).sum(1).flatten()
-    b, c = torch.zeros(o.groups, 1, 1, dtype=torch.float64), torch.zeros_like(sum2)
-    if norms[2].of_batch:
-        b = matrix @ (conv3.of_v * grouped(with_y3 * norm3.rstd / values))
-        c = (matrix @ grouped(total / values)).flatten()
-    if norms[1].of_batch and not o.conv2_relu:
-        b = b + torch.diag_embed((norm2.scale * norm2.rstd.square() * with_y2 / values).view(o.groups, -1))
-        c = c + norm2.scale * sum2 / values
-    y2_gradient = torch.empty_like(y2)
-    added = None
-    if norms[1].of_batch or norms[2].of_batch:
-        b = b.expand(o.groups, mid // o.groups, mid // o.groups)
-        constant = (b @ s.centre.view(o.groups, -1, 1)).flatten() - c
-        added = y2_gradient
-        _passes.training_pointwise(
-            v, -b.reshape(mid, -1).to(dtype), constant.to(dtype), None, added, None, groups=o.groups
+
+# Of a convolution's weight and bias, and its norm's.
+_StageGradients = tuple[Tensor | None, Tensor, Tensor, Tensor]
+
+
+class _Backward:
+    """The backward pass of a unit, whose methods are called in their order."""
+
+    def __init__(self, gradient: Tensor, x: Tensor, done: Forward, weights: Weights, norms: Norms, o: Options) -> None:
+        self.given, self.x, self.o, self.norms = x, _planes(x), o, norms
+        self.shapes = [weight.shape for weight in weights]
+        self.weight1, self.weight2, weight3 = (_matrix(weight, self.x.dtype) for weight in weights)
+        self.y1, self.y2 = _planes(done.y1), _planes(done.y2)
+        self.s = s = done.statistics
+        self.norm1, self.norm2, self.norm3 = (
+            _Affine.of(norm, mean, var)
+            for norm, mean, var in zip(norms, (s.mean1, s.mean2, s.mean3), (s.var1, s.var2, s.var3), strict=True)
         )
-    matrix = matrix.reshape(mid, -1).to(dtype).contiguous()
-    _passes.training_pointwise(dz, matrix, None, added, y2_gradient, None, groups=o.groups)
-    if o.conv2_relu:
-        sum2, with_y2 = _relu_norm_backward(v, y2, y2_gradient, norm2, norms[1].of_batch, s.images, o)
-    of_scale2 = norm2.rstd * (with_y2 if o.conv2_relu else with_y2 + sum2 * (s.centre - s.mean2))
-    conv2_bias = torch.zeros_like(sum2) if norms[1].of_batch else norm2.scale * sum2
+        self.v = _read_by_conv3(self.y2, self.norm2, o)
+        self.conv3 = _Conv3(weight3, self.norm2, s.centre, o)
+        self.main, self.pooled = _slices(_planes(done.result), len(weight3), o)
+        self.main_gradient, self.pooled_gradient = _slices(_planes(gradient), len(weight3), o)
+        self.values = s.images * self.y2[0, 0].numel()  # that norms 2 and 3 have of a channel
+        # Sums over all processes give each of them its part of a parameter's gradient: those of the parts add up to it.
+        self.share = 1 / distributed.get_world_size(process_group(o)) if o.processes else 1
 
-    y1_gradient = torch.empty_like(y1)
-    sums = torch.empty(n, mid, 11, dtype=torch.float64)
-    scale, shift = norm1.scale.to(dtype), norm1.shift.to(dtype)
-    _passes.training_depthwise_backward(
-        y2_gradient,
-        y1,
-        s.mean1.to(dtype),
-        scale,
-        shift,
-        weight2,
-        y1_gradient,
-        sums,
-        shuffle_groups=o.shuffle_groups,
-        stride=o.stride,
-    )
-    sums = sums.sum(0)
-    before_shuffle = sums[:, :2].view(mid // o.shuffle_groups, o.shuffle_groups, 2).transpose(0, 1).reshape(mid, 2)
-    sum1, with_y1 = _summed(o, before_shuffle)[0].unbind(1)
-    conv1_bias = torch.zeros_like(sum1) if norms[0].of_batch else norm1.scale * sum1
-    gradients = Gradients(
-        None,
-        (None, sums[:, 2:].reshape(weights[1].shape), of_conv3[0]),
-        (share * conv1_bias, share * conv2_bias, of_conv3[1]),
-        (share * with_y1 * norm1.rstd, share * of_scale2, of_conv3[2]),
-        (share * sum1, share * sum2, of_conv3[3]),
-    )
-    if depth == 2:
+    def _grouped(self, vector: Tensor) -> Tensor:
+        return vector.view(self.o.groups, -1, 1)
+
+    def _shared(self, *gradients: Tensor) -> Any:
+        return tuple(self.share * gradient for gradient in gradients)
+
+    def conv3_gradients(self) -> _StageGradients:
+        # Of conv3's result before its norm, dy3 = scale3 * (dz - total / values - rstd3 * y3 * with_y3 / values).
+        o, conv3, norm3 = self.o, self.conv3, self.norm3
+        self.dz = torch.empty_like(self.main, memory_format=torch.contiguous_format)
+        products = torch.empty(len(norm3.mean), conv3.weight.shape[2], dtype=torch.float64)
+        total, centre = torch.empty_like(norm3.mean), self.s.centre.to(self.x.dtype)
+        _passes.training_relu_backward(
+            self.main, self.main_gradient, self.dz, self.v, centre, products, total, groups=o.groups
+        )
+        products, self.total = _summed(o, products.view_as(conv3.of_v), total)
+        self.with_y3 = norm3.rstd * (conv3.of_v * products).sum(2).flatten()
+        if self.norms[2].of_batch:
+            products = products - conv3.of_v @ self.s.covariance * self._grouped(self.with_y3 * norm3.rstd)
+            self.sum3, of_scale = torch.zeros_like(total), self.with_y3
+        else:
+            above_mean = conv3.mean_at_centre() - self.s.mean3
+            self.sum3, of_scale = norm3.scale * self.total, self.with_y3 + norm3.rstd * self.total * above_mean
+        self.products = products * self._grouped(norm3.scale)  # of dy3 with v
+        of_weight = conv3.times_slope(self.products) + self._grouped(self.sum3) * conv3.at_centre
+        gradients: _StageGradients = self._shared(of_weight.view(self.shapes[2]), self.sum3, of_scale, self.total)
         return gradients
 
-    _norm_backward(norm1, norms[0].of_batch, y1, y1_gradient, sum1, with_y1, s.images)
-    # Turned about, as the planes of the first operand are read but once.
-    turned = torch.empty(in_channels, mid // o.conv1_groups, dtype=torch.float64)
-    _passes.training_products(x, y1_gradient, None, turned, groups=o.conv1_groups)
-    of_weight1 = turned.view(o.conv1_groups, -1, turned.shape[1]).transpose(1, 2).reshape(weights[0].shape).contiguous()
-    gradients = gradients._replace(weights=(of_weight1, *gradients.weights[1:]))
-    if depth == 3:
-        return gradients
+    def conv2_gradients(self) -> _StageGradients:
+        o, norm1, of_batch = self.o, self.norm1, self.norms[1].of_batch
+        self._find_y2_gradient()
+        if o.conv2_relu:
+            self._pass_relu_and_norm2()
+        of_scale = self.norm2.rstd * self.with_y2
+        if not o.conv2_relu:
+            of_scale = of_scale + self.norm2.rstd * self.sum2 * (self.s.centre - self.s.mean2)
+        of_bias = torch.zeros_like(self.sum2) if of_batch else self.norm2.scale * self.sum2
 
-    transposed = weight1.view(o.conv1_groups, -1, weight1.shape[1]).transpose(1, 2).reshape(in_channels, -1)
-    x_gradient = dz
-    if pooled is not None:
-        assert pooled_gradient is not None
-        if o.shortcut_relu:
-            kept = torch.empty_like(pooled)
-            unused = torch.empty(in_channels, dtype=torch.float64)
-            _passes.training_relu_backward(pooled, pooled_gradient, kept, None, None, None, unused)
-            pooled_gradient = kept
-        x_gradient = torch.empty_like(x)
-        _passes.training_pool_backward(pooled_gradient, x_gradient, count_include_pad=o.pool_count_include_pad)
-    _passes.training_pointwise(
-        y1_gradient, transposed.contiguous(), None, x_gradient, x_gradient, None, groups=o.conv1_groups
-    )
-    return gradients._replace(x=_as_given(x_gradient, given))
+        self.y1_gradient = torch.empty_like(self.y1)
+        sums = torch.empty(len(self.x), len(self.weight1), 11, dtype=torch.float64)
+        vectors = (vector.to(self.x.dtype) for vector in (self.s.mean1, norm1.scale, norm1.shift))
+        _passes.training_depthwise_backward(
+            self.y2_gradient,
+            self.y1,
+            *vectors,
+            self.weight2,
+            self.y1_gradient,
+            sums,
+            shuffle_groups=o.shuffle_groups,
+            stride=o.stride,
+        )
+        sums = sums.sum(0)
+        before_shuffle = sums[:, :2].view(-1, o.shuffle_groups, 2).transpose(0, 1).reshape(-1, 2)
+        self.sum1, self.with_y1 = _summed(o, before_shuffle)[0].unbind(1)
+        return (sums[:, 2:].reshape(self.shapes[1]), *self._shared(of_bias, of_scale, self.sum2))
+
+    def _find_y2_gradient(self) -> None:
+        """That of v, which is y2's own without a ReLU: matrix @ dz - b @ (v - centre) - c."""
+        o, conv3, norm2 = self.o, self.conv3, self.norm2
+        matrix = conv3.times_slope(conv3.weight * self._grouped(self.norm3.scale)).transpose(1, 2)
+        self.sum2 = (conv3.weight * self._grouped(self.sum3)).sum(1).flatten()
+        self.with_y2 = (conv3.weight * self.products).sum(1).flatten()
+        mid, depth = len(self.sum2), conv3.weight.shape[2]
+        b, c = torch.zeros(o.groups, depth, depth, dtype=torch.float64), torch.zeros_like(self.sum2)
+        if self.norms[2].of_batch:
+            b = matrix @ (conv3.of_v * self._grouped(self.with_y3 * self.norm3.rstd / self.values))
+            c = (matrix @ self._grouped(self.total / self.values)).flatten()
+        if self.norms[1].of_batch and not o.conv2_relu:
+            diagonal = norm2.scale * norm2.rstd.square() * self.with_y2 / self.values
+            b = b + torch.diag_embed(diagonal.view(o.groups, -1))
+            c = c + norm2.scale * self.sum2 / self.values
+        self.y2_gradient, added = torch.empty_like(self.y2), None
+        if self.norms[1].of_batch or self.norms[2].of_batch:
+            added = self.y2_gradient
+            constant = (b @ self._grouped(self.s.centre)).flatten() - c
+            of_v = -b.reshape(mid, -1).to(self.x.dtype), constant.to(self.x.dtype)
+            _passes.training_pointwise(self.v, *of_v, None, added, None, groups=o.groups)
+        matrix = matrix.reshape(mid, -1).to(self.x.dtype).contiguous()
+        _passes.training_pointwise(self.dz, matrix, None, added, self.y2_gradient, None, groups=o.groups)
+
+    def _pass_relu_and_norm2(self) -> None:
+        """Takes the gradient of v to y2, and finds the sums between the two."""
+        total, norm, gradient = torch.empty_like(self.norm2.mean), self.norm2, self.y2_gradient
+        _passes.training_relu_backward(self.v, gradient, gradient, None, None, None, total)
+        deviation = self.y2 - norm.mean.to(self.y2.dtype).view(1, -1, 1, 1)
+        with_y2 = (gradient * deviation).sum((2, 3)).sum(0, dtype=torch.float64)
+        self.sum2, self.with_y2 = _summed(self.o, total, with_y2)
+        _norm_backward(norm, self.norms[1].of_batch, self.y2, gradient, self.sum2, self.with_y2, self.s.images)
+
+    def conv1_gradients(self, with_weight: bool) -> _StageGradients:
+        o, norm1, of_batch = self.o, self.norm1, self.norms[0].of_batch
+        of_bias = torch.zeros_like(self.sum1) if of_batch else norm1.scale * self.sum1
+        gradients = self._shared(of_bias, self.with_y1 * norm1.rstd, self.sum1)
+        if not with_weight:
+            return (None, *gradients)
+        _norm_backward(norm1, of_batch, self.y1, self.y1_gradient, self.sum1, self.with_y1, self.s.images)
+        # Turned about, as the planes of the first operand are read but once.
+        turned = torch.empty(self.x.shape[1], len(self.weight1) // o.conv1_groups, dtype=torch.float64)
+        _passes.training_products(self.x, self.y1_gradient, None, turned, groups=o.conv1_groups)
+        of_weight = turned.view(o.conv1_groups, -1, turned.shape[1]).transpose(1, 2)
+        return (of_weight.reshape(self.shapes[0]).contiguous(), *gradients)
+
+    def x_gradient(self) -> Tensor:
+        o, gradient = self.o, self.dz
+        if self.pooled is not None and self.pooled_gradient is not None:
+            pooled_gradient = self.pooled_gradient
+            if o.shortcut_relu:
+                pooled_gradient = torch.empty_like(self.pooled, memory_format=torch.contiguous_format)
+                unused = torch.empty(self.x.shape[1], dtype=torch.float64)
+                _passes.training_relu_backward(
+                    self.pooled, self.pooled_gradient, pooled_gradient, None, None, None, unused
+                )
+            gradient = torch.empty_like(self.x)
+            _passes.training_pool_backward(pooled_gradient, gradient, count_include_pad=o.pool_count_include_pad)
+        weight = self.weight1
+        turned = weight.view(o.conv1_groups, -1, weight.shape[1]).transpose(1, 2).reshape(self.x.shape[1], -1)
+        _passes.training_pointwise(
+            self.y1_gradient, turned.contiguous(), None, gradient, gradient, None, groups=o.conv1_groups
+        )
+        return _as_given(gradient, self.given)
 
 
 def _norm_backward(
@@ -399,18 +460,3 @@ def _norm_backward(
         slope = norm.scale * norm.rstd.square() * with_y / values
         shift = norm.scale * total / values
     _passes.training_norm_backward(gradient, y, torch.stack((norm.scale, slope, norm.mean, shift)))
-
-
-def _relu_norm_backward(
-    v: Tensor, y2: Tensor, gradient: Tensor, norm: _Affine, of_batch: bool, images: Tensor, o: Options
-) -> tuple[Tensor, Tensor]:
-    """Takes a gradient from behind the ReLU that follows norm 2 to y2, where it lies.
-
-    Returns the sums between the two: of the gradient, and of it times what y2 lies above its mean.
-    """
-    total = torch.empty_like(norm.mean)
-    _passes.training_relu_backward(v, gradient, gradient, None, None, None, total)
-    deviation = y2 - norm.mean.to(y2.dtype).view(1, -1, 1, 1)
-    total, with_y = _summed(o, total, (gradient * deviation).sum((2, 3)).sum(0, dtype=torch.float64))
-    _norm_backward(norm, of_batch, y2, gradient, total, with_y, images)
-    return total, with_y
