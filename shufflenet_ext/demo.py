@@ -75,16 +75,14 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     top, left = torch.randint(2 * LARGEST_SHIFT + 1, (2,), generator=generator).tolist()
     height, width = images.shape[2:]
     padded = F.pad(images, (LARGEST_SHIFT,) * 4, mode="replicate")
-    return padded[:, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    return padded[:, :, top : top + height, left : left + width].contiguous()
 
 
 def train(digits: Digits, epochs: int, console: Console) -> nn.Module:
     """ShuffleNetG3 of fused units, trained with fixed seeds; in eval mode."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    # Channels last only because PyTorch's grouped convolutions train faster in it.
     model = models.ShuffleNetG3().train()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
     steps = len(digits.train_labels) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps)
@@ -108,9 +106,7 @@ def train(digits: Digits, epochs: int, console: Console) -> nn.Module:
                 optimizer.step()
                 schedule.step()
                 progress.update(task, advance=1, loss=loss.item())
-    trained = models.ShuffleNetG3()  # anew, as a user would load it: 1×1 weights keep channels_last strides otherwise
-    trained.load_state_dict(model.state_dict())
-    return trained.eval()
+    return model.eval()
 
 
 def _through(
