@@ -21,6 +21,13 @@ def check_int(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
 
 
+def check_positive(name: str, value: int) -> None:
+    """Raises TypeError or ValueError unless ``value`` is an integer of at least 1."""
+    check_int(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected a positive int")
+
+
 def check_divides(name: str, divisor: int, what: str, value: int) -> None:
     """Raises ValueError unless ``divisor`` is positive and divides ``value``, which the message calls ``what``."""
     if divisor < 1 or value % divisor != 0:

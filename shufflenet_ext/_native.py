@@ -172,6 +172,11 @@ def is_channels_last(x: torch.Tensor) -> bool:
     return x.dim() == 4 and not x.is_contiguous() and x.stride(1) == 1
 
 
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """The format that kernels write a result of four dimensions in."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
 def describe(x: torch.Tensor, weights: torch.Tensor, program: Sequence[int], threads: int) -> dict[str, Any]:
     """How the CPU's shuffle_network would run on so many threads; see csrc/library.cpp. This runs nothing."""
     assert _C is not None

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from shufflenet_ext._native import is_channels_last
+from shufflenet_ext._native import memory_format
 
 _passes: Any = torch.ops.shufflenet_ext
 
@@ -262,10 +262,6 @@ def _result(x: Tensor, v: Tensor, conv3: _Conv3, norm3: _Affine, centre: Tensor,
     if pooled is not None:
         _passes.training_pool(x, pooled, relu=o.shortcut_relu, count_include_pad=o.pool_count_include_pad)
     return result
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def _as_given(tensor: Tensor, given: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def _fake_forward(
     n, in_channels, height, width = x.shape
     size = (height - 1) // stride + 1, (width - 1) // stride + 1
     channels = out_channels + (in_channels if stride == 2 else 0)
-    result = x.new_empty(n, channels, *size).to(memory_format=_training.memory_format(x))
+    result = x.new_empty(n, channels, *size).to(memory_format=_native.memory_format(x))
 
     def double(*sizes: int) -> Tensor:
         return x.new_empty(sizes, dtype=torch.float64)
@@ -177,7 +177,7 @@ def _fake_backward(
             return x.new_empty(0)
         return torch.empty_like(like, memory_format=torch.contiguous_format)
 
-    fakes = [fake(0, x).to(memory_format=_training.memory_format(x)) if depth == 4 else x.new_empty(0)]
+    fakes = [fake(0, x).to(memory_format=_native.memory_format(x)) if depth == 4 else x.new_empty(0)]
     for i, stage in enumerate(_stages(tensors)):
         fakes += [fake(1 + i * _OF_STAGE + j, like) for j, like in enumerate(stage[:_TRAINED])]
     return fakes

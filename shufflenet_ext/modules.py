@@ -9,7 +9,7 @@ from torch.fx import Proxy, Tracer
 
 from shufflenet_ext import reference
 from shufflenet_ext._backend import allows_tf32, fall_back, runs_native, trains_native, unit_variant
-from shufflenet_ext._checks import check_divides, check_int, check_tensor
+from shufflenet_ext._checks import check_divides, check_int, check_positive, check_tensor
 from shufflenet_ext._native import UnitSizes
 from shufflenet_ext._training_op import TrainedStage, untrainable
 from shufflenet_ext._training_op import run as train
@@ -65,9 +65,7 @@ class ShuffleBottleneck(nn.Module):
             ("stride", stride),
             ("groups", groups),
         ):
-            check_int(name, value)
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected a positive int")
+            check_positive(name, value)
         if stride not in (1, 2):
             raise ValueError(f"stride: got {stride}, expected 1 or 2")
         if mid_channels is None:

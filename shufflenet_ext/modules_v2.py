@@ -8,7 +8,7 @@ from torch.fx import Proxy
 
 from shufflenet_ext import reference
 from shufflenet_ext._backend import fall_back, runs_native, trains_native
-from shufflenet_ext._checks import check_divides, check_int, check_tensor
+from shufflenet_ext._checks import check_divides, check_int, check_positive, check_tensor
 from shufflenet_ext._program import StepKind
 from shufflenet_ext._unit_v2 import run_unit_v2
 from shufflenet_ext.modules import has_hooks, leaf_node, unfusable
@@ -59,17 +59,11 @@ class ShuffleUnitV2(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("stride", stride)):
+            check_positive(name, value)
         if mid_channels is None:
             mid_channels = out_channels // 2
-        for name, value in (
-            ("in_channels", in_channels),
-            ("out_channels", out_channels),
-            ("stride", stride),
-            ("mid_channels", mid_channels),
-        ):
-            check_int(name, value)
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected a positive int")
+        check_positive("mid_channels", mid_channels)
         if stride not in (1, 2):
             raise ValueError(f"stride: got {stride}, expected 1 or 2")
         if stride == 1:

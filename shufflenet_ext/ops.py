@@ -294,7 +294,7 @@ def _register_transforms(name: str) -> None:
 
 def _memory_format(x: Tensor, dims: int) -> torch.memory_format:
     """The format that the kernels write a result of so many dimensions in."""
-    return torch.channels_last if dims == 4 and _native.is_channels_last(x) else torch.contiguous_format
+    return _native.memory_format(x) if dims == 4 else torch.contiguous_format
 
 
 def _register_fake(name: str) -> None:
