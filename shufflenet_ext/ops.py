@@ -1,5 +1,6 @@
 """The fused ops: what a user calls, and what PyTorch's machinery knows of them. csrc/library.cpp has the schemas."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -301,10 +302,22 @@ def _register_fake(name: str) -> None:
     plain = _plain(name)
 
     def fake(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _keep_in_inductor(name)
         shape = plain(x, *args, **kwargs).shape
         return x.new_empty(shape).to(memory_format=_memory_format(x, len(shape)))
 
     torch.library.register_fake(f"shufflenet_ext::{name}", fake)
+
+
+def _keep_in_inductor(name: str) -> None:
+    """Tells inductor, where it is at work, to call an op as it is.
+
+    It does so by itself, unless CI is set in the environment: then it raises for an op that has a decomposition.
+    """
+    inductor = sys.modules.get("torch._inductor.lowering")  # not imported here, as that takes a second
+    op = getattr(torch.ops.shufflenet_ext, name).default
+    if inductor is not None and op not in inductor.lowerings:
+        inductor.make_fallback(op, inductor.constrain_to_fake_tensors, warn=False)
 
 
 def _register_decomposition(name: str) -> None:

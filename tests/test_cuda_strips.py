@@ -111,14 +111,14 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "base + layout.x_offset(share.pixel + lane % 16, in_pixel)",
         "base + (share.pixel + lane % 16) * layout.x_pitch + in_pixel",
         "wrong",
-        {},
+        {"rows": 5},
     ),
     "y2 of the next pixels too early": (
         "strip_kernel.cuh",
         "    warp_barrier();                  // all lanes have finished reading what y2 was\n",
         "",
         "race",
-        {"h": 9, "w": 8, "warps": 2},
+        {"in": 168, "out": 168, "g": 1, "g1": 1, "h": 9, "w": 8, "rows": 9, "warps": 2},
     ),
     "tail not cleared": (
         "strip_kernel.cuh",
@@ -139,7 +139,7 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "{pairs[n][0], pairs[n][1], pairs[n + 1][0], pairs[n + 1][1]}",
         "{pairs[n][0], pairs[n + 1][0], pairs[n][1], pairs[n + 1][1]}",
         "wrong",
-        {},
+        {"mid": 48, "g": 1, "g1": 1},
     ),
     "half a step of y2 left over": (
         "strip_staging.cuh",
