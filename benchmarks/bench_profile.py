@@ -1,9 +1,10 @@
-"""The time of each step of the paper's network with 3 groups, by the native op's own clock."""
+"""The time of each step of some networks, by the native op's own clock."""
 
 import pytest
 
 from benchmarks import profile
+from benchmarks.shapes import NetworkShape
 
 
-def bench_profile(profiled_batch: int, threads: int, request: pytest.FixtureRequest) -> None:
-    request.node.user_properties.append(("profile", profile.measure(profiled_batch)))
+def bench_profile(profiled: NetworkShape, threads: int, request: pytest.FixtureRequest) -> None:
+    request.node.user_properties.append(("profile", profile.measure(profiled)))

@@ -55,8 +55,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("unit", shapes.unit_shapes(groups), ids=str)
     if "op_unit" in metafunc.fixturenames:
         metafunc.parametrize("op_unit", shapes.unit_shapes(shapes.QUICK_GROUPS), ids=str)
-    if "profiled_batch" in metafunc.fixturenames:
-        metafunc.parametrize("profiled_batch", shapes.BATCHES, ids="batch{}".format)
+    if "profiled" in metafunc.fixturenames:
+        metafunc.parametrize("profiled", shapes.profiled_shapes(), ids=str)
         threads = shapes.THREADS
     if "resident" in metafunc.fixturenames:
         left_out = peers.CONVERTED if quick else ()

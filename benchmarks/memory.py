@@ -8,6 +8,7 @@ import ctypes
 import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 import shufflenet_ext as se
 from benchmarks import peers
-from benchmarks.peers import OURS, Contender
+from benchmarks.peers import OURS
 from benchmarks.shapes import NetworkShape
 
 SHAPE = NetworkShape(groups=3, batch=1, size=(720, 1280))
@@ -43,7 +44,8 @@ def measure(name: str, threads: int) -> Growth:
     return Growth(name, threads, int(done.stdout.split()[-1]))
 
 
-def _growth(run: Contender) -> int:
+def growth(run: Callable[[], object]) -> int:
+    """By how many bytes a call lets resident memory grow at its peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could reuse pages that only building the model needed
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
@@ -65,7 +67,7 @@ def main(name: str, threads: str) -> None:
             run = peers.ours(module, x)[OURS]
         else:
             run = peers.ALL[name](peers.plain_copy(module), peers.folded_copy(module), x)
-        print(_growth(run))
+        print(growth(run))
 
 
 if __name__ == "__main__":

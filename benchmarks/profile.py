@@ -1,14 +1,14 @@
-"""Where a call of the 1× network with 3 groups spends its time: each step, and its share of the FMA peak."""
+"""Where a call of a network spends its time: each step, and its share of the FMA peak."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import shufflenet_ext as se
 from benchmarks.race import settle_and_warm
 from benchmarks.shapes import NetworkShape
 
-_GROUPS = 3
 _FILE = "profile.md"
 _REASONS = "## Reasons"  # below this heading the document is written by hand, and kept
 
@@ -24,19 +24,20 @@ class Step:
 
 @dataclass
 class Profile:
+    network: str
     batch: int
     threads: int
     steps: list[Step]
 
 
-def measure(batch: int) -> Profile:
+def measure(network: NetworkShape) -> Profile:
     """Measures the steps of a call on torch's current number of threads."""
-    module, x = NetworkShape(_GROUPS, batch).build()
-    optimized = se.optimize_for_inference(module)
+    module, x = network.build()
+    optimized = se.optimize_for_inference(module, example_inputs=(x,))
     settle_and_warm(lambda: optimized(x))
     (explanation,) = optimized.explain(x)
     steps = [Step(step.name, step.flop, step.microseconds / 1e6) for step in explanation.steps]
-    return Profile(batch, explanation.threads, steps)
+    return Profile(network.label, network.batch, explanation.threads, steps)
 
 
 def write(profiles: list[Profile], fma_peaks: Mapping[int, float], folder: Path) -> Path:
@@ -48,16 +49,21 @@ def write(profiles: list[Profile], fma_peaks: Mapping[int, float], folder: Path)
 
 
 def _markdown(profiles: list[Profile], fma_peaks: Mapping[int, float]) -> Iterator[str]:
-    yield f"# Where a call of ShuffleNet 1× g={_GROUPS} at 224² spends its time"
+    yield "# Where a call of a network spends its time"
     yield ""
     yield (
         "Medians of some calls in float32, by `explain`: microseconds of the thread that works longest in each step, "
         "and the share of the FMA peak of all threads that the step's convolutions or linear layer reach in them. A "
         "step's time includes waiting for the other thread."
     )
+    for network, of_network in groupby(profiles, lambda profile: profile.network):
+        yield from ("", f"## {network}", "")
+        yield from _table(list(of_network), fma_peaks)
+
+
+def _table(profiles: Sequence[Profile], fma_peaks: Mapping[int, float]) -> Iterator[str]:
     names = [f"batch {profile.batch}, threads {profile.threads}" for profile in profiles]
     columns = [column for name in names for column in (f"{name}: µs", "of peak")]
-    yield ""
     yield f"| step | MFLOP an image | {' | '.join(columns)} |"
     yield "|---|--:|" + "--:|" * len(columns)
     rows = list(zip(*(profile.steps for profile in profiles), strict=True))

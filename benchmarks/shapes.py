@@ -127,6 +127,12 @@ class V2Shape(NetworkShape):
         return with_statistics(network), torch.randn(self.batch, 3, *self.size)
 
 
+def profiled_shapes() -> list[NetworkShape]:
+    """The 1× networks, by step: the paper's with 3 groups, and v2."""
+    networks: tuple[type[NetworkShape], ...] = (NetworkShape, V2Shape)
+    return [kind(groups, batch) for kind, groups in zip(networks, (3, 1), strict=True) for batch in BATCHES]
+
+
 def with_statistics(module: Module) -> Module:
     """Gives the module's batch norms random statistics and parameters, as after training; returns it in eval mode."""
     for norm in module.modules():

@@ -3,24 +3,29 @@
 A step is the forward and the backward pass of units or of a whole network, in turn by the native passes, by eager
 PyTorch in both memory formats and by torch.compile, all on copies with the same parameters. The gradients of the first
 one, which depend on all others, are compared before anything is timed. In bfloat16, under autocast, it is ours and
-eager PyTorch's. Writes results/training.md.
+eager PyTorch's. One unit's passes are timed one by one. Memory is that of a second step, each contender in a process of
+its own: by how much the resident set grows at its peak, and what autograd keeps between the two passes, the parameters
+and the input aside. Writes results/training.md.
 """
 
 import argparse
+import subprocess
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import shufflenet_ext as se
-from benchmarks import machine, peaks
+from benchmarks import machine, memory, peaks
 from benchmarks.peers import plain_copy
 from benchmarks.race import settle_and_warm, timings_of
 from shufflenet_ext import _training
@@ -51,39 +56,47 @@ SHAPES = [
     Shape("ShuffleNetG3, 32²", se.models.ShuffleNetG3, (64, 3, 32, 32)),
 ]
 
-Step = Callable[[], Tensor]
 
-
-def _step(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Step:
+class Step:
     """A training step, which returns the gradient of the first parameter. That of an image is not computed."""
-    generator = torch.Generator().manual_seed(0)
-    is_image = x.shape[1] == 3
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_(not is_image)
-    inputs = [*model.parameters(), *([] if is_image else [x])]
-    gradient: Tensor | None = None
 
-    def step() -> Tensor:
-        nonlocal gradient
-        with torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext():
-            result = run(x)
-        if gradient is None:
-            gradient = torch.randn(result.shape, generator=generator).to(result)
-        return torch.autograd.grad(result, inputs, gradient)[0]
+    def __init__(self, model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> None:
+        is_image = x.shape[1] == 3
+        self.run, self.dtype = run, dtype
+        self.x = x.clone(memory_format=torch.preserve_format).requires_grad_(not is_image)
+        self.wanted = [*model.parameters(), *([] if is_image else [self.x])]
+        self.gradient: Tensor | None = None
 
-    return step
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [self.x, *self.wanted]
+
+    def __call__(self) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext():
+            result = self.run(self.x)
+        if self.gradient is None:
+            self.gradient = torch.randn(result.shape, generator=torch.Generator().manual_seed(0)).to(result)
+        return torch.autograd.grad(result, self.wanted, self.gradient)[0]
 
 
-def contenders(shape: Shape, dtype: torch.dtype) -> dict[str, Step]:
+def contenders(shape: Shape, dtype: torch.dtype, only: str | None = None) -> dict[str, Step]:
+    """All of them, or one, for a training step of a shape."""
     torch.manual_seed(0)
     model = shape.build().train()
     x = torch.randn(shape.x).relu_()
-    plain, last = plain_copy(model), plain_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps = {_OURS: _step(model, model, x, dtype), _EAGER: _step(plain, plain, x, dtype)}
-    steps[_CHANNELS_LAST] = _step(last, last, x.to(memory_format=torch.channels_last), dtype)
-    if dtype == torch.float32:
-        compiled = plain_copy(model)
-        steps[_COMPILED] = _step(compiled, torch.compile(compiled), x, dtype)
-    return steps
+
+    def step(name: str) -> Step:
+        if name == _OURS:
+            return Step(model, model, x, dtype)
+        plain: nn.Module = plain_copy(model)
+        if name == _CHANNELS_LAST:
+            plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return Step(plain, plain, x.to(memory_format=torch.channels_last), dtype)
+        return Step(plain, torch.compile(plain) if name == _COMPILED else plain, x, dtype)
+
+    compiled = [_COMPILED] if dtype == torch.float32 else []
+    names = [_OURS, _EAGER, _CHANNELS_LAST, *compiled]
+    return {name: step(name) for name in names if only in (None, name)}
 
 
 def _check(steps: dict[str, Step], tolerance: float) -> None:
@@ -106,9 +119,58 @@ def race(steps: dict[str, Step], rounds: int) -> dict[str, Any]:
     return timings_of(samples, _OURS)
 
 
+def kept_bytes(step: Step, inputs: Iterable[Tensor]) -> int:
+    """What autograd keeps for the backward pass of a step, its inputs aside."""
+    storages = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    return sum(size for at, size in storages.items() if at not in given)
+
+
+def print_memory(shape: Shape, name: str) -> None:
+    """Prints a contender's growth and what it keeps, in bytes."""
+    step = contenders(shape, torch.float32, only=name)[name]
+    step()
+    print(memory.growth(step), kept_bytes(step, step.inputs))
+
+
+def memory_table(shape: Shape, threads: int) -> list[str]:
+    lines = ["| | peak of a step, MB | kept, MB |", "|---|--:|--:|"]
+    for name in (_OURS, _EAGER, _CHANNELS_LAST, _COMPILED):
+        command = [sys.executable, "-m", "benchmarks.training", "--threads", str(threads), "--memory", name]
+        done = subprocess.run([*command, "--only", shape.label], capture_output=True, text=True, check=True)
+        peak, kept = (int(count) / 1e6 for count in done.stdout.split()[-2:])
+        lines.append(f"| {name} | {peak:.0f} | {kept:.0f} |")
+    return lines
+
+
+class Pass(NamedTuple):
+    """A pass that ran: bytes are those of the tensors that it was given, FLOPs those of its products and sums."""
+
+    name: str
+    seconds: float
+    bytes: int
+    flop: int
+
+
+def _flop(name: str, args: tuple[Any, ...]) -> int:
+    n, _, height, width = args[0].shape
+    pixels = n * height * width
+    if name.startswith("depthwise"):
+        return 2 * args[0].numel() * 9 * (2 if name == "depthwise_backward" else 1)
+    matrices = {"pointwise": 1, "products": 3, "relu_backward": 5}  # the place of a matrix among the arguments
+    return 2 * pixels * args[matrices[name]].numel() if name in matrices else 0
+
+
 @contextmanager
-def timed_passes() -> Iterator[list[tuple[str, float, int]]]:
-    """Notes each pass that runs meanwhile: its name, its seconds, and the bytes of the tensors that it is given."""
+def timed_passes() -> Iterator[list[Pass]]:
+    """Notes each pass that runs meanwhile."""
     passes, found = _training._passes, []
 
     class Timed:
@@ -118,8 +180,9 @@ def timed_passes() -> Iterator[list[tuple[str, float, int]]]:
             def timed(*args: Any, **kwargs: Any) -> None:
                 start = time.perf_counter()
                 run(*args, **kwargs)
+                seconds, label = time.perf_counter() - start, name.removeprefix("training_")
                 tensors = {arg.data_ptr(): arg.nbytes for arg in args if isinstance(arg, Tensor)}
-                found.append((name.removeprefix("training_"), time.perf_counter() - start, sum(tensors.values())))
+                found.append(Pass(label, seconds, sum(tensors.values()), _flop(label, args)))
 
             return timed
 
@@ -134,7 +197,7 @@ def profile(shape: Shape, repeats: int) -> list[str]:
     """A table of the passes of one unit's step."""
     step = contenders(shape, torch.float32)[_OURS]
     step()
-    by_pass: dict[int, list[tuple[str, float, int]]] = defaultdict(list)
+    by_pass: dict[int, list[Pass]] = defaultdict(list)
     totals = []
     for _ in range(repeats):
         with timed_passes() as found:
@@ -143,13 +206,46 @@ def profile(shape: Shape, repeats: int) -> list[str]:
             totals.append(time.perf_counter() - start)
         for i, each in enumerate(found):
             by_pass[i].append(each)
-    lines = ["| pass | ms | GB/s |", "|---|--:|--:|"]
+    lines = ["| pass | ms | GB/s | GFLOP/s |", "|---|--:|--:|--:|"]
     rest = median(totals)
     for samples in by_pass.values():
-        seconds = median(each[1] for each in samples)
+        name, _, moved, flop = samples[0]
+        seconds = median(each.seconds for each in samples)
         rest -= seconds
-        lines.append(f"| {samples[0][0]} | {seconds * 1e3:.2f} | {samples[0][2] / seconds / 1e9:.1f} |")
-    return [*lines, f"| small vectors and matrices, and all else | {rest * 1e3:.2f} | |"]
+        lines.append(f"| {name} | {seconds * 1e3:.2f} | {moved / seconds / 1e9:.1f} | {flop / seconds / 1e9:.0f} |")
+    return [*lines, f"| small vectors and matrices, and all else | {rest * 1e3:.2f} | | |"]
+
+
+def time_table(shapes: Iterable[Shape], rounds: int) -> Iterator[str]:
+    yield "| | dtype | ours | eager | eager channels_last | torch.compile | to the best |"
+    yield "|---|---|--:|--:|--:|--:|--:|"
+    for dtype, shape in product((torch.float32, torch.bfloat16), shapes):
+        steps = contenders(shape, dtype)
+        _check(steps, _TOLERANCES[dtype])
+        timings = race(steps, rounds)
+        cells = []
+        for name in (_EAGER, _CHANNELS_LAST, _COMPILED):
+            timing = timings.get(name)
+            cells.append(f"{timing.median * 1e3:.1f} ({timing.ratio:.2f})" if timing else "")
+        best = min(timing.ratio for name, timing in timings.items() if name != _OURS)
+        label = f"{shape.label}, batch {shape.x[0]} | {str(dtype).removeprefix('torch.')}"
+        yield f"| {label} | {timings[_OURS].median * 1e3:.1f} | {' | '.join(cells)} | {best:.2f} |"
+        torch.compiler.reset()
+
+
+def report(shapes: Sequence[Shape], rounds: int, threads: int) -> Iterator[str]:
+    yield from ("# Training steps", "", f"{machine.processor()}, {threads} threads, torch {torch.__version__}", "")
+    yield from (f"Milliseconds a step; in brackets the ratio to ours. Medians of {rounds} rounds.", "")
+    yield from time_table(shapes, rounds)
+    one = Shape("one unit of stage 2, g=3", _units(240, 3, 1), (16, 240, 28, 28))
+    copied, fma = peaks.copy_bandwidth(2**25) / 1e9, peaks.fma_peak(threads) / 1e9
+    yield from ("", f"## Passes of {one.label}", "")
+    yield from (f"A copy of 32 MiB moves {copied:.1f} GB/s, a loop of FMA does {fma:.0f} GFLOP/s.", "")
+    yield from profile(one, rounds)
+    for shape in shapes:
+        if shape in (SHAPES[0], SHAPES[5]):
+            yield from ("", f"## Memory of {shape.label}, batch {shape.x[0]}, float32", "")
+            yield from memory_table(shape, threads)
 
 
 def main() -> None:
@@ -157,38 +253,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default="", help="a part of the labels of the shapes that are wanted")
+    parser.add_argument("--memory", metavar="CONTENDER", help="only print what a contender's step takes, in bytes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    lines = ["# Training steps", "", f"{machine.processor()}, {options.threads} threads, torch {torch.__version__}", ""]
-    lines += [f"Milliseconds a step; in brackets the ratio to ours. Medians of {options.rounds} rounds.", ""]
-    lines += ["| | dtype | ours | eager | eager channels_last | torch.compile | to the best |"]
-    lines += ["|---|---|--:|--:|--:|--:|--:|"]
-    print("\n".join(lines), flush=True)
+    shapes = [shape for shape in SHAPES if options.only in shape.label]
     with se.use_backend("native"):
-        for dtype in (torch.float32, torch.bfloat16):
-            for shape in SHAPES:
-                if options.only not in shape.label:
-                    continue
-                steps = contenders(shape, dtype)
-                _check(steps, _TOLERANCES[dtype])
-                timings = race(steps, options.rounds)
-                cells = []
-                for name in (_EAGER, _CHANNELS_LAST, _COMPILED):
-                    timing = timings.get(name)
-                    cells.append(f"{timing.median * 1e3:.1f} ({timing.ratio:.2f})" if timing else "")
-                best = min(timing.ratio for name, timing in timings.items() if name != _OURS)
-                ours = f"{timings[_OURS].median * 1e3:.1f}"
-                label = f"{shape.label}, batch {shape.x[0]} | {str(dtype).removeprefix('torch.')}"
-                row = f"| {label} | {ours} | {' | '.join(cells)} | {best:.2f} |"
-                print(row, flush=True)
-                lines.append(row)
-                torch.compiler.reset()
-        one = Shape("one unit of stage 2, g=3", _units(240, 3, 1), (16, 240, 28, 28))
-        copied = peaks.copy_bandwidth(2**25)
-        lines += ["", f"## Passes of {one.label}", ""]
-        lines += [f"A copy of 32 MiB moves {copied / 1e9:.1f} GB/s.", "", *profile(one, options.rounds)]
+        if options.memory:
+            print_memory(shapes[0], options.memory)
+            return
+        lines = []
+        for line in report(shapes, options.rounds, options.threads):
+            print(line, flush=True)
+            lines.append(line)
     _TABLE.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines[-14:]), f"\nwrote {_TABLE}")
+    print(f"wrote {_TABLE}")
 
 
 if __name__ == "__main__":

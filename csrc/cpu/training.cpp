@@ -133,6 +133,11 @@ void pointwise(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   p.groups = groups;
   p.depth = depth;
   p.pixels = pixels;
+  // Of x and y, the one with more planes decides. Passes over a step's tensors find nothing of them in the L2 cache.
+  constexpr int64_t kCacheBytes = 1024 * 1024;
+  const bool is_far = std::max(from.channels, rows) * pixels * from.images * from.bytes > kCacheBytes;
+  p.x_is_far = is_far && from.channels >= rows;
+  p.y_is_far = is_far && !p.x_is_far;
   std::optional<Batch4> added;
   if (residual) {
     added.emplace(read("residual", *residual, x));

@@ -55,6 +55,8 @@ class TrainingFuzz {
     p.x = x.data();
     p.y = y.values.data();
     p.residual = has_residual ? p.y : nullptr;
+    p.x_is_far = uniform(0, 1);  // the result does not depend on either
+    p.y_is_far = uniform(0, 1);
     const Buffer workspace(kernel_.pointwise_bytes(p));
     in_shares(p.rows, 1, [&](Range rows) { kernel_.pointwise(p, rows, workspace.get()); });
     for (int64_t row = 0; row < p.rows; ++row) {

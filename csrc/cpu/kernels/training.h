@@ -101,9 +101,12 @@ class TrainingOf final : public TrainingKernel {
     Arena arena(workspace);
     const PointwiseLists<A> lists(arena, p.rows, p.depth);
     const Planes<A> y = {static_cast<A*>(p.y), p.pixels};
-    grouped_pointwise<A>({p.conv, p.activation, p.depth, p.rows / p.groups}, rows, planes(p.x, p.pixels), p.pixels,
-                         planes(p.residual, p.pixels), y, 0, has_lone_pixel<A>(p.pixels, p.pixels), lists,
-                         is_far<A>(p.depth * p.groups, p.pixels) ? Far::x : Far::nothing);
+    grouped_pointwise<A>(
+        {p.conv, p.activation, p.depth, p.rows / p.groups}, rows, planes(p.x, p.pixels), p.pixels,
+        planes(p.residual, p.pixels), y, 0, has_lone_pixel<A>(p.pixels, p.pixels), lists,
+        p.x_is_far   ? Far::x
+        : p.y_is_far ? Far::y
+                     : Far::nothing);
   }
 
   void moments(const void* data, int64_t pixels, int64_t count, double* means, double* squares) const override {

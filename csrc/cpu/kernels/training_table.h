@@ -29,6 +29,7 @@ struct TrainingPointwise {
   const void* x;
   const void* residual;  // null: none; y itself: its results are added where they lie
   void* y;
+  bool x_is_far, y_is_far;  // whether the whole batch's planes are more than caches hold
 };
 
 // The depthwise convolution behind the first norm, its ReLU and the shuffle.
