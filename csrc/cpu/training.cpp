@@ -228,27 +228,33 @@ void norm_backward(Tensor gradient, Tensor y, Tensor coefficients) {
 }
 
 // Adds up products of planes, a group at a time. A task has some planes of a, of which prepare(image, plane) may make
-// each before it is read.
+// each before it is read. In each image it goes through them a tile's at a time, while the planes of b stay in the
+// cache.
 template <class Prepare>
 void products_of(const Batch4& a, const Batch4& b, const void* offset, double* sums, int64_t groups,
                  const TrainingKernel& kernel, const Prepare& prepare) {
-  constexpr int64_t kAtOnce = 8;     // planes of a: a tile's
-  constexpr int64_t kPixels = 1024;  // of a plane of a, in as many images as it takes: what the L1 cache holds of it
-  const int64_t rows = a.channels / groups, columns = b.channels / groups, parts = ceil_div(rows, kAtOnce);
+  constexpr int64_t kTile = 8;  // planes of a
+  constexpr int64_t kPixels =
+      1024;  // of a plane of a, in as many images as it takes: what the L1 cache holds of a tile
+  const int64_t rows = a.channels / groups, columns = b.channels / groups;
   const int64_t images_at_once = std::max<int64_t>(1, kPixels / std::max<int64_t>(1, a.size.pixels()));
+  const int64_t wanted = ceil_div(4 * static_cast<int64_t>(torch::stable::get_num_threads()), groups);  // tasks a group
+  const int64_t at_once = ceil_div(ceil_div(rows, kTile), wanted) * kTile, parts = ceil_div(rows, at_once);
   std::fill_n(sums, a.channels * columns, 0.0);
   each_task(groups * parts, [&](int64_t task) {
-    const int64_t group = task / parts, in_group = task % parts * kAtOnce, first = group * rows + in_group;
-    const int64_t count = std::min(kAtOnce, rows - in_group);
+    const int64_t group = task / parts, begin = task % parts * at_once, end = std::min(rows, begin + at_once);
+    const auto* const of_group = static_cast<const char*>(offset);
     for (int64_t n = 0; n < a.images; n += images_at_once) {
       const int64_t images = std::min(images_at_once, a.images - n);
-      for (int64_t i = 0; i < images; ++i) {
-        for (int64_t plane = first; plane < first + count; ++plane) prepare(n + i, plane);
+      for (int64_t row = begin; row < end; row += kTile) {
+        const int64_t first = group * rows + row, count = std::min(kTile, end - row);
+        for (int64_t i = 0; i < images; ++i) {
+          for (int64_t plane = first; plane < first + count; ++plane) prepare(n + i, plane);
+        }
+        kernel.products({a.at(n, first), b.at(n, group * columns), a.image, b.image,
+                         of_group ? of_group + group * columns * b.bytes : nullptr, count, columns, images,
+                         a.size.pixels(), sums + first * columns});
       }
-      const auto* const of_group = static_cast<const char*>(offset);
-      kernel.products({a.at(n, first), b.at(n, group * columns), a.image, b.image,
-                       of_group ? of_group + group * columns * b.bytes : nullptr, count, columns, images,
-                       a.size.pixels(), sums + first * columns});
     }
   });
 }
