@@ -26,7 +26,7 @@ inline void add_plane_products(const A* a, const A* b, int64_t pixels, typename 
   // A tail's lanes that are no pixels are finite, as zeros of a are multiplied by them.
   unrolled<Columns>([&](int column) { columns[column] = load(b + column * pixels) - offset[column]; });
   unrolled<Rows>([&](int row) {
-    const auto value = load(a + row * pixels);
+    const auto value = IsTail ? load(a + row * pixels) : S::load_once(a + row * pixels);
     unrolled<Columns>([&](int column) { sum[row][column] = S::fma(value, columns[column], sum[row][column]); });
   });
 }
