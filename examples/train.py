@@ -21,9 +21,10 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -134,14 +135,14 @@ class FolderImages:
 
 
 class EpochImages(Dataset[tuple[Tensor, int]]):
-    """The images of one epoch, moved and cropped as they are in that epoch; without a seed as they are."""
+    """Images by epoch and index, moved and cropped as they are in that epoch; in no epoch (None) as they are."""
 
-    def __init__(self, images: Images, seed: int | None = None, epoch: int = 0) -> None:
-        self._images, self._seed, self._epoch = images, seed, epoch
+    def __init__(self, images: Images, seed: int) -> None:
+        self._images, self._seed = images, seed
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        generator = None if self._seed is None else random_of(self._seed, self._epoch, index)
-        return self._images.image(index, generator)
+    def __getitem__(self, place: tuple[int | None, int]) -> tuple[Tensor, int]:
+        epoch, index = place
+        return self._images.image(index, None if epoch is None else random_of(self._seed, epoch, index))
 
 
 # --- The processes ---
@@ -234,6 +235,25 @@ class Run:
         self.step, self.totals, self.history = state["step"], state["totals"], state["history"]
 
 
+def order_of(images: Images, options: argparse.Namespace, among: Processes, step: int) -> Iterator[tuple[int, int]]:
+    """What this process trains on from a step on: epochs and indices. With any number of processes, step by step the
+    same images."""
+    sampler: DistributedSampler[int] = DistributedSampler(
+        Subset(EpochImages(images, options.seed), range(images.training)),
+        among.world,
+        among.rank,
+        seed=options.seed,
+        drop_last=True,
+    )
+    steps_per_epoch, batch = images.training // options.batch, options.batch // among.world
+    first_epoch, place = divmod(step, steps_per_epoch)
+    for epoch in range(first_epoch, options.epochs):
+        sampler.set_epoch(epoch)
+        for index in list(sampler)[place * batch : steps_per_epoch * batch]:
+            yield epoch, index
+        place = 0
+
+
 def model_of(options: argparse.Namespace, classes: int) -> nn.Module:
     """The network that the options name, with parameters of the seed."""
     torch.manual_seed(options.seed)
@@ -280,17 +300,15 @@ def train_step(run: Run, parallel: nn.Module, batch: Sequence[Tensor], options: 
     return [loss.item() * len(labels), (logits.argmax(1) == labels).sum().item(), len(labels)]
 
 
-def evaluate(model: nn.Module, images: Images, options: argparse.Namespace, among: Processes) -> tuple[float, float]:
+def evaluate(model: nn.Module, held_out: Iterable[Sequence[Tensor]], among: Processes) -> tuple[float, float]:
     """The mean loss and the accuracy on the images that are held out."""
     among.share_buffers(model)
     model.eval()
-    indices = range(images.training + among.rank, len(images), among.world)
-    per_process = max(1, options.batch // among.world)
     sums = [0.0, 0.0, 0.0]
     with torch.no_grad():
-        for batch in DataLoader(EpochImages(images), per_process, sampler=indices, num_workers=options.workers):
-            shown, labels = (tensor.to(among.device) for tensor in batch)
-            logits = model(shown)
+        for batch in held_out:
+            images, labels = (tensor.to(among.device) for tensor in batch)
+            logits = model(images)
             loss = F.cross_entropy(logits, labels, reduction="sum").item()
             right = (logits.argmax(1) == labels).sum().item()
             sums = [sum(pair) for pair in zip(sums, (loss, right, len(labels)), strict=True)]
@@ -337,9 +355,12 @@ def load_checkpoint(output: Path, settings: dict[str, Any]) -> dict[str, Any] | 
 
 
 def draw_curves(history: list[dict[str, float]], path: Path) -> None:
-    """Losses and accuracies by epoch, as a picture."""
-    import matplotlib
-
+    """Losses and accuracies by epoch, as a picture; without matplotlib, a line that says so."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"no {path.name}: it takes matplotlib, of the extra 'demo'")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -358,16 +379,9 @@ def draw_curves(history: list[dict[str, float]], path: Path) -> None:
     write_whole(path, lambda file: file.write(picture.getvalue()))
 
 
-def write_results(run: Run, output: Path, is_done: bool) -> None:
-    """The history so far; at the end the curves and the network's state_dict too."""
+def write_history(run: Run, output: Path) -> None:
     text = json.dumps(run.history, indent=1).encode()
     write_whole(output / "history.json", lambda file: file.write(text))
-    if is_done:
-        write_whole(output / "model.pt", lambda file: torch.save(run.model.state_dict(), file))
-        try:
-            draw_curves(run.history, output / "curves.png")
-        except ModuleNotFoundError as error:
-            print(f"no curves.png: that takes {error.name}")
 
 
 @contextmanager
@@ -413,53 +427,52 @@ def train(options: argparse.Namespace, among: Processes) -> None:
     if found is not None:
         run.load(found)
     parallel = among.wrapped(model, options.sync_batch_norm)
-    to_train_on = Subset(EpochImages(images), range(images.training))
-    sampler: DistributedSampler[int] = DistributedSampler(
-        to_train_on, among.world, among.rank, seed=options.seed, drop_last=True
+    load = partial(
+        DataLoader,
+        EpochImages(images, options.seed),
+        batch,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
     )
+    held_out = load(sampler=[(None, i) for i in range(images.training + among.rank, len(images), among.world)])
     with progress(options.epochs * steps_per_epoch, run.step, is_first) as (show_loss, show):
         if run.step:
             show(f"goes on behind step {run.step}")
-        while run.step < options.epochs * steps_per_epoch:
-            epoch, place = divmod(run.step, steps_per_epoch)
-            sampler.set_epoch(epoch)
-            order = list(sampler)[place * batch : steps_per_epoch * batch]
-            loader = DataLoader(
-                EpochImages(images, options.seed, epoch), batch, sampler=order, num_workers=options.workers
-            )
-            start, first_step = time.perf_counter(), run.step
-            for loaded in loader:
-                # What a network might draw, as dropout does, follows from the step as well.
-                torch.manual_seed(random_of(options.seed, run.step, among.rank).getrandbits(63))
-                sums = among.summed(train_step(run, parallel, [x.to(among.device) for x in loaded], options))
-                run.totals = [sum(pair) for pair in zip(run.totals, sums, strict=True)]
-                show_loss(sums[0] / sums[2])
-                if run.step % steps_per_epoch == 0:
-                    seconds = time.perf_counter() - start
-                    end_epoch(run, epoch, images, options, among, (run.step - first_step) * options.batch / seconds)
-                    show(line_of(run.history[-1]))
-                if is_first and (run.step % options.checkpoint_every == 0 or run.step % steps_per_epoch == 0):
-                    save_checkpoint(run, settings, options.output)
-            if is_first:
-                write_results(run, options.output, is_done=False)
+        start, first_step = time.perf_counter(), run.step
+        for loaded in load(sampler=order_of(images, options, among, run.step)):
+            # What a network might draw, as dropout does, follows from the step as well.
+            torch.manual_seed(random_of(options.seed, run.step, among.rank).getrandbits(63))
+            sums = among.summed(train_step(run, parallel, [tensor.to(among.device) for tensor in loaded], options))
+            run.totals = [sum(pair) for pair in zip(run.totals, sums, strict=True)]
+            show_loss(sums[0] / sums[2])
+            is_epochs_end = run.step % steps_per_epoch == 0
+            if is_epochs_end:
+                images_a_second = (run.step - first_step) * options.batch / (time.perf_counter() - start)
+                end_epoch(run, run.step // steps_per_epoch, evaluate(model, held_out, among), images_a_second)
+                show(line_of(run.history[-1]))
+            if is_first and (is_epochs_end or run.step % options.checkpoint_every == 0):
+                save_checkpoint(run, settings, options.output)
+            if is_epochs_end:
+                if is_first:
+                    write_history(run, options.output)
+                start, first_step = time.perf_counter(), run.step
         if is_first:
-            write_results(run, options.output, is_done=True)
-        show(f"wrote {options.output}")
+            write_history(run, options.output)  # it may be that of a finished run that was killed here
+            write_whole(options.output / "model.pt", lambda file: torch.save(model.state_dict(), file))
+            draw_curves(run.history, options.output / "curves.png")
+            show(f"wrote {options.output}")
 
 
-def end_epoch(
-    run: Run, epoch: int, images: Images, options: argparse.Namespace, among: Processes, images_a_second: float
-) -> None:
-    """Adds the epoch to the history, with how well the network does on the images that are held out."""
+def end_epoch(run: Run, epoch: int, held_out: tuple[float, float], images_a_second: float) -> None:
+    """Adds an epoch to the history, with the loss and the accuracy on the images that are held out."""
     loss, right, count = run.totals
-    held_out_loss, held_out_accuracy = evaluate(run.model, images, options, among)
     run.history.append(
         {
-            "epoch": epoch + 1,
+            "epoch": epoch,
             "training loss": loss / count,
             "training accuracy": right / count,
-            "held-out loss": held_out_loss,
-            "held-out accuracy": held_out_accuracy,
+            "held-out loss": held_out[0],
+            "held-out accuracy": held_out[1],
             "learning rate": run.optimizer.param_groups[0]["lr"],
             "images a second": images_a_second,
         }

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,15 @@ TIMES = "images a second"
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts processes that have the imports behind them; each is a real one, to be killed."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Starts processes that have their imports behind them; each is a real one, to be killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["examples.train", "shufflenet_ext.digits"])
+    # The server imports by the environment alone. The last three are imported as late as they are used.
+    context.set_forkserver_preload(
+        ["test_train_example", "shufflenet_ext.digits", "torch._dynamo", "matplotlib.pyplot"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        forkserver.ensure_running()
     return context
 
 
@@ -93,7 +99,7 @@ def identity(path):
         return None
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_loses_nothing(processes, kills, tmp_path):
     # Ahead of the last kill there are at most 2 · 20 + 20 steps that are kept.
     options = ["--limit=80", f"--epochs={2 + 3 * kills // 5}", "--checkpoint-every=1"]
@@ -176,9 +182,9 @@ def test_two_processes_take_halves_of_a_batch(processes, is_synced, tmp_path, mo
     model = train.model_of(options, images.classes).train()
     one = train.new_run(model, options, steps_per_epoch=1)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(options.seed))  # DistributedSampler's
-    drawn = train.EpochImages(images, options.seed, epoch=0)
-    halves = [torch.stack([drawn[i][0] for i in half.tolist()]) for half in (order[::2], order[1::2])]
-    labels = torch.tensor([drawn[i][1] for half in (order[::2], order[1::2]) for i in half.tolist()])
+    drawn = train.EpochImages(images, options.seed)
+    halves = [torch.stack([drawn[0, i][0] for i in half.tolist()]) for half in (order[::2], order[1::2])]
+    labels = torch.tensor([drawn[0, i][1] for half in (order[::2], order[1::2]) for i in half.tolist()])
 
     def whole(*halves):
         # On a CPU the stem's norm stays each process's own; the units see all images.
@@ -222,17 +228,27 @@ def command(*arguments, launcher=()):
     return subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_the_command(tmp_path):
-    options = ["--epochs=3", "--limit=48", "--bfloat16", "--backend=native", "--no-resume", "--warm-up=0.5"]
-    done = command("--output", tmp_path, *SMALL, *options)
-    assert done.returncode == 0, done.stderr
-    assert "images a second" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "curves.png", "history.json", "model.pt"}
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    _, history = results(tmp_path)
-    assert [row["epoch"] for row in history] == [1, 2, 3]
+def assert_wrote_all(output, epochs):
+    assert {path.name for path in output.iterdir()} == {"checkpoint.pt", "curves.png", "history.json", "model.pt"}
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    _, history = results(output)
+    assert [row["epoch"] for row in history] == list(range(1, epochs + 1))
     rates = [row["learning rate"] for row in history]
-    assert 0.02 > rates[0] > rates[1] > rates[2] == 0
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == 0
+
+
+def test_what_is_written(processes, tmp_path):
+    finish(run(processes, tmp_path, "--limit=16", "--epochs=3", "--warm-up=0.5", "--bfloat16", "--backend=native"))
+    assert_wrote_all(tmp_path, 3)
+
+
+@pytest.mark.long
+def test_the_command(tmp_path):
+    done = command("--output", tmp_path, *SMALL, "--epochs=2", "--limit=48", "--backend=native")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("images a second") == 2
+    assert_wrote_all(tmp_path, 2)
 
 
 @pytest.mark.long
@@ -261,11 +277,19 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
+def start_by_fork():
+    """Lets a process start others without importing everything anew."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
 def test_a_folder_of_images(folder, processes, tmp_path):
-    arguments = [f"--images={folder}", "--size=48", "--epochs=6", "--workers=1", "--batch=14"]
+    arguments = [f"--images={folder}", "--size=48", "--epochs=6", "--batch=14"]
     finish(run(processes, tmp_path / "run", *arguments))
     _, history = results(tmp_path / "run")
-    assert history[-1]["held-out accuracy"] > 0.8
+    assert history[-1]["training loss"] < history[0]["training loss"]
+    assert history[-1]["held-out accuracy"] > 0.6
+    finish(run(processes, tmp_path / "workers", *arguments, "--workers=1", before=start_by_fork))
+    assert_same_results(tmp_path / "workers", tmp_path / "run")
     images = train.FolderImages(folder, 48, None)
     assert (images.classes, images.training, len(images)) == (3, 28, 36)
     plain, label = images.image(30, None)
