@@ -71,7 +71,7 @@ def table(histories: Histories, command: str, seconds: float) -> str:
         f"`{command}`.",
         "",
         "Accuracy on the 360 digits that are held out, after the last epoch; images a second, the median of epochs.",
-        "Planes of 8×8 to 1×1 are too small for the native passes to gain by: most time is that of any call.",
+        "Planes of 8×8 to 1×1 are too small for the native passes to gain by: most of a step goes to calls.",
         "",
         "| seed | reference | native | reference, images a second | native |",
         "|---|--:|--:|--:|--:|",
