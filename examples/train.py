@@ -78,8 +78,8 @@ class DigitImages:
 
         loaded = digits.load(size)
         self.classes, self._shifted, self._largest = digits.CLASSES, digits.shifted, size // 16
-        self._images = torch.cat([loaded.train_images[:limit], loaded.test_images])
-        self._labels = torch.cat([loaded.train_labels[:limit], loaded.test_labels]).tolist()
+        self._images = torch.cat([loaded.train_images[:limit], loaded.test_images[:limit]])
+        self._labels = torch.cat([loaded.train_labels[:limit], loaded.test_labels[:limit]]).tolist()
         self.training = len(loaded.train_labels[:limit])
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class FolderImages:
         ]
         random_of(0).shuffle(files)  # the same images are held out in every run
         held_out, rest = files[::PART_HELD_OUT], [file for i, file in enumerate(files) if i % PART_HELD_OUT]
-        self._files = rest[:limit] + held_out
+        self._files = rest[:limit] + held_out[:limit]
         self.classes, self.training, self._size = len(names), len(rest[:limit]), size
         self._mean, self._deviation = (torch.tensor(each)[:, None, None] for each in (MEAN, DEVIATION))
 
@@ -528,7 +528,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="the folder to write to")
     add("--images", type=Path, help="a folder with a folder of images for each class; without it, digits")
-    add("--limit", type=positive, help="train on so many images at most")
+    add("--limit", type=positive, help="so many images at most to train on, and so many held out")
     add("--size", type=positive, default=32, help="height and width that images are brought to (%(default)s)")
     add("--model", choices=[*CIFAR_MODELS, "v1"], default="g3", help="g2, g3: for 32×32; v1: the paper's (%(default)s)")
     add("--groups", type=int, default=3, help="of --model v1 (%(default)s)")
