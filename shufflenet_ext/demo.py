@@ -17,32 +17,23 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from shufflenet_ext import build_info, models, optimize_for_inference, use_backend
 from shufflenet_ext._backend import Backend
+from shufflenet_ext.digits import HELD_OUT, Digits, load, shifted
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-HELD_OUT = 360  # of 1797 images
 BATCH = 64
 LEARNING_RATE = 3e-3
 LARGEST_SHIFT = 2  # pixels of 32, of the training images
 LOWEST_ACCURACY = 0.95
 LARGEST_DIFFERENCE = 1e-4  # of two logits, relative to the largest logit: float32 through 17 layers
 LATENCY_ROUNDS = {1: 60, 64: 12}  # by batch size
-
-
-@dataclass
-class Digits:
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
 
 
 @dataclass
@@ -57,25 +48,6 @@ class Way:
 
     def difference(self, other: "Way") -> float:
         return float((self.logits - other.logits).abs().max())
-
-
-def load() -> Digits:
-    """scikit-learn's digits, 8×8 grey, as 3×32×32; the held-out part is the same in every run."""
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    images = F.interpolate(images, size=32, mode="bilinear", align_corners=False)
-    images = ((images - 0.3) / 0.35).repeat(1, 3, 1, 1)
-    labels = torch.tensor(digits.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held_out, rest = order[:HELD_OUT], order[HELD_OUT:]
-    return Digits(images[rest], labels[rest], images[held_out], labels[held_out])
-
-
-def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    top, left = torch.randint(2 * LARGEST_SHIFT + 1, (2,), generator=generator).tolist()
-    height, width = images.shape[2:]
-    padded = F.pad(images, (LARGEST_SHIFT,) * 4, mode="replicate")
-    return padded[:, :, top : top + height, left : left + width].contiguous()
 
 
 def train(digits: Digits, epochs: int, console: Console) -> nn.Module:
@@ -99,7 +71,8 @@ def train(digits: Digits, epochs: int, console: Console) -> nn.Module:
         for _ in range(epochs):
             order = torch.randperm(len(digits.train_labels), generator=generator)
             for batch in order[: steps * BATCH].split(BATCH):
-                logits = model(_shifted(digits.train_images[batch], generator))
+                top, left = torch.randint(2 * LARGEST_SHIFT + 1, (2,), generator=generator).tolist()
+                logits = model(shifted(digits.train_images[batch], top, left, LARGEST_SHIFT))
                 loss = F.cross_entropy(logits, digits.train_labels[batch])
                 optimizer.zero_grad()
                 loss.backward()

@@ -581,6 +581,35 @@ MUTANTS = [
         "if same:",
         "test_match_v2.py::test_a_backbone_of_which_several_results_are_wanted",
     ),
+    # ---- The example that trains
+    Mutant(
+        "a checkpoint is written in the place of the last one",
+        "examples/train.py",
+        'aside = path.with_name(path.name + ".partial")',
+        "aside = path",
+        "test_train_example.py::test_a_run_that_is_killed_as_it_writes",
+    ),
+    Mutant(
+        "a run goes on at the start of an epoch, whatever its checkpoint says",
+        "examples/train.py",
+        "list(sampler)[place * batch : steps_per_epoch * batch]",
+        "list(sampler)[: steps_per_epoch * batch]",
+        "test_train_example.py::test_a_run_that_is_killed_as_it_writes",
+    ),
+    Mutant(
+        "how an image is moved depends on what was drawn before",
+        "examples/train.py",
+        "random_of(self._seed, epoch, index)",
+        "random.Random()",
+        "test_train_example.py::test_a_run_that_is_killed_as_it_writes",
+    ),
+    Mutant(
+        "the losses of an epoch's first steps are not in a checkpoint",
+        "examples/train.py",
+        'state["step"], state["totals"], state["history"]',
+        'state["step"], self.totals, state["history"]',
+        "test_train_example.py::test_a_run_that_is_killed_as_it_writes",
+    ),
     # ---- Python
     Mutant(
         "build_info asks a card, and initialises CUDA's driver, before torch does",

@@ -602,3 +602,50 @@ def test_two_processes_are_one_with_the_whole_batch(configuration, tmp_path):
         for name in state.keys() - {"result", "x"}:
             value = expected.get(f"grad of {name}", expected.get(name))
             torch.testing.assert_close(state[name], value, rtol=1e-8, atol=1e-8, msg=name)
+
+
+def train_parallel_with_shared_statistics(rank, world, store, configuration, results, is_autocast):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    unit, x, gradient = load_step(configuration, results)
+    if is_autocast:
+        unit, x, gradient = unit.float(), x.float(), gradient.float()
+    parallel = nn.parallel.DistributedDataParallel(unit)
+    nn.SyncBatchNorm.convert_sync_batchnorm(unit)  # behind it, as it refuses to be made with one on a CPU
+    with se.use_backend("native"), autocast(torch.bfloat16) if is_autocast else contextlib.nullcontext():
+        result = parallel(x[2 * rank : 2 * rank + 2])
+    result.backward(gradient[2 * rank : 2 * rank + 2].to(result.dtype))
+    gradients = {f"grad of {name}": parameter.grad for name, parameter in unit.named_parameters()}
+    state = {"result": result.detach(), **gradients, **dict(unit.named_buffers())}
+    torch.save(state, f"{results}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("configuration", [UNITS[0], UNITS[1], UNITS[4]], ids=str)
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_data_parallel_training_with_shared_statistics_is_one_process_with_the_whole_batch(
+    configuration, is_autocast, tmp_path
+):
+    unit = fused(configuration, torch.float64)
+    x = images(unit, 4)
+    gradient = torch.randn_like(plain_step_unit(unit)(x))
+    torch.save((unit.state_dict(), x, gradient), tmp_path / "data.pt")
+    arguments = (2, tmp_path / "store", configuration, tmp_path, is_autocast)
+    torch.multiprocessing.spawn(train_parallel_with_shared_statistics, arguments, nprocs=2)
+    if is_autocast:
+        with autocast(torch.bfloat16):
+            expected = step(unit.float(), x.float(), gradient.float(), OP)
+    else:
+        expected = step(plain_step_unit(unit), x, gradient)
+    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    result = torch.cat([state["result"] for state in states])
+    assert result.dtype == (torch.bfloat16 if is_autocast else torch.float64)
+    # One ulp of bfloat16, where the order of float32's sums of statistics decides how a value is rounded.
+    close = {"rtol": 2e-2, "atol": 2e-2} if is_autocast else {"rtol": 1e-8, "atol": 1e-8}
+    torch.testing.assert_close(result, expected["result"], **close)
+    for state in states:
+        for name in state.keys() - {"result"}:
+            value = expected[name] / 2 if name.startswith("grad") else expected[name]  # it takes the mean
+            scale = value.abs().max().item() if is_autocast and name.startswith("grad") else 1
+            torch.testing.assert_close(state[name], value, rtol=close["rtol"], atol=close["atol"] * scale, msg=name)
