@@ -41,7 +41,14 @@ def _units(channels: int, groups: int, count: int) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*(se.FusedShuffleBottleneck(channels, channels, 1, groups) for _ in range(count)))
 
 
+def _stem() -> nn.Module:
+    layers = nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    fused = se.fuse(nn.Sequential(nn.Sequential(*layers), se.FusedShuffleBottleneck(24, 24, 1, 3)))
+    return fused[0]  # type: ignore[index]  # a Sequential
+
+
 SHAPES = [
+    Shape("the stem, 224²", _stem, (16, 3, 224, 224)),
     Shape("3 units of stage 2, g=3", _units(240, 3, 3), (16, 240, 28, 28)),
     Shape("3 units of stage 3, g=3", _units(480, 3, 3), (16, 480, 14, 14)),
     Shape("3 units of stage 4, g=3", _units(960, 3, 3), (16, 960, 7, 7)),
@@ -54,7 +61,9 @@ SHAPES = [
 Step = Callable[[], Tensor]
 
 
-def _step(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Step:
+def _step(
+    model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype, backend: Any = "reference"
+) -> Step:
     """A training step, which returns the gradient of the first parameter. That of an image is not computed."""
     generator = torch.Generator().manual_seed(0)
     is_image = x.shape[1] == 3
@@ -64,7 +73,8 @@ def _step(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, dtype: t
 
     def step() -> Tensor:
         nonlocal gradient
-        with torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext():
+        autocast = torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
+        with se.use_backend(backend), autocast:
             result = run(x)
         if gradient is None:
             gradient = torch.randn(result.shape, generator=generator).to(result)
@@ -78,7 +88,7 @@ def contenders(shape: Shape, dtype: torch.dtype) -> dict[str, Step]:
     model = shape.build().train()
     x = torch.randn(shape.x).relu_()
     plain, last = plain_copy(model), plain_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps = {_OURS: _step(model, model, x, dtype), _EAGER: _step(plain, plain, x, dtype)}
+    steps = {_OURS: _step(model, model, x, dtype, "native"), _EAGER: _step(plain, plain, x, dtype)}
     steps[_CHANNELS_LAST] = _step(last, last, x.to(memory_format=torch.channels_last), dtype)
     if dtype == torch.float32:
         compiled = plain_copy(model)
