@@ -118,7 +118,10 @@ def backward(
         )
         of_weight = of_weight.view(weight.shape)
     if wanted[0]:
-        _passes.training_norm_backward(of_norm, y, coefficients)
+        if norm.of_batch:
+            _passes.training_norm_backward(of_norm, y, coefficients)
+        else:
+            of_norm *= affine.scale.to(y.dtype).view(1, -1, 1, 1)
         of_x = _x_gradient(of_norm, given, weight, o)
     # Sums over all processes give each of them its part of a parameter's gradient: those of the parts add up to it.
     share = 1 / distributed.get_world_size(process_group(o)) if o.processes else 1  # type: ignore[arg-type]

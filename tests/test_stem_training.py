@@ -119,9 +119,9 @@ def test_steps(configuration, dtype, layout):
     assert_as_accurate_steps(module, x)
     x = x.requires_grad_()
     result = native(module, x)
-    assert_strides_of_layout(result, layout)
     result.sum().backward()
-    if module.conv.in_channels > 1:
+    if module.conv.in_channels > 1:  # else x is contiguous as well
+        assert_strides_of_layout(result, layout)
         assert_strides_of_layout(x.grad, layout)
 
 
@@ -223,7 +223,7 @@ def test_values_that_are_not_finite(value, max_pool):
         got, expected = step(module, x, gradient, native), step(module, x, gradient)
         for name in ("result", "grad of x"):
             torch.testing.assert_close(got[name], expected[name], equal_nan=True, rtol=0, atol=0, msg=name)
-    module.bn.train()
+    module.bn.train().eps = 1e-5
     got, expected = step(module, x, run=native), step(module, x)
     for name in ("result", "running_mean", "running_var"):
         name = name if name in got else f"bn.{name}"
