@@ -225,9 +225,9 @@ def test_values_that_are_not_finite(value, max_pool):
             torch.testing.assert_close(got[name], expected[name], equal_nan=True, rtol=0, atol=0, msg=name)
     module.bn.train().eps = 1e-5
     got, expected = step(module, x, run=native), step(module, x)
-    for name in ("result", "running_mean", "running_var"):
-        name = name if name in got else f"bn.{name}"
-        torch.testing.assert_close(got[name], expected[name], equal_nan=True, msg=name)
+    assert torch.equal(got["result"].isnan(), expected["result"].isnan())
+    for name in ("bn.running_mean", "bn.running_var"):
+        assert not (got[name].isfinite() | expected[name].isfinite()).any(), name
 
 
 def test_a_mean_far_above_the_deviation():

@@ -314,12 +314,14 @@ class StemTrainingOf final : public StemTrainingKernel {
     return stem;
   }
 
-  // The gradient of y from that of the norm's results.
+  // The gradient of y from that of the norm's results. A frozen norm, whose slope is 0, has nothing to do with y, which
+  // may not be finite.
   static void of_y(const TrainingKernel::NormBackward& n, const A* y, const A* gradient, int64_t pixels, A* to) {
     const V scale = S::broadcast(static_cast<A>(n.scale)), slope = S::broadcast(static_cast<A>(n.slope));
     const V mean = S::broadcast(static_cast<A>(n.mean)), shift = S::broadcast(static_cast<A>(n.shift));
+    const bool is_frozen = n.slope == 0;
     each_vector<A>(pixels, [&](int64_t i, auto mask, auto is_tail) {
-      const V deviation = load_pixels(y + i, mask, is_tail) - mean;
+      const V deviation = is_frozen ? V{} : load_pixels(y + i, mask, is_tail) - mean;
       const V scaled = scale * load_pixels(gradient + i, mask, is_tail) - shift;
       S::store(to + i, scaled - slope * deviation);
     });
