@@ -158,7 +158,8 @@ def train_stem(network: nn.Module, x: Any, conv: Any, norm: Any, *others: nn.Mod
 
     ``others`` are what else is called for the stem.
     """
-    if not isinstance(x, Tensor) or not (network.training or norm.training) or not trains_native(x):
+    is_trained = network.training or (isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and norm.training)
+    if not isinstance(x, Tensor) or not is_trained or not trains_native(x):
         return None
     cause = unfit(conv, norm)
     if cause is None and any(map(has_hooks, (conv, norm, *others))):
