@@ -61,6 +61,17 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "Tensor(b!)? sums, Tensor(c!) totals, *, int groups=1) -> ()");
   m.def("training_pool(Tensor x, Tensor(a!) y, *, bool relu, bool count_include_pad) -> ()");
   m.def("training_pool_backward(Tensor y_gradient, Tensor(a!) gradient, *, bool count_include_pad) -> ()");
+  // Those of a stem's; see cpu/stem_training.cpp.
+  m.def(
+      "training_stem(Tensor x, Tensor weight, Tensor(a!) y, Tensor(b!)? moments, *, int kernel_size, int stride, "
+      "int padding) -> ()");
+  m.def("training_stem_norm(Tensor y, Tensor scale, Tensor shift, Tensor(a!) result, *, bool max_pool) -> ()");
+  m.def(
+      "training_stem_norm_backward(Tensor result_gradient, Tensor y, Tensor mean, Tensor scale, Tensor shift, "
+      "Tensor(a!) gradient, Tensor(b!) sums, *, bool max_pool) -> ()");
+  m.def(
+      "training_stem_weight_backward(Tensor x, Tensor gradient, Tensor y, Tensor coefficients, "
+      "Tensor(a!) weight_gradient, *, int kernel_size, int stride, int padding) -> ()");
 }
 
 namespace {

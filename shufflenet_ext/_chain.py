@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shufflenet_ext._backend import runs_native
+from shufflenet_ext._backend import fall_back, runs_native, trains_native
 from shufflenet_ext._fused import Fused, Snapshot, foldable_unit, own_stage, stage_names
 from shufflenet_ext._match import AnyUnit
 from shufflenet_ext._network import Head, LastConvolution, Stem
 from shufflenet_ext._program import program_of
+from shufflenet_ext._stem_training_op import run as train
+from shufflenet_ext._stem_training_op import unfit
+from shufflenet_ext._training_op import TrainedStage, untrainable
 from shufflenet_ext.modules import FusedShuffleBottleneck, has_hooks
 from shufflenet_ext.modules_v2 import FusedShuffleUnitV2
 
@@ -132,7 +135,40 @@ class FusedStem(Fused):
             part = part_of(self)
             return None if part is None else Plan([[(self, part)]], [])
 
-        return run_by_plan(self, x, make)
+        adopted = self._adopted
+        if not adopted.training():
+            return run_by_plan(self, x, make)
+        stem: Stem = adopted.part
+        if not trains_native(x):
+            return None
+        cause = None if stem.relu else "there is no native training step of a stem without a ReLU"
+        if not adopted.unchanged(in_any_mode=True):
+            cause = f"a fused {type(self).__name__} is not what it was when fuse() proved it"
+        stage = None if cause is not None else adopted.trained_stages(self)[0]
+        if stage is not None and stage.norm is not None:
+            cause = untrainable([stage.norm])
+        if cause is not None or stage is None:
+            fall_back(str(cause))
+            return None
+        return train(x, stage, stride=stem.stride, padding=stem.padding, max_pool=stem.max_pool)
+
+
+def train_stem(network: nn.Module, x: Any, conv: Any, norm: Any, *others: nn.Module, max_pool: bool) -> Tensor | None:
+    """The result of a network's own stem in training mode by the native op; None where its code is to run.
+
+    ``others`` are what else is called for the stem.
+    """
+    is_trained = network.training or (isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and norm.training)
+    if not isinstance(x, Tensor) or not is_trained or not trains_native(x):
+        return None
+    cause = unfit(conv, norm)
+    if cause is None and any(map(has_hooks, (conv, norm, *others))):
+        cause = "a module of the stem has hooks"
+    if cause is not None:
+        fall_back(cause)
+        return None
+    stage = TrainedStage(conv.weight, conv.bias, norm.weight, norm.bias, norm)
+    return train(x, stage, stride=conv.stride[0], padding=conv.padding[0], max_pool=max_pool)
 
 
 class FusedSequential(nn.Sequential):

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.overrides import wrap_torch_function
 
+MOST_STEM_SIZE = 11  # of a kernel; csrc/network.h
+
 # Hands a function's call to an argument with a __torch_function__ of its own, as PyTorch's functions do: so torch.fx
 # records it as one node.
 overridable = wrap_torch_function(lambda *args, **kwargs: (*args, *kwargs.values()))
@@ -113,6 +115,25 @@ def check_unit_v2(
         joined = out + shortcut_channels
     check_divides("split_groups", split_groups, "x's channels", channels)
     check_divides("shuffle_groups", shuffle_groups, "the result's channels", joined)
+
+
+def check_stem(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, stride: int, padding: int) -> None:
+    """TypeError or ValueError, naming the argument, unless they describe a stem's convolution of a batch of images."""
+    check_int("stride", stride)
+    check_int("padding", padding)
+    expected = "[out_channels, x's channels, kernel_size, kernel_size]"
+    rows = _check_rows("conv_weight", weight, expected)
+    assert weight is not None
+    size = weight.shape[2]
+    _check_convolution("conv", weight, bias, (rows, x.shape[1], size, size), x)
+    if not 1 <= size <= MOST_STEM_SIZE:
+        raise ValueError(f"conv_weight: got kernel_size {size}, expected 1 to {MOST_STEM_SIZE}")
+    if stride not in (1, 2):
+        raise ValueError(f"stride: got {stride}, expected 1 or 2")
+    if not 0 <= padding < size:
+        raise ValueError(f"padding: got {padding}, expected 0 to {size - 1}")
+    if min(x.shape[2:]) + 2 * padding < size:
+        raise ValueError(f"x: got shape {list(x.shape)}, expected images that a window of {size} fits into")
 
 
 def check_unit(

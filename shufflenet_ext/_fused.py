@@ -81,6 +81,16 @@ class _Adopted:
     def unchanged(self, *, in_any_mode: bool = False) -> bool:
         return all(snapshot.holds(in_any_mode=in_any_mode) for snapshot in self.snapshots)
 
+    def trained_stages(self, module: nn.Module) -> list[TrainedStage]:
+        """The stages of the module, with the norms that a training step is to update."""
+        tensors = _read_all(module, self.paths, self.orders)
+        return [
+            TrainedStage(weight, bias, norm_weight, norm_bias, _norm_of(module, paths), orders[-1])  # type: ignore[arg-type]
+            for (weight, bias, norm_weight, norm_bias, *_), paths, orders in zip(
+                tensors, self.paths, self.orders, strict=True
+            )
+        ]
+
     def take_synced_norms(self) -> None:
         """Takes a SyncBatchNorm in a batch norm's place for the one that was proved: in eval mode they are the same."""
         of = {snapshot.module: snapshot for snapshot in self.snapshots}
@@ -269,15 +279,9 @@ class FusedUnit(Fused):
             return None
         if not (trains_native(x, unit.version) if is_trained else runs_native(x, lambda: unit.sizes, unit.version)):
             return None
-        tensors = _read_all(self, adopted.paths, adopted.orders)
         if not is_trained:
-            return run_unit(x, unit, tensors)
-        stages = [
-            TrainedStage(weight, bias, norm_weight, norm_bias, _norm_of(self, paths), orders[-1])  # type: ignore[arg-type]
-            for (weight, bias, norm_weight, norm_bias, *_), paths, orders in zip(
-                tensors, adopted.paths, adopted.orders, strict=True
-            )
-        ]
+            return run_unit(x, unit, _read_all(self, adopted.paths, adopted.orders))
+        stages = adopted.trained_stages(self)
         if (cause := untrainable([stage.norm for stage in stages])) is not None:
             fall_back(cause)
             return None

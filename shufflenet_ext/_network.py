@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from shufflenet_ext._checks import MOST_STEM_SIZE
 from shufflenet_ext._graph import Graph, Operation, Parameter, Wire
 from shufflenet_ext._match import Found, NearMiss, Stage, expect_in_order, named, pair, past_relu, square, stage, whole
 from shufflenet_ext._program import StepKind
 from shufflenet_ext._units import unit_ending_in
-
-_MOST_STEM_SIZE = 11  # of a kernel; csrc/network.h
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ def stem_at(end: Wire) -> tuple[Stem, Wire, list[Operation]] | None:
         own = Stage(*named(at, norm, "the stem"))
     except NearMiss:
         return None
-    if not (1 <= size <= _MOST_STEM_SIZE and stride in (1, 2) and 0 <= padding < size and dilation == 1):
+    if not (1 <= size <= MOST_STEM_SIZE and stride in (1, 2) and 0 <= padding < size and dilation == 1):
         return None
     if not isinstance(source, Wire):
         return None

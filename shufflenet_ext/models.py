@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shufflenet_ext._chain import FusedStem, Part, network_plan, own_parts, run_by_plan
+from shufflenet_ext._chain import FusedStem, Part, network_plan, own_parts, run_by_plan, train_stem
 from shufflenet_ext._checks import check_int
 from shufflenet_ext.modules import STEM_CHANNELS, FusedShuffleBottleneck
 from shufflenet_ext.modules_v2 import FusedShuffleUnitV2
@@ -46,7 +46,8 @@ class ShuffleNetCifar(nn.Module):
         logits = run_by_plan(self, x, lambda: network_plan(self.parts()))
         if logits is not None:
             return logits
-        x = F.relu(self.bn1(self.conv1(x)))
+        stem = train_stem(self, x, self.conv1, self.bn1, max_pool=False)
+        x = F.relu(self.bn1(self.conv1(x))) if stem is None else stem
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(F.avg_pool2d(x, 4).flatten(1))
 
@@ -89,7 +90,8 @@ class ShuffleNetV1(nn.Module):
         logits = run_by_plan(self, x, lambda: network_plan(self.parts()))
         if logits is not None:
             return logits
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
+        stem = train_stem(self, x, self.conv1, self.bn1, max_pool=True)
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1) if stem is None else stem
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
@@ -155,18 +157,26 @@ class ShuffleNetV2(nn.Module):
         logits = run_by_plan(self, x, lambda: network_plan(self.parts()))
         if logits is not None:
             return logits
-        x = self.stage4(self.stage3(self.stage2(self.maxpool(self.conv1(x)))))
+        stem = None
+        if self._has_own_stem():
+            stem = train_stem(self, x, *self.conv1, self.maxpool, self.conv1, max_pool=True)
+        x = self.maxpool(self.conv1(x)) if stem is None else stem
+        x = self.stage4(self.stage3(self.stage2(x)))
         return self.fc(self.conv5(x).mean([2, 3]))
 
     def parts(self) -> list[Part] | None:
         """The stem, the units, the last convolution and the head that it is; None where it is more, as with hooks."""
-        pool = self.maxpool
+        last = self.conv5
+        plain = self._has_own_stem() and type(last) is nn.Sequential and type(last[2]) is nn.ReLU
+        return own_parts(self, self.layers(), **_V2_NAMES, max_pool=True, window=0) if plain else None
+
+    def _has_own_stem(self) -> bool:
+        """Whether the stem is of modules of the classes that it was made with."""
+        pool, stem = self.maxpool, self.conv1
         usual = type(pool) is nn.MaxPool2d and (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
-        stem, last = self.conv1, self.conv5
         # Which fuse may have made a stem of: it is a Sequential all the same.
         plain = isinstance(stem, nn.Sequential) and (type(stem) is nn.Sequential or isinstance(stem, FusedStem))
-        plain = plain and usual and type(last) is nn.Sequential and type(stem[2]) is type(last[2]) is nn.ReLU
-        return own_parts(self, self.layers(), **_V2_NAMES, max_pool=True, window=0) if plain else None
+        return usual and plain and len(stem) == 3 and type(stem[2]) is nn.ReLU
 
     def layers(self) -> tuple[nn.Sequential, ...]:
         """Its stages."""

@@ -10,7 +10,7 @@ from torch._decomp import register_decomposition
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from shufflenet_ext import _native, _training_op, reference
+from shufflenet_ext import _native, _stem_training_op, _training_op, reference
 from shufflenet_ext._backend import fall_back, implementation, unit_variant
 from shufflenet_ext._checks import check_int, check_tensor, overridable
 
@@ -387,3 +387,4 @@ if _native.native_error is None:
         _register_decomposition(_name)
         _register_flop_formula(_name)
     _register_autocast(_training_op.NAME)
+    _register_autocast(_stem_training_op.NAME)

@@ -850,6 +850,34 @@ MUTANTS = [
         "found",
         "test_match.py::test_fuse_takes_every_style",
     ),
+    Mutant(
+        "training a stem: of equal values in a window the last gets the gradient",
+        KERNELS + "stem_training.h",
+        "(later > first) | (later != later)",
+        "(later >= first) | (later != later)",
+        "test_stem_training.py::test_of_equal_values_the_first_gets_the_gradient",
+    ),
+    Mutant(
+        "training a stem: a window's left column is its own odd one, not that of the window before",
+        KERNELS + "stem_training.h",
+        "S::load(left_ + i + 1)",
+        "S::load(left_ + i)",
+        "test_stem_training.py::test_steps_in_float64",
+    ),
+    Mutant(
+        "training a stem: moments of strips of unequal rows are weighed alike",
+        "csrc/cpu/stem_training.cpp",
+        "static_cast<double>(batch.rows(strip).count() * width)",
+        "static_cast<double>(pixels) / static_cast<double>(strips + 0 * strip)",
+        "test_stem_training.py::test_images_of_several_strips",
+    ),
+    Mutant(
+        "training a stem: the weight's gradient forgets that the norm's mean is the batch's",
+        "shufflenet_ext/_stem_training.py",
+        "affine.scale * total / values",
+        "0 * total",
+        "test_stem_training.py::test_steps_in_float64",
+    ),
 ]
 
 

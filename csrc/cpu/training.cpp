@@ -1,10 +1,8 @@
 // The passes of a unit's training on the CPU, as ops that shufflenet_ext/_training.py puts together. Tensors are of
 // float32 or float64, and hold contiguous planes: only the distance from image to image is free. Whatever is added up
 // over the batch is added up in one order, by one thread for each sum, so that no result depends on the threads.
-#include "../arguments.h"
-#include "kernels/training_table.h"
-#include "schedule/step.h"
 #include "isa/isa.h"
+#include "training_tensors.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -12,13 +10,6 @@ namespace shufflenet::cpu {
 namespace {
 
 const char* const kFloats = "float32 or float64";
-
-void check_float(const char* name, const Tensor& tensor, ScalarType type) {
-  if (tensor.scalar_type() != type || !tensor.is_cpu()) {
-    fail(name, ": got dtype ", dtype_name(tensor.scalar_type()), tensor.is_cpu() ? "" : " on another device",
-         ", expected ", dtype_name(type), " on the CPU");
-  }
-}
 
 // A batch of planes.
 struct Batch4 {
@@ -66,26 +57,7 @@ void check_sizes(const char* name, const Batch4& batch, int64_t images, int64_t 
        ", expected ", shape_of(Sizes{images, channels, size.height, size.width}));
 }
 
-// A contiguous array of these sizes.
-const char* array(const char* name, const Tensor& tensor, ScalarType type, const std::vector<int64_t>& sizes) {
-  check_shape(name, tensor, sizes);
-  check_float(name, tensor, type);
-  if (!tensor.is_contiguous()) fail(name, ": got a tensor that is not contiguous, expected a contiguous one");
-  return static_cast<const char*>(tensor.const_data_ptr());
-}
-double* doubles(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes) {
-  return const_cast<double*>(reinterpret_cast<const double*>(array(name, tensor, ScalarType::Double, sizes)));
-}
-
 const TrainingKernel& kernel_for(const Tensor& x) { return isa().training(dtype_of("x", x)); }
-
-// Shares tasks among torch's threads.
-template <class Run>
-void each_task(int64_t tasks, const Run& run) {
-  torch::stable::parallel_for(0, tasks, 1, [&run](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run(task);
-  });
-}
 
 // The tasks of a batch: each is some channels of an image, and as many as keep all threads at work.
 class ImageTasks {

@@ -220,10 +220,115 @@ class TrainingFuzz {
   const TrainingKernel& kernel_;
 };
 
+// A stem's kernels, on images of a random dtype.
+template <class A>
+class StemTrainingFuzz {
+ public:
+  StemTrainingFuzz(Dtype dtype, const Isa& isa) : dtype_(dtype), isa_(isa), kernel_(isa.stem_training(dtype)) {}
+
+  void run() const {
+    StemCase c = random_stem();
+    c.stem.relu = true;
+    norm_and_pool(c.stem);
+    products(c);
+  }
+
+ private:
+  void check(double got, double expected, double magnitude, const char* what, int64_t i) const {
+    check_value(got, expected, 64 * std::numeric_limits<A>::epsilon() * (magnitude + 1), what, i, isa_);
+  }
+
+  // Of multiples of a quarter, so that a window often has several largest values, and all sums are exact.
+  Array<A> few_values(int64_t n) const {
+    Array<A> values(n);
+    for (A& value : values) value = static_cast<A>(uniform(-4, 4)) / 4;
+    if (uniform(0, 3) == 0) values[uniform(0, n - 1)] = std::numeric_limits<A>::quiet_NaN();
+    return values;
+  }
+
+  void norm_and_pool(const Stem& s) const {
+    const int64_t height = s.conv_height(), width = s.conv_width(), in = height * width;
+    const int64_t out_width = s.out_width(), out = s.out_height() * out_width;
+    const Array<A> y = few_values(in), gradient = few_values(out);
+    const StemNorm norm = {uniform(-4, 4) / 4.0, uniform(-4, 4) / 4.0};
+    const double mean = uniform(-4, 4) / 4.0;
+    Array<A> result = poisoned<A>(out), back = poisoned<A>(in);
+    const Buffer workspace(kernel_.plane_bytes(s)), other(kernel_.plane_bytes(s));
+    kernel_.norm_and_pool(s, norm, y.data(), result.data(), workspace.get());
+    const StemSums sums =
+        kernel_.norm_and_pool_backward(s, norm, mean, gradient.data(), y.data(), back.data(), other.get());
+    const auto z = [&](int64_t i) { return relu(norm.scale * y[i] + norm.shift); };
+    std::vector<double> expected(in);
+    for (int64_t i = 0; i < out; ++i) {
+      int64_t winner = s.max_pool ? -1 : i;
+      for (int64_t tap = 0; s.max_pool && tap < 9; ++tap) {
+        const int64_t row = i / out_width * 2 + tap / 3 - 1, column = i % out_width * 2 + tap % 3 - 1;
+        if (row < 0 || column < 0 || row >= height || column >= width) continue;
+        const int64_t at = row * width + column;
+        if (winner < 0 || z(at) > z(winner) || std::isnan(z(at))) winner = at;
+      }
+      check(result[i], z(winner), 2, "training stem", i);
+      if (!(z(winner) <= 0)) expected[winner] += gradient[i];
+    }
+    double total = 0, with_y = 0;
+    for (int64_t i = 0; i < in; ++i) {
+      check(back[i], expected[i], 0, "gradient of the stem's norm", i);
+      total += expected[i];
+      with_y += expected[i] * (y[i] - mean);
+    }
+    check(sums.gradient, total, 4.0 * out, "sum of the gradient of the stem's norm", 0);
+    check(sums.gradient_times_y, with_y, 8.0 * out, "sum of the gradient of the stem's norm times y", 0);
+  }
+
+  void products(const StemCase& c) const {
+    const Stem& s = c.stem;
+    const int64_t height = s.conv_height(), width = s.conv_width(), pixels = height * width;
+    const Array<char> x = image_of(c, dtype_);
+    const RandomPlanes<A> y(s.out_channels * pixels), gradient(s.out_channels * pixels);
+    std::vector<TrainingKernel::NormBackward> norms;
+    for (int64_t i = 0; i < s.out_channels; ++i) {
+      norms.push_back({uniform(-4, 4) / 4.0, uniform(-4, 4) / 4.0, uniform(-4, 4) / 4.0, uniform(-4, 4) / 4.0});
+    }
+    std::vector<double> sums(s.out_channels * s.taps());
+    in_shares(height, 1, [&](Range rows) {
+      const Buffer workspace(kernel_.products_bytes(s));
+      std::vector<double> of_rows(sums.size(), std::numeric_limits<double>::quiet_NaN());
+      kernel_.products(s, {x.data(), y.data(), gradient.data(), norms.data(), rows, of_rows.data()}, workspace.get());
+      for (size_t i = 0; i < sums.size(); ++i) sums[i] += of_rows[i];
+    });
+    for (int64_t i = 0; i < static_cast<int64_t>(sums.size()); ++i) {
+      const int64_t channel = i / s.taps(), tap = i % s.taps(), k = s.kernel_size;
+      const auto& n = norms[channel];
+      double sum = 0, terms = 0;
+      for (int64_t p = 0; p < pixels; ++p) {
+        const int64_t row = p / width * s.stride - s.padding + tap / k % k;
+        const int64_t column = p % width * s.stride - s.padding + tap % k;
+        if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+        const int64_t at = channel * pixels + p;
+        const double of_y = n.scale * gradient[at] - n.slope * (y[at] - n.mean) - n.shift;
+        const double term = of_y * c.values[(tap / (k * k) * s.height + row) * s.width + column];
+        sum += term;
+        terms += std::isnan(term) ? 0 : std::abs(term);
+      }
+      check(sums[i], sum, terms, "gradient of the stem's weight", i);
+    }
+  }
+
+  Dtype dtype_;
+  const Isa& isa_;
+  const StemTrainingKernel& kernel_;
+};
+
 static void check_training(const Isa& isa) {
   if (uniform(0, 1)) {
     TrainingFuzz<float>(isa).run();
   } else {
     TrainingFuzz<double>(isa).run();
+  }
+  const Dtype dtype = static_cast<Dtype>(uniform(0, 3));
+  if (dtype == Dtype::float64) {
+    StemTrainingFuzz<double>(dtype, isa).run();
+  } else {
+    StemTrainingFuzz<float>(dtype, isa).run();
   }
 }

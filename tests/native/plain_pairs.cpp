@@ -69,6 +69,7 @@ class PlainPairs final : public Isa {
   const Kernels* pair_kernels(Dtype dtype) const override { return &baseline::pair_kernels(dtype); }
   const Kernels& kernels(Dtype) const override { std::abort(); }
   const TrainingKernel& training(Dtype) const override { std::abort(); }
+  const StemTrainingKernel& stem_training(Dtype) const override { std::abort(); }
   void to_accumulator(Dtype, const void*, void*, int64_t) const override { std::abort(); }
   int64_t multiply_add(Dtype, int64_t) const override { std::abort(); }
 };

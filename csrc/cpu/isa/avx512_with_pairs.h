@@ -9,6 +9,7 @@ class Avx512WithPairs : public Isa {
  public:
   const Kernels& kernels(Dtype dtype) const override { return avx512_isa.kernels(dtype); }
   const TrainingKernel& training(Dtype dtype) const override { return avx512_isa.training(dtype); }
+  const StemTrainingKernel& stem_training(Dtype dtype) const override { return avx512_isa.stem_training(dtype); }
   void to_accumulator(Dtype dtype, const void* from, void* to, int64_t n) const override {
     avx512_isa.to_accumulator(dtype, from, to, n);
   }

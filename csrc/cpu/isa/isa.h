@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../kernels/table.h"
-#include "../kernels/training_table.h"
+#include "../kernels/stem_training_table.h"
 
 namespace shufflenet::cpu {
 
@@ -22,6 +22,8 @@ class Isa {
 
   // Those of training, on planes of float32 or float64.
   virtual const TrainingKernel& training(Dtype) const = 0;
+  // Those of a stem's training, for images of the dtype.
+  virtual const StemTrainingKernel& stem_training(Dtype) const = 0;
 
   // Converts n elements of the dtype to its accumulator type.
   virtual void to_accumulator(Dtype, const void* from, void* to, int64_t n) const = 0;

@@ -5,6 +5,7 @@
 #include "head.h"
 #include "last_convolution.h"
 #include "stem.h"
+#include "stem_training.h"
 #include "training.h"
 #include "unit.h"
 
@@ -15,6 +16,8 @@ inline constexpr KernelsOf<UnitOf<FloatFormat<T>>, FloatStem<T>, FloatLastConvol
     kFloatKernels{};
 template <class A>
 inline constexpr TrainingOf<A> kTrainingKernels{};
+template <class T>
+inline constexpr StemTrainingOf<T> kStemTrainingKernels{};
 
 // Does rounds of multiply-adds: as many independent chains as a tile of a pointwise convolution has, but no loads.
 template <class A>
@@ -50,6 +53,14 @@ class FloatIsa : public Isa {
   const TrainingKernel& training(Dtype dtype) const override {
     if (dtype == Dtype::float64) return kTrainingKernels<double>;
     return kTrainingKernels<float>;
+  }
+  const StemTrainingKernel& stem_training(Dtype dtype) const override {
+    switch (dtype) {
+      case Dtype::float64: return kStemTrainingKernels<double>;
+      case Dtype::bfloat16: return kStemTrainingKernels<BFloat16>;
+      case Dtype::float16: return kStemTrainingKernels<Float16>;
+      default: return kStemTrainingKernels<float>;
+    }
   }
 
   void to_accumulator(Dtype dtype, const void* from, void* to, int64_t n) const override {

@@ -68,6 +68,10 @@ struct Simd : Intrinsics<A> {
   // The lanes of v moved up by one, the last lane of `before` in the first.
   static V shift_in(V before, V v) { return picked<1, kLanes - 1>(before, v, kEach); }
 
+  // The elements of a and b in turn, a's first: those of their first halves, and those of their last.
+  static V first_in_turn(V a, V b) { return interleave<0>(a, b, kEach); }
+  static V last_in_turn(V a, V b) { return interleave<kLanes / 2>(a, b, kEach); }
+
   // Transposes a kLanes x kLanes block held as one vector a row: log2(kLanes) rounds, each of which merges the rows
   // i and i + kLanes / 2 element by element.
   static void transpose(V (&rows)[kLanes]) {

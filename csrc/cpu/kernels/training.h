@@ -86,6 +86,12 @@ void fill_plane_masks(PlaneSize in, int64_t stride, EdgeMasks<A>* masks) {
   fill_edge_masks<A>(unit, {0, unit.out_height()}, masks);
 }
 
+// The gradient where a ReLU's result is above zero. Where it is NaN it passes, as in PyTorch.
+template <class V>
+inline V relu_passes(V result, V gradient) {
+  return result <= V{} ? V{} : gradient;
+}
+
 template <class A>
 class TrainingOf final : public TrainingKernel {
  public:
@@ -187,7 +193,7 @@ class TrainingOf final : public TrainingKernel {
     V sum = {};
     each_vector<A>(pixels, [&](int64_t i, auto mask, auto is_tail) {
       const V y = load_pixels(static_cast<const A*>(result) + i, mask, is_tail);
-      const V kept = passed(y, load_pixels(static_cast<const A*>(gradient) + i, mask, is_tail));
+      const V kept = relu_passes(y, load_pixels(static_cast<const A*>(gradient) + i, mask, is_tail));
       sum += kept;
       store_pixels(static_cast<A*>(to) + i, kept, mask, is_tail);
     });
@@ -223,9 +229,6 @@ class TrainingOf final : public TrainingKernel {
 
  private:
   static Planes<const A> planes(const void* data, int64_t pixels) { return {static_cast<const A*>(data), pixels}; }
-
-  // The gradient where a ReLU's result is above zero. Where it is NaN it passes, as in PyTorch.
-  static V passed(V result, V gradient) { return result <= V{} ? V{} : gradient; }
 
   // Computes relu(scale * y1 + shift) of what the shuffle sends to place c.
   static void apply_norm1(const TrainingDepthwise& d, int64_t c, const void* y1, const PaddedPlane<A>& to) {
@@ -266,7 +269,7 @@ class TrainingOf final : public TrainingKernel {
         convolved = S::fma(S::load(g + 1, edges->right[0]), turned[3 * row + 2], convolved);
       });
       ++edges;
-      const V kept = passed(value, convolved);
+      const V kept = relu_passes(value, convolved);
       V deviation = load_pixels(y1 + i, mask, is_tail) - mean;
       if (is_tail) deviation = S::keep(deviation, mask);
       sum += is_tail ? S::keep(kept, mask) : kept;

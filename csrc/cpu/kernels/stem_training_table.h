@@ -1,0 +1,45 @@
+// The interface between the passes of a stem's training (stem_training.cpp) and their kernels, as training_table.h is
+// for units'. The convolution itself is inference's.
+#pragma once
+
+#include "training_table.h"
+
+namespace shufflenet::cpu {
+
+// The norm behind the convolution, as it is applied to a channel: scale * y + shift. Then comes a ReLU.
+struct StemNorm {
+  double scale, shift;
+};
+
+// What a channel's backward pass through the pool and the ReLU adds up.
+struct StemSums {
+  double gradient, gradient_times_y;  // of the norm's results; times what y lies above its mean
+};
+
+// Rows of an image of which a thread finds the products with the taps.
+struct StemProducts {
+  const void* image;
+  const void* y;         // planes of the whole image, as is the gradient
+  const void* gradient;  // of the norm's results
+  const TrainingKernel::NormBackward* norms;
+  Range rows;    // of the convolution
+  double* sums;  // [out_channels][taps], which are written
+};
+
+// Planes are contiguous, one behind the other.
+class StemTrainingKernel {
+ public:
+  virtual int64_t plane_bytes(const Stem&) const = 0;
+  // Computes the norm, the ReLU and the pool of a plane of the convolution's result.
+  virtual void norm_and_pool(const Stem&, const StemNorm&, const void* y, void* result, void* workspace) const = 0;
+  // Computes the gradient of the norm's results from that of the pool's. A window's goes to its largest value, to the
+  // first of several, and to its last NaN where it has one.
+  virtual StemSums norm_and_pool_backward(const Stem&, const StemNorm&, double mean, const void* result_gradient,
+                                          const void* y, void* gradient, void* workspace) const = 0;
+
+  virtual int64_t products_bytes(const Stem&) const = 0;
+  // Adds up the gradient of y times what each of the convolution's taps has read.
+  virtual void products(const Stem&, const StemProducts&, void* workspace) const = 0;
+};
+
+}  // namespace shufflenet::cpu

@@ -1,0 +1,136 @@
+"""A stem's training step on the CPU, by the native passes of csrc/cpu/stem_training.cpp.
+
+    forward   y = conv(x)    result = max_pool(relu(norm(y)))
+    backward  gradient of norm(y), from y and the result's    gradient of the weight    gradient of x
+
+Of what lies between, y alone is kept: the backward pass finds anew which of a window's values was the largest. Images
+seldom want a gradient of their own, so that one is PyTorch's. Names are those of ``_training.py``.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from shufflenet_ext._native import is_channels_last, memory_format
+from shufflenet_ext._training import (
+    Norm,
+    _Affine,
+    _as_given,
+    _combined,
+    _compute_dtype,
+    _fixed_statistics,
+    _matrix,
+    _moments,
+    _planes,
+    _summed,
+    process_group,
+)
+
+_passes: Any = torch.ops.shufflenet_ext
+
+
+class Options(NamedTuple):
+    """A stem's geometry, as the op's keyword arguments have it."""
+
+    stride: int
+    padding: int
+    max_pool: bool
+    processes: str  # as a unit's
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of the forward pass: ``mean`` and ``var`` are those that the norm normalizes by."""
+
+    y: Tensor  # of the dtype that sums are in, its planes contiguous
+    mean: Tensor  # as all that follows in float64
+    var: Tensor
+    images: Tensor  # in the batches of all processes
+
+
+def convolved_size(x: Tensor, weight: Tensor, o: Options) -> tuple[Any, Any]:
+    """The height and width of the convolution's result."""
+    height, width = ((size + 2 * o.padding - weight.shape[2]) // o.stride + 1 for size in x.shape[2:])
+    return height, width
+
+
+def result_size(size: tuple[Any, Any], o: Options) -> tuple[Any, Any]:
+    """The height and width of a stem's result, of those of its convolution's."""
+    return ((size[0] - 1) // 2 + 1, (size[1] - 1) // 2 + 1) if o.max_pool else size
+
+
+def _image(x: Tensor) -> Tensor:
+    """x as the passes read it: dense, in one of the two formats."""
+    return x.contiguous(memory_format=memory_format(x)) if is_channels_last(x) else x.contiguous()
+
+
+def _of_convolution(weight: Tensor, o: Options) -> dict[str, int]:
+    return {"kernel_size": weight.shape[2], "stride": o.stride, "padding": o.padding}
+
+
+def forward(given: Tensor, weight: Tensor, norm: Norm, o: Options) -> tuple[Tensor, Kept]:
+    """A stem's result, its norm in training mode or not, and what its backward pass needs."""
+    n, channels, dtype = len(given), len(weight), _compute_dtype(given)
+    (images,) = _summed(o, torch.tensor(float(n), dtype=torch.float64))  # type: ignore[arg-type]  # its processes
+    y = given.new_empty((n, channels, *convolved_size(given, weight, o)), dtype=dtype)
+    moments = _moments(n, channels, norm.of_batch)
+    _passes.training_stem(_image(given), _matrix(weight, dtype), y, moments, **_of_convolution(weight, o))
+    pixels = y.shape[2] * y.shape[3]
+    if moments is None:
+        mean, var = (each.clone() for each in _fixed_statistics(norm, channels))  # no outputs that are inputs
+    else:
+        mean, var = _combined(moments, pixels, images, o)  # type: ignore[arg-type]
+    affine = _Affine.of(norm, mean, var)
+    result = y.new_empty(n, channels, *result_size((y.shape[2], y.shape[3]), o))
+    _passes.training_stem_norm(y, affine.scale, affine.shift, result, max_pool=o.max_pool)
+    return _as_given(result, given), Kept(y, mean, var, images)
+
+
+class Gradients(NamedTuple):
+    """Of a stem's inputs; None for those that nobody wants."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    conv_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def backward(
+    gradient: Tensor, given: Tensor, kept: Kept, weight: Tensor, norm: Norm, o: Options, wanted: tuple[bool, bool]
+) -> Gradients:
+    """The gradients of the forward pass, those of x and of the weight where they are wanted."""
+    y, affine = kept.y, _Affine.of(norm, kept.mean, kept.var)
+    of_norm, sums = torch.empty_like(y), torch.empty(2, len(weight), dtype=torch.float64)
+    vectors = kept.mean, affine.scale, affine.shift
+    _passes.training_stem_norm_backward(_planes(gradient), y, *vectors, of_norm, sums, max_pool=o.max_pool)
+    total, with_y = _summed(o, *sums)  # type: ignore[arg-type]
+    slope, shift = torch.zeros_like(total), torch.zeros_like(total)
+    if norm.of_batch:
+        values = kept.images * (y.shape[2] * y.shape[3])
+        slope, shift = affine.scale * affine.rstd.square() * with_y / values, affine.scale * total / values
+    coefficients = torch.stack((affine.scale, slope, kept.mean, shift))
+    of_x = of_weight = None
+    if wanted[1]:
+        of_weight = torch.empty(len(weight), weight[0].numel(), dtype=torch.float64)
+        _passes.training_stem_weight_backward(
+            _image(given), of_norm, y, coefficients, of_weight, **_of_convolution(weight, o)
+        )
+        of_weight = of_weight.view(weight.shape)
+    if wanted[0]:
+        if norm.of_batch:
+            _passes.training_norm_backward(of_norm, y, coefficients)
+        else:
+            of_norm *= affine.scale.to(y.dtype).view(1, -1, 1, 1)
+        of_x = _x_gradient(of_norm, given, weight, o)
+    # Sums over all processes give each of them its part of a parameter's gradient: those of the parts add up to it.
+    share = 1 / distributed.get_world_size(process_group(o)) if o.processes else 1  # type: ignore[arg-type]
+    of_bias = torch.zeros_like(total) if norm.of_batch else affine.scale * total
+    return Gradients(of_x, of_weight, share * of_bias, share * affine.rstd * with_y, share * total)
+
+
+def _x_gradient(y_gradient: Tensor, given: Tensor, weight: Tensor, o: Options) -> Tensor:
+    geometry = [o.stride] * 2, [o.padding] * 2, [1, 1], False, [0, 0], 1
+    x, matrix = _planes(given), weight.to(y_gradient.dtype)
+    of_x = torch.ops.aten.convolution_backward(y_gradient, x, matrix, None, *geometry, [True, False, False])[0]
+    return _as_given(of_x, given)

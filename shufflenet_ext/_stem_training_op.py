@@ -1,0 +1,226 @@
+"""A stem's training step as an op, and what PyTorch's machinery knows of it; see ``_training_op.py`` for units'.
+
+The op takes the convolution's weight and bias, its batch norm's weight and bias and, where that does not normalize by
+the batch, its running mean and variance; where there is no norm, all four are None and eps is 0.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from shufflenet_ext import _native, _stem_training
+from shufflenet_ext._backend import fall_back
+from shufflenet_ext._checks import check_image, check_stem
+from shufflenet_ext._stem_training import Kept, Options
+from shufflenet_ext._training import Norm
+from shufflenet_ext._training_op import TrainedStage, _processes, _update_running_statistics, untrainable, uses_batch
+
+_TENSORS = "Tensor conv_weight, Tensor? conv_bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var"
+_OPTIONS = "float eps, bool of_batch, int stride, int padding, bool max_pool, str processes"
+_TRAINED = 5  # inputs, x and the first of the tensors, that have gradients
+_INPUTS = 7
+
+NAME, BACKWARD_NAME = "stem_training", "stem_training_backward"
+
+
+def _norm(tensors: Sequence[Tensor | None], eps: float, of_batch: bool) -> Norm:
+    _, conv_bias, weight, bias, mean, var = tensors
+    return Norm(conv_bias, weight, bias, mean, var, eps, of_batch)
+
+
+def _check(x: Tensor, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for arguments that describe no stem, or a norm that does not fit it."""
+    check_image(x)
+    weight, bias, *norm = tensors
+    check_stem(x, weight, bias, stride=options["stride"], padding=options["padding"])
+    assert weight is not None
+    for name, tensor in zip(("weight", "bias", "mean", "var"), norm, strict=True):
+        if tensor is not None and tuple(tensor.shape) != (len(weight),):
+            raise ValueError(f"bn_{name}: got shape {list(tensor.shape)}, expected [{len(weight)}]")
+    if (norm[2] is None) != (norm[3] is None):
+        raise ValueError("bn_mean and bn_var: got one of them, expected both or none")
+
+
+def plain(x: Tensor, *tensors: Tensor | None, eps: float, of_batch: bool, **options: Any) -> tuple[Tensor, ...]:
+    """The op in plain PyTorch, which can differentiate and transform it."""
+    _check(x, tensors, options)
+    weight, bias, gamma, beta, mean, var = tensors
+    assert weight is not None
+    y = convolved = F.conv2d(x, weight, stride=options["stride"], padding=options["padding"])
+    with torch.no_grad():
+        of_y = y.double()
+        found = torch.var_mean(of_y, (0, 2, 3), correction=0)[::-1] if of_batch else (mean, var)
+    y = y if bias is None else y + bias.view(1, -1, 1, 1)
+    if of_batch or mean is not None:
+        y = F.batch_norm(y, mean, var, gamma, beta, of_batch, 0.0, eps)
+    y = F.relu(y)
+    result = F.max_pool2d(y, 3, stride=2, padding=1) if options["max_pool"] else y
+    statistics = (x.new_empty(0, dtype=torch.float64) if each is None else each for each in found)
+    return result, convolved, *statistics, x.new_tensor(x.shape[0], dtype=torch.float64)
+
+
+def _native_forward(
+    x: Tensor, *tensors: Tensor | None, eps: float, of_batch: bool, **options: Any
+) -> tuple[Tensor, ...]:
+    _check(x, tensors, options)
+    assert tensors[0] is not None
+    with torch.autocast("cpu", enabled=False):
+        result, kept = _stem_training.forward(x, tensors[0], _norm(tensors, eps, of_batch), Options(**options))
+    return result, *kept
+
+
+def _fake_forward(x: Tensor, *tensors: Tensor | None, eps: float, of_batch: bool, **options: Any) -> tuple[Tensor, ...]:
+    _check(x, tensors, options)
+    weight, o = tensors[0], Options(**options)
+    assert weight is not None
+    size = _stem_training.convolved_size(x, weight, o)
+    result = x.new_empty(len(x), len(weight), *_stem_training.result_size(size, o))
+    y = x.new_empty((len(x), len(weight), *size), dtype=_stem_training._compute_dtype(x))
+    mean, var = (x.new_empty(len(weight), dtype=torch.float64) for _ in range(2))
+    images = x.new_empty((), dtype=torch.float64)
+    return result.to(memory_format=_native.memory_format(x)), y, mean, var, images
+
+
+def _native_backward(
+    gradient: Tensor,
+    x: Tensor,
+    kept: list[Tensor],
+    *tensors: Tensor | None,
+    wanted: list[bool],
+    eps: float,
+    of_batch: bool,
+    **options: Any,
+) -> list[Tensor]:
+    _check(x, tensors, options)
+    weight, norm = tensors[0], _norm(tensors, eps, of_batch)
+    assert weight is not None
+    with torch.autocast("cpu", enabled=False):
+        found = _stem_training.backward(
+            gradient, x, Kept(*kept), weight, norm, Options(**options), (wanted[0], wanted[1])
+        )
+    inputs = (x, *tensors[: _TRAINED - 1])
+    return [
+        x.new_empty(0) if of_it is None or like is None or not is_wanted else of_it.to(like.dtype)
+        for of_it, like, is_wanted in zip(found, inputs, wanted, strict=True)
+    ]
+
+
+def _fake_backward(
+    gradient: Tensor, x: Tensor, kept: list[Tensor], *tensors: Tensor | None, wanted: list[bool], **options: Any
+) -> list[Tensor]:
+    formats = [_native.memory_format(x), *[torch.contiguous_format] * (_TRAINED - 1)]
+    return [
+        torch.empty_like(like, memory_format=torch.contiguous_format).to(memory_format=memory_format)
+        if like is not None and is_wanted
+        else x.new_empty(0)
+        for like, is_wanted, memory_format in zip((x, *tensors[: _TRAINED - 1]), wanted, formats, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    inputs, kept = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    found: list[Tensor | None] = [None] * _INPUTS
+    if gradient is None:
+        return tuple(found)
+    if torch.is_grad_enabled():  # the gradients are to be differentiated themselves, which PyTorch's operations can be
+        if ctx.options["processes"]:
+            raise RuntimeError("gradients of gradients: got a batch norm of several processes, expected one of one")
+
+        def run(*values: Tensor) -> Tensor:
+            replaced = dict(zip(wanted, values, strict=True))
+            return plain(*(replaced.get(i, given) for i, given in enumerate(inputs)), **ctx.options)[0]
+
+        gradients = torch.func.vjp(run, *(inputs[i] for i in wanted))[1](gradient)
+        for i, each in zip(wanted, gradients, strict=True):
+            found[i] = each
+        return tuple(found)
+    op = getattr(torch.ops.shufflenet_ext, BACKWARD_NAME)
+    is_wanted = [i in wanted for i in range(_TRAINED)]
+    gradients = op(gradient, inputs[0], list(kept), *inputs[1:], wanted=is_wanted, **ctx.options)
+    for i in wanted:
+        found[i] = gradients[i]
+    return tuple(found)
+
+
+def _transformed(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    fall_back("torch.func transforms the call, and there is no native kernel of a transformed one")
+    return plain(*args, **kwargs)
+
+
+def _flops(*args: Any, out_val: Any, **kwargs: Any) -> int:
+    x, *tensors = (arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args)
+    with FlopCounterMode(display=False) as counter:
+        plain(x, *tensors, **kwargs)
+    return counter.get_total_flops()
+
+
+def _backward_flops(
+    gradient: Tensor, x: Tensor, kept: Any, *tensors: Any, wanted: list[bool], out_val: Any, **kwargs: Any
+) -> int:
+    """The convolution's again for its weight's gradient and for x's."""
+    return sum(wanted[:2]) * _flops(x, *tensors, out_val=None, **kwargs)
+
+
+def unfit(conv: Any, norm: Any) -> str | None:
+    """Why the op cannot stand for a stem of this convolution and this norm, or None; None where it can."""
+    if type(conv) is not nn.Conv2d or conv.groups != 1 or set(conv.dilation) != {1} or conv.padding_mode != "zeros":
+        return f"the stem's convolution was replaced: {conv}"
+    settings: Any = conv.kernel_size, conv.stride, conv.padding
+    is_square = all(not isinstance(each, str) and len(set(each)) == 1 for each in settings)
+    if not is_square or settings[1][0] not in (1, 2) or settings[2][0] >= settings[0][0]:
+        return f"the stem's convolution was replaced: {conv}"
+    return untrainable([norm])
+
+
+def run(x: Tensor, stage: TrainedStage, *, stride: int, padding: int, max_pool: bool) -> Tensor:
+    """A stem's training step by the native op, on the norm's running statistics as well.
+
+    Raises ValueError where the norm would normalize single values, as nn.BatchNorm2d does.
+    """
+    norm, of_batch = stage.norm, uses_batch(stage.norm)
+    processes = _processes(norm) if of_batch else ""
+    o = Options(stride, padding, max_pool, processes)
+    check_image(x)
+    check_stem(x, stage.weight, stage.bias, stride=stride, padding=padding)
+    height, width = _stem_training.convolved_size(x, stage.weight, o)
+    count: Any = x.shape[0] * height * width
+    if of_batch and not processes and count == 1:
+        size = [x.shape[0], len(stage.weight), 1, 1]
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    statistics = [None, None] if of_batch else stage.running_statistics()
+    tensors = stage.weight, stage.bias, stage.norm_weight, stage.norm_bias, *statistics
+    eps = 0.0 if norm is None else norm.eps
+    op = getattr(torch.ops.shufflenet_ext, NAME)
+    result, _, mean, var, images = op(x, *tensors, eps=eps, of_batch=of_batch, **o._asdict())
+    if of_batch and norm.training and norm.track_running_stats:
+        _update_running_statistics(stage, mean, var, images * (height * width) if processes else count)
+    return result
+
+
+if _native.native_error is None:
+    _library = torch.library.Library("shufflenet_ext", "FRAGMENT")
+    _library.define(f"{NAME}(Tensor x, {_TENSORS}, *, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+    _library.define(
+        f"{BACKWARD_NAME}(Tensor gradient, Tensor x, Tensor[] kept, {_TENSORS}, *, bool[] wanted, {_OPTIONS}) "
+        "-> Tensor[]"
+    )
+    _library.impl(NAME, _native_forward, "CPU")
+    _library.impl(BACKWARD_NAME, _native_backward, "CPU")
+    _library.impl(NAME, _transformed, "FuncTorchDynamicLayerFrontMode")
+    torch.library.register_fake(f"shufflenet_ext::{NAME}", _fake_forward)
+    torch.library.register_fake(f"shufflenet_ext::{BACKWARD_NAME}", _fake_backward)
+    torch.library.register_autograd(f"shufflenet_ext::{NAME}", _backward, setup_context=_setup_context)
+    register_flop_formula(getattr(torch.ops.shufflenet_ext, NAME), get_raw=True)(_flops)
+    register_flop_formula(getattr(torch.ops.shufflenet_ext, BACKWARD_NAME), get_raw=True)(_backward_flops)
