@@ -36,6 +36,7 @@ def random_strips(seed: int, count: int) -> list[Case]:
         conv1_groups = rng.choice([1, groups, groups, 2])
         both = math.lcm(groups, conv1_groups)
         channels = math.lcm(8, 4 * both) * rng.choice([1, 2, 3, 5])
+        stride = rng.choice([1, 2])
         mid = both * rng.choice([1, 2, 3, 5, 8, 9, 17])
         case: Case = {
             "layout": "nhwc",
@@ -43,11 +44,12 @@ def random_strips(seed: int, count: int) -> list[Case]:
             "n": rng.choice([1, 1, 2]),
             "in": channels,
             "mid": mid,
-            "out": channels,
+            "out": channels if stride == 1 else 4 * groups * rng.choice([1, 2, 3, 5]),
             "h": rng.choice([1, 2, 3, 5, 7, 8]),
             "w": rng.choice([1, 2, 3, 7, 8, 13, 16, 17]),
             "g": groups,
             "g1": conv1_groups,
+            "stride": stride,
             "relu": rng.randint(0, 1),
             "norm": rng.randint(0, 2),
             "wild": rng.choice([0, 0, 1, 4]),
@@ -56,8 +58,10 @@ def random_strips(seed: int, count: int) -> list[Case]:
         }
         if rng.random() < 0.3:
             case["sg"] = rng.choice([divisor for divisor in range(1, 25) if mid % divisor == 0])
+        if stride == 2:
+            case |= {"pad": rng.randint(0, 1), "first": rng.randint(0, 1), "shortcut_relu": rng.randint(0, 1)}
         if rng.random() < 0.7:
-            case["rows"] = rng.randint(1, int(case["h"]))
+            case["rows"] = rng.randint(1, (int(case["h"]) - 1) // stride + 1)
             case["slices"] = rng.choice([divisor for divisor in range(1, groups + 1) if groups % divisor == 0])
             case["warps"] = rng.choice([2, 4, 6, 8])
             case["gap"] = rng.choice([1, 8])
