@@ -120,9 +120,7 @@ def test_strips_of_all_kinds(strip_program: Path) -> None:
 @pytest.mark.long
 def test_units_of_the_paper_by_strips(strip_program: Path) -> None:
     cases: list[Case] = [
-        unit | {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
-        for unit in paper_units()
-        if "stride" not in unit
+        unit | {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2} for unit in paper_units()
     ]
     assert failures(strip_program, with_ptx(cases, "strip")) == []
 
@@ -142,11 +140,12 @@ IN_ASSEMBLY = {
 STRIP_MMA = MMA + "{%4, %5, %6, %7}, {%8, %9}, {%10"
 IN_ASSEMBLY_OF_STRIPS = {
     "matrices stored in the wrong order": ("[%0], {%1, %2, %3, %4};", "[%0], {%1, %3, %2, %4};"),
+    "pairs stored in the wrong order": ('"n"(kOffset), "r"(low), "r"(high)', '"n"(kOffset), "r"(high), "r"(low)'),
     "the first product's registers of A swapped": (STRIP_MMA, STRIP_MMA.replace("%5, %6", "%6, %5")),
 }
 # Those of test_cuda_host.py and test_cuda_strips.py that are compiled here as well, which takes seconds each.
 IN_SOURCE = ("missing barrier", "missing barrier of a warp", "halo off by one", "one row too many")
-IN_SOURCE_OF_STRIPS = ("swizzle of the copies alone", "tail not cleared")
+IN_SOURCE_OF_STRIPS = ("swizzle of the copies alone", "tail not cleared", "the pool takes the row below")
 # By name: the kind of kernel, the file, what is replaced in it and by what.
 FAULTS: dict[str, tuple[str, str, str, str]] = {
     **{name: ("unit", "device.cuh", *fault) for name, fault in IN_ASSEMBLY.items()},
@@ -154,12 +153,13 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
     **{name: ("unit", "unit_kernel.cuh", *MUTATIONS[name][:2]) for name in IN_SOURCE if name in MUTATIONS},
     **{name: ("strip", *STRIP_MUTATIONS[name][:3]) for name in IN_SOURCE_OF_STRIPS if name in STRIP_MUTATIONS},
 }
-# Small cases of either kind. Of those by strips one has several tiles of conv1 a slice, one a pitch that is swizzled.
+# Small cases of either kind. Of those by strips one has several tiles of conv1 a slice, one a pitch that is swizzled, one a pool.
 CASES: dict[str, list[Case]] = {
     "unit": [{"in": 24, "mid": 18, "out": 24, "h": 9, "w": 8, "tile_rows": rows} for rows in (9, 4)],
     "strip": [
         {"in": 48, "mid": 48, "out": 48, "g": 1, "g1": 1, "h": 9, "w": 8},
         {"in": 64, "mid": 16, "out": 64, "g": 1, "g1": 1, "h": 9, "w": 17},
+        {"in": 40, "mid": 16, "out": 16, "g": 1, "g1": 1, "h": 9, "w": 16, "stride": 2},
     ],
 }
 

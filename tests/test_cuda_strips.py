@@ -84,6 +84,10 @@ def test_strips_around_the_tiles(program: Path) -> None:
     edges = [one | {"w": width} for width in (15, 16, 17, 31, 32, 33, 65)]
     edges += [one | {"in": channels, "out": channels} for channels in (8, 24, 32, 40, 80, 88, 168)]
     edges += [one | {"mid": mid} for mid in (8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 56, 97)]
+    # The pool takes 16 pixels of the result and 16 channels at a time.
+    two: Case = one | {"stride": 2, "out": 8, "h": 2, "pad": 0, "wild": 1}
+    edges += [two | {"w": width} for width in (1, 2, 29, 30, 31, 32, 33, 34, 35, 66, 67)]
+    edges += [two | {"in": channels} for channels in (8, 24, 40, 136)]
     assert failures(program, edges) == []
 
 
@@ -93,13 +97,14 @@ def test_units_of_the_paper_by_strips(program: Path, groups: int) -> None:
     cases: list[Case] = [
         unit | {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
         for unit in paper_units()
-        if unit["g"] == groups and "stride" not in unit
+        if unit["g"] == groups
     ]
     for case in cases:
         case["h"] = min(int(case["h"]), 9)
     assert failures(program, cases) == []
 
 
+TWO: Case = {"stride": 2, "h": 7, "rows": 2}
 # What each planted bug replaces in a file, and how the harness must answer; what the case has beside STRIP.
 STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     "y1 read before all of it is there": (
@@ -126,15 +131,15 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "tail not cleared": (
         "strip_kernel.cuh",
-        "if (first + lane % 16 >= pixels) clear_tiles",
-        "if (first + lane % 16 > pixels) clear_tiles",
+        "if (mine >= pixels) clear_tiles",
+        "if (mine > pixels) clear_tiles",
         "wrong",
         {},
     ),
     "a row of the halo missing": (
         "strip_staging.cuh",
-        "least(out_row + out_rows + 1, s.height)",
-        "least(out_row + out_rows, s.height)",
+        "least(in_row + in_rows, s.height)",
+        "least(in_row + in_rows - 1, s.height)",
         "wrong|never written",
         {"rows": 2},
     ),
@@ -165,6 +170,48 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "channel < depth + 1000",
         "wrong",
         {"g": 2, "g1": 2, "in": 40, "out": 40, "wild": 2},
+    ),
+    "odd places where even ones end": (
+        "strip.h",
+        "next_with_remainder(s.out_width + 1, 5, 8)",
+        "s.out_width",
+        "race|wrong",
+        TWO | {"w": 9},
+    ),
+    "the middle tap of stride 2 a pixel further": (
+        "strip_products.cuh",
+        "load_matrices<0>(a, corner[m] + middle_bytes);",
+        "load_matrices<kBlockBytes>(a, corner[m] + middle_bytes);",
+        "wrong|never written",
+        TWO,
+    ),
+    "no pixel of zeros for the pool": (
+        "strip_staging.cuh",
+        "    if (s.stride == 2) {\n      SHUFFLENET_NO_UNROLL\n      for (int block",
+        "    if (false) {\n      SHUFFLENET_NO_UNROLL\n      for (int block",
+        "never written",
+        TWO,
+    ),
+    "the pool takes the row below": (
+        "strip_pool.cuh",
+        "row = 2 * out_row + block.in_row - block.image_row;",
+        "row = 2 * out_row;",
+        "wrong",
+        TWO,
+    ),
+    "Inf of one pooled channel in others": (
+        "strip_pool.cuh",
+        "if (warp_any(any != any)) sum_by_channels",
+        "if (warp_any(any != any && lane < 0)) sum_by_channels",
+        "wrong",
+        TWO | {"wild": 2},
+    ),
+    "a row of y1 missing in strips of stride 2": (
+        "strip.h",
+        "return (out - 1) * s.stride + 3;",
+        "return (out - 1) * s.stride + 4 - s.stride;",
+        "wrong|never written|outside",
+        TWO,
     ),
     "taps in the wrong order": (
         "pack_kernel.cuh",

@@ -1,11 +1,10 @@
 // How a unit is cut into strips: what strip_planner.h chooses on the host, and pack_kernel.cuh and strip_kernel.cuh
 // work by on the device.
 //
-// A block computes a strip of whole rows of one image, for `slices` slices of the unit; with stride 2, also for as large
-// a share of the pooled shortcut. Everything is multiplied on
-// tensor cores, by mma instructions of 16 pixels x 8 columns. Their operands of weights lie in memory in the order in
-// which lanes hold them, as pack_kernel.cuh has put them there, so that one load of 16 bytes brings a lane what it
-// needs for 32 channels.
+// A block computes a strip of whole rows of one image, for `slices` slices of the unit; with stride 2, also for as
+// large a share of the pooled shortcut. Everything is multiplied on tensor cores, by mma instructions of 16 pixels x 8
+// columns. Their operands of weights lie in memory in the order in which lanes hold them, as pack_kernel.cuh has put
+// them there, so that one load of 16 bytes brings a lane what it needs for 32 channels.
 //
 // **Pieces and tiles.** Piece (h, r) is what the shuffle sends from group r of conv1 to slice h: a group of conv3 and
 // the channels that it reads. A tile of conv1 is 8 columns of one piece, and so 8 neighbouring slots of the slice. A

@@ -27,12 +27,8 @@ struct StripBlock : StripStaging {
     barrier();
     conv1();
     barrier();
-    if (s.stride == 1) {
-      depthwise_and_conv3<1>();
-    } else {
-      depthwise_and_conv3<2>();
-      StripPool<T>(*this).run();
-    }
+    depthwise_and_conv3();
+    if (s.stride == 2) StripPool<T>(*this).run();
   }
 
  private:
@@ -147,33 +143,42 @@ struct StripBlock : StripStaging {
 
   // ---- The depthwise convolution and conv3 --------------------------------------------------------------------------
 
-  template <int kStride>
   SHUFFLENET_DEVICE void depthwise_and_conv3() {
     switch (packed.conv3_chunk) {
-      case 1: slices_of<1, kStride>(); break;
-      case 2: slices_of<2, kStride>(); break;
-      case 3: slices_of<3, kStride>(); break;
-      case 4: slices_of<4, kStride>(); break;
-      default: slices_of<5, kStride>();
+      case 1: slices_of<1>(); break;
+      case 2: slices_of<2>(); break;
+      case 3: slices_of<3>(); break;
+      case 4: slices_of<4>(); break;
+      default: slices_of<5>();
     }
   }
-  template <int kPairs, int kStride>
+  template <int kPairs>
   SHUFFLENET_DEVICE void slices_of() {
     const Share share(warp, t.warps, t.slices);
     SHUFFLENET_NO_UNROLL
     for (int slice = share.first; slice < t.slices; slice += share.step) {
       SHUFFLENET_NO_UNROLL
       for (int pixel = share.pixel; pixel < out_rows * s.out_width; pixel += share.pixel_step) {
-        if (s.conv2_relu) {
-          make_y2<kStride, true, true>(pixel, slice);
-        } else {
-          make_y2<kStride, true, false>(pixel, slice);
-        }
-        if (!conv3<kPairs, kStride>(pixel, slice, true)) {
-          make_y2<kStride, false, false>(pixel, slice);
-          conv3<kPairs, kStride>(pixel, slice, false);
+        make_y2_of<true>(pixel, slice);
+        if (!conv3<kPairs>(pixel, slice, true)) {
+          make_y2_of<false>(pixel, slice);
+          conv3<kPairs>(pixel, slice, false);
         }
       }
+    }
+  }
+  template <bool kFinite>
+  SHUFFLENET_DEVICE void make_y2_of(int pixel, int slice) {
+    if (s.stride == 1) {
+      if (kFinite && s.conv2_relu) {
+        make_y2<1, kFinite, true>(pixel, slice);
+      } else {
+        make_y2<1, kFinite, false>(pixel, slice);
+      }
+    } else if (kFinite && s.conv2_relu) {
+      make_y2<2, kFinite, true>(pixel, slice);
+    } else {
+      make_y2<2, kFinite, false>(pixel, slice);
     }
   }
 
@@ -261,7 +266,7 @@ struct StripBlock : StripStaging {
 
   // Makes the result of 32 pixels of a slice from y2. Where `checks`, it returns false and writes nothing if a sum is
   // NaN. A NaN anywhere in a pixel's y2 makes all of its sums NaN, so that one of them is asked.
-  template <int kPairs, int kStride>
+  template <int kPairs>
   SHUFFLENET_DEVICE bool conv3(int first_pixel, int slice, bool checks) {
     static_assert(kPairs <= kMostConv3Pairs);
     constexpr int kTiles = 2 * kPairs;
@@ -288,10 +293,12 @@ struct StripBlock : StripStaging {
         const float any = sums[0][0][0] + sums[0][0][2] + (sums[1][0][0] + sums[1][0][2]);
         if (warp_any(any != any)) return false;
       }
-      if (is_whole) {
-        write<kPairs, true, kStride == 1>(to, x, pixel_bytes, x_pitch, sums, affine, 0, 0);
+      if (s.stride == 2) {
+        write<kPairs, false, false>(to, x, pixel_bytes, x_pitch, sums, affine, pixels - pixel, s.group_rows - channel);
+      } else if (is_whole) {
+        write<kPairs, true, true>(to, x, pixel_bytes, x_pitch, sums, affine, 0, 0);
       } else {
-        write<kPairs, false, kStride == 1>(to, x, pixel_bytes, x_pitch, sums, affine, pixels - pixel, s.group_rows - channel);
+        write<kPairs, false, true>(to, x, pixel_bytes, x_pitch, sums, affine, pixels - pixel, s.group_rows - channel);
       }
       weights += step_fragments;
       affine += kTiles * 4;
@@ -302,7 +309,8 @@ struct StripBlock : StripStaging {
     return true;
   }
 
-  // Finishes and writes the sums, behind adding x's pixels if kResidual. Unless kWhole, only so many pixels are there from the lane's first on, and channels.
+  // Finishes and writes the sums, behind adding x's pixels if kResidual. Unless kWhole, only so many pixels are there
+  // from the lane's first on, and channels.
   template <int kPairs, bool kWhole, bool kResidual>
   SHUFFLENET_DEVICE static void write(char* to, uint32_t x, int64_t pixel_bytes, int x_pitch,
                                       const Sums<2 * kPairs>& sums, const Fragment* affine, int pixels, int channels) {

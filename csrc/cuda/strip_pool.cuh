@@ -14,11 +14,7 @@ namespace shufflenet::cuda {
 template <class T>
 struct StripPool {
   SHUFFLENET_DEVICE explicit StripPool(const StripStaging& block)
-      : block(block),
-        s(block.s),
-        layout(block.layout),
-        lane(block.lane),
-        pixels(block.out_rows * block.s.out_width) {
+      : block(block), s(block.s), layout(block.layout), lane(block.lane), pixels(block.out_rows * block.s.out_width) {
     // Column n of tile j is channel 4 * (n / 2) + 2 * j + n % 2. Word i of an operand has channels 8 * i + 2 * (lane %
     // 4) and the one behind, of column lane / 4.
     T one;
@@ -65,10 +61,9 @@ struct StripPool {
     for (int half = 0; half < 2; ++half) {
       const int pixel = first_pixel + half * 8 + lane / 4;
       scale[half] = TapPlace(*this, pixel).scale();
-      to[half] =
-          static_cast<char*>(block.arguments.result) +
-          ((int64_t{block.image} * s.out_height + block.out_row) * s.out_width + pixel) * pixel_bytes +
-          (s.first_pooled_channel + pair * 2 * kColumns + column) * kElementBytes;
+      to[half] = static_cast<char*>(block.arguments.result) +
+                 ((int64_t{block.image} * s.out_height + block.out_row) * s.out_width + pixel) * pixel_bytes +
+                 (s.first_pooled_channel + pair * 2 * kColumns + column) * kElementBytes;
     }
     SHUFFLENET_NO_UNROLL
     for (; pair < end; ++pair) {

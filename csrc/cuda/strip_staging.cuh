@@ -34,15 +34,19 @@ struct StripStaging {
     fragments = static_cast<const Fragment*>(arguments.fragments) + int64_t{part} * packed.part;
   }
 
-  // Starts to copy the strip's rows of x. A warp copies four neighbouring pixels at a time, a lane a block of each.
+  // Starts to copy the strip's rows of x. A lane copies a block of four neighbouring pixels at a time, and as many
+  // lanes as a pixel has blocks all of these pixels.
   SHUFFLENET_DEVICE void copy_x() {
-    const int pixels = image_rows * s.width, first = warp * 4, step = t.warps * 4;
+    const int lanes = least(layout.own_blocks, 32), side_by_side = 32 / lanes, mine = lane / lanes;
+    if (mine == side_by_side) return;
+    const int pixels = image_rows * s.width, first = (warp * side_by_side + mine) * 4;
+    const int step = t.warps * side_by_side * 4;
     const int64_t pixel_bytes = s.in_channels * int64_t{kElementBytes}, step_bytes = step * pixel_bytes;
     const int x_pitch = layout.x_pitch, step_pitch = step * x_pitch;
     const char* const strip = static_cast<const char*>(arguments.x) +
                               ((int64_t{image} * s.height + image_row) * s.width + first) * pixel_bytes;
     SHUFFLENET_NO_UNROLL
-    for (int block = lane; block < layout.own_blocks; block += 32) {
+    for (int block = lane - mine * lanes; block < layout.own_blocks; block += 32) {
       const char* from = strip + block * kBlockBytes;
       uint32_t to = base + layout.x_offset(first, block * kBlockBytes);
       int left = pixels - first;
@@ -65,7 +69,7 @@ struct StripStaging {
   SHUFFLENET_DEVICE void clear_y1_outside_the_image() {
     const int blocks = s.conv1_groups * packed.conv1_tiles, row_bytes = layout.y1_pitch * kBlockBytes;
     const int block_bytes = layout.y1_pixels * kBlockBytes, end_bytes = y1_offset(s.width);
-    const bool is_top = in_row < 0, is_bottom = in_row + in_rows > s.height;
+    const bool is_top = in_row<0, is_bottom = in_row + in_rows> s.height;
     // With a gap of one pixel a row ends with the next one's first. With stride 2 nothing reads behind an even row.
     const bool has_end = s.stride == 1 ? t.gap > 1 : s.width % 2 != 0;
     SHUFFLENET_NO_UNROLL
@@ -110,8 +114,9 @@ struct StripStaging {
 
   // Returns where a pixel of a row lies in y1, in bytes from the row's beginning.
   SHUFFLENET_DEVICE int y1_offset(int column) const {
-    const int place = column + 1;
-    return (s.stride == 1 ? place : place / 2 + place % 2 * layout.y1_odd) * kBlockBytes;
+    const uint32_t place = column + 1;
+    const uint32_t in_halves = place / 2 + (place % 2 == 0 ? 0 : layout.y1_odd);
+    return static_cast<int>(s.stride == 1 ? place : in_halves) * kBlockBytes;
   }
   SHUFFLENET_DEVICE uint32_t my_y2() const { return base + layout.y2 + warp * layout.y2_bytes; }
 
