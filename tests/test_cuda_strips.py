@@ -91,14 +91,16 @@ def test_strips_around_the_tiles(program: Path) -> None:
     assert failures(program, edges) == []
 
 
+def paper_strips() -> list[Case]:
+    """The paper's units that strips can run: with four and eight groups the first has no multiple of 4 in a group."""
+    common: Case = {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
+    return [unit | common for unit in paper_units() if int(unit["out"]) // int(unit["g"]) % 4 == 0]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])
 def test_units_of_the_paper_by_strips(program: Path, groups: int) -> None:
-    cases: list[Case] = [
-        unit | {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
-        for unit in paper_units()
-        if unit["g"] == groups
-    ]
+    cases = [case for case in paper_strips() if case["g"] == groups]
     for case in cases:
         case["h"] = min(int(case["h"]), 9)
     assert failures(program, cases) == []
