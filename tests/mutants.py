@@ -466,7 +466,7 @@ MUTANTS = [
         CUDA + "strip_pool.cuh",
         "share_pairs = ceil_div(end - begin, shares)",
         "share_pairs = (end - begin) / shares",
-        "test_cuda_strips.py::test_strips_of_all_kinds",
+        "test_cuda_strips.py::test_strips_around_the_tiles",
     ),
     Mutant(
         "CUDA: strips: the pooled shortcut lies where conv3's channels do",
