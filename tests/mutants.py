@@ -462,6 +462,20 @@ MUTANTS = [
         "test_cuda_strips.py::test_strips_of_all_kinds",
     ),
     Mutant(
+        "CUDA: strips: the pool's shares of channels leave the last ones out",
+        CUDA + "strip_pool.cuh",
+        "share_pairs = ceil_div(end - begin, shares)",
+        "share_pairs = (end - begin) / shares",
+        "test_cuda_strips.py::test_strips_around_the_tiles",
+    ),
+    Mutant(
+        "CUDA: strips: the pooled shortcut lies where conv3's channels do",
+        CUDA + "strip_pool.cuh",
+        "(s.first_pooled_channel + pair",
+        "(s.first_conv3_channel + pair",
+        "test_cuda_strips.py::test_strips_of_all_kinds",
+    ),
+    Mutant(
         "CUDA: strips: a row of conv1 is taken for the channel that it becomes",
         CUDA + "pack_kernel.cuh",
         "return channel < 0 ? -1 : PackedLayout::conv1_row(s, channel);",

@@ -36,6 +36,7 @@ def random_strips(seed: int, count: int) -> list[Case]:
         conv1_groups = rng.choice([1, groups, groups, 2])
         both = math.lcm(groups, conv1_groups)
         channels = math.lcm(8, 4 * both) * rng.choice([1, 2, 3, 5])
+        stride = rng.choice([1, 2])
         mid = both * rng.choice([1, 2, 3, 5, 8, 9, 17])
         case: Case = {
             "layout": "nhwc",
@@ -43,11 +44,12 @@ def random_strips(seed: int, count: int) -> list[Case]:
             "n": rng.choice([1, 1, 2]),
             "in": channels,
             "mid": mid,
-            "out": channels,
+            "out": channels if stride == 1 else 4 * groups * rng.choice([1, 2, 3, 5]),
             "h": rng.choice([1, 2, 3, 5, 7, 8]),
             "w": rng.choice([1, 2, 3, 7, 8, 13, 16, 17]),
             "g": groups,
             "g1": conv1_groups,
+            "stride": stride,
             "relu": rng.randint(0, 1),
             "norm": rng.randint(0, 2),
             "wild": rng.choice([0, 0, 1, 4]),
@@ -56,8 +58,10 @@ def random_strips(seed: int, count: int) -> list[Case]:
         }
         if rng.random() < 0.3:
             case["sg"] = rng.choice([divisor for divisor in range(1, 25) if mid % divisor == 0])
+        if stride == 2:
+            case |= {"pad": rng.randint(0, 1), "first": rng.randint(0, 1), "shortcut_relu": rng.randint(0, 1)}
         if rng.random() < 0.7:
-            case["rows"] = rng.randint(1, int(case["h"]))
+            case["rows"] = rng.randint(1, (int(case["h"]) - 1) // stride + 1)
             case["slices"] = rng.choice([divisor for divisor in range(1, groups + 1) if groups % divisor == 0])
             case["warps"] = rng.choice([2, 4, 6, 8])
             case["gap"] = rng.choice([1, 8])
@@ -80,22 +84,29 @@ def test_strips_around_the_tiles(program: Path) -> None:
     edges = [one | {"w": width} for width in (15, 16, 17, 31, 32, 33, 65)]
     edges += [one | {"in": channels, "out": channels} for channels in (8, 24, 32, 40, 80, 88, 168)]
     edges += [one | {"mid": mid} for mid in (8, 9, 16, 17, 24, 25, 32, 33, 48, 49, 56, 97)]
+    # The pool takes 16 pixels of the result and 16 channels at a time.
+    two: Case = one | {"stride": 2, "out": 8, "h": 2, "pad": 0, "wild": 1}
+    edges += [two | {"w": width} for width in (1, 2, 29, 30, 31, 32, 33, 34, 35, 66, 67)]
+    edges += [two | {"in": channels} for channels in (8, 24, 40, 136)]
     assert failures(program, edges) == []
+
+
+def paper_strips() -> list[Case]:
+    """The paper's units that strips can run: with four and eight groups the first has no multiple of 4 in a group."""
+    common: Case = {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
+    return [unit | common for unit in paper_units() if int(unit["out"]) // int(unit["g"]) % 4 == 0]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])
 def test_units_of_the_paper_by_strips(program: Path, groups: int) -> None:
-    cases: list[Case] = [
-        unit | {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
-        for unit in paper_units()
-        if unit["g"] == groups and "stride" not in unit
-    ]
+    cases = [case for case in paper_strips() if case["g"] == groups]
     for case in cases:
         case["h"] = min(int(case["h"]), 9)
     assert failures(program, cases) == []
 
 
+TWO: Case = {"stride": 2, "h": 7, "rows": 2}
 # What each planted bug replaces in a file, and how the harness must answer; what the case has beside STRIP.
 STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     "y1 read before all of it is there": (
@@ -122,15 +133,15 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "tail not cleared": (
         "strip_kernel.cuh",
-        "if (first + lane % 16 >= pixels) clear_tiles",
-        "if (first + lane % 16 > pixels) clear_tiles",
+        "if (mine >= pixels) clear_tiles",
+        "if (mine > pixels) clear_tiles",
         "wrong",
         {},
     ),
     "a row of the halo missing": (
         "strip_staging.cuh",
-        "least(out_row + out_rows + 1, s.height)",
-        "least(out_row + out_rows, s.height)",
+        "least(in_row + in_rows, s.height)",
+        "least(in_row + in_rows - 1, s.height)",
         "wrong|never written",
         {"rows": 2},
     ),
@@ -161,6 +172,48 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "channel < depth + 1000",
         "wrong",
         {"g": 2, "g1": 2, "in": 40, "out": 40, "wild": 2},
+    ),
+    "odd places where even ones end": (
+        "strip.h",
+        "next_with_remainder(s.out_width + 1, 5, 8)",
+        "s.out_width",
+        "race|wrong",
+        TWO | {"w": 9},
+    ),
+    "the middle tap of stride 2 a pixel further": (
+        "strip_products.cuh",
+        "load_matrices<0>(a, corner[m] + middle_bytes);",
+        "load_matrices<kBlockBytes>(a, corner[m] + middle_bytes);",
+        "wrong|never written",
+        TWO,
+    ),
+    "no pixel of zeros for the pool": (
+        "strip_staging.cuh",
+        "    if (s.stride == 2) {\n      SHUFFLENET_NO_UNROLL\n      for (int block",
+        "    if (false) {\n      SHUFFLENET_NO_UNROLL\n      for (int block",
+        "never written",
+        TWO,
+    ),
+    "the pool takes the row below": (
+        "strip_pool.cuh",
+        "row = 2 * out_row + block.in_row - block.image_row;",
+        "row = 2 * out_row;",
+        "wrong",
+        TWO,
+    ),
+    "Inf of one pooled channel in others": (
+        "strip_pool.cuh",
+        "if (warp_any(any != any)) sum_by_channels",
+        "if (warp_any(any != any && lane < 0)) sum_by_channels",
+        "wrong",
+        TWO | {"wild": 2},
+    ),
+    "a row of y1 missing in strips of stride 2": (
+        "strip.h",
+        "return (out - 1) * s.stride + 3;",
+        "return (out - 1) * s.stride + 4 - s.stride;",
+        "wrong|never written|outside",
+        TWO,
     ),
     "taps in the wrong order": (
         "pack_kernel.cuh",

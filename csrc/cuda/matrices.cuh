@@ -171,6 +171,12 @@ SHUFFLENET_DEVICE uint32_t add_relu(uint32_t a, uint32_t b, BFloat16) {
   return sum;
 }
 
+// Writes two pairs to global memory. The address is kOffset bytes less than meant.
+template <int kOffset>
+SHUFFLENET_DEVICE void store_pairs(void* to, uint32_t low, uint32_t high) {
+  asm volatile("st.global.v2.u32 [%0+%1], {%2, %3};" ::"l"(to), "n"(kOffset), "r"(low), "r"(high) : "memory");
+}
+
 // Adds to two pairs those of shared memory at `at`, applies a ReLU, rounds once, and writes the 8 bytes to global
 // memory. Both addresses are kOffset bytes less than meant.
 template <int kOffset, class T>
@@ -178,9 +184,7 @@ SHUFFLENET_DEVICE void add_relu_and_store(void* to, uint32_t at, uint32_t low, u
 #if __CUDA_ARCH__ >= 800
   uint32_t x[2];
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2+%3];" : "=r"(x[0]), "=r"(x[1]) : "r"(at), "n"(kOffset) : "memory");
-  asm volatile("st.global.v2.u32 [%0+%1], {%2, %3};" ::"l"(to), "n"(kOffset), "r"(add_relu(low, x[0], T{})),
-               "r"(add_relu(high, x[1], T{}))
-               : "memory");
+  store_pairs<kOffset>(to, add_relu(low, x[0], T{}), add_relu(high, x[1], T{}));
 #endif
 }
 

@@ -1,10 +1,10 @@
 // How a unit is cut into strips: what strip_planner.h chooses on the host, and pack_kernel.cuh and strip_kernel.cuh
 // work by on the device.
 //
-// A block computes a strip of whole rows of one image, for `slices` slices of the unit. Everything is multiplied on
-// tensor cores, by mma instructions of 16 pixels x 8 columns. Their operands of weights lie in memory in the order in
-// which lanes hold them, as pack_kernel.cuh has put them there, so that one load of 16 bytes brings a lane what it
-// needs for 32 channels.
+// A block computes a strip of whole rows of one image, for `slices` slices of the unit; with stride 2, also for as
+// large a share of the pooled shortcut. Everything is multiplied on tensor cores, by mma instructions of 16 pixels x 8
+// columns. Their operands of weights lie in memory in the order in which lanes hold them, as pack_kernel.cuh has put
+// them there, so that one load of 16 bytes brings a lane what it needs for 32 channels.
 //
 // **Pieces and tiles.** Piece (h, r) is what the shuffle sends from group r of conv1 to slice h: a group of conv3 and
 // the channels that it reads. A tile of conv1 is 8 columns of one piece, and so 8 neighbouring slots of the slice. A
@@ -32,9 +32,15 @@ struct StripTiling {
   int rows = 0;    // of the result
   int slices = 0;  // a divisor of groups
   int warps = 0;   // an even number, so that the pixels that a warp copies all have the same swizzle
-  // Pixels of y1 between two rows, of which the ones next to an image's are zeros. One is enough. With eight, each
-  // eight pixels of a tile lie in different banks of shared memory, even where the tile goes on in the next row.
+  // With stride 1, pixels of y1 between two rows, of which the ones next to an image's are zeros. One is enough. With
+  // eight, each eight pixels of a tile lie in different banks of shared memory, even where the tile goes on in the next
+  // row.
   int gap = 0;
+
+  // Return the rows of y1 that `out` rows of the result are made of, and the first one's number in the image, which is
+  // -1 where it lies above.
+  SHUFFLENET_HOST_DEVICE static int in_rows(const Sizes& s, int out) { return (out - 1) * s.stride + 3; }
+  SHUFFLENET_HOST_DEVICE static int first_in_row(const Sizes& s, int out_row) { return out_row * s.stride - 1; }
 
   SHUFFLENET_HOST_DEVICE int strips(const Sizes& s) const { return ceil_div(s.out_height, rows); }
   SHUFFLENET_HOST_DEVICE int parts(const Sizes& s) const { return s.groups / slices; }
@@ -97,7 +103,7 @@ struct PackedLayout {
       const int mine = GroupStart(s, r).skipped;
       skipped = mine > skipped ? mine : skipped;
     }
-    is_masked = skipped > 0 || s.conv1_depth % 16 != 0;
+    is_masked = s.conv1_groups > 1 && (skipped > 0 || s.conv1_depth % 16 != 0);
     conv1_halves = ceil_div(skipped + s.conv1_depth, 16);
     conv1_steps = ceil_div(conv1_halves, 2);
     blocks = s.conv1_groups * piece_tiles;
@@ -158,6 +164,7 @@ struct StripLayout {
         own_blocks(s.in_channels / kColumns),
         x_blocks(0),
         y1_pitch(0),
+        y1_odd(0),
         y1_pixels(0),
         y1(0),
         y2(0),
@@ -170,16 +177,29 @@ struct StripLayout {
     // Blocks of a pixel that are read: behind its own channels lie those that the last group's last step reads as well.
     const int last = GroupStart(s, s.conv1_groups - 1).block + 2 * packed.conv1_halves;
     x_blocks = static_cast<int>(round_up(last > own_blocks ? last : own_blocks, 2));
-    const int in_rows = t.rows + 2, image_rows = in_rows < s.height ? in_rows : s.height;
+    const int in_rows = StripTiling::in_rows(s, t.rows), image_rows = in_rows < s.height ? in_rows : s.height;
     const int64_t pixels = int64_t{image_rows} * s.width;
-    y1_pitch = s.width + t.gap;
+    if (s.stride == 1) {
+      y1_pitch = s.width + t.gap;
+    } else {
+      // With these remainders eight neighbouring pixels, of which conv1 writes four in each half, lie in different
+      // banks; and so do eight pixels of the result, where the next row's follow (if a row has an even number).
+      y1_odd = next_with_remainder(s.out_width + 1, 5, 8);
+      y1_pitch = next_with_remainder(y1_odd + s.out_width, s.out_width / 2 % 4, 4);
+    }
     // The last item computes pixels behind the last one, and writes them where the rows below would be.
-    const int64_t last_pixel = round_up(pixels, kItemPixels) - 1;
-    const int64_t all_rows = int64_t{in_rows} * y1_pitch;
-    const int64_t written = last_pixel + last_pixel / s.width * t.gap + y1_pitch + 1;
-    const int64_t y1_all = (all_rows > written ? all_rows : written) + 1;
+    int64_t y1_rows = in_rows;
+    for (int above = 0; above < 2; ++above) {  // rows above the image
+      const int inside = in_rows - above < s.height ? in_rows - above : s.height;
+      const int64_t rows = above + (round_up(int64_t{inside} * s.width, kItemPixels) - 1) / s.width + 1;
+      y1_rows = rows > y1_rows ? rows : y1_rows;
+    }
+    const int64_t y1_all = y1_rows * y1_pitch + 1;
     y1_pixels = static_cast<int>(y1_all);
-    int64_t end = pixels * x_pitch + (x_blocks * kBlockBytes > x_pitch ? x_blocks * kBlockBytes - x_pitch : 0);
+    // Behind the pixels lie the blocks that are read behind the last one, or with stride 2 a pixel of zeros, which is
+    // the longer.
+    const int behind = x_blocks * kBlockBytes > x_pitch ? x_blocks * kBlockBytes - x_pitch : 0;
+    int64_t end = pixels * x_pitch + (s.stride == 2 ? x_pitch : behind);
     end = round_up(end, 32);
     y1 = static_cast<int>(end);
     end += int64_t{s.conv1_groups} * packed.conv1_tiles * y1_all * kBlockBytes;
@@ -193,10 +213,17 @@ struct StripLayout {
   SHUFFLENET_HOST_DEVICE int x_swizzle(int pixel) const { return (pixel >> 2 & 1) * kBlockBytes; }
   SHUFFLENET_HOST_DEVICE int x_offset(int pixel, int at) const { return pixel * x_pitch + (at ^ x_swizzle(pixel)); }
 
+  // Returns the first number from `n` on that leaves this remainder.
+  SHUFFLENET_HOST_DEVICE static int next_with_remainder(int n, int remainder, int divisor) {
+    return n + (remainder + divisor - n % divisor) % divisor;
+  }
+
   PackedLayout packed;
   int x_pitch;               // bytes from one pixel of x to the next
   int own_blocks, x_blocks;  // that a pixel has, and that are read from its first on
-  int y1_pitch, y1_pixels;
+  // A row of y1 has a pixel of zeros at either end where it is read. With stride 2, the pixels in even places come
+  // first, and those in odd ones y1_odd behind: what a tap reads of neighbouring pixels then lies side by side.
+  int y1_pitch, y1_odd, y1_pixels;
   int y1;            // [conv1_groups][conv1_tiles][y1_pixels] blocks
   int y2, y2_bytes;  // of each warp: [2 * conv3_halves][kItemPixels] blocks
   int64_t bytes;     // of it all; may be more than any device has, and then the other members mean nothing

@@ -1,5 +1,6 @@
-// A unit of stride 1 as one fused pass over a strip of rows (strip.h), in 16 bits and channels_last, on tensor cores
-// from sm_80 on. x is copied to shared memory once and serves conv1 and the residual.
+// A unit as one fused pass over a strip of rows (strip.h), in 16 bits and channels_last, on tensor cores
+// from sm_80 on. x is copied to shared memory once and serves conv1 and the shortcut: the residual, or with stride 2
+// the pool (strip_pool.cuh).
 //
 //   conv1      multiplies 32 pixels by some tiles of a group. The results are stored as blocks of y1, which the shuffle
 //              has sorted.
@@ -10,8 +11,7 @@
 // As in PyTorch, y1, y2 and y3 are rounded to x's dtype, and y3 before the residual is added.
 #pragma once
 
-#include "strip_products.cuh"
-#include "strip_staging.cuh"
+#include "strip_pool.cuh"
 
 namespace shufflenet::cuda {
 
@@ -28,6 +28,7 @@ struct StripBlock : StripStaging {
     conv1();
     barrier();
     depthwise_and_conv3();
+    if (s.stride == 2) StripPool<T>(*this).run();
   }
 
  private:
@@ -80,10 +81,10 @@ struct StripBlock : StripStaging {
     const Fragment* const weights = fragments + piece * kTiles * packed.conv1_steps * 32 + lane;
     const Fragment* const affine = fragments + packed.affine1 + piece * kTiles * 4 + lane % 4;
     const uint32_t two_blocks = 2 * layout.y1_pixels * kBlockBytes;
-    const int top = image_row - (out_row - 1);  // rows above the image
+    const uint32_t row_bytes = layout.y1_pitch * kBlockBytes, gap_bytes = row_bytes - s.width * kBlockBytes;
     const uint32_t y1 = base + layout.y1 + piece * kTiles * (two_blocks / 2) + lane / 16 * (two_blocks / 2) +
-                        (lane % 16 + top * layout.y1_pitch + 1) * kBlockBytes;
-    const uint32_t gap_bytes = t.gap * kBlockBytes, x_step = share.pixel_step * layout.x_pitch;
+                        (image_row - in_row) * row_bytes;
+    const uint32_t x_step = share.pixel_step * layout.x_pitch;
     const int halves = packed.conv1_halves;
     uint32_t x = base + layout.x_offset(share.pixel + lane % 16, in_pixel);
     SHUFFLENET_NO_UNROLL
@@ -107,13 +108,18 @@ struct StripBlock : StripStaging {
       });
       SHUFFLENET_UNROLL
       for (int m = 0; m < kTilesOfItem; ++m) {
-        const int first = pixel + m * kTilePixels;
-        const uint32_t to = y1 + first * kBlockBytes + by_width.quotient(first + lane % 16) * gap_bytes;
+        const int mine = pixel + m * kTilePixels + lane % 16, in_row_of_y1 = by_width.quotient(mine);
+        uint32_t to;
+        if (s.stride == 1) {
+          to = y1 + (mine + 1) * kBlockBytes + in_row_of_y1 * gap_bytes;
+        } else {
+          to = y1 + in_row_of_y1 * row_bytes + y1_offset(mine - in_row_of_y1 * s.width);
+        }
         store_tiles<kTiles>(to, two_blocks, pairs[m]);
         // What is behind the last pixel is outside of the image, or nobody reads it.
         if (is_tail) {
           warp_barrier();
-          if (first + lane % 16 >= pixels) clear_tiles<kTiles>(to, two_blocks);
+          if (mine >= pixels) clear_tiles<kTiles>(to, two_blocks);
         }
       }
     }
@@ -152,43 +158,57 @@ struct StripBlock : StripStaging {
     SHUFFLENET_NO_UNROLL
     for (int slice = share.first; slice < t.slices; slice += share.step) {
       SHUFFLENET_NO_UNROLL
-      for (int pixel = share.pixel; pixel < out_rows * s.width; pixel += share.pixel_step) {
-        if (s.conv2_relu) {
-          make_y2<true, true>(pixel, slice);
-        } else {
-          make_y2<true, false>(pixel, slice);
-        }
+      for (int pixel = share.pixel; pixel < out_rows * s.out_width; pixel += share.pixel_step) {
+        make_y2_of<true>(pixel, slice);
         if (!conv3<kPairs>(pixel, slice, true)) {
-          make_y2<false, false>(pixel, slice);
+          make_y2_of<false>(pixel, slice);
           conv3<kPairs>(pixel, slice, false);
         }
       }
     }
   }
+  template <bool kFinite>
+  SHUFFLENET_DEVICE void make_y2_of(int pixel, int slice) {
+    if (s.stride == 1) {
+      if (kFinite && s.conv2_relu) {
+        make_y2<1, kFinite, true>(pixel, slice);
+      } else {
+        make_y2<1, kFinite, false>(pixel, slice);
+      }
+    } else if (kFinite && s.conv2_relu) {
+      make_y2<2, kFinite, true>(pixel, slice);
+    } else {
+      make_y2<2, kFinite, false>(pixel, slice);
+    }
+  }
 
   // Returns the address, in the first block of y1 that a slice has, of the top left tap of a pixel.
+  template <int kStride>
   SHUFFLENET_DEVICE uint32_t y1_corner(int pixel, int slice) const {
-    const int inside = least(pixel, out_rows * s.width - 1);
+    const int inside = least(pixel, out_rows * s.out_width - 1);
+    const int to_next_row = kStride * layout.y1_pitch - s.out_width;  // from behind a row of the result
     return base + layout.y1 +
-           (slice * packed.piece_tiles * layout.y1_pixels + inside + by_width.quotient(inside) * t.gap) * kBlockBytes;
+           (slice * packed.piece_tiles * layout.y1_pixels + inside + by_out_width.quotient(inside) * to_next_row) *
+               kBlockBytes;
   }
 
   // Makes the warp's y2 of 32 pixels. Where kFinite, all of y1 should be finite: 0 times Inf carries NaN from one slot
   // into others. If not, each slot is computed by itself, and the ReLU is decided at run time.
-  template <bool kFinite, bool kRelu>
+  template <int kStride, bool kFinite, bool kRelu>
   SHUFFLENET_DEVICE void make_y2(int first_pixel, int slice) {
     const uint32_t row_bytes = layout.y1_pitch * kBlockBytes, block_bytes = layout.y1_pixels * kBlockBytes;
+    const uint32_t middle_bytes = (kStride == 1 ? 1 : layout.y1_odd) * kBlockBytes;
     const uint32_t to_next_group = (packed.conv1_tiles - packed.piece_tiles + 1) * block_bytes;
     uint32_t corner[kTilesOfItem], bottom[kTilesOfItem], rows[kTilesOfItem][2];
     SHUFFLENET_UNROLL
     for (int m = 0; m < kTilesOfItem; ++m) {
-      const uint32_t at = y1_corner(first_pixel + m * kTilePixels + lane % 16, slice);
+      const uint32_t at = y1_corner<kStride>(first_pixel + m * kTilePixels + lane % 16, slice);
       corner[m] = at + lane / 16 * row_bytes;
-      bottom[m] = at + 2 * row_bytes + lane / 16 * kBlockBytes;
+      bottom[m] = at + 2 * row_bytes + lane / 16 * middle_bytes;
       if constexpr (!kFinite) {
         SHUFFLENET_UNROLL
         for (int half = 0; half < 2; ++half) {
-          rows[m][half] = y1_corner(first_pixel + m * kTilePixels + half * 8 + lane / 4, slice);
+          rows[m][half] = y1_corner<kStride>(first_pixel + m * kTilePixels + half * 8 + lane / 4, slice);
         }
       }
     }
@@ -202,9 +222,9 @@ struct StripBlock : StripStaging {
       Sums<1> sums;
       const Vector4 constants = load_floats<0>(affine);
       if constexpr (kFinite) {
-        depthwise<T>(sums, corner, bottom, taps);
+        depthwise<T, kStride>(sums, corner, bottom, middle_bytes, taps);
       } else {
-        depthwise_by_slots<T>(sums, rows, row_bytes, taps);
+        depthwise_by_slots<T, kStride>(sums, rows, row_bytes, middle_bytes, taps);
       }
       uint32_t pairs[kTilesOfItem][2];
       SHUFFLENET_UNROLL
@@ -250,8 +270,8 @@ struct StripBlock : StripStaging {
   SHUFFLENET_DEVICE bool conv3(int first_pixel, int slice, bool checks) {
     static_assert(kPairs <= kMostConv3Pairs);
     constexpr int kTiles = 2 * kPairs;
-    const int pixels = out_rows * s.width, pixel = first_pixel + lane / 4, x_pitch = layout.x_pitch;
-    const int64_t pixel_bytes = s.in_channels * kElementBytes;
+    const int pixels = out_rows * s.out_width, pixel = first_pixel + lane / 4, x_pitch = layout.x_pitch;
+    const int64_t pixel_bytes = s.result_channels * kElementBytes;
     const int step_fragments = kTiles * packed.conv3_steps * 32, halves = packed.conv3_halves;
     const Fragment* weights = fragments + packed.conv3 + slice * packed.conv3_chunks * step_fragments + lane;
     const Fragment* affine = fragments + packed.affine3 + slice * packed.conv3_chunks * kTiles * 4 + lane % 4;
@@ -260,7 +280,8 @@ struct StripBlock : StripStaging {
     int byte = ((part * t.slices + slice) * s.group_rows + channel) * kElementBytes;
     uint32_t x = base + layout.x_offset(pixel + (out_row - image_row) * s.width, byte);
     char* to = static_cast<char*>(arguments.result) +
-               ((int64_t{image} * s.height + out_row) * s.width + pixel) * pixel_bytes + byte;
+               ((int64_t{image} * s.out_height + out_row) * s.out_width + pixel) * pixel_bytes + byte +
+               s.first_conv3_channel * kElementBytes;
     const uint32_t y2 = my_y2() + (lane / 16 * kItemPixels + lane % 16) * kBlockBytes;
     const bool is_whole = first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
     SHUFFLENET_NO_UNROLL
@@ -272,10 +293,12 @@ struct StripBlock : StripStaging {
         const float any = sums[0][0][0] + sums[0][0][2] + (sums[1][0][0] + sums[1][0][2]);
         if (warp_any(any != any)) return false;
       }
-      if (is_whole) {
-        write<kPairs, true>(to, x, pixel_bytes, x_pitch, sums, affine, 0, 0);
+      if (s.stride == 2) {
+        write<kPairs, false, false>(to, x, pixel_bytes, x_pitch, sums, affine, pixels - pixel, s.group_rows - channel);
+      } else if (is_whole) {
+        write<kPairs, true, true>(to, x, pixel_bytes, x_pitch, sums, affine, 0, 0);
       } else {
-        write<kPairs, false>(to, x, pixel_bytes, x_pitch, sums, affine, pixels - pixel, s.group_rows - channel);
+        write<kPairs, false, true>(to, x, pixel_bytes, x_pitch, sums, affine, pixels - pixel, s.group_rows - channel);
       }
       weights += step_fragments;
       affine += kTiles * 4;
@@ -286,8 +309,9 @@ struct StripBlock : StripStaging {
     return true;
   }
 
-  // Finishes and writes the sums. Unless kWhole, only so many pixels are there from the lane's first on, and channels.
-  template <int kPairs, bool kWhole>
+  // Finishes and writes the sums, behind adding x's pixels if kResidual. Unless kWhole, only so many pixels are there
+  // from the lane's first on, and channels.
+  template <int kPairs, bool kWhole, bool kResidual>
   SHUFFLENET_DEVICE static void write(char* to, uint32_t x, int64_t pixel_bytes, int x_pitch,
                                       const Sums<2 * kPairs>& sums, const Fragment* affine, int pixels, int channels) {
     char* out[2 * kTilesOfItem];
@@ -304,13 +328,17 @@ struct StripBlock : StripStaging {
       SHUFFLENET_UNROLL
       for (int m = 0; m < kTilesOfItem; ++m) {
         uint32_t low[2], high[2];
-        finish<T, false>(sums[m][2 * kPair], first, low);
-        finish<T, false>(sums[m][2 * kPair + 1], second, high);
+        finish<T, !kResidual>(sums[m][2 * kPair], first, low);
+        finish<T, !kResidual>(sums[m][2 * kPair + 1], second, high);
         SHUFFLENET_UNROLL
         for (int half = 0; half < 2; ++half) {
           const int eight = 2 * m + half;
           if (kWhole || (eight * 8 < pixels && kChannels < channels)) {
-            add_relu_and_store<kBytes>(out[eight], from[eight], low[half], high[half], T{});
+            if constexpr (kResidual) {
+              add_relu_and_store<kBytes>(out[eight], from[eight], low[half], high[half], T{});
+            } else {
+              store_pairs<kBytes>(out[eight], low[half], high[half]);
+            }
           }
         }
       }

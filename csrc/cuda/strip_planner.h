@@ -25,7 +25,7 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
   if (dtype != Dtype::float16 && dtype != Dtype::bfloat16) return "strips are for 16 bits";
   if (device.compute_capability < 80) return "strips need sm_80";
   if (unit.layout != Layout::channels_last) return "strips are for channels_last";
-  if (!unit.adds_residual()) return "strips are for whole units of stride 1";
+  if (!unit.adds_residual() && !unit.concatenates_pool()) return "strips are for whole units of v1";
   if (unit.in_channels % 8 != 0) return "strips need a multiple of 8 channels";
   if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
   if (unit.out_channels / unit.groups % 4 != 0) return "strips need a multiple of 4 channels in a group of conv3";
@@ -37,14 +37,16 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
 // How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for
 // sm_90 on the CPU. The sum comes within a tenth of what whole launches execute.
 struct StripInstructions {
-  // Once a warp; to copy a pixel, for each 32 blocks of it; to clear the frame of a block of y1.
-  static constexpr double warp = 340, copy = 4.4, clear = 52;
+  // Once a warp; to copy the blocks of 32 lanes; to clear the frame of a block of y1.
+  static constexpr double warp = 360, copy = 4.4, clear = 52;
   // A product, for each step, and for each half of a step: without its tiles, and for each of them. What a mask adds.
   static constexpr double step = 8, step_tile = 1, half = 2, half_tile = 2, mask = 12;
-  // conv1 and conv3: an item, and what is done to the sums of each tile of it.
-  static constexpr double item1 = 45, outputs1 = 14, item3 = 30, outputs3 = 22;
+  // conv1 and conv3: an item, and what is done to the sums of each tile of it. What y1 in halves adds, with stride 2.
+  static constexpr double item1 = 45, outputs1 = 14, item3 = 30, outputs3 = 22, halves1 = 44;
   // The depthwise convolution: an item, and each block of 8 slots of it.
   static constexpr double item2 = 60, block2 = 54;
+  // The pool: 16 pixels, and 16 channels of them.
+  static constexpr double pool_item = 200, pool_pair = 79;
 
   static double product(int tiles, int steps, int halves, bool is_masked) {
     return steps * (step + tiles * step_tile) + halves * (half + tiles * half_tile + (is_masked ? mask : 0));
@@ -55,19 +57,27 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
   using Count = StripInstructions;
   const PackedLayout& p = layout.packed;
   const int conv3_tiles = 2 * p.conv3_chunk;
-  const double conv1 = Count::item1 + p.conv1_chunk * Count::outputs1 +
+  const double conv1 = Count::item1 + (s.stride == 2 ? Count::halves1 : 0) + p.conv1_chunk * Count::outputs1 +
                        Count::product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, p.is_masked);
   const double depthwise = Count::item2 + p.blocks * Count::block2;
   const double conv3 =
       Count::item3 + conv3_tiles * Count::outputs3 + Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
   double all = 0;
   for (int row = 0; row < s.out_height; row += t.rows) {
-    const int rows = std::min(t.rows, s.out_height - row);
-    const int image_rows = std::min(row + rows + 1, s.height) - std::max(row - 1, 0);
+    const int rows = std::min(t.rows, s.out_height - row), in_row = t.first_in_row(s, row);
+    const int image_rows = std::min(in_row + t.in_rows(s, rows), s.height) - std::max(in_row, 0);
     const double in_items = ceil_div(image_rows * s.width, kItemPixels),
-                 out_items = ceil_div(rows * s.width, kItemPixels);
-    all += t.warps * Count::warp + image_rows * s.width * Count::copy * ceil_div(layout.own_blocks, 32) +
-           s.conv1_groups * p.conv1_tiles * Count::clear + in_items * s.conv1_groups * p.conv1_chunks * conv1 +
+                 out_items = ceil_div(rows * s.out_width, kItemPixels);
+    if (s.stride == 2) {
+      const double tiles = ceil_div(rows * s.out_width, kTilePixels);
+      const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
+      const double shares = std::max(1.0, std::min(std::floor(t.warps / tiles), pairs));
+      all += tiles * (shares * Count::pool_item + pairs * Count::pool_pair);
+    }
+    const double copies =
+        double(image_rows) * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
+    all += t.warps * Count::warp + copies * Count::copy + s.conv1_groups * p.conv1_tiles * Count::clear +
+           in_items * s.conv1_groups * p.conv1_chunks * conv1 +
            out_items * t.slices * (depthwise + p.conv3_chunks * conv3);
   }
   return all * static_cast<double>(s.batch) * t.parts(s);
@@ -85,8 +95,10 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   const double blocks = std::max<double>(1, s.batch) * of_image;  // an empty batch is cut as one image is
   const double instructions = strip_instructions(one, t, layout) / of_image;
   const double rows = static_cast<double>(s.out_height) / t.strips(s);
+  const double in_rows = std::min<double>(rows * s.stride + 3 - s.stride, s.height);
   // Each part of an image copies all of x, the first from memory and the others from the cache.
-  const double bytes = 2.0 * s.in_channels * s.width * (rows + (rows + 2)) / t.parts(s);
+  const double values = s.in_channels * s.width * in_rows + s.result_channels * s.out_width * rows;
+  const double bytes = kElementBytes * values / t.parts(s);
   const double side_by_side = std::min<double>(blocks_per_multiprocessor, std::ceil(blocks / device.multiprocessors));
   const double a_cycle = std::min(kMostInstructions, side_by_side * t.warps / kWarpInterval);
   const double round =
@@ -112,9 +124,11 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
     for (int strips = 1, rows = 0; strips <= s.out_height; ++strips) {
       if (ceil_div(s.out_height, strips) == rows) continue;
       rows = ceil_div(s.out_height, strips);
-      if (int64_t{rows} * s.width > 1 << 14) continue;  // more pixels than shared memory holds, and than fit 32 bits
+      if (int64_t{rows} * s.stride * s.width > 1 << 14)
+        continue;  // more pixels than shared memory holds, and than fit 32 bits
       for (int warps : {8, 6, 4, 2}) {
         for (int gap : {8, 1}) {
+          if (s.stride == 2 && gap != 1) continue;  // which then has no meaning
           const StripTiling t = {rows, slices, warps, gap};
           const StripLayout layout(s, t, packed);
           least_bytes = std::min(least_bytes, layout.bytes);

@@ -109,34 +109,43 @@ SHUFFLENET_DEVICE float number_of(uint32_t pair, int i) {
   return widen(T{static_cast<uint16_t>(pair >> 16 * i)});
 }
 
+// How far in y1 a pixel's right taps lie behind its left ones: with stride 2 no odd places are between them.
+template <int kStride>
+inline constexpr int kRightBytes = (kStride == 1 ? 2 : 1) * kBlockBytes;
+
 // The depthwise convolution of a block of 8 slots. The operand of weights is diagonal: slot times slot. The operand of
 // pixels is two taps by 8 slots. corner[m] is the address of the top left tap of the lane's pixel in tile m, of that
-// below for lanes 16 to 31; bottom[m] that of the bottom left tap, of the one right of it for lanes 16 to 31.
-template <class T>
+// below for lanes 16 to 31; bottom[m] that of the bottom left tap, of the one right of it for lanes 16 to 31. A pixel's
+// middle taps lie middle_bytes behind its left ones.
+template <class T, int kStride>
 SHUFFLENET_DEVICE void depthwise(Sums<1>& sums, const uint32_t (&corner)[kTilesOfItem],
-                                 const uint32_t (&bottom)[kTilesOfItem], const Fragment* taps) {
+                                 const uint32_t (&bottom)[kTilesOfItem], uint32_t middle_bytes, const Fragment* taps) {
   const Fragment first = load_constant<0>(taps), second = load_constant<32>(taps), third = load_constant<64>(taps);
   SHUFFLENET_UNROLL
   for (int m = 0; m < kTilesOfItem; ++m) {
     uint32_t a[4], last[2];
     load_matrices<0>(a, corner[m]);
     set_to_product(sums[m][0], a, {first.words[0], first.words[1]}, T{});
-    load_matrices<kBlockBytes>(a, corner[m]);
+    if constexpr (kStride == 1) {
+      load_matrices<kBlockBytes>(a, corner[m]);
+    } else {
+      load_matrices<0>(a, corner[m] + middle_bytes);
+    }
     multiply_matrices(sums[m][0], a, {first.words[2], first.words[3]}, T{});
-    load_matrices<2 * kBlockBytes>(a, corner[m]);
+    load_matrices<kRightBytes<kStride>>(a, corner[m]);
     multiply_matrices(sums[m][0], a, {second.words[0], second.words[1]}, T{});
     load_matrices<0>(a, bottom[m]);
     multiply_matrices(sums[m][0], a, {second.words[2], second.words[3]}, T{});
-    load_matrices<2 * kBlockBytes>(last, bottom[m]);
+    load_matrices<kRightBytes<kStride>>(last, bottom[m]);
     multiply_matrices(sums[m][0], last, third.words[0], T{});
   }
 }
 
 // The same, slot by slot, where y1 is not finite: 0 times Inf would carry NaN from one slot into the others.
 // corner[m][row] is the address of the top left tap of the lane's pixel in a row of a tile.
-template <class T>
-SHUFFLENET_DEVICE void depthwise_by_slots(Sums<1>& sums, const uint32_t (&corner)[kTilesOfItem][2], int row_bytes,
-                                          const Fragment* taps) {
+template <class T, int kStride>
+SHUFFLENET_DEVICE void depthwise_by_slots(Sums<1>& sums, const uint32_t (&corner)[kTilesOfItem][2], uint32_t row_bytes,
+                                          uint32_t middle_bytes, const Fragment* taps) {
   // The lanes that hold what is on the diagonal in the lane's two columns; `taps` is the lane's own.
   const int column = lane_index() % 4 * 2, here = lane_index();
   const int lanes[2] = {column * 4 + column / 2, (column + 1) * 4 + column / 2};
@@ -148,6 +157,7 @@ SHUFFLENET_DEVICE void depthwise_by_slots(Sums<1>& sums, const uint32_t (&corner
   SHUFFLENET_NO_UNROLL
   for (int tap = 0; tap < 9; ++tap) {
     const int word = tap < 3 ? 2 * tap : tap < 6 ? 2 * (tap - 3) + 1 : tap;
+    const uint32_t in_row = tap % 3 == 1 ? middle_bytes : tap % 3 == 2 ? kRightBytes<kStride> : 0;
     float weight[2];
     SHUFFLENET_UNROLL
     for (int odd = 0; odd < 2; ++odd) {
@@ -160,7 +170,7 @@ SHUFFLENET_DEVICE void depthwise_by_slots(Sums<1>& sums, const uint32_t (&corner
     for (int m = 0; m < kTilesOfItem; ++m) {
       SHUFFLENET_UNROLL
       for (int row = 0; row < 2; ++row) {
-        const uint32_t pair = load_pair(corner[m][row] + tap / 3 * row_bytes + tap % 3 * kBlockBytes + column * 2);
+        const uint32_t pair = load_pair(corner[m][row] + tap / 3 * row_bytes + in_row + column * 2);
         SHUFFLENET_UNROLL
         for (int odd = 0; odd < 2; ++odd) {
           float& sum = sums[m][0][2 * row + odd];

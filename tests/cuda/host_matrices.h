@@ -118,19 +118,23 @@ template <bool kRelu, class T>
 uint32_t pack(float low, float high, T) {
   return kRelu ? detail::pair_of<T>(relu(low), relu(high)) : detail::pair_of<T>(low, high);
 }
+template <int kOffset>
+void store_pairs(void* to, uint32_t low, uint32_t high) {
+  char* const into = static_cast<char*>(to) + kOffset;
+  if (reinterpret_cast<uintptr_t>(into) % 8) Machine::fail("a global address not aligned to 8");
+  const uint32_t pairs[2] = {low, high};
+  std::memcpy(into, pairs, 8);
+}
 // The sum of two 16-bit numbers is rounded to float first. Only bfloat16's sums may then differ from those that are
 // rounded once, and by less than float's rounding.
 template <int kOffset, class T>
 void add_relu_and_store(void* to, uint32_t at, uint32_t low, uint32_t high, T) {
-  char* const into = static_cast<char*>(to) + kOffset;
-  if (reinterpret_cast<uintptr_t>(into) % 8) Machine::fail("a global address not aligned to 8");
   const uint64_t pairs = detail::load_shared<uint64_t>(at + kOffset);
   const auto sum = [&](uint32_t a, uint32_t b) {
     const auto one = [&](int i) { return relu(detail::half_of<T>(a, i) + detail::half_of<T>(b, i)); };
     return detail::pair_of<T>(one(0), one(1));
   };
-  const uint32_t sums[2] = {sum(low, static_cast<uint32_t>(pairs)), sum(high, static_cast<uint32_t>(pairs >> 32))};
-  std::memcpy(into, sums, 8);
+  store_pairs<kOffset>(to, sum(low, static_cast<uint32_t>(pairs)), sum(high, static_cast<uint32_t>(pairs >> 32)));
 }
 
 }  // namespace shufflenet::cuda
