@@ -575,6 +575,13 @@ MUTANTS = [
         "test_match_v2.py::test_near_misses_are_left_and_told_of",
     ),
     Mutant(
+        "the matcher of v2: a unit that shuffles its input begins with what is shuffled",
+        "shufflenet_ext/_match_v2.py",
+        "return next((at for at in found if at[0].only() in graph.inputs), found[0])",
+        "return found[0]",
+        "test_match_v2.py::test_random_styles",
+    ),
+    Mutant(
         "the matcher of v2: what else reads a unit's result is not asked",
         "shufflenet_ext/_network.py",
         "if same and readers.are_all_inside(operations, units[-1].end):",
