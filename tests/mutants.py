@@ -592,8 +592,8 @@ MUTANTS = [
     Mutant(
         "a wrong stride of a fake kernel: a result for channels last is contiguous",
         "shufflenet_ext/ops.py",
-        "dims == 4 and _native.is_channels_last(x)",
-        "False",
+        "_native.memory_format(x) if dims == 4 else torch.contiguous_format",
+        "torch.contiguous_format",
         "test_kernels.py::test_result_has_the_layout_and_strides_of_the_fake_kernel",
     ),
     Mutant(
@@ -803,8 +803,8 @@ MUTANTS = [
     Mutant(
         "training: norm 3's gradient forgets that its mean is the batch's",
         "shufflenet_ext/_training.py",
-        "c = (matrix @ grouped(total / values)).flatten()",
-        "c = torch.zeros_like(sum2)",
+        "c = (matrix @ self._grouped(self.total / self.values)).flatten()",
+        "c = (0 * matrix @ self._grouped(self.total / self.values)).flatten()",
         "test_training.py::test_steps",
     ),
     Mutant(
