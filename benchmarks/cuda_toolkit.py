@@ -35,17 +35,44 @@ class Kernel:
     static_shared_bytes: int
 
 
-def compile_kernels(dtype: str, arch: str, folder: Path) -> tuple[Path, list[Kernel]]:
+_Compiled = tuple[Path, list[Kernel]]
+
+
+def compile_kernels(dtype: str, arch: str, folder: Path) -> _Compiled:
     """Compiles the two kernels of a dtype, one for each layout. Raises RuntimeError where nvcc fails."""
     cubin, entries = _compile(KERNEL / f"unit_{dtype}.cu", arch, folder)
     return cubin, [_kernel(LAYOUTS["LayoutE1" in entry], entry) for entry in entries]
 
 
-def compile_strips(dtype: str, arch: str, folder: Path) -> tuple[Path, Kernel]:
+def compile_strips(dtype: str, arch: str, folder: Path) -> _Compiled:
     """Compiles the kernel that runs units of a 16-bit dtype by strips. Raises RuntimeError where nvcc fails."""
     cubin, entries = _compile(KERNEL / f"strip_{dtype}.cu", arch, folder)
     (entry,) = (entry for entry in entries if "strip_kernel" in entry.partition("\n")[0])
-    return cubin, _kernel("channels_last", entry)
+    return cubin, [_kernel("channels_last", entry)]
+
+
+def kernels_of_library(library: Path, cuobjdump: str, folder: Path) -> dict[str, dict[tuple[str, str], _Compiled]]:
+    """The kernels of a built CUDA library, by "unit" or "strip" and by dtype and architecture.
+
+    Each comes with its cubin, which is extracted into the folder. Raises CalledProcessError where cuobjdump fails.
+    """
+    subprocess.run([cuobjdump, "-xelf", "all", library.resolve()], cwd=folder, capture_output=True, check=True)
+    found: dict[str, dict[tuple[str, str], _Compiled]] = {"unit": {}, "strip": {}}
+    for cubin in folder.glob("*.sm_*.cubin"):
+        arch = cubin.name.split(".")[-2].removeprefix("sm_")
+        reserved = 1024 if int(arch) >= 90 else 0  # bytes of shared memory in every block, which ptxas does not count
+        said = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        for name, *numbers in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said):
+            mangled = re.search(r"(unit|strip)_kernelI(?:NS\d_\d+(\w*?Float\d+)E|(f|d))", name)
+            if mangled is None:  # the kernel that packs weights
+                continue
+            kind, structure, fundamental = mangled.groups()
+            dtype = structure.lower() if structure else {"f": "float32", "d": "float64"}[fundamental]
+            registers, stack, shared, local = map(int, numbers)
+            layout = "channels_last" if kind == "strip" else LAYOUTS["LayoutE1" in name]
+            kernel = Kernel(layout, registers, stack + local, shared - reserved)
+            found[kind].setdefault((dtype, arch), (cubin, []))[1].append(kernel)
+    return found
 
 
 def _compile(source: Path, arch: str, folder: Path) -> tuple[Path, list[str]]:

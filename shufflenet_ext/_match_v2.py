@@ -97,12 +97,16 @@ def _joined_unit(joined: Channels, shuffle_groups: int, end: Wire, graph: Graph)
 def _whole_of(halves: Channels, graph: Graph) -> tuple[Wire, int]:
     """The tensor that was split in halves, and by the halves of which shuffle of it."""
     count = len(halves)
+    found = []
     for groups in dict.fromkeys((1, count // 2, 2)):
         rows = count // groups
         x = wire_of([halves[c % rows * groups + c // rows] for c in range(count)])
         if x in graph.holders:
-            return x, groups
-    raise NearMiss(6, "what passes by and what the first convolution reads are not the halves of one tensor")
+            found.append((x, groups))
+    if not found:
+        raise NearMiss(6, "what passes by and what the first convolution reads are not the halves of one tensor")
+    # A module that shuffles its input itself holds both: its unit begins with the input.
+    return next((at for at in found if at[0].only() in graph.inputs), found[0])
 
 
 def _branch(end: Wire, *, pointwise_first: bool) -> _Branch:

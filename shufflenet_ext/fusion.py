@@ -228,8 +228,8 @@ def _possible_channels(module: nn.Module) -> list[int]:
     # conv3's rows for stride 1; else conv1's depth times its groups, which divide its rows.
     rows = [shape[0] for shape in weights if shape[1] > 1] or [shape[0] for shape in weights]
     depths = [shape[1] * groups for shape in weights for groups in range(1, shape[0] + 1) if shape[0] % groups == 0]
-    halves = [2 * channels for channels in rows]
-    return list(dict.fromkeys(rows + depths + halves))
+    doubled = [2 * channels for channels in rows + depths]  # of v2 with stride 1 conv1 reads half of the channels
+    return list(dict.fromkeys(rows + depths + doubled))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Random units and near misses through fuse: none swapped that is no unit, none crashes, nearly every unit is taken.
 
-python tests/fuzz_match.py [count] [first seed]
+python tests/fuzz_match.py [count] [first seed]: so many modules of ShuffleNet v1, and as many of v2.
 """
 
 import copy
@@ -8,18 +8,22 @@ import sys
 import warnings
 from collections import Counter
 
+import styles
+import styles_v2
 import torch
-from styles import NEAR_MISSES, random_style, random_unit
 
 import shufflenet_ext as se
 from shufflenet_ext._fused import FusedUnit, plain_unit, stage_tensors
 
+VERSIONS = {1: styles, 2: styles_v2}
 
-def check(seed: int) -> tuple[str | None, bool]:
+
+def check(seed: int, version: int = 1) -> tuple[str | None, bool]:
     """Fuses a random module, and compares it with a copy. Returns its near miss, if any, and whether it was swapped."""
-    near_miss = NEAR_MISSES[seed // 2 % len(NEAR_MISSES)] if seed % 2 else None
-    style = random_style(seed, near_miss)
-    unit = random_unit(style)
+    near_misses = VERSIONS[version].NEAR_MISSES
+    near_miss = near_misses[seed // 2 % len(near_misses)] if seed % 2 else None
+    style = VERSIONS[version].random_style(seed, near_miss)
+    unit = VERSIONS[version].random_unit(style)
     twin = copy.deepcopy(unit)
     keys = list(unit.state_dict())
     with warnings.catch_warnings():
@@ -39,19 +43,20 @@ def check(seed: int) -> tuple[str | None, bool]:
 
 
 def main(count: int, first: int) -> None:
-    swapped, true_units = 0, 0
-    left = Counter()
-    for seed in range(first, first + count):
-        near_miss, taken = check(seed)
-        if near_miss is None:
-            true_units += 1
-            swapped += taken
-            if not taken:
-                left[str(random_style(seed))] += 1
-    for style in left:
-        print("left:", style)
-    print(f"{count} modules, {true_units} of them units: {swapped} taken")
-    assert swapped >= 0.99 * true_units
+    for version, module in VERSIONS.items():
+        swapped, true_units = 0, 0
+        left = Counter()
+        for seed in range(first, first + count):
+            near_miss, taken = check(seed, version)
+            if near_miss is None:
+                true_units += 1
+                swapped += taken
+                if not taken:
+                    left[str(module.random_style(seed))] += 1
+        for style in left:
+            print("left:", style)
+        print(f"ShuffleNet v{version}: {count} modules, {true_units} of them units: {swapped} taken", flush=True)
+        assert swapped >= 0.99 * true_units
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Plants faults in the kernels and the Python around them, one at a time, and expects the short suite to fail on each.
 
-    python tests/mutants.py [--write] [name ...]
+    python tests/mutants.py [--write | --missing] [name ...]
 
 Without names all faults are planted, in a copy of the working tree below build/. With --write the table of faults goes
-to docs/mutants.md. Exits with 1 if the suite passes with a fault in place (that fault asks for a test), or if a fault
-does not fit the source any more.
+to docs/mutants.md; with --missing only those are planted that the table lacks, and are added to it. Exits with 1 if the
+suite passes with a fault in place (that fault asks for a test), or if a fault does not fit the source any more.
 
 To build the library anew for each fault would take minutes each time. So the CPU's faults are all compiled into one
 library, each behind a switch, and the environment says which one is switched on. That is why such a fault replaces an
@@ -135,13 +135,6 @@ MUTANTS = [
         "a.shuffle_groups.value_or(a.groups)",
         "a.groups",
         "test_kernels.py::test_units_in_general",
-    ),
-    Mutant(
-        "the shuffle's stride, in planes of pairs: conv1's groups instead of the shuffle's",
-        KERNELS + "format_pairs.h",
-        "row % unit.shuffle_rows() * unit.shuffle_groups",
-        "row % unit.shuffle_rows() * unit.conv1_groups",
-        "test_pairs.py",
     ),
     Mutant(
         "a slice's offset: a group reads from the last channel of the group before on",
@@ -589,6 +582,13 @@ MUTANTS = [
         "test_match_v2.py::test_near_misses_are_left_and_told_of",
     ),
     Mutant(
+        "the matcher of v2: a unit that shuffles its input begins with what is shuffled",
+        "shufflenet_ext/_match_v2.py",
+        "return next((at for at in found if at[0].only() in graph.inputs), found[0])",
+        "return found[0]",
+        "test_match_v2.py::test_random_styles",
+    ),
+    Mutant(
         "the matcher of v2: what else reads a unit's result is not asked",
         "shufflenet_ext/_network.py",
         "if same and readers.are_all_inside(operations, units[-1].end):",
@@ -635,8 +635,8 @@ MUTANTS = [
     Mutant(
         "a wrong stride of a fake kernel: a result for channels last is contiguous",
         "shufflenet_ext/ops.py",
-        "dims == 4 and _native.is_channels_last(x)",
-        "False",
+        "_native.memory_format(x) if dims == 4 else torch.contiguous_format",
+        "torch.contiguous_format",
         "test_kernels.py::test_result_has_the_layout_and_strides_of_the_fake_kernel",
     ),
     Mutant(
@@ -846,8 +846,8 @@ MUTANTS = [
     Mutant(
         "training: norm 3's gradient forgets that its mean is the batch's",
         "shufflenet_ext/_training.py",
-        "c = (matrix @ grouped(total / values)).flatten()",
-        "c = torch.zeros_like(sum2)",
+        "c = (matrix @ self._grouped(self.total / self.values)).flatten()",
+        "c = (0 * matrix @ self._grouped(self.total / self.values)).flatten()",
         "test_training.py::test_steps",
     ),
     Mutant(
@@ -1011,16 +1011,28 @@ Each is named with a test that fails on it. `tests/mutants.py` holds the faults 
 
 
 def table(caught: dict[str, str]) -> str:
-    rows = [f"| {mutant.name} | `{mutant.file}` | `{caught[mutant.name].split('[')[0]}` |\n" for mutant in MUTANTS]
+    known = [mutant for mutant in MUTANTS if mutant.name in caught]
+    rows = [f"| {mutant.name} | `{mutant.file}` | `{caught[mutant.name].split('[')[0]}` |\n" for mutant in known]
     return INTRODUCTION + "".join(rows)
+
+
+def recorded() -> dict[str, str]:
+    """The table's tests, by their faults."""
+    return dict(re.findall(r"^\| (.+?) \| `.+?` \| `(.+?)` \|$", TABLE.read_text(), re.MULTILINE))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help="plant only the faults whose names contain this")
     parser.add_argument("--write", action="store_true", help=f"write the table to {TABLE.relative_to(ROOT)}")
+    parser.add_argument("--missing", action="store_true", help="plant what the table lacks, and add it there")
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if not arguments.names or any(n in mutant.name for n in arguments.names)]
+    if arguments.missing:
+        chosen = [mutant for mutant in chosen if mutant.name not in recorded()]
+        if not chosen:
+            print("the table lacks none of them")
+            return 0
     if not chosen or (arguments.write and chosen != MUTANTS):
         parser.error("name: got none that a fault has" if not chosen else "--write: got names, expected none")
     start = time.monotonic()
@@ -1042,6 +1054,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"{len(caught)} of {len(chosen)} faults were caught")
+    if arguments.missing:
+        TABLE.write_text(table(recorded() | caught))
     if len(caught) < len(chosen):
         return 1
     if arguments.write:

@@ -99,15 +99,11 @@ def random_style(seed: int, near_miss: str | None = None) -> Style:
 
 
 class Shuffle(nn.Module):
-    def __init__(self, style: Style) -> None:
+    def __init__(self, channels: int, groups: int, way: str) -> None:
         super().__init__()
-        self.groups, self.way = style.shuffle_groups, style.shuffle
-        mid = style.mid_channels
-        self.order = [c % self.groups * (mid // self.groups) + c // self.groups for c in range(mid)]
-        if style.near_miss == "no shuffle":
-            random.Random(style.seed).shuffle(self.order)
-            self.way = "index"
-        if self.way == "buffer":
+        self.groups, self.way = groups, way
+        self.order = [c % groups * (channels // groups) + c // groups for c in range(channels)]
+        if way == "buffer":
             self.register_buffer("numbers", torch.tensor(self.order), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,6 +126,14 @@ class Shuffle(nn.Module):
         return torch.index_select(x, 1, self.numbers)
 
 
+def shuffle_of(style: Style) -> Shuffle:
+    shuffle = Shuffle(style.mid_channels, style.shuffle_groups, style.shuffle)
+    if style.near_miss == "no shuffle":
+        random.Random(style.seed).shuffle(shuffle.order)
+        shuffle.way = "index"
+    return shuffle
+
+
 class Relu(nn.Module):
     """Only "module" and "inplace module" are classes of PyTorch's."""
 
@@ -143,8 +147,8 @@ class Relu(nn.Module):
         )(x)
 
 
-def relu_of(style: Style) -> nn.Module:
-    return nn.ReLU(inplace=style.relu == "inplace module") if "module" in style.relu else Relu(style.relu)
+def relu_of(way: str) -> nn.Module:
+    return nn.ReLU(inplace=way == "inplace module") if "module" in way else Relu(way)
 
 
 class SqueezeAndExcite(nn.Module):
@@ -211,17 +215,17 @@ class RandomUnit(nn.Module):
             ]
 
         first_relu = {"relu6": nn.ReLU6(), "leaky relu": nn.LeakyReLU(0.1), "no relu": nn.Identity()}
-        shuffle = [Shuffle(s)]
+        shuffle = [shuffle_of(s)]
         middle = {
             "dropout": nn.Dropout(0.5),
             "squeeze and excite": SqueezeAndExcite(),
             "flipped": Function(flip),
         }
         parts: list[nn.Module] = [conv(s.mid_channels, s.in_channels, 1, s.conv1_groups), *norm(s.mid_channels)]
-        parts += [first_relu.get(miss or "", relu_of(s))]
+        parts += [first_relu.get(miss or "", relu_of(s.relu))]
         parts += [] if s.shuffled_behind else shuffle
         parts += [conv(s.mid_channels, s.mid_channels, 3, s.mid_channels, s.stride), *norm(s.mid_channels)]
-        parts += [relu_of(s)] if s.conv2_relu else []
+        parts += [relu_of(s.relu)] if s.conv2_relu else []
         parts += shuffle if s.shuffled_behind else []
         if miss in middle:
             parts.insert(rng.randrange(3, len(parts)), middle[miss])
@@ -245,7 +249,7 @@ class RandomUnit(nn.Module):
         elif miss == "other divisor":
             pool = nn.AvgPool2d(3, 2, 1, divisor_override=7)
         self.pool = pool if s.stride == 2 else nn.Identity()
-        self.last = relu_of(s)
+        self.last = relu_of(s.relu)
 
     def main(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The main branch's result, and an intermediate of it."""
@@ -285,19 +289,23 @@ class RandomUnit(nn.Module):
         return torch.cat(parts[::-1] if s.shortcut_first else parts, dim=1)
 
 
+def randomize_norms(unit: nn.Module) -> None:
+    for module in unit.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                if tensor is not None:
+                    tensor.data.uniform_(0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                if tensor is not None:
+                    tensor.data.normal_()
+
+
 def random_unit(style: Style) -> RandomUnit:
     """The unit with weights and statistics at random, in float64 and eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(style.seed)
         unit = RandomUnit(style).double().eval()
-        for module in unit.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for tensor in (module.weight, module.running_var):
-                    if tensor is not None:
-                        tensor.data.uniform_(0.5, 1.5)
-                for tensor in (module.bias, module.running_mean):
-                    if tensor is not None:
-                        tensor.data.normal_()
+        randomize_norms(unit)
         if style.near_miss == "tied":
             norms = [module for module in unit.modules() if isinstance(module, nn.BatchNorm2d)]
             norms[1].running_mean = norms[0].running_mean

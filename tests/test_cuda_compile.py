@@ -1,4 +1,7 @@
-"""What ptxas makes of the kernels for each architecture: what the tests on the CPU cannot see. Needs nvcc, no GPU.
+"""What ptxas makes of the kernels for each architecture: what the tests on the CPU cannot see. Needs no GPU.
+
+The kernels are those of the CUDA library that SHUFFLENET_EXT_CUDA_LIBRARY names, which takes cuobjdump; without it nvcc
+compiles them, for minutes.
 
 A kernel that spills, or takes more registers than the planner counts on, is a failure here; so is one whose assembly
 lacks the tensor-core instructions or the 16-byte accesses that it was written for.
@@ -13,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cuda_toolkit import Kernel, compile_kernels, compile_strips, nvcc
+from benchmarks.cuda_toolkit import Kernel, compile_kernels, compile_strips, kernels_of_library, nvcc
 
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+LIBRARY = os.environ.get("SHUFFLENET_EXT_CUDA_LIBRARY")
+Compiled = dict[tuple[str, str], tuple[Path, list[Kernel]]]  # by dtype and architecture
 DTYPES = ("float32", "float64", "bfloat16", "float16", "tfloat32")
 
 
@@ -32,28 +37,37 @@ def cuobjdump() -> str | None:
 
 
 pytestmark = [
-    pytest.mark.skipif(nvcc() is None, reason="needs nvcc (on PATH, or by CUDA_HOME)"),
+    pytest.mark.skipif(nvcc() is None and LIBRARY is None, reason="needs nvcc (on PATH, or by CUDA_HOME)"),
     pytest.mark.long,  # all is compiled first, which takes minutes
 ]
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, list[Kernel]]]:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
+    """Those of units by windows and by strips."""
     folder = tmp_path_factory.mktemp("cubins")
-    wanted = [(dtype, arch) for dtype in DTYPES for arch in ARCHS]
+    if LIBRARY is not None:
+        tool = cuobjdump()
+        assert tool is not None, "SHUFFLENET_EXT_CUDA_LIBRARY: needs cuobjdump on PATH"
+        return kernels_of_library(Path(LIBRARY), tool, folder)
+    compilers = {"unit": compile_kernels, "strip": compile_strips}
+    wanted = [("unit", dtype, arch) for dtype in DTYPES for arch in ARCHS]
+    wanted += [("strip", dtype, arch) for dtype in ("float16", "bfloat16") for arch in ARCHS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(wanted, pool.map(lambda pair: compile_kernels(*pair, folder), wanted), strict=True))
+        made = list(pool.map(lambda k: compilers[k[0]](*k[1:], folder), wanted))
+    return {
+        kind: {(dtype, arch): found for (of, dtype, arch), found in zip(wanted, made, strict=True) if of == kind}
+        for kind in compilers
+    }
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_registers_are_as_the_planner_assumes(
-    compiled: dict[tuple[str, str], tuple[Path, list[Kernel]]], dtype: str, arch: str
-) -> None:
-    _, kernels = compiled[dtype, arch]
+def test_registers_are_as_the_planner_assumes(kernels: dict[str, Compiled], dtype: str, arch: str) -> None:
+    _, found = kernels["unit"][dtype, arch]
     blocks = 1 if dtype == "float64" else 2  # blocks_by_registers in tiling.h
-    assert {kernel.layout for kernel in kernels} == {"contiguous", "channels_last"}
-    for kernel in kernels:
+    assert {kernel.layout for kernel in found} == {"contiguous", "channels_last"}
+    for kernel in found:
         assert kernel.spilled_bytes == 0, kernel
         assert -(-kernel.registers // 8) * 8 * 256 * blocks <= 65536, kernel
         assert kernel.static_shared_bytes == 0, "all shared memory is dynamic: SharedLayout counts it"
@@ -62,10 +76,8 @@ def test_registers_are_as_the_planner_assumes(
 @pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump")
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_assembly_has_the_instructions_it_should(
-    compiled: dict[tuple[str, str], tuple[Path, list[Kernel]]], dtype: str, arch: str
-) -> None:
-    cubin, _ = compiled[dtype, arch]
+def test_the_assembly_has_the_instructions_it_should(kernels: dict[str, Compiled], dtype: str, arch: str) -> None:
+    cubin, _ = kernels["unit"][dtype, arch]
     assembly = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
     for kernel in assembly.split("Function : ")[1:]:
         if int(arch) >= 80:
@@ -86,18 +98,10 @@ def test_the_assembly_has_the_instructions_it_should(
 # ---- Strips ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def strips(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, Kernel]]:
-    folder = tmp_path_factory.mktemp("strips")
-    wanted = [(dtype, arch) for dtype in ("float16", "bfloat16") for arch in ARCHS]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(wanted, pool.map(lambda pair: compile_strips(*pair, folder), wanted), strict=True))
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_strips_fit_their_registers(strips: dict[tuple[str, str], tuple[Path, Kernel]], dtype: str, arch: str) -> None:
-    cubin, kernel = strips[dtype, arch]
+def test_strips_fit_their_registers(kernels: dict[str, Compiled], dtype: str, arch: str) -> None:
+    cubin, (kernel,) = kernels["strip"][dtype, arch]
     assert kernel.spilled_bytes == 0, kernel
     assert kernel.registers <= 255  # 256 threads, kMostStripWarps in strip.h, then fit a multiprocessor
     assert kernel.static_shared_bytes == 0, "all shared memory is dynamic: StripLayout counts it"

@@ -6,18 +6,29 @@ import pickle
 import sys
 import warnings
 
+import fuzz_match
 import pytest
 import pytorchcv.models.shufflenetv2
 import pytorchcv.models.shufflenetv2b
+import styles_v2
 import torch
-from support import Recorder, assert_as_accurate, assert_ran, each_isa_for_bfloat16, randomize
+from support import (
+    ISAS,
+    Recorder,
+    assert_as_accurate,
+    assert_ran,
+    each_isa_for_bfloat16,
+    randomize,
+    selected_isa,
+)
 from torch import nn
 from units_v2 import UNITS, Detector, FunctionalUnit, MegviiUnit, Network
 
 import shufflenet_ext as se
-from benchmarks.public_styles import TorchvisionUnit, shuffled_by_view
+from benchmarks.public_styles import TorchvisionUnit, TorchvisionV2, shuffled_by_view
 from shufflenet_ext._compile import _with_ops
 from shufflenet_ext._fused import FusedUnit
+from shufflenet_ext.models import V2_CHANNELS
 
 each_unit = pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.__name__)
 
@@ -155,22 +166,35 @@ def test_compile_backend_with_inductor():
             assert_as_accurate(compiled(x), model(x), copy.deepcopy(model).double()(x.double()))
 
 
+NETWORKS = {
+    f"torchvision's {width}x": lambda channels=channels: TorchvisionV2(*channels)
+    for width, channels in V2_CHANNELS.items()
+} | {
+    f"{style}_{width}": getattr(getattr(pytorchcv.models, style), f"{style}_{width}")
+    for style in ("shufflenetv2", "shufflenetv2b")
+    for width in ("wd2", "w1", "w3d2", "w2")
+}
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "shufflenetv2b_wd2",
-        *[pytest.param(n, marks=pytest.mark.long) for n in ("shufflenetv2_wd2", "shufflenetv2_w1", "shufflenetv2b_w1")],
-    ],
+    "name", [name if name == "shufflenetv2b_wd2" else pytest.param(name, marks=pytest.mark.long) for name in NETWORKS]
 )
-def test_pytorchcv(name):
-    module = pytorchcv.models.shufflenetv2b if "v2b" in name else pytorchcv.models.shufflenetv2
-    model = randomize(getattr(module, name)()).eval()
+def test_networks(name):
+    model = randomize(NETWORKS[name]()).eval()
     x = torch.randn(1, 3, 224, 224)
     optimized = se.optimize_for_inference(model, example_inputs=(x,))
-    with torch.no_grad(), Recorder() as recorder:
-        optimized(x)
-    assert "aten::convolution" not in recorder.names
-    assert_same(optimized, model, x)
+    with torch.no_grad():
+        plain, exact = model(x), model.double()(x.double())
+        for isa in ISAS:
+            with selected_isa(isa):
+                torch.set_num_threads(1)
+                with Recorder() as recorder:
+                    got = optimized(x)
+                assert "aten::convolution" not in recorder.names
+                assert_as_accurate(got, plain, exact)
+                for threads in range(2, 9):
+                    torch.set_num_threads(threads)
+                    assert torch.equal(optimized(x), got), f"{isa}, {threads} threads"
 
 
 def torchvision_models():
@@ -283,6 +307,20 @@ def test_near_misses_are_left_and_told_of(change, stride, cause):
     optimized = se.optimize_for_inference(plain, example_inputs=(x,))
     assert not [call for call in calls(optimized) if isinstance(call, str)]
     torch.testing.assert_close(optimized(x), plain(x))
+
+
+def test_random_styles():
+    for seed in range(0, 24, 2):
+        assert fuzz_match.check(seed, version=2) == (None, True)
+
+
+@pytest.mark.parametrize("near_miss", styles_v2.NEAR_MISSES)
+def test_random_near_misses(near_miss):
+    for seed in (101, 102):
+        unit = styles_v2.random_unit(styles_v2.random_style(seed, near_miss))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", se.FuseWarning)
+            assert not isinstance(se.fuse(unit), FusedUnit)
 
 
 def test_a_half_that_somebody_else_reads():
