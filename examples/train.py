@@ -163,13 +163,9 @@ class Processes:
         devices = [self.device] if self.device.type == "cuda" else None
         parallel = nn.parallel.DistributedDataParallel(model, device_ids=devices)
         if synced:
-            # DistributedDataParallel refuses to be made with a SyncBatchNorm on a CPU, but not to have one: this keeps
-            # the parameters. What PyTorch's SyncBatchNorm refuses there is a CPU's tensors; this package's units take
-            # them. So on a CPU the stem's norm stays this process's own.
-            is_cpu = self.device.type == "cpu"
-            units = [module for module in model.modules() if isinstance(module, se.FusedShuffleBottleneck)]
-            for part in units if is_cpu else [model]:
-                nn.SyncBatchNorm.convert_sync_batchnorm(part)
+            # Behind the wrapping, as on a CPU DistributedDataParallel refuses to be made with one; the parameters stay.
+            # There PyTorch's SyncBatchNorm takes no tensors, but this package's units and stems do without it.
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return parallel
 
     def summed(self, values: Sequence[float]) -> list[float]:

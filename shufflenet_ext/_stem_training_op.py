@@ -176,11 +176,11 @@ def _backward_flops(
 def unfit(conv: Any, norm: Any) -> str | None:
     """Why the op cannot stand for a stem of this convolution and this norm, or None; None where it can."""
     if type(conv) is not nn.Conv2d or conv.groups != 1 or set(conv.dilation) != {1} or conv.padding_mode != "zeros":
-        return f"the stem's convolution was replaced: {conv}"
+        return "a module of the stem was replaced"
     settings: Any = conv.kernel_size, conv.stride, conv.padding
     is_square = all(not isinstance(each, str) and len(set(each)) == 1 for each in settings)
     if not is_square or settings[1][0] not in (1, 2) or settings[2][0] >= settings[0][0]:
-        return f"the stem's convolution was replaced: {conv}"
+        return "a module of the stem was replaced"
     return untrainable([norm])
 
 

@@ -157,9 +157,8 @@ class ShuffleNetV2(nn.Module):
         logits = run_by_plan(self, x, lambda: network_plan(self.parts()))
         if logits is not None:
             return logits
-        stem = None
-        if self._has_own_stem():
-            stem = train_stem(self, x, *self.conv1, self.maxpool, self.conv1, max_pool=True)
+        layers = (*self.conv1, self.conv1) if self._has_own_stem() else (None, None)
+        stem = train_stem(self, x, *layers, self.maxpool, max_pool=True)
         x = self.maxpool(self.conv1(x)) if stem is None else stem
         x = self.stage4(self.stage3(self.stage2(x)))
         return self.fc(self.conv5(x).mean([2, 3]))

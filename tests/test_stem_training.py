@@ -534,7 +534,11 @@ def with_other_norm(net):
 
 @pytest.mark.parametrize(
     ("change", "cause"),
-    [(with_hook, "has hooks"), (with_groups, "convolution was replaced"), (with_other_norm, "with a InstanceNorm2d")],
+    [
+        (with_hook, "has hooks"),
+        (with_groups, "a module of the stem was replaced"),
+        (with_other_norm, "with a InstanceNorm2d"),
+    ],
 )
 def test_what_does_not_train_natively_says_so(change, cause):
     net = se.models.shufflenet_v1(8, 0.25, 10).train()
@@ -545,6 +549,14 @@ def test_what_does_not_train_natively_says_so(change, cause):
     with se.use_backend("auto"), pytest.warns(se.ReferenceFallbackWarning, match=cause), Recorder() as recorder:
         net(x)
     assert f"shufflenet_ext::{OP}" not in recorder.names
+
+
+@pytest.mark.parametrize("part", ["conv1", "maxpool"])
+def test_a_stem_of_v2_of_other_modules_says_so(part):
+    net = se.models.shufflenet_v2(0.5, 10).train()
+    setattr(net, part, {"conv1": nn.Conv2d(3, 24, 3, 2, 1), "maxpool": nn.AvgPool2d(2)}[part])
+    with pytest.raises(RuntimeError, match="a module of the stem was replaced"):
+        net(torch.randn(2, 3, 32, 32))
 
 
 def test_a_fused_stem_that_does_not_train_natively_says_so():
