@@ -21,7 +21,7 @@ weight then bias, with batch norm folded in, and padded as ``reference.pack_weig
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
 
-from shufflenet_ext._checks import check_divides
+from shufflenet_ext._checks import MOST_STEM_SIZE, check_divides
 
 
 class StepKind(IntEnum):
@@ -36,7 +36,6 @@ class StepKind(IntEnum):
     LAST_CONVOLUTION = 6
 
 
-_MOST_KERNEL_SIZE = 11  # the largest convolution of a stem, as in csrc/network.h
 _UNITS = (StepKind.UNIT, StepKind.GENERAL_UNIT, StepKind.UNIT_V2)
 # How many integers follow a step's kind.
 _STEP_LENGTHS = {
@@ -108,8 +107,8 @@ def check_step(kind: StepKind, step: list[int], channels: int, height: int, widt
     if kind is StepKind.STEM:
         out_channels, size, stride, padding = step[:4]
         _check_positive(out_channels=out_channels)
-        if not 1 <= size <= _MOST_KERNEL_SIZE:
-            raise ValueError(f"program: got kernel_size {size}, expected 1 to {_MOST_KERNEL_SIZE}")
+        if not 1 <= size <= MOST_STEM_SIZE:
+            raise ValueError(f"program: got kernel_size {size}, expected 1 to {MOST_STEM_SIZE}")
         if stride not in (1, 2):
             raise ValueError(f"program: got stride {stride}, expected 1 or 2")
         if not 0 <= padding < size:

@@ -10,21 +10,22 @@ seldom want a gradient of their own, so that one is PyTorch's. Names are those o
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from shufflenet_ext._native import is_channels_last, memory_format
 from shufflenet_ext._training import (
+    Affine,
     Norm,
-    _Affine,
-    _as_given,
-    _combined,
-    _compute_dtype,
-    _fixed_statistics,
-    _matrix,
-    _moments,
-    _planes,
-    _summed,
-    process_group,
+    as_given,
+    as_matrix,
+    as_planes,
+    combined,
+    compute_dtype,
+    empty_moments,
+    fixed_statistics,
+    norm_coefficients,
+    share_of,
+    summed,
 )
 
 _passes: Any = torch.ops.shufflenet_ext
@@ -70,20 +71,20 @@ def _of_convolution(weight: Tensor, o: Options) -> dict[str, int]:
 
 def forward(given: Tensor, weight: Tensor, norm: Norm, o: Options) -> tuple[Tensor, Kept]:
     """A stem's result, its norm in training mode or not, and what its backward pass needs."""
-    n, channels, dtype = len(given), len(weight), _compute_dtype(given)
-    (images,) = _summed(o, torch.tensor(float(n), dtype=torch.float64))  # type: ignore[arg-type]  # its processes
+    n, channels, dtype = len(given), len(weight), compute_dtype(given)
+    (images,) = summed(o.processes, torch.tensor(float(n), dtype=torch.float64))
     y = given.new_empty((n, channels, *convolved_size(given, weight, o)), dtype=dtype)
-    moments = _moments(n, channels, norm.of_batch)
-    _passes.training_stem(_image(given), _matrix(weight, dtype), y, moments, **_of_convolution(weight, o))
+    moments = empty_moments(n, channels, norm.of_batch)
+    _passes.training_stem(_image(given), as_matrix(weight, dtype), y, moments, **_of_convolution(weight, o))
     pixels = y.shape[2] * y.shape[3]
     if moments is None:
-        mean, var = (each.clone() for each in _fixed_statistics(norm, channels))  # no outputs that are inputs
+        mean, var = (each.clone() for each in fixed_statistics(norm, channels))  # no outputs that are inputs
     else:
-        mean, var = _combined(moments, pixels, images, o)  # type: ignore[arg-type]
-    affine = _Affine.of(norm, mean, var)
+        mean, var = combined(moments, pixels, images, o.processes)
+    affine = Affine.of(norm, mean, var)
     result = y.new_empty(n, channels, *result_size((y.shape[2], y.shape[3]), o))
     _passes.training_stem_norm(y, affine.scale, affine.shift, result, max_pool=o.max_pool)
-    return _as_given(result, given), Kept(y, mean, var, images)
+    return as_given(result, given), Kept(y, mean, var, images)
 
 
 class Gradients(NamedTuple):
@@ -100,16 +101,12 @@ def backward(
     gradient: Tensor, given: Tensor, kept: Kept, weight: Tensor, norm: Norm, o: Options, wanted: tuple[bool, bool]
 ) -> Gradients:
     """The gradients of the forward pass, those of x and of the weight where they are wanted."""
-    y, affine = kept.y, _Affine.of(norm, kept.mean, kept.var)
+    y, affine = kept.y, Affine.of(norm, kept.mean, kept.var)
     of_norm, sums = torch.empty_like(y), torch.empty(2, len(weight), dtype=torch.float64)
     vectors = kept.mean, affine.scale, affine.shift
-    _passes.training_stem_norm_backward(_planes(gradient), y, *vectors, of_norm, sums, max_pool=o.max_pool)
-    total, with_y = _summed(o, *sums)  # type: ignore[arg-type]
-    slope, shift = torch.zeros_like(total), torch.zeros_like(total)
-    if norm.of_batch:
-        values = kept.images * (y.shape[2] * y.shape[3])
-        slope, shift = affine.scale * affine.rstd.square() * with_y / values, affine.scale * total / values
-    coefficients = torch.stack((affine.scale, slope, kept.mean, shift))
+    _passes.training_stem_norm_backward(as_planes(gradient), y, *vectors, of_norm, sums, max_pool=o.max_pool)
+    total, with_y = summed(o.processes, *sums)
+    coefficients = norm_coefficients(affine, norm.of_batch, kept.images * (y.shape[2] * y.shape[3]), total, with_y)
     of_x = of_weight = None
     if wanted[1]:
         of_weight = torch.empty(len(weight), weight[0].numel(), dtype=torch.float64)
@@ -123,14 +120,13 @@ def backward(
         else:
             of_norm *= affine.scale.to(y.dtype).view(1, -1, 1, 1)
         of_x = _x_gradient(of_norm, given, weight, o)
-    # Sums over all processes give each of them its part of a parameter's gradient: those of the parts add up to it.
-    share = 1 / distributed.get_world_size(process_group(o)) if o.processes else 1  # type: ignore[arg-type]
+    share = share_of(o.processes)
     of_bias = torch.zeros_like(total) if norm.of_batch else affine.scale * total
     return Gradients(of_x, of_weight, share * of_bias, share * affine.rstd * with_y, share * total)
 
 
 def _x_gradient(y_gradient: Tensor, given: Tensor, weight: Tensor, o: Options) -> Tensor:
     geometry = [o.stride] * 2, [o.padding] * 2, [1, 1], False, [0, 0], 1
-    x, matrix = _planes(given), weight.to(y_gradient.dtype)
+    x, matrix = as_planes(given), weight.to(y_gradient.dtype)
     of_x = torch.ops.aten.convolution_backward(y_gradient, x, matrix, None, *geometry, [True, False, False])[0]
-    return _as_given(of_x, given)
+    return as_given(of_x, given)

@@ -10,14 +10,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
 from shufflenet_ext import _native, _stem_training
-from shufflenet_ext._backend import fall_back
 from shufflenet_ext._checks import check_image, check_stem
 from shufflenet_ext._stem_training import Kept, Options
 from shufflenet_ext._training import Norm
-from shufflenet_ext._training_op import TrainedStage, _processes, _update_running_statistics, untrainable, uses_batch
+from shufflenet_ext._training_op import (
+    TrainedStage,
+    flops_of,
+    in_plain_pytorch,
+    plain_gradients,
+    processes_of,
+    untrainable,
+    update_running_statistics,
+    uses_batch,
+)
 
 _TENSORS = "Tensor conv_weight, Tensor? conv_bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var"
 _OPTIONS = "float eps, bool of_batch, int stride, int padding, bool max_pool, str processes"
@@ -79,7 +87,7 @@ def _fake_forward(x: Tensor, *tensors: Tensor | None, eps: float, of_batch: bool
     assert weight is not None
     size = _stem_training.convolved_size(x, weight, o)
     result = x.new_empty(len(x), len(weight), *_stem_training.result_size(size, o))
-    y = x.new_empty((len(x), len(weight), *size), dtype=_stem_training._compute_dtype(x))
+    y = x.new_empty((len(x), len(weight), *size), dtype=_stem_training.compute_dtype(x))
     mean, var = (x.new_empty(len(weight), dtype=torch.float64) for _ in range(2))
     images = x.new_empty((), dtype=torch.float64)
     return result.to(memory_format=_native.memory_format(x)), y, mean, var, images
@@ -137,15 +145,7 @@ def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None
     if torch.is_grad_enabled():  # the gradients are to be differentiated themselves, which PyTorch's operations can be
         if ctx.options["processes"]:
             raise RuntimeError("gradients of gradients: got a batch norm of several processes, expected one of one")
-
-        def run(*values: Tensor) -> Tensor:
-            replaced = dict(zip(wanted, values, strict=True))
-            return plain(*(replaced.get(i, given) for i, given in enumerate(inputs)), **ctx.options)[0]
-
-        gradients = torch.func.vjp(run, *(inputs[i] for i in wanted))[1](gradient)
-        for i, each in zip(wanted, gradients, strict=True):
-            found[i] = each
-        return tuple(found)
+        return plain_gradients(plain, gradient, inputs, wanted, ctx.options)
     op = getattr(torch.ops.shufflenet_ext, BACKWARD_NAME)
     is_wanted = [i in wanted for i in range(_TRAINED)]
     gradients = op(gradient, inputs[0], list(kept), *inputs[1:], wanted=is_wanted, **ctx.options)
@@ -154,16 +154,7 @@ def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None
     return tuple(found)
 
 
-def _transformed(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    fall_back("torch.func transforms the call, and there is no native kernel of a transformed one")
-    return plain(*args, **kwargs)
-
-
-def _flops(*args: Any, out_val: Any, **kwargs: Any) -> int:
-    x, *tensors = (arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args)
-    with FlopCounterMode(display=False) as counter:
-        plain(x, *tensors, **kwargs)
-    return counter.get_total_flops()
+_flops = flops_of(plain)
 
 
 def _backward_flops(
@@ -190,7 +181,7 @@ def run(x: Tensor, stage: TrainedStage, *, stride: int, padding: int, max_pool: 
     Raises ValueError where the norm would normalize single values, as nn.BatchNorm2d does.
     """
     norm, of_batch = stage.norm, uses_batch(stage.norm)
-    processes = _processes(norm) if of_batch else ""
+    processes = processes_of(norm) if of_batch else ""
     o = Options(stride, padding, max_pool, processes)
     check_image(x)
     check_stem(x, stage.weight, stage.bias, stride=stride, padding=padding)
@@ -205,7 +196,7 @@ def run(x: Tensor, stage: TrainedStage, *, stride: int, padding: int, max_pool: 
     op = getattr(torch.ops.shufflenet_ext, NAME)
     result, _, mean, var, images = op(x, *tensors, eps=eps, of_batch=of_batch, **o._asdict())
     if of_batch and norm.training and norm.track_running_stats:
-        _update_running_statistics(stage, mean, var, images * (height * width) if processes else count)
+        update_running_statistics(stage, mean, var, images * (height * width) if processes else count)
     return result
 
 
@@ -218,7 +209,7 @@ if _native.native_error is None:
     )
     _library.impl(NAME, _native_forward, "CPU")
     _library.impl(BACKWARD_NAME, _native_backward, "CPU")
-    _library.impl(NAME, _transformed, "FuncTorchDynamicLayerFrontMode")
+    _library.impl(NAME, in_plain_pytorch(plain), "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"shufflenet_ext::{NAME}", _fake_forward)
     torch.library.register_fake(f"shufflenet_ext::{BACKWARD_NAME}", _fake_backward)
     torch.library.register_autograd(f"shufflenet_ext::{NAME}", _backward, setup_context=_setup_context)

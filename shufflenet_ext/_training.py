@@ -73,7 +73,7 @@ class Forward(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Affine:
+class Affine:
     """A norm as it is applied: ``scale * (y - mean) + bias``."""
 
     mean: Tensor
@@ -82,17 +82,17 @@ class _Affine:
     bias: Tensor
 
     @staticmethod
-    def of(norm: Norm, mean: Tensor, var: Tensor) -> "_Affine":
+    def of(norm: Norm, mean: Tensor, var: Tensor) -> "Affine":
         rstd = torch.rsqrt(var + norm.eps)
         scale = rstd if norm.weight is None else norm.weight.double() * rstd
-        return _Affine(mean, rstd, scale, torch.zeros_like(mean) if norm.bias is None else norm.bias.double())
+        return Affine(mean, rstd, scale, torch.zeros_like(mean) if norm.bias is None else norm.bias.double())
 
     @property
     def shift(self) -> Tensor:
         return self.bias - self.scale * self.mean
 
 
-def _fixed_statistics(norm: Norm, channels: int) -> tuple[Tensor, Tensor]:
+def fixed_statistics(norm: Norm, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of a norm that does not use the batch's; 0 and 1 of one that has none."""
     mean, var = norm.running_mean, norm.running_var
     mean = torch.zeros(channels, dtype=torch.float64) if mean is None else mean.double()
@@ -100,38 +100,43 @@ def _fixed_statistics(norm: Norm, channels: int) -> tuple[Tensor, Tensor]:
     return mean if norm.conv_bias is None else mean - norm.conv_bias.double(), var
 
 
-def _summed(o: Options, *tensors: Tensor) -> tuple[Tensor, ...]:
+def summed(processes: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The sums of tensors over all processes that share the norms' statistics."""
-    if not o.processes:
+    if not processes:
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    distributed.all_reduce(flat, group=process_group(o))
+    distributed.all_reduce(flat, group=process_group(processes))
     parts = flat.split([tensor.numel() for tensor in tensors])
     return tuple(part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True))
 
 
-def process_group(o: Options) -> Any:
-    return distributed.distributed_c10d._resolve_process_group(o.processes)  # type: ignore[arg-type]  # a str
+def process_group(processes: str) -> Any:
+    return distributed.distributed_c10d._resolve_process_group(processes)  # type: ignore[arg-type]  # a str
 
 
-def _combined(moments: Tensor, pixels: int, images: Tensor, o: Options) -> tuple[Tensor, Tensor]:
+def share_of(processes: str) -> float:
+    """What part of a sum over all processes is one's gradient of a parameter, so that all processes' add up to it."""
+    return 1 / distributed.get_world_size(process_group(processes)) if processes else 1
+
+
+def combined(moments: Tensor, pixels: int, images: Tensor, processes: str) -> tuple[Tensor, Tensor]:
     """Mean and variance of a batch from each image's mean and sum of squared deviations."""
     means, squares = moments
-    mean = _summed(o, means.sum(0))[0] / images
-    (deviations,) = _summed(o, squares.sum(0) + pixels * (means - mean).square_().sum(0))
+    mean = summed(processes, means.sum(0))[0] / images
+    (deviations,) = summed(processes, squares.sum(0) + pixels * (means - mean).square_().sum(0))
     return mean, deviations / (images * pixels)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _planes(x: Tensor) -> Tensor:
+def as_planes(x: Tensor) -> Tensor:
     """x in the dtype that sums are in, its planes contiguous."""
-    return x.to(_compute_dtype(x), memory_format=torch.contiguous_format).contiguous()
+    return x.to(compute_dtype(x), memory_format=torch.contiguous_format).contiguous()
 
 
-def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def as_matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.reshape(len(weight), -1).to(dtype).contiguous()
 
 
@@ -139,7 +144,7 @@ def _empty(like: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     return like.new_empty(like.shape[0], channels, *size)
 
 
-def _moments(n: int, channels: int, wanted: bool) -> Tensor | None:
+def empty_moments(n: int, channels: int, wanted: bool) -> Tensor | None:
     return torch.empty(2, n, channels, dtype=torch.float64) if wanted else None
 
 
@@ -153,7 +158,7 @@ def _slices(result: Tensor, out_channels: int, o: Options) -> tuple[Tensor, Tens
     return result[:, :out_channels], result[:, out_channels:]
 
 
-def _read_by_conv3(y2: Tensor, norm2: _Affine, o: Options) -> Tensor:
+def _read_by_conv3(y2: Tensor, norm2: Affine, o: Options) -> Tensor:
     if not o.conv2_relu:
         return y2
     scale, shift = (t.to(y2.dtype).view(1, -1, 1, 1) for t in (norm2.scale, norm2.shift))
@@ -163,7 +168,7 @@ def _read_by_conv3(y2: Tensor, norm2: _Affine, o: Options) -> Tensor:
 class _Conv3:
     """What follows from conv3's weights and norm 2: see the module's docstring."""
 
-    def __init__(self, weight: Tensor, norm2: _Affine, centre: Tensor, o: Options) -> None:
+    def __init__(self, weight: Tensor, norm2: Affine, centre: Tensor, o: Options) -> None:
         rows, depth = len(weight), weight.shape[1]
         self.weight = weight.double().view(o.groups, rows // o.groups, depth)
         self.slope = None if o.conv2_relu else norm2.scale.view(o.groups, 1, depth)
@@ -200,32 +205,32 @@ Norms = tuple[Norm, Norm, Norm]
 
 def forward(given: Tensor, weights: Weights, norms: Norms, o: Options) -> Forward:
     """A unit's result, its norms in training mode or not, and what its backward pass needs."""
-    x = _planes(given)
-    weight1, weight2, weight3 = (_matrix(weight, x.dtype) for weight in weights)
+    x = as_planes(given)
+    weight1, weight2, weight3 = (as_matrix(weight, x.dtype) for weight in weights)
     sizes = _Sizes.of(x, weights, o)
-    (images,) = _summed(o, torch.tensor(float(sizes.n), dtype=torch.float64))
+    (images,) = summed(o.processes, torch.tensor(float(sizes.n), dtype=torch.float64))
 
     y1 = _empty(x, sizes.mid, sizes.in_size)
-    moments = _moments(sizes.n, sizes.mid, norms[0].of_batch)
+    moments = empty_moments(sizes.n, sizes.mid, norms[0].of_batch)
     _passes.training_pointwise(x, weight1, None, None, y1, moments, groups=o.conv1_groups)
-    of_y1 = None if moments is None else _combined(moments, y1[0, 0].numel(), images, o)
-    mean1, var1 = of_y1 or _fixed_statistics(norms[0], sizes.mid)
-    norm1 = _Affine.of(norms[0], mean1, var1)
+    of_y1 = None if moments is None else combined(moments, y1[0, 0].numel(), images, o.processes)
+    mean1, var1 = of_y1 or fixed_statistics(norms[0], sizes.mid)
+    norm1 = Affine.of(norms[0], mean1, var1)
 
     y2 = _empty(x, sizes.mid, sizes.out_size)
     pixels = y2[0, 0].numel()
-    moments = _moments(sizes.n, sizes.mid, norms[1].of_batch or norms[2].of_batch)
+    moments = empty_moments(sizes.n, sizes.mid, norms[1].of_batch or norms[2].of_batch)
     affine1 = norm1.scale.to(x.dtype), norm1.shift.to(x.dtype)
     _passes.training_depthwise(y1, *affine1, weight2, y2, moments, shuffle_groups=o.shuffle_groups, stride=o.stride)
-    of_y2 = None if moments is None else _combined(moments, pixels, images, o)
-    mean2, var2 = of_y2 if of_y2 is not None and norms[1].of_batch else _fixed_statistics(norms[1], sizes.mid)
-    norm2 = _Affine.of(norms[1], mean2, var2)
+    of_y2 = None if moments is None else combined(moments, pixels, images, o.processes)
+    mean2, var2 = of_y2 if of_y2 is not None and norms[1].of_batch else fixed_statistics(norms[1], sizes.mid)
+    norm2 = Affine.of(norms[1], mean2, var2)
 
     v = _read_by_conv3(y2, norm2, o)
     if not o.conv2_relu:
         centre = (mean2 if of_y2 is None else of_y2[0]).clone()  # as the op's outputs may not be one tensor
     elif norms[2].of_batch:
-        centre = _summed(o, v.sum((0, 2, 3), dtype=torch.float64))[0] / (images * pixels)
+        centre = summed(o.processes, v.sum((0, 2, 3), dtype=torch.float64))[0] / (images * pixels)
     else:
         centre = torch.zeros_like(mean2)
     conv3 = _Conv3(weight3, norm2, centre, o)
@@ -235,10 +240,10 @@ def forward(given: Tensor, weights: Weights, norms: Norms, o: Options) -> Forwar
         mean3 = conv3.mean_at_centre()
         var3 = ((conv3.of_v @ covariance) * conv3.of_v).sum(2).flatten()
     else:
-        mean3, var3 = _fixed_statistics(norms[2], sizes.out_channels)
-    result = _result(x, v, conv3, _Affine.of(norms[2], mean3, var3), centre, sizes, o)
+        mean3, var3 = fixed_statistics(norms[2], sizes.out_channels)
+    result = _result(x, v, conv3, Affine.of(norms[2], mean3, var3), centre, sizes, o)
     statistics = Statistics(mean1, var1, mean2, var2, mean3, var3, centre, covariance, images)
-    return Forward(_as_given(result, given), y1.to(given.dtype), y2.to(given.dtype), statistics)
+    return Forward(as_given(result, given), y1.to(given.dtype), y2.to(given.dtype), statistics)
 
 
 def _covariance(v: Tensor, centre: Tensor, values: Tensor, o: Options) -> Tensor:
@@ -246,10 +251,10 @@ def _covariance(v: Tensor, centre: Tensor, values: Tensor, o: Options) -> Tensor
     of_group = v.shape[1] // o.groups
     products = torch.empty(v.shape[1], of_group, dtype=torch.float64)
     _passes.training_products(v, v, centre.to(v.dtype), products, groups=o.groups)
-    return _summed(o, products)[0].view(o.groups, of_group, of_group) / values
+    return summed(o.processes, products)[0].view(o.groups, of_group, of_group) / values
 
 
-def _result(x: Tensor, v: Tensor, conv3: _Conv3, norm3: _Affine, centre: Tensor, sizes: _Sizes, o: Options) -> Tensor:
+def _result(x: Tensor, v: Tensor, conv3: _Conv3, norm3: Affine, centre: Tensor, sizes: _Sizes, o: Options) -> Tensor:
     """The last pass: conv3 and its norm as one convolution of v, the shortcut and the last ReLU."""
     matrix = conv3.of_v * norm3.scale.view(o.groups, -1, 1)
     bias = norm3.bias + norm3.scale * (conv3.mean_at_centre() - norm3.mean)
@@ -264,7 +269,7 @@ def _result(x: Tensor, v: Tensor, conv3: _Conv3, norm3: _Affine, centre: Tensor,
     return result
 
 
-def _as_given(tensor: Tensor, given: Tensor) -> Tensor:
+def as_given(tensor: Tensor, given: Tensor) -> Tensor:
     return tensor.to(given.dtype, memory_format=memory_format(given))
 
 
@@ -307,22 +312,21 @@ class _Backward:
     """The backward pass of a unit, whose methods are called in their order."""
 
     def __init__(self, gradient: Tensor, x: Tensor, done: Forward, weights: Weights, norms: Norms, o: Options) -> None:
-        self.given, self.x, self.o, self.norms = x, _planes(x), o, norms
+        self.given, self.x, self.o, self.norms = x, as_planes(x), o, norms
         self.shapes = [weight.shape for weight in weights]
-        self.weight1, self.weight2, weight3 = (_matrix(weight, self.x.dtype) for weight in weights)
-        self.y1, self.y2 = _planes(done.y1), _planes(done.y2)
+        self.weight1, self.weight2, weight3 = (as_matrix(weight, self.x.dtype) for weight in weights)
+        self.y1, self.y2 = as_planes(done.y1), as_planes(done.y2)
         self.s = s = done.statistics
         self.norm1, self.norm2, self.norm3 = (
-            _Affine.of(norm, mean, var)
+            Affine.of(norm, mean, var)
             for norm, mean, var in zip(norms, (s.mean1, s.mean2, s.mean3), (s.var1, s.var2, s.var3), strict=True)
         )
         self.v = _read_by_conv3(self.y2, self.norm2, o)
         self.conv3 = _Conv3(weight3, self.norm2, s.centre, o)
-        self.main, self.pooled = _slices(_planes(done.result), len(weight3), o)
-        self.main_gradient, self.pooled_gradient = _slices(_planes(gradient), len(weight3), o)
+        self.main, self.pooled = _slices(as_planes(done.result), len(weight3), o)
+        self.main_gradient, self.pooled_gradient = _slices(as_planes(gradient), len(weight3), o)
         self.values = s.images * self.y2[0, 0].numel()  # that norms 2 and 3 have of a channel
-        # Sums over all processes give each of them its part of a parameter's gradient: those of the parts add up to it.
-        self.share = 1 / distributed.get_world_size(process_group(o)) if o.processes else 1
+        self.share = share_of(o.processes)
 
     def _grouped(self, vector: Tensor) -> Tensor:
         return vector.view(self.o.groups, -1, 1)
@@ -339,7 +343,7 @@ class _Backward:
         _passes.training_relu_backward(
             self.main, self.main_gradient, self.dz, self.v, centre, products, total, groups=o.groups
         )
-        products, self.total = _summed(o, products.view_as(conv3.of_v), total)
+        products, self.total = summed(o.processes, products.view_as(conv3.of_v), total)
         self.with_y3 = norm3.rstd * (conv3.of_v * products).sum(2).flatten()
         if self.norms[2].of_batch:
             products = products - conv3.of_v @ self.s.covariance * self._grouped(self.with_y3 * norm3.rstd)
@@ -377,7 +381,7 @@ class _Backward:
         )
         sums = sums.sum(0)
         before_shuffle = sums[:, :2].view(-1, o.shuffle_groups, 2).transpose(0, 1).reshape(-1, 2)
-        self.sum1, self.with_y1 = _summed(o, before_shuffle)[0].unbind(1)
+        self.sum1, self.with_y1 = summed(o.processes, before_shuffle)[0].unbind(1)
         return (sums[:, 2:].reshape(self.shapes[1]), *self._shared(of_bias, of_scale, self.sum2))
 
     def _find_y2_gradient(self) -> None:
@@ -410,7 +414,7 @@ class _Backward:
         _passes.training_relu_backward(self.v, gradient, gradient, None, None, None, total)
         deviation = self.y2 - norm.mean.to(self.y2.dtype).view(1, -1, 1, 1)
         with_y2 = (gradient * deviation).sum((2, 3)).sum(0, dtype=torch.float64)
-        self.sum2, self.with_y2 = _summed(self.o, total, with_y2)
+        self.sum2, self.with_y2 = summed(self.o.processes, total, with_y2)
         _norm_backward(norm, self.norms[1].of_batch, self.y2, gradient, self.sum2, self.with_y2, self.s.images)
 
     def conv1_gradients(self, with_weight: bool) -> _StageGradients:
@@ -443,16 +447,24 @@ class _Backward:
         _passes.training_pointwise(
             self.y1_gradient, turned.contiguous(), None, gradient, gradient, None, groups=o.conv1_groups
         )
-        return _as_given(gradient, self.given)
+        return as_given(gradient, self.given)
 
 
-def _norm_backward(
-    norm: _Affine, of_batch: bool, y: Tensor, gradient: Tensor, total: Tensor, with_y: Tensor, images: Tensor
-) -> None:
-    """Replaces the gradient of a norm's result by that of its input."""
-    values = images * (y.shape[2] * y.shape[3])
+def norm_coefficients(norm: Affine, of_batch: bool, values: Tensor, total: Tensor, with_y: Tensor) -> Tensor:
+    """What training_norm_backward makes the gradient of a norm's input of: scales, slopes, means and shifts.
+
+    ``total`` is the sum of the gradient of the norm's result, ``with_y`` that of it times y - mean, over ``values``.
+    """
     slope, shift = torch.zeros_like(total), torch.zeros_like(total)
     if of_batch:
         slope = norm.scale * norm.rstd.square() * with_y / values
         shift = norm.scale * total / values
-    _passes.training_norm_backward(gradient, y, torch.stack((norm.scale, slope, norm.mean, shift)))
+    return torch.stack((norm.scale, slope, norm.mean, shift))
+
+
+def _norm_backward(
+    norm: Affine, of_batch: bool, y: Tensor, gradient: Tensor, total: Tensor, with_y: Tensor, images: Tensor
+) -> None:
+    """Replaces the gradient of a norm's result by that of its input."""
+    values = images * (y.shape[2] * y.shape[3])
+    _passes.training_norm_backward(gradient, y, norm_coefficients(norm, of_batch, values, total, with_y))

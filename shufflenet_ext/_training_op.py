@@ -6,12 +6,13 @@ are None and its eps is 0. It returns the result, what the backward pass needs, 
 normalizes by.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from shufflenet_ext import _native, _training, reference
@@ -200,14 +201,7 @@ def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None
     if torch.is_grad_enabled():  # the gradients are to be differentiated themselves, which PyTorch's operations can be
         if ctx.options["processes"]:
             raise RuntimeError("gradients of gradients: got batch norms of several processes, expected those of one")
-
-        def run(*values: Tensor) -> Tensor:
-            replaced = dict(zip(wanted, values, strict=True))
-            return plain(*(replaced.get(i, given) for i, given in enumerate(inputs)), **ctx.options)[0]
-
-        for i, each in zip(wanted, torch.func.vjp(run, *(inputs[i] for i in wanted))[1](gradient), strict=True):
-            found[i] = each
-        return tuple(found)
+        return plain_gradients(plain, gradient, inputs, wanted, ctx.options)
     depth = max(map(_first_depth, wanted))
     gradients = _of_inputs(gradient, inputs[0], outputs, inputs[1:], depth, ctx.options)
     return tuple(each if i in wanted else None for i, each in enumerate(gradients))
@@ -264,16 +258,48 @@ def frozen_gradients(
     return tuple(found[places[i]] if i in wanted else None for i in range(len(inputs)))
 
 
-def _transformed(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    fall_back("torch.func transforms the call, and there is no native kernel of a transformed one")
-    return plain(*args, **kwargs)
+def in_plain_pytorch(plain: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """What a training op is under torch.func's transforms: its plain form, with a warning, or an error under native."""
+
+    def transformed(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        fall_back("torch.func transforms the call, and there is no native kernel of a transformed one")
+        return plain(*args, **kwargs)
+
+    return transformed
 
 
-def _flops(*args: Any, out_val: Any, **kwargs: Any) -> int:
-    x, *tensors = (arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args)
-    with FlopCounterMode(display=False) as counter:
-        plain(x, *tensors, **kwargs)
-    return counter.get_total_flops()
+def flops_of(plain: Callable[..., Any]) -> Callable[..., int]:
+    """The flop formula of an op: what torch.utils.flop_counter counts for its plain form."""
+
+    def flops(*args: Any, out_val: Any, **kwargs: Any) -> int:
+        shapes = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args)
+        with FlopCounterMode(display=False) as counter:
+            plain(*shapes, **kwargs)
+        return counter.get_total_flops()
+
+    return flops
+
+
+def plain_gradients(
+    plain: Callable[..., tuple[Tensor, ...]],
+    gradient: Tensor,
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[int],
+    options: dict[str, Any],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a training op's inputs by PyTorch's operations, which can be differentiated themselves."""
+
+    def run(*values: Tensor) -> Tensor:
+        replaced = dict(zip(wanted, values, strict=True))
+        return plain(*(replaced.get(i, given) for i, given in enumerate(inputs)), **options)[0]
+
+    found: list[Tensor | None] = [None] * len(inputs)
+    for i, each in zip(wanted, torch.func.vjp(run, *(inputs[i] for i in wanted))[1](gradient), strict=True):
+        found[i] = each
+    return tuple(found)
+
+
+_flops = flops_of(plain)
 
 
 def _backward_flops(
@@ -295,12 +321,12 @@ def untrainable(norms: Sequence[nn.Module | None]) -> str | None:
     for norm in norms:
         if norm is not None and not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
             return f"there is no native training step with a {type(norm).__name__} in the place of a batch norm"
-    if len({_processes(norm) for norm in norms if uses_batch(norm)}) > 1:
+    if len({processes_of(norm) for norm in norms if uses_batch(norm)}) > 1:
         return "there is no native training step with batch norms of other processes each"
     return None
 
 
-def _processes(norm: Any) -> str:
+def processes_of(norm: Any) -> str:
     """The name of the process group with which a norm shares its statistics; empty where it shares them with none."""
     if not isinstance(norm, nn.SyncBatchNorm) or not distributed.is_available() or not distributed.is_initialized():
         return ""
@@ -336,7 +362,7 @@ def run(x: Tensor, stages: Sequence[TrainedStage], **options: Any) -> Tensor:
     (n, _, height, width), stride = x.shape, options["stride"]
     of_x, of_result = n * height * width, n * ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
     counts: tuple[Any, ...] = (of_x, of_result, of_result)  # of values by norm
-    processes = next((_processes(stage.norm) for stage in stages if uses_batch(stage.norm)), "")
+    processes = next((processes_of(stage.norm) for stage in stages if uses_batch(stage.norm)), "")
     if not processes and any(batch and count == 1 for batch, count in zip(of_batch, counts, strict=True)):
         size = [n, len(stages[0].weight), 1, 1]
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
@@ -347,12 +373,12 @@ def run(x: Tensor, stages: Sequence[TrainedStage], **options: Any) -> Tensor:
         counts = tuple(found[-1] * (count // n) for count in counts)
     for stage, batch, count, mean, var in zip(stages, of_batch, counts, found[0:6:2], found[1:6:2], strict=True):
         if batch and stage.norm.training and stage.norm.track_running_stats:
-            _update_running_statistics(stage, mean, var, count)
+            update_running_statistics(stage, mean, var, count)
     return result
 
 
 @torch.no_grad()
-def _update_running_statistics(stage: TrainedStage, mean: Tensor, var: Tensor, count: Any) -> None:
+def update_running_statistics(stage: TrainedStage, mean: Tensor, var: Tensor, count: Any) -> None:
     norm = stage.norm
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -377,7 +403,7 @@ if _native.native_error is None:
     )
     _library.impl(NAME, _native_forward, "CPU")
     _library.impl(BACKWARD_NAME, _native_backward, "CPU")
-    _library.impl(NAME, _transformed, "FuncTorchDynamicLayerFrontMode")
+    _library.impl(NAME, in_plain_pytorch(plain), "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"shufflenet_ext::{NAME}", _fake_forward)
     torch.library.register_fake(f"shufflenet_ext::{BACKWARD_NAME}", _fake_backward)
     torch.library.register_autograd(f"shufflenet_ext::{NAME}", _backward, setup_context=_setup_context)

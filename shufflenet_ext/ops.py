@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
 from shufflenet_ext import _native, _stem_training_op, _training_op, reference
 from shufflenet_ext._backend import fall_back, implementation, unit_variant
@@ -332,16 +331,7 @@ def _register_decomposition(name: str) -> None:
 
 
 def _register_flop_formula(name: str) -> None:
-    """Makes torch.utils.flop_counter count for an op what it counts for the reference."""
-    plain = _plain(name)
-
-    def flop(*args: Any, out_val: Tensor, **kwargs: Any) -> int:
-        shapes = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args)
-        with FlopCounterMode(display=False) as counter:
-            plain(*shapes, **kwargs)
-        return counter.get_total_flops()
-
-    register_flop_formula(getattr(torch.ops.shufflenet_ext, name), get_raw=True)(flop)
+    register_flop_formula(getattr(torch.ops.shufflenet_ext, name), get_raw=True)(_training_op.flops_of(_plain(name)))
 
 
 def _register_autocast(name: str) -> None:

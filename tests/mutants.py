@@ -887,9 +887,9 @@ MUTANTS = [
     ),
     Mutant(
         "training a stem: the weight's gradient forgets that the norm's mean is the batch's",
-        "shufflenet_ext/_stem_training.py",
-        "affine.scale * total / values",
-        "0 * total",
+        "shufflenet_ext/_training.py",
+        "shift = norm.scale * total / values",
+        "shift = 0 * total",
         "test_stem_training.py::test_steps_in_float64",
     ),
 ]

@@ -1,12 +1,15 @@
 """Units and near misses in every style that people write them in, at random: what fuse takes, and what not."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 NEAR_MISSES = (
     "relu6",
@@ -300,13 +303,17 @@ def randomize_norms(unit: nn.Module) -> None:
                     tensor.data.normal_()
 
 
-def random_unit(style: Style) -> RandomUnit:
-    """The unit with weights and statistics at random, in float64 and eval mode."""
+def at_random(unit_class: Callable[[Any], AnyModule], style: Any) -> AnyModule:
+    """The unit of a style with weights and statistics at random, in float64 and eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(style.seed)
-        unit = RandomUnit(style).double().eval()
+        unit = unit_class(style).double().eval()
         randomize_norms(unit)
         if style.near_miss == "tied":
             norms = [module for module in unit.modules() if isinstance(module, nn.BatchNorm2d)]
             norms[1].running_mean = norms[0].running_mean
     return unit
+
+
+def random_unit(style: Style) -> RandomUnit:
+    return at_random(RandomUnit, style)

@@ -13,8 +13,8 @@ from styles import (
     Function,
     Shuffle,
     SqueezeAndExcite,
+    at_random,
     flip,
-    randomize_norms,
     relu_of,
 )
 from torch import Tensor, nn
@@ -271,12 +271,4 @@ class RandomUnitV2(nn.Module):
 
 
 def random_unit(style: StyleV2) -> RandomUnitV2:
-    """The unit with weights and statistics at random, in float64 and eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(style.seed)
-        unit = RandomUnitV2(style).double().eval()
-        randomize_norms(unit)
-        if style.near_miss == "tied":
-            norms = [module for module in unit.modules() if isinstance(module, nn.BatchNorm2d)]
-            norms[1].running_mean = norms[0].running_mean
-    return unit
+    return at_random(RandomUnitV2, style)

@@ -240,6 +240,27 @@ def assert_as_accurate(got: Tensor, plain: Tensor, exact: Tensor) -> None:
         assert got_norm <= 2 * plain_norm + floor, f"error {got_norm:.3g}, PyTorch's {plain_norm:.3g}"
 
 
+def assert_refuses_what_does_not_fit(
+    run: Any, tensors: list[Any], options: dict[str, Any], *, wrong: int, says: str = "got"
+) -> None:
+    """A call that is right, after which each tensor and each option in turn is one that does not fit.
+
+    ``wrong`` is given for each option that is no bool; ``says`` is what the error for it matches, with {} for its name.
+    """
+    run(*tensors, **options)
+    for i, tensor in enumerate(tensors):
+        others = [tensor.new_empty(*tensor.shape[:-1], tensor.shape[-1] + 2), tensor.to(torch.int64), tensor[None]]
+        others.append(tensor[:, :0] if tensor.dim() == 4 else tensor[..., :0])
+        others += [tensor.transpose(-1, -2)] if tensor.dim() > 1 and tensor.shape[-1] != tensor.shape[-2] else []
+        for other in others:
+            with pytest.raises(RuntimeError, match="got"):
+                run(*tensors[:i], other, *tensors[i + 1 :], **options)
+    for option, value in options.items():
+        if not isinstance(value, bool):
+            with pytest.raises(RuntimeError, match=says.format(option)):
+                run(*tensors, **options | {option: wrong})
+
+
 def assert_strides_of_layout(tensor: Tensor, layout: torch.memory_format) -> None:
     assert tensor.stride() == torch.empty(tensor.shape, memory_format=layout).stride()
 

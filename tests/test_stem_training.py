@@ -14,6 +14,7 @@ from support import (
     LAYOUTS,
     Recorder,
     assert_ran,
+    assert_refuses_what_does_not_fit,
     assert_strides_of_layout,
     autocast,
     randomize,
@@ -606,19 +607,7 @@ def arguments_of_passes():
 @pytest.mark.parametrize("name", arguments_of_passes())
 def test_passes_refuse_what_does_not_fit(name):
     tensors, options = arguments_of_passes()[name]
-    run = getattr(torch.ops.shufflenet_ext, name)
-    run(*tensors, **options)
-    for i, tensor in enumerate(tensors):
-        others = [tensor.new_empty(*tensor.shape[:-1], tensor.shape[-1] + 2), tensor.to(torch.int64), tensor[None]]
-        others.append(tensor[:, :0] if tensor.dim() == 4 else tensor[..., :0])
-        others += [tensor.transpose(-1, -2)] if tensor.dim() > 1 and tensor.shape[-1] != tensor.shape[-2] else []
-        for other in others:
-            with pytest.raises(RuntimeError, match="got"):
-                run(*tensors[:i], other, *tensors[i + 1 :], **options)
-    for option, value in options.items():
-        if not isinstance(value, bool):
-            with pytest.raises(RuntimeError, match="got"):
-                run(*tensors, **options | {option: 17})
+    assert_refuses_what_does_not_fit(getattr(torch.ops.shufflenet_ext, name), tensors, options, wrong=17)
 
 
 def test_bad_arguments_are_named():

@@ -13,6 +13,7 @@ from support import (
     LAYOUTS,
     assert_ran,
     assert_ran_reference,
+    assert_refuses_what_does_not_fit,
     assert_strides_of_layout,
     autocast,
     plain_twin,
@@ -519,19 +520,7 @@ def arguments_of_passes():
 @pytest.mark.parametrize("name", arguments_of_passes())
 def test_passes_refuse_what_does_not_fit(name):
     tensors, options = arguments_of_passes()[name]
-    run = getattr(torch.ops.shufflenet_ext, name)
-    run(*tensors, **options)
-    for i, tensor in enumerate(tensors):
-        others = [tensor.new_empty(*tensor.shape[:-1], tensor.shape[-1] + 2), tensor.to(torch.int64), tensor[None]]
-        others.append(tensor[:, :0] if tensor.dim() == 4 else tensor[..., :0])
-        others += [tensor.transpose(-1, -2)] if tensor.dim() > 1 and tensor.shape[-1] != tensor.shape[-2] else []
-        for other in others:
-            with pytest.raises(RuntimeError, match="got"):
-                run(*tensors[:i], other, *tensors[i + 1 :], **options)
-    for option, value in options.items():
-        if not isinstance(value, bool):
-            with pytest.raises(RuntimeError, match=f"{option}: got"):
-                run(*tensors, **options | {option: 7})
+    assert_refuses_what_does_not_fit(getattr(torch.ops.shufflenet_ext, name), tensors, options, wrong=7, says="{}: got")
 
 
 def load_step(configuration, folder):

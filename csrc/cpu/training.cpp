@@ -105,11 +105,7 @@ void pointwise(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   p.groups = groups;
   p.depth = depth;
   p.pixels = pixels;
-  // Of x and y, the one with more planes decides. Passes over a step's tensors find nothing of them in the L2 cache.
-  constexpr int64_t kCacheBytes = 1024 * 1024;
-  const bool is_far = std::max(from.channels, rows) * pixels * from.images * from.bytes > kCacheBytes;
-  p.x_is_far = is_far && from.channels >= rows;
-  p.y_is_far = is_far && !p.x_is_far;
+  p.images = from.images;
   std::optional<Batch4> added;
   if (residual) {
     added.emplace(read("residual", *residual, x));
@@ -206,8 +202,8 @@ template <class Prepare>
 void products_of(const Batch4& a, const Batch4& b, const void* offset, double* sums, int64_t groups,
                  const TrainingKernel& kernel, const Prepare& prepare) {
   constexpr int64_t kTile = 8;  // planes of a
-  constexpr int64_t kPixels =
-      1024;  // of a plane of a, in as many images as it takes: what the L1 cache holds of a tile
+  // Of a plane of a, in as many images as it takes: what the L1 cache holds of a tile.
+  constexpr int64_t kPixels = 1024;
   const int64_t rows = a.channels / groups, columns = b.channels / groups;
   const int64_t images_at_once = std::max<int64_t>(1, kPixels / std::max<int64_t>(1, a.size.pixels()));
   const int64_t wanted = ceil_div(4 * static_cast<int64_t>(torch::stable::get_num_threads()), groups);  // tasks a group

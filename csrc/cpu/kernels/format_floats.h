@@ -7,13 +7,6 @@
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-// Whether planes are larger than what an L2 cache has room for.
-template <class A>
-bool is_far(int64_t channels, int64_t pixels) {
-  constexpr int64_t kMostBytes = 1024 * 1024;
-  return channels * pixels * static_cast<int64_t>(sizeof(A)) > kMostBytes;
-}
-
 template <class T>
 struct FloatFormat {
   using A = accumulator_t<T>;  // what y1 is in

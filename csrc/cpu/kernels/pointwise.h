@@ -65,6 +65,13 @@ struct RowTile {
 // What of a pointwise convolution's operands, apart from its weights, is in planes of an image that no cache holds.
 enum class Far { nothing, x, y };
 
+// Whether planes are larger than what an L2 cache has room for.
+template <class A>
+bool is_far(int64_t channels, int64_t pixels) {
+  constexpr int64_t kMostBytes = 1024 * 1024;
+  return channels * pixels * static_cast<int64_t>(sizeof(A)) > kMostBytes;
+}
+
 template <class A>
 struct Pointwise {
   const Convolution& conv;

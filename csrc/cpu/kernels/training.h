@@ -107,12 +107,12 @@ class TrainingOf final : public TrainingKernel {
     Arena arena(workspace);
     const PointwiseLists<A> lists(arena, p.rows, p.depth);
     const Planes<A> y = {static_cast<A*>(p.y), p.pixels};
-    grouped_pointwise<A>(
-        {p.conv, p.activation, p.depth, p.rows / p.groups}, rows, planes(p.x, p.pixels), p.pixels,
-        planes(p.residual, p.pixels), y, 0, has_lone_pixel<A>(p.pixels, p.pixels), lists,
-        p.x_is_far   ? Far::x
-        : p.y_is_far ? Far::y
-                     : Far::nothing);
+    // A pass goes over the whole batch, so no cache has an image of a large one. Of x and y the larger is prefetched.
+    const int64_t in_channels = p.depth * p.groups;
+    Far far = Far::nothing;
+    if (is_far<A>(std::max(in_channels, p.rows) * p.images, p.pixels)) far = in_channels >= p.rows ? Far::x : Far::y;
+    grouped_pointwise<A>({p.conv, p.activation, p.depth, p.rows / p.groups}, rows, planes(p.x, p.pixels), p.pixels,
+                         planes(p.residual, p.pixels), y, 0, has_lone_pixel<A>(p.pixels, p.pixels), lists, far);
   }
 
   void moments(const void* data, int64_t pixels, int64_t count, double* means, double* squares) const override {

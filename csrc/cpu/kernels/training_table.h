@@ -26,10 +26,10 @@ struct TrainingPointwise {
   Convolution conv;  // its bias is there, its scale is not
   Activation activation;
   int64_t rows, groups, depth, pixels;  // depth: of a group
+  int64_t images;                       // of the batch, of which this is one
   const void* x;
   const void* residual;  // null: none; y itself: its results are added where they lie
   void* y;
-  bool x_is_far, y_is_far;  // whether the whole batch's planes are more than caches hold
 };
 
 // The depthwise convolution behind the first norm, its ReLU and the shuffle.
