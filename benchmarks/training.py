@@ -14,7 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,7 +28,6 @@ import shufflenet_ext as se
 from benchmarks import machine, memory, peaks
 from benchmarks.peers import plain_copy
 from benchmarks.race import settle_and_warm, timings_of
-from shufflenet_ext import _training
 from shufflenet_ext._backend import Backend
 
 _TABLE = Path(__file__).parent / "results" / "training.md"
@@ -167,70 +166,60 @@ def memory_table(shape: Shape, threads: int) -> list[str]:
     return lines
 
 
-class Pass(NamedTuple):
-    """A pass that ran: bytes are those of the tensors that it was given, FLOPs those of its products and sums."""
+_PASSES_OF = "shuffle_bottleneck_training: "  # how the names of a unit's passes begin in PyTorch's profiler
 
-    name: str
-    seconds: float
+
+class Pass(NamedTuple):
+    """What a pass moves and computes at least: bytes of the tensors that it reads and writes, FLOPs of its products."""
+
     bytes: int
     flop: int
 
 
-def _flop(name: str, args: tuple[Any, ...]) -> int:
-    n, _, height, width = args[0].shape
-    pixels = n * height * width
-    if name.startswith("depthwise"):
-        return 2 * args[0].numel() * 9 * (2 if name == "depthwise_backward" else 1)
-    matrices = {"pointwise": 1, "products": 3, "relu_backward": 5}  # the place of a matrix among the arguments
-    return 2 * pixels * args[matrices[name]].numel() if name in matrices else 0
-
-
-@contextmanager
-def timed_passes() -> Iterator[list[Pass]]:
-    """Notes each pass that runs meanwhile."""
-    passes, found = _training._passes, []
-
-    class Timed:
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            run = getattr(passes, name)
-
-            def timed(*args: Any, **kwargs: Any) -> None:
-                start = time.perf_counter()
-                run(*args, **kwargs)
-                seconds, label = time.perf_counter() - start, name.removeprefix("training_")
-                tensors = {arg.data_ptr(): arg.nbytes for arg in args if isinstance(arg, Tensor)}
-                found.append(Pass(label, seconds, sum(tensors.values()), _flop(label, args)))
-
-            return timed
-
-    _training._passes = Timed()
-    try:
-        yield found
-    finally:
-        _training._passes = passes
+def passes_of(x: tuple[int, int, int, int], mid: int, groups: int) -> dict[str, Pass]:
+    """The passes of a unit of stride 1 on an input of this shape, in float32."""
+    n, channels, height, width = x
+    outer, inner = n * channels * height * width, n * mid * height * width
+    conv, square, taps = 2 * inner * channels // groups, 2 * inner * mid // groups, 18 * inner
+    return {
+        "conv1": Pass(4 * (outer + inner), conv),
+        "conv2": Pass(8 * inner, taps),
+        "covariance": Pass(4 * inner, square),
+        "conv3": Pass(4 * (2 * outer + inner), conv),
+        "gradient of conv3's weight": Pass(4 * (3 * outer + inner), conv),
+        "gradient of conv3": Pass(4 * (outer + 2 * inner), conv + square),
+        "gradient of conv2": Pass(12 * inner, 2 * taps),
+        "gradient of bn1": Pass(12 * inner, 0),
+        "gradient of conv1's weight": Pass(4 * (outer + inner), conv),
+        "gradient of conv1": Pass(4 * (2 * outer + inner), conv),
+    }
 
 
 def profile(shape: Shape, repeats: int) -> list[str]:
     """A table of the passes of one unit's step."""
     step = contenders(shape, torch.float32)[_OURS]
+    unit: Any = next(module for module in shape.build().modules() if isinstance(module, se.FusedShuffleBottleneck))
+    expected = passes_of(shape.x, unit.conv1.out_channels, unit.groups)
     step()
-    by_pass: dict[int, list[Pass]] = defaultdict(list)
-    totals = []
+    milliseconds, totals = defaultdict(list), []
     for _ in range(repeats):
-        with timed_passes() as found:
-            start = time.perf_counter()
+        start = time.perf_counter()
+        step()
+        totals.append((time.perf_counter() - start) * 1e3)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
             step()
-            totals.append(time.perf_counter() - start)
-        for i, each in enumerate(found):
-            by_pass[i].append(each)
+        for event in found.key_averages():
+            if event.key.startswith(_PASSES_OF):
+                milliseconds[event.key.removeprefix(_PASSES_OF)].append(event.cpu_time_total / 1e3)
+    assert milliseconds.keys() == expected.keys(), f"got passes {[*milliseconds]}, expected {[*expected]}"
     lines = ["| pass | ms | GB/s | GFLOP/s |", "|---|--:|--:|--:|"]
-    rest = median(totals)
-    for samples in by_pass.values():
-        name, _, moved, flop = samples[0]
-        seconds = median(each.seconds for each in samples)
-        rest -= seconds
-        lines.append(f"| {name} | {seconds * 1e3:.2f} | {moved / seconds / 1e9:.1f} | {flop / seconds / 1e9:.0f} |")
-    return [*lines, f"| small vectors and matrices, and all else | {rest * 1e3:.2f} | | |"]
+    medians = {name: median(samples) for name, samples in milliseconds.items()}
+    for name, (moved, flop) in expected.items():
+        lines.append(
+            f"| {name} | {medians[name]:.2f} | {moved / medians[name] / 1e6:.1f} | {flop / medians[name] / 1e6:.0f} |"
+        )
+    rest = median(totals) - sum(medians.values())
+    return [*lines, f"| small vectors and matrices, and all else | {rest:.2f} | | |"]
 
 
 def time_table(shapes: Iterable[Shape], rounds: int) -> Iterator[str]:

@@ -44,34 +44,22 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "float bn1_eps, float bn2_eps, float bn3_eps, int conv1_groups, int groups, int stride=1, "
       "bool conv2_relu=False, bool pool_count_include_pad=True, int? shuffle_groups=None, bool shortcut_first=False, "
       "bool shortcut_relu=True, bool allow_tf32=False) -> Tensor");
-  // The passes of a unit's training; see cpu/training.cpp.
+  // A unit's training step; see cpu/training/unit.cpp.
   m.def(
-      "training_pointwise(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) y, Tensor(b!)? moments, "
-      "*, int groups, bool relu=False) -> ()");
+      "training_unit(Tensor x, Tensor?[] tensors, float[] eps, bool[] of_batch, *, int conv1_groups, int groups, int stride, bool conv2_relu, bool pool_count_include_pad, "
+      "int shuffle_groups, bool shortcut_first, bool shortcut_relu, str processes) -> Tensor[]");
   m.def(
-      "training_depthwise(Tensor y1, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) y2, Tensor(b!)? moments, *, "
-      "int shuffle_groups, int stride) -> ()");
+      "training_unit_backward(Tensor gradient, Tensor x, Tensor result, Tensor y1, Tensor y2, Tensor statistics, "
+      "Tensor?[] tensors, float[] eps, bool[] of_batch, *, int depth, int conv1_groups, int groups, int stride, bool conv2_relu, bool pool_count_include_pad, "
+      "int shuffle_groups, bool shortcut_first, bool shortcut_relu, str processes) -> Tensor[]");
+  // A stem's; see cpu/training/stem.cpp.
   m.def(
-      "training_depthwise_backward(Tensor y2_gradient, Tensor y1, Tensor y1_mean, Tensor scale, Tensor shift, "
-      "Tensor weight, Tensor(a!) gradient, Tensor(b!) sums, *, int shuffle_groups, int stride) -> ()");
-  m.def("training_norm_backward(Tensor(a!) gradient, Tensor y, Tensor coefficients) -> ()");
-  m.def("training_products(Tensor a, Tensor b, Tensor? offset, Tensor(a!) sums, *, int groups) -> ()");
+      "training_stem(Tensor x, Tensor?[] tensors, float eps, bool of_batch, *, int stride, int padding, bool max_pool, "
+      "str processes) -> Tensor[]");
   m.def(
-      "training_relu_backward(Tensor result, Tensor result_gradient, Tensor(a!) gradient, Tensor? b, Tensor? offset, "
-      "Tensor(b!)? sums, Tensor(c!) totals, *, int groups=1) -> ()");
-  m.def("training_pool(Tensor x, Tensor(a!) y, *, bool relu, bool count_include_pad) -> ()");
-  m.def("training_pool_backward(Tensor y_gradient, Tensor(a!) gradient, *, bool count_include_pad) -> ()");
-  // Those of a stem's; see cpu/stem_training.cpp.
-  m.def(
-      "training_stem(Tensor x, Tensor weight, Tensor(a!) y, Tensor(b!)? moments, *, int kernel_size, int stride, "
-      "int padding) -> ()");
-  m.def("training_stem_norm(Tensor y, Tensor scale, Tensor shift, Tensor(a!) result, *, bool max_pool) -> ()");
-  m.def(
-      "training_stem_norm_backward(Tensor result_gradient, Tensor y, Tensor mean, Tensor scale, Tensor shift, "
-      "Tensor(a!) gradient, Tensor(b!) sums, *, bool max_pool) -> ()");
-  m.def(
-      "training_stem_weight_backward(Tensor x, Tensor gradient, Tensor y, Tensor coefficients, "
-      "Tensor(a!) weight_gradient, *, int kernel_size, int stride, int padding) -> ()");
+      "training_stem_backward(Tensor gradient, Tensor x, Tensor y, Tensor statistics, Tensor?[] tensors, "
+      "bool[] wanted, float eps, bool of_batch, *, int stride, int padding, bool max_pool, "
+      "str processes) -> Tensor[]");
 }
 
 namespace {

@@ -1,7 +1,8 @@
 """A stem's training step as an op, and what PyTorch's machinery knows of it; see ``_training_op.py`` for units'.
 
-The op takes the convolution's weight and bias, its batch norm's weight and bias and, where that does not normalize by
-the batch, its running mean and variance; where there is no norm, all four are None and eps is 0.
+csrc/cpu/training/stem.cpp computes it. The op takes the convolution's weight and bias, its batch norm's weight and bias
+and, where that does not normalize by the batch, its running mean and variance; where there is no norm, all four are
+None and eps is 0.
 """
 
 from collections.abc import Sequence
@@ -12,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from shufflenet_ext import _native, _stem_training
+from shufflenet_ext import _native
 from shufflenet_ext._checks import check_image, check_stem
-from shufflenet_ext._stem_training import Kept, Options
-from shufflenet_ext._training import Norm
 from shufflenet_ext._training_op import (
     TrainedStage,
     flops_of,
     in_plain_pytorch,
+    make_differentiable,
     plain_gradients,
     processes_of,
     untrainable,
@@ -33,11 +33,6 @@ _TRAINED = 5  # inputs, x and the first of the tensors, that have gradients
 _INPUTS = 7
 
 NAME, BACKWARD_NAME = "stem_training", "stem_training_backward"
-
-
-def _norm(tensors: Sequence[Tensor | None], eps: float, of_batch: bool) -> Norm:
-    _, conv_bias, weight, bias, mean, var = tensors
-    return Norm(conv_bias, weight, bias, mean, var, eps, of_batch)
 
 
 def _check(x: Tensor, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> None:
@@ -61,36 +56,36 @@ def plain(x: Tensor, *tensors: Tensor | None, eps: float, of_batch: bool, **opti
     y = convolved = F.conv2d(x, weight, stride=options["stride"], padding=options["padding"])
     with torch.no_grad():
         of_y = y.double()
-        found = torch.var_mean(of_y, (0, 2, 3), correction=0)[::-1] if of_batch else (mean, var)
+        found = torch.var_mean(of_y, (0, 2, 3), correction=1)[::-1] if of_batch else (mean, var)
     y = y if bias is None else y + bias.view(1, -1, 1, 1)
     if of_batch or mean is not None:
         y = F.batch_norm(y, mean, var, gamma, beta, of_batch, 0.0, eps)
     y = F.relu(y)
     result = F.max_pool2d(y, 3, stride=2, padding=1) if options["max_pool"] else y
-    statistics = (x.new_empty(0, dtype=torch.float64) if each is None else each for each in found)
-    return result, convolved, *statistics, x.new_tensor(x.shape[0], dtype=torch.float64)
+    statistics = (of_y.new_zeros(len(weight)) if each is None else each.double() for each in found)
+    return result, convolved, torch.cat([*statistics])
 
 
 def _native_forward(
     x: Tensor, *tensors: Tensor | None, eps: float, of_batch: bool, **options: Any
 ) -> tuple[Tensor, ...]:
-    _check(x, tensors, options)
-    assert tensors[0] is not None
-    with torch.autocast("cpu", enabled=False):
-        result, kept = _stem_training.forward(x, tensors[0], _norm(tensors, eps, of_batch), Options(**options))
-    return result, *kept
+    return tuple(torch.ops.shufflenet_ext.training_stem(x, tensors, eps, of_batch, **options))
+
+
+def _convolved_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> list[Any]:
+    return [(size + 2 * padding - weight.shape[2]) // stride + 1 for size in x.shape[2:]]
 
 
 def _fake_forward(x: Tensor, *tensors: Tensor | None, eps: float, of_batch: bool, **options: Any) -> tuple[Tensor, ...]:
     _check(x, tensors, options)
-    weight, o = tensors[0], Options(**options)
+    weight = tensors[0]
     assert weight is not None
-    size = _stem_training.convolved_size(x, weight, o)
-    result = x.new_empty(len(x), len(weight), *_stem_training.result_size(size, o))
-    y = x.new_empty((len(x), len(weight), *size), dtype=_stem_training.compute_dtype(x))
-    mean, var = (x.new_empty(len(weight), dtype=torch.float64) for _ in range(2))
-    images = x.new_empty((), dtype=torch.float64)
-    return result.to(memory_format=_native.memory_format(x)), y, mean, var, images
+    size = _convolved_size(x, weight, options["stride"], options["padding"])
+    pooled = [(each - 1) // 2 + 1 for each in size] if options["max_pool"] else size
+    result = x.new_empty(len(x), len(weight), *pooled).to(memory_format=_native.memory_format(x))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # that sums are in
+    y = x.new_empty((len(x), len(weight), *size), dtype=dtype)
+    return result, y, x.new_empty(3 * len(weight) + 2, dtype=torch.float64)
 
 
 def _native_backward(
@@ -103,18 +98,25 @@ def _native_backward(
     of_batch: bool,
     **options: Any,
 ) -> list[Tensor]:
-    _check(x, tensors, options)
-    weight, norm = tensors[0], _norm(tensors, eps, of_batch)
+    weight = tensors[0]
     assert weight is not None
-    with torch.autocast("cpu", enabled=False):
-        found = _stem_training.backward(
-            gradient, x, Kept(*kept), weight, norm, Options(**options), (wanted[0], wanted[1])
-        )
-    inputs = (x, *tensors[: _TRAINED - 1])
-    return [
-        x.new_empty(0) if of_it is None or like is None or not is_wanted else of_it.to(like.dtype)
-        for of_it, like, is_wanted in zip(found, inputs, wanted, strict=True)
-    ]
+    y_gradient, *others = torch.ops.shufflenet_ext.training_stem_backward(
+        gradient, x, *kept, tensors, wanted[:2], eps, of_batch, **options
+    )
+    found = [x.new_empty(0), *others]
+    if wanted[0]:
+        found[0] = _x_gradient(y_gradient, x, weight, options["stride"], options["padding"])
+    return [each if is_wanted else x.new_empty(0) for each, is_wanted in zip(found, wanted, strict=True)]
+
+
+def _x_gradient(y_gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """That of an image, which PyTorch computes in the dtype of y: few ask for it."""
+    geometry = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
+    planes = x.to(y_gradient.dtype, memory_format=torch.contiguous_format).contiguous()
+    of_x: Tensor = torch.ops.aten.convolution_backward(
+        y_gradient, planes, weight.to(y_gradient.dtype), None, *geometry, [True, False, False]
+    )[0]
+    return of_x.to(x.dtype, memory_format=_native.memory_format(x))
 
 
 def _fake_backward(
@@ -138,7 +140,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     inputs, kept = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
     found: list[Tensor | None] = [None] * _INPUTS
     if gradient is None:
         return tuple(found)
@@ -182,27 +184,25 @@ def run(x: Tensor, stage: TrainedStage, *, stride: int, padding: int, max_pool: 
     """
     norm, of_batch = stage.norm, uses_batch(stage.norm)
     processes = processes_of(norm) if of_batch else ""
-    o = Options(stride, padding, max_pool, processes)
     check_image(x)
     check_stem(x, stage.weight, stage.bias, stride=stride, padding=padding)
-    height, width = _stem_training.convolved_size(x, stage.weight, o)
-    count: Any = x.shape[0] * height * width
-    if of_batch and not processes and count == 1:
+    height, width = _convolved_size(x, stage.weight, stride, padding)
+    if of_batch and not processes and x.shape[0] * height * width == 1:
         size = [x.shape[0], len(stage.weight), 1, 1]
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     statistics = [None, None] if of_batch else stage.running_statistics()
     tensors = stage.weight, stage.bias, stage.norm_weight, stage.norm_bias, *statistics
     eps = 0.0 if norm is None else norm.eps
     op = getattr(torch.ops.shufflenet_ext, NAME)
-    result, _, mean, var, images = op(x, *tensors, eps=eps, of_batch=of_batch, **o._asdict())
-    if of_batch and norm.training and norm.track_running_stats:
-        update_running_statistics(stage, mean, var, images * (height * width) if processes else count)
+    options = {"stride": stride, "padding": padding, "max_pool": max_pool, "processes": processes}
+    result, _, statistics = op(x, *tensors, eps=eps, of_batch=of_batch, **options)
+    update_running_statistics([stage], [of_batch], statistics)
     return result
 
 
 if _native.native_error is None:
     _library = torch.library.Library("shufflenet_ext", "FRAGMENT")
-    _library.define(f"{NAME}(Tensor x, {_TENSORS}, *, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+    _library.define(f"{NAME}(Tensor x, {_TENSORS}, *, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
     _library.define(
         f"{BACKWARD_NAME}(Tensor gradient, Tensor x, Tensor[] kept, {_TENSORS}, *, bool[] wanted, {_OPTIONS}) "
         "-> Tensor[]"
@@ -212,6 +212,6 @@ if _native.native_error is None:
     _library.impl(NAME, in_plain_pytorch(plain), "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"shufflenet_ext::{NAME}", _fake_forward)
     torch.library.register_fake(f"shufflenet_ext::{BACKWARD_NAME}", _fake_backward)
-    torch.library.register_autograd(f"shufflenet_ext::{NAME}", _backward, setup_context=_setup_context)
+    make_differentiable(_library, NAME, _setup_context, _backward)
     register_flop_formula(getattr(torch.ops.shufflenet_ext, NAME), get_raw=True)(_flops)
     register_flop_formula(getattr(torch.ops.shufflenet_ext, BACKWARD_NAME), get_raw=True)(_backward_flops)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -259,6 +259,13 @@ def assert_refuses_what_does_not_fit(
         if not isinstance(value, bool):
             with pytest.raises(RuntimeError, match=says.format(option)):
                 run(*tensors, **options | {option: wrong})
+
+
+def passes_of(run: Callable[[], Any]) -> set[str]:
+    """The passes of native training that PyTorch's profiler sees in a call, by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return {event.key.partition("training: ")[2] for event in profile.key_averages() if "training: " in event.key}
 
 
 def assert_strides_of_layout(tensor: Tensor, layout: torch.memory_format) -> None:

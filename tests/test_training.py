@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 
 import pytest
@@ -16,6 +17,7 @@ from support import (
     assert_refuses_what_does_not_fit,
     assert_strides_of_layout,
     autocast,
+    passes_of,
     plain_twin,
     randomize,
     selected_isa,
@@ -25,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import shufflenet_ext as se
-from shufflenet_ext import _training, _training_op
+from shufflenet_ext import _training_op
 
 OP = _training_op.NAME
 UNITS = [
@@ -295,37 +297,26 @@ def test_statistics_without_gradients():
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+CONV3 = {"gradient of conv3's weight"}
+CONV2 = {*CONV3, "gradient of conv3", "gradient of conv2"}
+CONV1 = {*CONV2, "gradient of bn1", "gradient of conv1's weight"}
 PASSES = {  # of the backward pass, by what is wanted
-    "bn3.weight": {"training_relu_backward"},
-    "conv3.weight": {"training_relu_backward"},
-    "bn2.bias": {"training_relu_backward", "training_depthwise_backward", "training_pointwise"},
-    "conv2.weight": {"training_relu_backward", "training_depthwise_backward", "training_pointwise"},
-    "conv1.weight": {
-        "training_relu_backward",
-        "training_depthwise_backward",
-        "training_pointwise",
-        "training_norm_backward",
-        "training_products",
-    },
+    "bn3.weight": CONV3,
+    "conv3.weight": CONV3,
+    "bn2.bias": CONV2,
+    "conv2.weight": CONV2,
+    "bn1.weight": CONV2,
+    "conv1.weight": CONV1,
 }
 
 
 @pytest.mark.parametrize("wanted", PASSES)
-def test_only_what_is_wanted_is_computed(wanted, monkeypatch):
+def test_only_what_is_wanted_is_computed(wanted):
     unit = fused()
     for name, parameter in unit.named_parameters():
         parameter.requires_grad_(name == wanted)
     result = unit(images(unit))
-    ran = set()
-
-    class Recording:
-        def __getattr__(self, name):
-            ran.add(name)
-            return getattr(torch.ops.shufflenet_ext, name)
-
-    monkeypatch.setattr(_training, "_passes", Recording())
-    result.sum().backward()
-    assert ran == PASSES[wanted]
+    assert passes_of(result.sum().backward) == PASSES[wanted]
     for name, parameter in unit.named_parameters():
         assert (parameter.grad is not None) == (name == wanted)
 
@@ -408,16 +399,11 @@ def test_compiled(dynamic):
 @pytest.mark.parametrize("configuration", UNITS[3:], ids=str)
 def test_the_op_is_what_pytorch_expects(configuration):
     unit = fused(configuration)
-    tensors = []
-    for conv, norm in unit.pairs():
-        tensors += [conv.weight, conv.bias, norm.weight, norm.bias, None, None]
-    names = ("groups", "stride", "conv2_relu", "pool_count_include_pad", "shuffle_groups", "shortcut_first")
-    options = {name: getattr(unit, name) for name in (*names, "shortcut_relu")} | {"conv1_groups": unit.conv1.groups}
-    options |= {"eps": [1e-5] * 3, "of_batch": [True] * 3, "processes": ""}
     op = getattr(torch.ops.shufflenet_ext, OP)
     for layout in LAYOUTS:
         x = images(unit).contiguous(memory_format=layout).requires_grad_()
-        torch.library.opcheck(op, (x, *tensors), options)
+        tensors, options = arguments(unit, x)
+        torch.library.opcheck(op, tensors, options | {"eps": [1e-5] * 3, "of_batch": [True] * 3, "processes": ""})
 
 
 def test_it_counts_as_the_plain_unit():
@@ -491,36 +477,54 @@ def test_functional_transforms_run_the_reference():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-2, msg=name)
 
 
-def arguments_of_passes():
-    """A call of each pass, right, by name: tensors, options, and which tensors may be of a wrong size."""
-    x, y = torch.randn(2, 6, 4, 5), torch.empty(2, 9, 4, 5)
-    double = lambda *sizes: torch.empty(*sizes, dtype=torch.float64)  # noqa: E731
-    vector = torch.randn(6)
-    return {
-        "training_pointwise": ([x, torch.randn(9, 2), torch.randn(9), y.clone(), y, double(2, 2, 9)], {"groups": 3}),
-        "training_depthwise": (
-            [x, vector, vector, torch.randn(6, 9), torch.empty_like(x), double(2, 2, 6)],
-            {"shuffle_groups": 2, "stride": 1},
-        ),
-        "training_depthwise_backward": (
-            [x, x.clone(), vector, vector, vector, torch.randn(6, 9), torch.empty_like(x), double(2, 6, 11)],
-            {"shuffle_groups": 2, "stride": 1},
-        ),
-        "training_norm_backward": ([x, x.clone(), double(4, 6)], {}),
-        "training_products": ([x, y, torch.randn(9), double(6, 3)], {"groups": 3}),
-        "training_relu_backward": (
-            [x, x.clone(), torch.empty_like(x), y, torch.randn(9), double(6, 3), double(6)],
-            {"groups": 3},
-        ),
-        "training_pool": ([x, torch.empty(2, 6, 2, 3)], {"relu": True, "count_include_pad": True}),
-        "training_pool_backward": ([torch.randn(2, 6, 2, 3), torch.empty_like(x)], {"count_include_pad": True}),
-    }
+def arguments(unit, x):
+    """The tensors and options of the op for a unit in training mode."""
+    tensors = []
+    for conv, norm in unit.pairs():
+        tensors += [conv.weight, conv.bias, norm.weight, norm.bias, None, None]
+    names = ("groups", "stride", "conv2_relu", "pool_count_include_pad", "shuffle_groups", "shortcut_first")
+    options = {name: getattr(unit, name) for name in (*names, "shortcut_relu")} | {"conv1_groups": unit.conv1.groups}
+    return [x, *tensors], options
 
 
-@pytest.mark.parametrize("name", arguments_of_passes())
-def test_passes_refuse_what_does_not_fit(name):
-    tensors, options = arguments_of_passes()[name]
-    assert_refuses_what_does_not_fit(getattr(torch.ops.shufflenet_ext, name), tensors, options, wrong=7, says="{}: got")
+PRESENT = [0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15]  # of the op's tensors, where norms use the batch's statistics
+
+
+def spread(tensors):
+    """The op's tensors from those that are present."""
+    return [tensors[PRESENT.index(i)] if i in PRESENT else None for i in range(18)]
+
+
+def test_it_refuses_what_does_not_fit():
+    unit = fused(UNITS[4]).requires_grad_(False)
+    (x, *tensors), options = arguments(unit, images(unit))
+    op = functools.partial(getattr(torch.ops.shufflenet_ext, OP), eps=[1e-5] * 3, of_batch=[True] * 3, processes="")
+    given = [tensors[i] for i in PRESENT]
+
+    def run(*tensors, **options):
+        return op(x, *spread(tensors), **options)
+
+    assert_refuses_what_does_not_fit(run, given, options, wrong=7, says="{}: got")
+    for other in (x[0], x[:, :-1], x[:, :, :0], x.to(torch.int64), x.double()):
+        with pytest.raises(RuntimeError, match="got"):
+            op(other, *tensors, **options)
+    for wrong in ({"eps": [1e-5] * 2}, {"of_batch": [True] * 4}):
+        with pytest.raises(RuntimeError, match=f"{next(iter(wrong))}: got"):
+            op(x, *tensors, **options | wrong)
+
+
+def test_its_backward_pass_refuses_what_does_not_fit():
+    unit = fused(UNITS[4]).requires_grad_(False)
+    (x, *tensors), options = arguments(unit, images(unit))
+    of_batch = {"eps": [1e-5] * 3, "of_batch": [True] * 3, "processes": ""}
+    kept = getattr(torch.ops.shufflenet_ext, OP)(x, *tensors, **options, **of_batch)
+    op = getattr(torch.ops.shufflenet_ext, _training_op.BACKWARD_NAME)
+
+    def run(gradient, x, result, y1, y2, statistics, *tensors, **options):
+        return op(gradient, x, [result, y1, y2, statistics], *spread(tensors), **options, **of_batch)
+
+    given = [torch.randn_like(kept[0]), x, *kept, *(tensors[i] for i in PRESENT)]
+    assert_refuses_what_does_not_fit(run, given, options | {"depth": 4}, wrong=7, says="{}: got")
 
 
 def load_step(configuration, folder):

@@ -182,6 +182,12 @@ class TrainingOf final : public TrainingKernel {
     const V scale = S::broadcast(static_cast<A>(n.scale)), slope = S::broadcast(static_cast<A>(n.slope));
     const V mean = S::broadcast(static_cast<A>(n.mean)), shift = S::broadcast(static_cast<A>(n.shift));
     A* const to = static_cast<A*>(gradient);
+    if (n.slope == 0 && n.shift == 0) {  // as with statistics that are not the batch's: whatever y is has no part in it
+      each_vector<A>(pixels, [&](int64_t i, auto mask, auto is_tail) {
+        store_pixels(to + i, scale * load_pixels(to + i, mask, is_tail), mask, is_tail);
+      });
+      return;
+    }
     each_vector<A>(pixels, [&](int64_t i, auto mask, auto is_tail) {
       const V deviation = load_pixels(static_cast<const A*>(y) + i, mask, is_tail) - mean;
       const V scaled = scale * load_pixels(to + i, mask, is_tail) - shift;

@@ -1,0 +1,85 @@
+// The passes of training over their tensors. Each is one parallel region, which PyTorch's profiler shows by its
+// name. Whatever is added up over the batch is added up in one order, by one thread for each sum, so that no result
+// depends on the threads.
+#pragma once
+
+#include "norm.h"
+
+namespace shufflenet::cpu {
+
+// Shows what runs while it lives to PyTorch's profiler.
+class ProfiledPass {
+ public:
+  explicit ProfiledPass(const char* name) { aoti_record_function_start(name, nullptr, nullptr, 0, &handle_); }
+  ProfiledPass(const ProfiledPass&) = delete;
+  ~ProfiledPass() { aoti_record_function_end(handle_); }
+
+ private:
+  AtenRecordFunctionHandle handle_ = nullptr;
+};
+
+// Shares tasks among torch's threads.
+template <class Run>
+void each_task(int64_t tasks, const Run& run) {
+  torch::stable::parallel_for(0, tasks, 1, [&run](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) run(task);
+  });
+}
+
+// A pointwise convolution's planes and its weights, [rows][depth] in the planes' dtype.
+struct PointwiseTerm {
+  const PlaneBatch& x;
+  const void* weight;
+};
+
+class Passes {
+ public:
+  explicit Passes(ScalarType type)
+      : kernel_(isa().training(type == ScalarType::Double ? Dtype::float64 : Dtype::float32)),
+        of_norms_(isa().stem_training(type == ScalarType::Double ? Dtype::float64 : Dtype::float32)) {}
+
+  // y = activation(weight x + bias + residual), and the moments of its planes. Of several terms the sum, without an
+  // activation.
+  void pointwise(const std::vector<PointwiseTerm>& terms, const void* bias, const PlaneBatch* residual,
+                 const PlaneBatch& y, int64_t groups, Activation activation, Moments* moments) const;
+
+  // y2 = conv2(shuffle(relu(scale * y1 + shift))), and the moments of its planes.
+  void depthwise(const TrainingDepthwise&, const PlaneBatch& y1, const PlaneBatch& y2, Moments* moments) const;
+  // The gradient of scale * y1 + shift from that of y2; and by image and channel of y2 what it adds up.
+  std::vector<DepthwiseSums> depthwise_backward(const TrainingDepthwise&, const PlaneBatch& y2_gradient,
+                                                const PlaneBatch& y1, const void* y1_means,
+                                                const PlaneBatch& gradient) const;
+
+  // result = relu(norm(y)), or a stem's max pool of it; and the gradient of norm(y) from that of the result, which may
+  // take its place where nothing is pooled, with the sums that the norm wants.
+  void norm_and_relu(const Affine&, const PlaneBatch& y, const PlaneBatch& result, bool max_pool = false) const;
+  NormSums norm_and_relu_backward(const Affine&, const PlaneBatch& y, const PlaneBatch& result_gradient,
+                                  const PlaneBatch& gradient, bool max_pool = false) const;
+  // Replaces the gradient of a norm's result by that of its input, y.
+  void norm_backward(const std::vector<TrainingKernel::NormBackward>&, const PlaneBatch& y,
+                     const PlaneBatch& gradient) const;
+  // The means of channels over a batch's images, as sums of images.
+  Moments moments(const PlaneBatch&) const;
+
+  // The sum over the batch and its pixels of a's channel i times b's channel j of the same group, less its offset
+  // (null: none): [channels of a][b's channels of a group].
+  Vector products(const PlaneBatch& a, const PlaneBatch& b, const void* offset, int64_t groups) const;
+  // Makes the gradient of a ReLU's argument from that of its result, and its sum by channel; returns its products with
+  // b as above.
+  Vector relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient,
+                       const PlaneBatch& b, const void* offset, int64_t groups, Vector& total) const;
+  void relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient) const;
+
+  // The shortcut of a unit of stride 2, and its gradient.
+  void pool(const Unit&, const PlaneBatch& x, const PlaneBatch& result) const;
+  void pool_backward(const Unit&, const PlaneBatch& result_gradient, const PlaneBatch& gradient) const;
+
+ private:
+  const TrainingKernel& kernel_;
+  const StemTrainingKernel& of_norms_;
+};
+
+// a b^T of small matrices, [rows][depth] and [columns][depth], group by group, by a kernel of the ISA in use.
+Vector times_transposed(const Vector& a, const Vector& b, int64_t groups, int64_t depth);
+
+}  // namespace shufflenet::cpu
