@@ -157,10 +157,11 @@ class TrainingFuzz {
     PlaneProducts p = {};
     p.images = uniform(1, 3);
     p.pixels = uniform(1, 70);
+    p.plane = p.pixels + uniform(0, 1) * uniform(1, 20);
     p.a_planes = uniform(1, 20);
     p.b_planes = uniform(1, 20);
-    p.a_image = p.a_planes * p.pixels;
-    p.b_image = p.b_planes * p.pixels;
+    p.a_image = p.a_planes * p.plane;
+    p.b_image = p.b_planes * p.plane;
     const RandomPlanes<A> a(p.images * p.a_image), b(p.images * p.b_image), offset(p.b_planes);
     const bool has_offset = uniform(0, 1);
     Array<double> sums(p.a_planes * p.b_planes, 1.0);
@@ -174,8 +175,8 @@ class TrainingFuzz {
         double sum = 1;
         for (int64_t n = 0; n < p.images; ++n) {
           for (int64_t k = 0; k < p.pixels; ++k) {
-            sum += a[n * p.a_image + i * p.pixels + k] *
-                   (b[n * p.b_image + j * p.pixels + k] - (has_offset ? offset[j] : 0));
+            sum += a[n * p.a_image + i * p.plane + k] *
+                   (b[n * p.b_image + j * p.plane + k] - (has_offset ? offset[j] : 0));
           }
         }
         check(sums[i * p.b_planes + j], sum, 8.0 * p.images * p.pixels, "product of planes", i);

@@ -17,16 +17,16 @@ struct ProductTile {
 };
 
 template <class A, int Rows, int Columns, bool IsTail>
-inline void add_plane_products(const A* a, const A* b, int64_t pixels, typename Simd<A>::Mask mask,
+inline void add_plane_products(const A* a, const A* b, int64_t plane, typename Simd<A>::Mask mask,
                                const typename Simd<A>::V (&offset)[Columns],
                                typename Simd<A>::V (&sum)[Rows][Columns]) {
   using S = Simd<A>;
   const auto load = [mask](const A* p) { return IsTail ? S::load(p, mask) : S::load(p); };
   typename S::V columns[Columns];
   // A tail's lanes that are no pixels are finite, as zeros of a are multiplied by them.
-  unrolled<Columns>([&](int column) { columns[column] = load(b + column * pixels) - offset[column]; });
+  unrolled<Columns>([&](int column) { columns[column] = load(b + column * plane) - offset[column]; });
   unrolled<Rows>([&](int row) {
-    const auto value = IsTail ? load(a + row * pixels) : S::load_once(a + row * pixels);
+    const auto value = IsTail ? load(a + row * plane) : S::load_once(a + row * plane);
     unrolled<Columns>([&](int column) { sum[row][column] = S::fma(value, columns[column], sum[row][column]); });
   });
 }
@@ -43,9 +43,9 @@ void product_tile_of_planes(const ProductTile<A>& t) {
     const A* const a = t.a + image * p.a_image;
     const A* const b = t.b + image * p.b_image;
     for (int64_t i = 0; i < whole; i += S::kLanes) {
-      add_plane_products<A, Rows, Columns, false>(a + i, b + i, pixels, tail, offset, sum);
+      add_plane_products<A, Rows, Columns, false>(a + i, b + i, p.plane, tail, offset, sum);
     }
-    if (whole < pixels) add_plane_products<A, Rows, Columns, true>(a + whole, b + whole, pixels, tail, offset, sum);
+    if (whole < pixels) add_plane_products<A, Rows, Columns, true>(a + whole, b + whole, p.plane, tail, offset, sum);
   }
   unrolled<Rows, Columns>([&](int row, int column) {
     t.sums[row * p.b_planes + column] += static_cast<double>(S::sum(sum[row][column]));
@@ -70,7 +70,7 @@ void plane_products(const PlaneProducts& p) {
     for (int64_t b = 0; b < p.b_planes; b += kTileVectors) {
       const int64_t columns = std::min<int64_t>(kTileVectors, p.b_planes - b);
       functions[(rows - 1) * kTileVectors + columns - 1](
-          {p, static_cast<const A*>(p.a) + a * p.pixels, static_cast<const A*>(p.b) + b * p.pixels,
+          {p, static_cast<const A*>(p.a) + a * p.plane, static_cast<const A*>(p.b) + b * p.plane,
            offset ? offset + b : nullptr, p.sums + a * p.b_planes + b});
     }
   }

@@ -32,6 +32,24 @@ inline void store_pixels(A* p, typename Simd<A>::V v, typename Simd<A>::Mask mas
   }
 }
 
+// Loads n pixels, or as many as a vector holds, and zeros behind them.
+template <class A>
+typename Simd<A>::V load_some(const A* p, int64_t n) {
+  using S = Simd<A>;
+  if (n >= S::kLanes) return S::load(p);
+  return n > 0 ? S::load(p, S::first(n)) : typename S::V{};
+}
+
+template <class A>
+void store_some(A* p, typename Simd<A>::V v, int64_t n) {
+  using S = Simd<A>;
+  if (n >= S::kLanes) {
+    S::store(p, v);
+  } else if (n > 0) {
+    S::store(p, v, S::first(n));
+  }
+}
+
 // A plane with a row of zeros above and one below, for the taps of a 3x3 window with stride 1.
 template <class A>
 class PaddedPlane {
@@ -47,13 +65,23 @@ class PaddedPlane {
   }
 
   // Puts the pixels of a plane of half the size, times their factors, to the even rows and columns, zeros elsewhere:
-  // a convolution with stride 2 backwards is then one with stride 1.
+  // a convolution with stride 2 backwards is then one with stride 1. Only the first and the last column's factor may
+  // differ from the others'.
   template <class Factor>
   void spread(const A* from, PlaneSize half, const Factor& factor) const {
-    std::fill_n(plane(), size_.pixels(), A{0});
-    for (int64_t row = 0; row < half.height; ++row) {
+    using S = Simd<A>;
+    const int64_t last = half.width - 1;
+    for (int64_t row = 0; row < half.height; ++row, from += half.width) {
       A* const to = plane() + 2 * row * size_.width;
-      for (int64_t column = 0; column < half.width; ++column, ++from) to[2 * column] = *from * factor(row, column);
+      const typename S::V none = {}, between = S::broadcast(factor(row, std::min<int64_t>(1, last)));
+      for (int64_t i = 0; i < half.width; i += S::kLanes) {
+        const auto values = load_some(from + i, half.width - i) * between;
+        store_some(to + 2 * i, S::first_in_turn(values, none), size_.width - 2 * i);
+        store_some(to + 2 * i + S::kLanes, S::last_in_turn(values, none), size_.width - 2 * i - S::kLanes);
+      }
+      to[0] = from[0] * factor(row, 0);
+      to[2 * last] = from[last] * factor(row, last);
+      if (2 * row + 1 < size_.height) std::fill_n(to + size_.width, size_.width, A{0});
     }
   }
 

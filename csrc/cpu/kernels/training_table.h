@@ -55,6 +55,7 @@ struct PlaneProducts {
   const void* b;
   int64_t a_image, b_image;  // elements from image to image
   const void* b_offset;      // null: none
+  int64_t plane;             // elements from plane to plane
   int64_t a_planes, b_planes, images, pixels;
   double* sums;  // [a_planes][b_planes], to which the products are added
 };

@@ -26,17 +26,21 @@ void each_plane(const PlaneBatch& batch, const Run& run) {
   each_task(batch.images * batch.channels, [&](int64_t task) { run(task / batch.channels, task % batch.channels); });
 }
 
-// Adds up products of planes, a group at a time. A task has some planes of a, of which prepare(image, plane) may make
-// each before it is read. In each image it goes through them a tile's at a time, while the planes of b stay in the
-// cache.
+// Pixels of eight planes (a tile's) and three more, in as many images as it takes, that an L1 cache of 32 KiB holds.
+// Long planes are cut into blocks of whole vectors.
+constexpr int64_t kPixelsAtOnce = 448, kVectorPixels = 16;
+
+// Adds up products of planes, a group at a time. A task has some planes of a, of which prepare(image, plane)
+// may make each before it is read. In each image it goes through them a tile's at a time, while the planes of
+// b stay in the cache.
 template <class Prepare>
 Vector products_of(const PlaneBatch& a, const PlaneBatch& b, const void* offset, int64_t groups,
                    const TrainingKernel& kernel, const Prepare& prepare) {
   constexpr int64_t kTile = 8;  // planes of a
-  // Of a plane of a, in as many images as it takes: what the L1 cache holds of a tile.
-  constexpr int64_t kPixels = 1024;
   const int64_t rows = a.channels / groups, columns = b.channels / groups;
-  const int64_t images_at_once = std::max<int64_t>(1, kPixels / std::max<int64_t>(1, a.pixels()));
+  const int64_t images_at_once = std::max<int64_t>(1, kPixelsAtOnce / std::max<int64_t>(1, a.pixels()));
+  const int64_t blocks = ceil_div(a.pixels(), kPixelsAtOnce);
+  const int64_t of_block = ceil_div(a.pixels(), std::max<int64_t>(1, blocks) * kVectorPixels) * kVectorPixels;
   const int64_t wanted = ceil_div(4 * static_cast<int64_t>(torch::stable::get_num_threads()), groups);  // tasks a group
   const int64_t at_once = ceil_div(ceil_div(rows, kTile), wanted) * kTile, parts = ceil_div(rows, at_once);
   Vector sums(a.channels * columns);
@@ -50,9 +54,13 @@ Vector products_of(const PlaneBatch& a, const PlaneBatch& b, const void* offset,
         for (int64_t i = 0; i < images; ++i) {
           for (int64_t plane = first; plane < first + count; ++plane) prepare(n + i, plane);
         }
-        kernel.products({a.at(n, first), b.at(n, group * columns), a.image, b.image,
-                         of_group ? of_group + group * columns * b.element : nullptr, count, columns, images,
-                         a.pixels(), sums.data() + first * columns});
+        for (int64_t pixel = 0; pixel < a.pixels(); pixel += of_block) {
+          const int64_t pixels = std::min(of_block, a.pixels() - pixel);
+          const int64_t skipped = pixel * a.element;
+          kernel.products({a.at(n, first) + skipped, b.at(n, group * columns) + skipped, a.image, b.image,
+                           of_group ? of_group + group * columns * b.element : nullptr, a.pixels(), count, columns,
+                           images, pixels, sums.data() + first * columns});
+        }
       }
     }
   });
@@ -208,8 +216,8 @@ Vector times_transposed(const Vector& a, const Vector& b, int64_t groups, int64_
   each_task(groups * parts, [&](int64_t task) {
     const int64_t group = task / parts, row = group * rows + task % parts * kRows;
     const int64_t count = std::min(kRows, (group + 1) * rows - row);
-    kernel.products({a.data() + row * depth, b.data() + group * columns * depth, 0, 0, nullptr, count, columns, 1,
-                     depth, result.data() + row * columns});
+    kernel.products({a.data() + row * depth, b.data() + group * columns * depth, 0, 0, nullptr, depth, count, columns,
+                     1, depth, result.data() + row * columns});
   });
   return result;
 }

@@ -35,13 +35,13 @@ struct TrainedUnit {
   double values(const Share& share) const {  // that norms 2 and 3 have of a channel
     return share.images * static_cast<double>(sizes.out_height() * sizes.out_width());
   }
-  // What conv3's row reads at place k of its group.
-  int64_t read_by(int64_t row, int64_t k) const { return row / (rows() / sizes.groups) * depth() + k; }
   // Calls run(its place in a matrix, row, channel that it is multiplied with) for each of conv3's weights.
   template <class Run>
   void each_weight(const Run& run) const {
-    for (int64_t row = 0; row < rows(); ++row) {
-      for (int64_t k = 0; k < depth(); ++k) run(row * depth() + k, row, read_by(row, k));
+    const int64_t of_group = rows() / sizes.groups;
+    for (int64_t row = 0, i = 0; row < rows(); ++row) {
+      const int64_t first = row / of_group * depth();
+      for (int64_t channel = first; channel < first + depth(); ++channel, ++i) run(i, row, channel);
     }
   }
   Tensor weight(int64_t i) const { return as_contiguous(convs[i].weight, type()); }
@@ -384,24 +384,35 @@ class Backward {
     const double values = unit_.values(share_);
     sums2_ = NormSums(mid);
     Vector matrix(mid * of_group), pulled(matrix), c(mid);  // [mid][rows of a group]; pulled: towards the centre
+    Vector mean_gradient(unit_.rows()), pull(unit_.rows());
+    for (int64_t row = 0; row < unit_.rows() && of_batch3; ++row) {
+      mean_gradient[row] = total3_[row] / values;
+      pull[row] = with_y3_[row] * norm3_.rstd[row] / values;
+    }
     unit_.each_weight([&](int64_t i, int64_t row, int64_t channel) {
-      const int64_t turned = channel * of_group + row % of_group;
-      matrix[turned] = conv3_.slope[channel] * conv3_.weight[i] * norm3_.scale[row];
-      pulled[turned] = conv3_.of_v[i] * with_y3_[row] * norm3_.rstd[row] / values;
       sums2_.total[channel] += conv3_.weight[i] * sum3_[row];
       sums2_.with_y[channel] += conv3_.weight[i] * products_[i];
-      if (of_batch3) c[channel] += matrix[turned] * total3_[row] / values;
     });
+    for (int64_t channel = 0, i = 0; channel < mid; ++channel) {
+      const int64_t first = channel / depth * of_group, k = channel % depth;
+      for (int64_t row = first; row < first + of_group; ++row, ++i) {
+        const double of_v = conv3_.of_v[row * depth + k];
+        matrix[i] = of_v * norm3_.scale[row];
+        pulled[i] = of_v * pull[row];
+        c[channel] += matrix[i] * mean_gradient[row];
+      }
+    }
     Vector b = of_batch3 ? times_transposed(matrix, pulled, groups, of_group) : Vector(mid * depth, 0.0);
     for (int64_t i = 0; i < mid && of_batch2; ++i) {
       b[i * depth + i % depth] += norm2_.scale[i] * norm2_.rstd[i] * norm2_.rstd[i] * sums2_.with_y[i] / values;
       c[i] += norm2_.scale[i] * sums2_.total[i] / values;
     }
     for (int64_t i = 0; i < mid; ++i) {
+      const double* const centre = s_.centre.data() + i / depth * depth;
       c[i] = -c[i];
       for (int64_t k = 0; k < depth; ++k) {
         double& each = b[i * depth + k];
-        c[i] += each * s_.centre[i / depth * depth + k];
+        c[i] += each * centre[k];
         each = -each;
       }
     }
