@@ -49,7 +49,7 @@ class Mutant:
         return zlib.crc32(self.name.encode())
 
 
-KERNELS, SCHEDULE, CUDA = "csrc/cpu/kernels/", "csrc/cpu/schedule/", "csrc/cuda/"
+KERNELS, SCHEDULE, TRAINING, CUDA = "csrc/cpu/kernels/", "csrc/cpu/schedule/", "csrc/cpu/training/", "csrc/cuda/"
 MUTANTS = [
     # ---- The CPU's kernels
     Mutant(
@@ -838,17 +838,52 @@ MUTANTS = [
     ),
     Mutant(
         "training: the running variance is the batch's own, not the unbiased one",
-        "shufflenet_ext/_training_op.py",
-        "var * (count / (count - 1))",
-        "var",
+        TRAINING + "norm.h",
+        "values / (values - 1)",
+        "1.0",
         "test_training.py::test_steps",
     ),
     Mutant(
         "training: norm 3's gradient forgets that its mean is the batch's",
-        "shufflenet_ext/_training.py",
-        "c = (matrix @ self._grouped(self.total / self.values)).flatten()",
-        "c = (0 * matrix @ self._grouped(self.total / self.values)).flatten()",
+        TRAINING + "unit.cpp",
+        "matrix[turned] * total3_[row] / values",
+        "0.0",
         "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: norm 3's gradient is pulled towards the centre by another row's sum",
+        TRAINING + "unit.cpp",
+        "conv3_.of_v[i] * with_y3_[row] * norm3_.rstd[row] / values",
+        "conv3_.of_v[i] * with_y3_[row % of_group] * norm3_.rstd[row] / values",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: conv3 with its norm forgets that it is of what y2 lies above its mean",
+        TRAINING + "unit.cpp",
+        "matrix[i] * s.centre[channel]",
+        "0.0",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: the gradient of conv1's weight is not turned back about",
+        TRAINING + "unit.cpp",
+        "from[k * rows]",
+        "from[k]",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: a frozen norm's mean is that of the convolution with its bias",
+        TRAINING + "norm.h",
+        "mean[c] -= added[c];",
+        "mean[c] -= 0 * added[c];",
+        "test_training.py::test_norms_in_eval_mode_or_without_statistics",
+    ),
+    Mutant(
+        "training: each process has the whole gradient of a norm's weight, not its share",
+        TRAINING + "norm.h",
+        "norm.rstd[c] * sums.with_y[c] / share.count",
+        "norm.rstd[c] * sums.with_y[c]",
+        "test_training.py::test_processes_of_equal_batches",
     ),
     Mutant(
         "training: a frozen norm is taken for one of the batch",
@@ -880,16 +915,23 @@ MUTANTS = [
     ),
     Mutant(
         "training a stem: moments of strips of unequal rows are weighed alike",
-        "csrc/cpu/stem_training.cpp",
+        TRAINING + "stem.cpp",
         "static_cast<double>(batch.rows(strip).count() * width)",
         "static_cast<double>(pixels) / static_cast<double>(strips + 0 * strip)",
         "test_stem_training.py::test_images_of_several_strips",
     ),
     Mutant(
         "training a stem: the weight's gradient forgets that the norm's mean is the batch's",
-        "shufflenet_ext/_training.py",
-        "shift = norm.scale * total / values",
-        "shift = 0 * total",
+        TRAINING + "norm.h",
+        "norm.scale[c] * sums.total[c] / values",
+        "0.0",
+        "test_stem_training.py::test_steps_in_float64",
+    ),
+    Mutant(
+        "training a stem: the backward pass takes the unbiased variance for the batch's own",
+        TRAINING + "stem.cpp",
+        "mean + 2 * channels",
+        "mean + channels",
         "test_stem_training.py::test_steps_in_float64",
     ),
 ]

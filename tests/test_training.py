@@ -527,6 +527,24 @@ def test_its_backward_pass_refuses_what_does_not_fit():
     assert_refuses_what_does_not_fit(run, given, options | {"depth": 4}, wrong=7, says="{}: got")
 
 
+@each_unit
+def test_processes_of_equal_batches(configuration, monkeypatch):
+    # Two, of which this is one: sums over both are twice its own.
+    unit = fused(configuration, torch.float64)
+    x = images(unit)
+    gradient = torch.randn_like(plain_step_unit(unit)(x))
+    expected = step(plain_step_unit(unit), torch.cat([x, x]), torch.cat([gradient, gradient]))
+    monkeypatch.setattr(_training_op, "processes_of", lambda _: "both")
+    monkeypatch.setattr(distributed.distributed_c10d, "_resolve_process_group", lambda name: name)
+    monkeypatch.setattr(distributed, "all_reduce", lambda numbers, group: numbers.mul_({"both": 2}[group]))
+    for name, got in step(unit, x, gradient, OP).items():
+        if name in ("result", "grad of x"):
+            value = expected[name][: len(x)]
+        else:
+            value = expected[name] / 2 if name.startswith("grad of") else expected[name]
+        torch.testing.assert_close(got, value, rtol=1e-8, atol=1e-8, msg=name)
+
+
 def load_step(configuration, folder):
     """A unit, its input and the gradient of its result, which are the same in all processes."""
     unit = fused(configuration, torch.float64)

@@ -1,5 +1,5 @@
-// The interface between the passes of a stem's training (stem_training.cpp) and their kernels, as training_table.h is
-// for units'. The convolution itself is inference's.
+// The interface between the passes of a stem's training (../training/stem.cpp) and their kernels, as training_table.h
+// is for units'. The convolution itself is inference's.
 #pragma once
 
 #include "training_table.h"

@@ -1,6 +1,6 @@
-// The interface between the passes of training (schedule/training.h), which are compiled once and share their tasks
-// among threads, and their kernels, which are compiled for each ISA. All planes are contiguous, one behind the other,
-// of the accumulator type; sums and statistics are doubles.
+// The interface between the passes of training (../training), which are compiled once and share their tasks among
+// threads, and their kernels, which are compiled for each ISA. All planes are contiguous, one behind the other, of the
+// accumulator type; sums and statistics are doubles.
 #pragma once
 
 #include <cstdint>
