@@ -191,19 +191,23 @@ class TrainingFuzz {
     unit.width = uniform(1, 40);
     unit.shortcut_relu = uniform(0, 1);
     unit.pool_count_include_pad = uniform(0, 1);
-    const int64_t in = unit.height * unit.width, out = unit.out_height() * unit.out_width();
-    const RandomPlanes<A> x(in), gradient(out);
-    Array<A> result = poisoned<A>(out), back = poisoned<A>(in);
+    const int64_t in = unit.height * unit.width, out = unit.out_height() * unit.out_width(), channels = uniform(1, 3);
+    const RandomPlanes<A> x(channels * in), gradient(channels * out);
+    Array<A> result = poisoned<A>(channels * out), back = poisoned<A>(channels * in);
     const Buffer workspace(kernel_.pool_bytes({unit.height, unit.width}));
-    kernel_.pool(unit, x.data(), result.data(), workspace.get());
-    kernel_.pool_backward(unit, gradient.data(), back.data(), workspace.get());
-    std::vector<double> expected(in);
-    for (int64_t i = 0; i < out; ++i) {
+    in_shares(channels, 1, [&](Range some) {
+      kernel_.pool(unit, some, x.data(), result.data(), workspace.get());
+      kernel_.pool_backward(unit, some, gradient.data(), back.data(), workspace.get());
+    });
+    std::vector<double> expected(channels * in);
+    for (int64_t i = 0; i < channels * out; ++i) {
+      const int64_t plane = i / out * in, pixel = i % out;
       std::vector<int64_t> window;
       for (int64_t tap = 0; tap < 9; ++tap) {
-        const int64_t row = i / unit.out_width() * 2 + tap / 3 - 1, column = i % unit.out_width() * 2 + tap % 3 - 1;
+        const int64_t row = pixel / unit.out_width() * 2 + tap / 3 - 1,
+                      column = pixel % unit.out_width() * 2 + tap % 3 - 1;
         if (row < 0 || column < 0 || row >= unit.height || column >= unit.width) continue;
-        window.push_back(row * unit.width + column);
+        window.push_back(plane + row * unit.width + column);
       }
       const double count = unit.pool_count_include_pad ? 9 : static_cast<double>(window.size());
       double sum = 0;
@@ -213,7 +217,7 @@ class TrainingFuzz {
       }
       check(result[i], std::max(sum / count, unit.pool_activation().lower), 4, "training pool", i);
     }
-    for (int64_t i = 0; i < in; ++i) check(back[i], expected[i], 8, "gradient of the pool", i);
+    for (int64_t i = 0; i < channels * in; ++i) check(back[i], expected[i], 8, "gradient of the pool", i);
   }
 
   const Isa& isa_;

@@ -237,28 +237,33 @@ class TrainingOf final : public TrainingKernel {
   void products(const PlaneProducts& p) const override { plane_products<A>(p); }
 
   int64_t pool_bytes(PlaneSize in) const override { return TrainingWorkspace<A>(in, nullptr).bytes; }
-  void pool(const Unit& unit, const void* x, void* result, void* memory) const override {
+  void pool(const Unit& unit, Range channels, const void* x, void* result, void* memory) const override {
     const PlaneSize in = {unit.height, unit.width};
     const TrainingWorkspace<A> work(in, memory);
     fill_plane_masks<A>(in, 2, work.masks);
     const Planes<A> to = {static_cast<A*>(result), unit.out_height() * unit.out_width()};
-    average_pool<A>(unit, {0, unit.out_height()}, {0, 1}, work.masks, planes(x, in.pixels()), 0, {}, to);
+    average_pool<A>(unit, {0, unit.out_height()}, channels, work.masks, planes(x, in.pixels()), 0, {}, to);
   }
   // A pixel's gradient is the sum of those results, divided by what they are means of, whose windows it is in.
-  void pool_backward(const Unit& unit, const void* result_gradient, void* gradient, void* memory) const override {
+  void pool_backward(const Unit& unit, Range channels, const void* result_gradient, void* gradient,
+                     void* memory) const override {
     const PlaneSize in = {unit.height, unit.width}, out = {unit.out_height(), unit.out_width()};
     const TrainingWorkspace<A> work(in, memory);
     work.gradient.clear_rows_outside();
     fill_plane_masks<A>(in, 1, work.masks);
     const auto inside = [](int64_t i, int64_t n) { return std::min(2 * i + 2, n) - std::max<int64_t>(0, 2 * i - 1); };
-    work.gradient.spread(static_cast<const A*>(result_gradient), out, [&](int64_t row, int64_t column) {
+    const auto factor = [&](int64_t row, int64_t column) {
       const int64_t count = unit.pool_count_include_pad ? 9 : inside(row, in.height) * inside(column, in.width);
       return A{1} / static_cast<A>(count);
-    });
+    };
     V ones[9];
     unrolled<9>([&](int i) { ones[i] = S::broadcast(1); });
-    depthwise_stride1<A>(work.gradient.from_row_above(), in.width, in.pixels(), work.masks, ones, V{},
-                         S::broadcast(static_cast<A>(kNoActivation.lower)), static_cast<A*>(gradient));
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      work.gradient.spread(static_cast<const A*>(result_gradient) + c * out.pixels(), out, factor);
+      depthwise_stride1<A>(
+          work.gradient.from_row_above(), in.width, in.pixels(), work.masks, ones, V{},
+          S::broadcast(static_cast<A>(kNoActivation.lower)), static_cast<A*>(gradient) + c * in.pixels());
+    }
   }
 
  private:

@@ -88,9 +88,10 @@ class TrainingKernel {
   virtual void products(const PlaneProducts&) const = 0;
 
   virtual int64_t pool_bytes(PlaneSize in) const = 0;
-  // The shortcut of stride 2, as in Unit, of a plane; and its gradient from that of its results.
-  virtual void pool(const Unit&, const void* x, void* result, void* workspace) const = 0;
-  virtual void pool_backward(const Unit&, const void* result_gradient, void* gradient, void* workspace) const = 0;
+  // The shortcut of stride 2, as in Unit, of some channels of an image; and its gradient from that of its results.
+  virtual void pool(const Unit&, Range channels, const void* x, void* result, void* workspace) const = 0;
+  virtual void pool_backward(const Unit&, Range channels, const void* result_gradient, void* gradient,
+                             void* workspace) const = 0;
 };
 
 }  // namespace shufflenet::cpu

@@ -194,15 +194,15 @@ void Passes::relu_backward(const PlaneBatch& result, const PlaneBatch& result_gr
 
 void Passes::pool(const Unit& unit, const PlaneBatch& x, const PlaneBatch& result) const {
   const int64_t bytes = kernel_.pool_bytes(x.size);
-  each_plane(x, [&](int64_t n, int64_t c) {
-    kernel_.pool(unit, x.at(n, c), result.at(n, c), thread_workspace.reserve(bytes));
+  each_share_of_images(x.images, x.channels, [&](int64_t n, Range some) {
+    kernel_.pool(unit, some, x.at(n), result.at(n), thread_workspace.reserve(bytes));
   });
 }
 
 void Passes::pool_backward(const Unit& unit, const PlaneBatch& result_gradient, const PlaneBatch& gradient) const {
   const int64_t bytes = kernel_.pool_bytes(gradient.size);
-  each_plane(gradient, [&](int64_t n, int64_t c) {
-    kernel_.pool_backward(unit, result_gradient.at(n, c), gradient.at(n, c), thread_workspace.reserve(bytes));
+  each_share_of_images(gradient.images, gradient.channels, [&](int64_t n, Range some) {
+    kernel_.pool_backward(unit, some, result_gradient.at(n), gradient.at(n), thread_workspace.reserve(bytes));
   });
 }
 
