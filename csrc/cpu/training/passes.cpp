@@ -30,36 +30,32 @@ void each_plane(const PlaneBatch& batch, const Run& run) {
 // Long planes are cut into blocks of whole vectors.
 constexpr int64_t kPixelsAtOnce = 448, kVectorPixels = 16;
 
-// Adds up products of planes, a group at a time. A task has some planes of a, of which prepare(image, plane)
-// may make each before it is read. In each image it goes through them a tile's at a time, while the planes of
-// b stay in the cache.
+// Adds up products of planes, a group at a time. A thread has some tiles of planes of a, of which prepare(image, plane)
+// may make each before it is read; in each image it goes through them while the planes of b stay in the cache.
 template <class Prepare>
 Vector products_of(const PlaneBatch& a, const PlaneBatch& b, const void* offset, int64_t groups,
                    const TrainingKernel& kernel, const Prepare& prepare) {
   constexpr int64_t kTile = 8;  // planes of a
-  const int64_t rows = a.channels / groups, columns = b.channels / groups;
+  const int64_t rows = a.channels / groups, columns = b.channels / groups, tiles = ceil_div(rows, kTile);
   const int64_t images_at_once = std::max<int64_t>(1, kPixelsAtOnce / std::max<int64_t>(1, a.pixels()));
-  const int64_t blocks = ceil_div(a.pixels(), kPixelsAtOnce);
-  const int64_t of_block = ceil_div(a.pixels(), std::max<int64_t>(1, blocks) * kVectorPixels) * kVectorPixels;
-  const int64_t wanted = ceil_div(4 * static_cast<int64_t>(torch::stable::get_num_threads()), groups);  // tasks a group
-  const int64_t at_once = ceil_div(ceil_div(rows, kTile), wanted) * kTile, parts = ceil_div(rows, at_once);
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(a.pixels(), kPixelsAtOnce));
+  const int64_t of_block = ceil_div(a.pixels(), blocks * kVectorPixels) * kVectorPixels;
   Vector sums(a.channels * columns);
-  each_task(groups * parts, [&](int64_t task) {
-    const int64_t group = task / parts, begin = task % parts * at_once, end = std::min(rows, begin + at_once);
-    const auto* const of_group = static_cast<const char*>(offset);
+  torch::stable::parallel_for(0, groups * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = 0; n < a.images; n += images_at_once) {
       const int64_t images = std::min(images_at_once, a.images - n);
-      for (int64_t row = begin; row < end; row += kTile) {
-        const int64_t first = group * rows + row, count = std::min(kTile, end - row);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t group = tile / tiles, row = tile % tiles * kTile;
+        const int64_t first = group * rows + row, count = std::min(kTile, rows - row), column = group * columns;
         for (int64_t i = 0; i < images; ++i) {
           for (int64_t plane = first; plane < first + count; ++plane) prepare(n + i, plane);
         }
+        const void* const of_group = offset ? static_cast<const char*>(offset) + column * b.element : nullptr;
         for (int64_t pixel = 0; pixel < a.pixels(); pixel += of_block) {
-          const int64_t pixels = std::min(of_block, a.pixels() - pixel);
           const int64_t skipped = pixel * a.element;
-          kernel.products({a.at(n, first) + skipped, b.at(n, group * columns) + skipped, a.image, b.image,
-                           of_group ? of_group + group * columns * b.element : nullptr, a.pixels(), count, columns,
-                           images, pixels, sums.data() + first * columns});
+          kernel.products(
+              {a.at(n, first) + skipped, b.at(n, column) + skipped, a.image, b.image, of_group, a.pixels(), count,
+               columns, images, std::min(of_block, a.pixels() - pixel), sums.data() + first * columns});
         }
       }
     }

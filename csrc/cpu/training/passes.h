@@ -26,6 +26,15 @@ void each_task(int64_t tasks, const Run& run) {
   });
 }
 
+// Calls run(row) for each row of a matrix of so many columns, on torch's threads where it is large.
+template <class Run>
+void each_row(int64_t rows, int64_t columns, const Run& run) {
+  constexpr int64_t kLeast = 8192;  // elements of a thread: what takes as long as to call it
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kLeast / columns), [&run](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) run(row);
+  });
+}
+
 // A pointwise convolution's planes and its weights, [rows][depth] in the planes' dtype.
 struct PointwiseTerm {
   const PlaneBatch& x;

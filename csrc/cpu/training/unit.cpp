@@ -35,14 +35,15 @@ struct TrainedUnit {
   double values(const Share& share) const {  // that norms 2 and 3 have of a channel
     return share.images * static_cast<double>(sizes.out_height() * sizes.out_width());
   }
-  // Calls run(its place in a matrix, row, channel that it is multiplied with) for each of conv3's weights.
+  // Calls run(its place in a matrix, row, channel that it is multiplied with) for each of conv3's weights. Threads
+  // share the rows.
   template <class Run>
   void each_weight(const Run& run) const {
     const int64_t of_group = rows() / sizes.groups;
-    for (int64_t row = 0, i = 0; row < rows(); ++row) {
+    each_row(rows(), depth(), [&](int64_t row) {
       const int64_t first = row / of_group * depth();
-      for (int64_t channel = first; channel < first + depth(); ++channel, ++i) run(i, row, channel);
-    }
+      for (int64_t k = 0; k < depth(); ++k) run(row * depth() + k, row, first + k);
+    });
   }
   Tensor weight(int64_t i) const { return as_contiguous(convs[i].weight, type()); }
   Tensor planes(int64_t channels, int64_t height, int64_t width) const {
@@ -389,25 +390,23 @@ class Backward {
       mean_gradient[row] = total3_[row] / values;
       pull[row] = with_y3_[row] * norm3_.rstd[row] / values;
     }
-    unit_.each_weight([&](int64_t i, int64_t row, int64_t channel) {
-      sums2_.total[channel] += conv3_.weight[i] * sum3_[row];
-      sums2_.with_y[channel] += conv3_.weight[i] * products_[i];
-    });
-    for (int64_t channel = 0, i = 0; channel < mid; ++channel) {
+    each_row(mid, of_group, [&](int64_t channel) {
       const int64_t first = channel / depth * of_group, k = channel % depth;
-      for (int64_t row = first; row < first + of_group; ++row, ++i) {
-        const double of_v = conv3_.of_v[row * depth + k];
-        matrix[i] = of_v * norm3_.scale[row];
-        pulled[i] = of_v * pull[row];
+      for (int64_t row = first; row < first + of_group; ++row) {
+        const int64_t i = channel * of_group + row - first, weight = row * depth + k;
+        matrix[i] = conv3_.of_v[weight] * norm3_.scale[row];
+        pulled[i] = conv3_.of_v[weight] * pull[row];
         c[channel] += matrix[i] * mean_gradient[row];
+        sums2_.total[channel] += conv3_.weight[weight] * sum3_[row];
+        sums2_.with_y[channel] += conv3_.weight[weight] * products_[weight];
       }
-    }
+    });
     Vector b = of_batch3 ? times_transposed(matrix, pulled, groups, of_group) : Vector(mid * depth, 0.0);
     for (int64_t i = 0; i < mid && of_batch2; ++i) {
       b[i * depth + i % depth] += norm2_.scale[i] * norm2_.rstd[i] * norm2_.rstd[i] * sums2_.with_y[i] / values;
       c[i] += norm2_.scale[i] * sums2_.total[i] / values;
     }
-    for (int64_t i = 0; i < mid; ++i) {
+    each_row(mid, depth, [&](int64_t i) {
       const double* const centre = s_.centre.data() + i / depth * depth;
       c[i] = -c[i];
       for (int64_t k = 0; k < depth; ++k) {
@@ -415,7 +414,7 @@ class Backward {
         c[i] += each * centre[k];
         each = -each;
       }
-    }
+    });
     if (!sizes_.conv2_relu) {
       for (int64_t i = 0; i < mid; ++i) sums2_.with_y[i] += sums2_.total[i] * (s_.centre[i] - s_.mean2[i]);
     }
