@@ -33,7 +33,8 @@ from shufflenet_ext._backend import Backend
 _TABLE = Path(__file__).parent / "results" / "training.md"
 _OURS, _EAGER, _CHANNELS_LAST, _COMPILED = "ours", "eager", "eager channels_last", "torch.compile"
 _WITH_MEMORY = ("3 units of stage 2, g=3", "ShuffleNet 1x, g=3, 224²")
-_TOLERANCES = {torch.float32: 2e-2, torch.bfloat16: 0.5}  # a ReLU that rounding opens or closes shows in gradients
+# A ReLU that rounding opens or closes shows in gradients: of a network eager PyTorch's differ by 4 % between the formats.
+_TOLERANCES = {torch.float32: 0.1, torch.bfloat16: 0.5}
 
 
 @dataclass(frozen=True)

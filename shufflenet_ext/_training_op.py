@@ -1,4 +1,4 @@
-"""A unit's training step as an op, and what PyTorch's machinery knows of it. csrc/cpu/training/unit.cpp computes it.
+"""A unit's training step as an op, and what PyTorch's machinery knows of it. csrc/cpu/training/ computes it (unit.h).
 
 The op takes a unit's tensors, six of each convolution: weight and bias; its batch norm's weight, bias, running mean and
 running variance. A norm that normalizes by the batch has no running statistics here; where there is no norm, all four

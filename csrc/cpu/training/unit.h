@@ -1,0 +1,152 @@
+// A unit's training step.
+//
+// conv3's result, the largest intermediate tensor, is neither stored nor computed twice. It is linear in what conv3
+// reads, so batch norm 3's statistics follow from that tensor's mean and covariance (its Gram matrix within each
+// group), and all sums that the backward pass needs from its products with the incoming gradient. What is left are
+// passes over the tensors:
+//
+//     forward   y1 = conv1(x)    y2 = conv2(shuffle(relu(bn1(y1))))    result = relu(bn3(conv3(bn2(y2))) + x)
+//     backward  products of the gradient with y2    gradient of y2    gradient of y1    gradient of x
+//
+// and small vectors and matrices, which are computed in double. What conv3 reads is slope * (v - centre) + at_centre: v
+// is y2, or relu(bn2(y2)) where a ReLU follows the depthwise convolution. Matrices of conv3's weights are [its rows]
+// [depth], the channels of a group that it reads.
+#pragma once
+
+#include <numeric>
+
+#include "passes.h"
+
+namespace shufflenet::cpu {
+
+// The unit's tensors and options, as the op is given them and checked.
+struct TrainedUnit {
+  Unit sizes;
+  Tensor x;
+  std::vector<ConvolutionArguments> convs;
+  std::vector<TrainedNorm> norms;
+  Processes processes;
+
+  ScalarType type() const { return sums_type(x); }
+  int64_t mid() const { return sizes.mid_channels; }
+  int64_t rows() const { return sizes.out_channels; }
+  int64_t depth() const { return sizes.slice_channels(); }
+  double values(const Share& share) const {  // that norms 2 and 3 have of a channel
+    return share.images * static_cast<double>(sizes.out_height() * sizes.out_width());
+  }
+  // Calls run(its place in a matrix, row, channel that it is multiplied with) for each of conv3's weights. Threads
+  // share the rows.
+  template <class Run>
+  void each_weight(const Run& run) const {
+    const int64_t of_group = rows() / sizes.groups;
+    each_row(rows(), depth(), [&](int64_t row) {
+      const int64_t first = row / of_group * depth();
+      for (int64_t k = 0; k < depth(); ++k) run(row * depth() + k, row, first + k);
+    });
+  }
+  Tensor weight(int64_t i) const { return as_contiguous(convs[i].weight, type()); }
+  Tensor planes(int64_t channels, int64_t height, int64_t width) const {
+    return torch::stable::new_empty(x, std::vector<int64_t>{x.size(0), channels, height, width}, type());
+  }
+  PlaneBatch main_of(const PlaneBatch& result) const {
+    return result.some_channels(sizes.first_conv3_channel(), sizes.out_channels);
+  }
+  PlaneBatch pooled_of(const PlaneBatch& result) const {
+    return result.some_channels(sizes.first_pooled_channel(), sizes.in_channels);
+  }
+};
+
+// What the backward pass needs of the forward pass beside its tensors, in the order in which the op hands it on.
+struct Statistics {
+  Vector mean1, unbiased1, mean2, unbiased2, mean3, unbiased3;  // the variances are for the running ones
+  Vector var1, var2, var3;
+  Vector share;       // the images of all processes' batches, and how many processes those are
+  Vector centre;      // of v
+  Vector covariance;  // of v within each group; empty where norm 3 does not use the batch's statistics
+
+  std::array<Vector*, 12> parts() {
+    return {
+        &mean1, &unbiased1, &mean2, &unbiased2, &mean3, &unbiased3, &var1, &var2, &var3, &share, &centre, &covariance};
+  }
+  Tensor flat(const Tensor& like) {
+    Vector all;
+    for (const Vector* part : parts()) all.insert(all.end(), part->begin(), part->end());
+    return tensor_of(all, {static_cast<int64_t>(all.size())}, ScalarType::Double, like);
+  }
+  static Statistics of(const Tensor& flat, const TrainedUnit& unit) {
+    Statistics s;
+    const int64_t mid = unit.mid(), rows = unit.rows();
+    const std::array<int64_t, 12> sizes = {
+        mid, mid, mid, mid, rows, rows, mid, mid, rows, 2, mid, unit.norms[2].of_batch ? mid * unit.depth() : 0};
+    check_shape("kept statistics", flat, {std::accumulate(sizes.begin(), sizes.end(), int64_t{0})});
+    const Vector numbers = numbers_of("kept statistics", flat);
+    auto from = numbers.begin();
+    for (size_t i = 0; i < sizes.size(); from += sizes[i++]) s.parts()[i]->assign(from, from + sizes[i]);
+    return s;
+  }
+};
+
+// What follows from conv3's weights and norm 2: see above.
+struct Conv3 {
+  Conv3(const TrainedUnit& unit, const Affine& norm2, const Vector& centre)
+      : weight(numbers_of("conv3_weight", unit.convs[2].weight)),
+        of_v(weight),
+        slope(unit.mid(), 1.0),
+        at_centre(centre),
+        mean_at_centre(unit.rows()) {
+    if (!unit.sizes.conv2_relu) {
+      slope = norm2.scale;
+      for (int64_t c = 0; c < unit.mid(); ++c) {
+        at_centre[c] = norm2.scale[c] * (centre[c] - norm2.mean[c]) + norm2.bias[c];
+      }
+    }
+    unit.each_weight([&](int64_t i, int64_t row, int64_t channel) {
+      of_v[i] *= slope[channel];
+      mean_at_centre[row] += weight[i] * at_centre[channel];
+    });
+  }
+  Vector weight, of_v;      // as it is, and times the slope
+  Vector slope, at_centre;  // of the channels that it reads
+  Vector mean_at_centre;    // of its rows: what they are where v is at its centre
+};
+
+inline TrainingDepthwise depthwise_of(const Unit& unit, const void* weight, const Numbers& scale,
+                                      const Numbers& shift) {
+  TrainingDepthwise d = {};
+  d.in = {unit.height, unit.width};
+  d.out = {unit.out_height(), unit.out_width()};
+  d.stride = unit.stride;
+  d.channels = unit.mid_channels;
+  d.shuffle_groups = unit.shuffle_groups;
+  d.norm1 = {scale.data(), shift.data()};
+  d.weight = weight;
+  return d;
+}
+
+struct Forward {
+  Tensor result, y1, y2;
+  Statistics statistics;
+};
+
+// Computes the unit's result, its norms in training mode or not, and what its backward pass needs.
+Forward forward(const TrainedUnit&);
+
+// Gradients of a convolution's weight, in its own order of rows, and of its bias and norm.
+struct StageGradients {
+  Vector weight;
+  NormGradients norm;
+};
+
+// How far back gradients are wanted: to norm 3 and conv3, to norm 2 and conv2, to norm 1 and conv1, to x. Those of norm
+// 1's tensors come with conv2's.
+enum Depth : int64_t { kConv3 = 1, kConv2, kConv1, kX };
+
+struct Gradients {
+  Tensor x;
+  std::optional<StageGradients> conv1, conv2, conv3;
+};
+
+// Computes gradients as far back as they are wanted.
+Gradients backward(const TrainedUnit&, const Tensor& gradient, const Forward& done, int64_t depth);
+
+}  // namespace shufflenet::cpu

@@ -1,0 +1,240 @@
+#include "unit.h"
+
+namespace shufflenet::cpu {
+namespace {
+
+// The backward pass of a unit, whose methods are called in their order.
+class Backward {
+ public:
+  Backward(const TrainedUnit& unit, const Tensor& gradient, const Forward& done)
+      : unit_(unit),
+        sizes_(unit.sizes),
+        type_(unit.type()),
+        passes_(type_),
+        s_(done.statistics),
+        share_(s_.share[0], s_.share[1]),
+        x_(as_contiguous(unit.x, type_)),
+        y1_(as_contiguous(done.y1, type_)),
+        y2_(as_contiguous(done.y2, type_)),
+        result_(as_contiguous(done.result, type_)),
+        result_gradient_(as_contiguous(gradient, type_)),
+        norm1_(unit.norms[0], {s_.mean1, s_.var1}),
+        norm2_(unit.norms[1], {s_.mean2, s_.var2}),
+        norm3_(unit.norms[2], {s_.mean3, s_.var3}),
+        conv3_(unit, norm2_, s_.centre),
+        v_(y2_) {
+    if (sizes_.conv2_relu) {
+      v_ = torch::stable::empty_like(y2_);
+      const ProfiledPass pass("shuffle_bottleneck_training: relu(bn2)");
+      passes_.norm_and_relu(norm2_, PlaneBatch::read(y2_), PlaneBatch::written(v_));
+    }
+  }
+
+  StageGradients conv3_gradients() {
+    // Of conv3's result before its norm, dy3 = scale3 * (dz - total / values - rstd3 * y3 * with_y3 / values).
+    dz_ = unit_.planes(unit_.rows(), sizes_.out_height(), sizes_.out_width());
+    {
+      const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv3's weight");
+      products_ = passes_.relu_backward(
+          unit_.main_of(PlaneBatch::read(result_)), unit_.main_of(PlaneBatch::read(result_gradient_)),
+          PlaneBatch::written(dz_), PlaneBatch::read(v_), Numbers(type_, s_.centre).data(), sizes_.groups, total3_);
+    }
+    unit_.processes.sum({&products_, &total3_});
+    with_y3_.assign(unit_.rows(), 0.0);
+    unit_.each_weight([&](int64_t i, int64_t row, int64_t) {
+      with_y3_[row] += norm3_.rstd[row] * conv3_.of_v[i] * products_[i];
+    });
+    NormSums sums(unit_.rows());
+    sums.total = total3_;
+    sum3_.assign(unit_.rows(), 0.0);
+    if (unit_.norms[2].of_batch) {
+      const Vector of_covariance = times_transposed(conv3_.of_v, s_.covariance, sizes_.groups, unit_.depth());
+      unit_.each_weight([&](int64_t i, int64_t row, int64_t) {
+        products_[i] -= of_covariance[i] * with_y3_[row] * norm3_.rstd[row];
+      });
+    }
+    for (int64_t row = 0; row < unit_.rows(); ++row) {
+      sums.with_y[row] = with_y3_[row] / norm3_.rstd[row];
+      if (unit_.norms[2].of_batch) continue;
+      sum3_[row] = norm3_.scale[row] * total3_[row];
+      sums.with_y[row] += total3_[row] * (conv3_.mean_at_centre[row] - s_.mean3[row]);
+    }
+    Vector of_weight(products_.size());
+    unit_.each_weight([&](int64_t i, int64_t row, int64_t channel) {
+      products_[i] *= norm3_.scale[row];  // of dy3 with v
+      of_weight[i] = (conv3_.slope[channel] * products_[i] + sum3_[row] * conv3_.at_centre[channel]) / share_.count;
+    });
+    return {std::move(of_weight), {norm3_, unit_.norms[2].of_batch, sums, share_}};
+  }
+
+  StageGradients conv2_gradients() {
+    find_y2_gradient();
+    if (sizes_.conv2_relu) pass_relu_and_norm2();
+    const NormGradients of_norm(norm2_, unit_.norms[1].of_batch, sums2_, share_);
+
+    y1_gradient_ = torch::stable::empty_like(y1_);
+    const Numbers scale(type_, norm1_.scale), shift(type_, norm1_.shifts()), means(type_, s_.mean1);
+    const Tensor weight = unit_.weight(1);
+    const TrainingDepthwise d = depthwise_of(sizes_, weight.const_data_ptr(), scale, shift);
+    std::vector<DepthwiseSums> of_images;
+    {
+      const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv2");
+      of_images = passes_.depthwise_backward(
+          d, PlaneBatch::read(y2_gradient_), PlaneBatch::read(y1_), means.data(), PlaneBatch::written(y1_gradient_));
+    }
+    Vector taps(unit_.mid() * 9);
+    sums1_ = NormSums(unit_.mid());
+    for (size_t i = 0; i < of_images.size(); ++i) {
+      const auto c = static_cast<int64_t>(i) % unit_.mid();
+      sums1_.total[d.source(c)] += of_images[i].gradient;
+      sums1_.with_y[d.source(c)] += of_images[i].gradient_times_y1;
+      for (int64_t tap = 0; tap < 9; ++tap) taps[c * 9 + tap] += of_images[i].taps[tap];
+    }
+    unit_.processes.sum({&sums1_.total, &sums1_.with_y});
+    return {std::move(taps), of_norm};
+  }
+
+  // Those of its weight where it is wanted, and of its norm.
+  StageGradients conv1_gradients(bool with_weight) {
+    const bool of_batch = unit_.norms[0].of_batch;
+    StageGradients gradients = {{}, {norm1_, of_batch, sums1_, share_}};
+    if (!with_weight) return gradients;
+    const PlaneBatch y1 = PlaneBatch::read(y1_), gradient = PlaneBatch::written(y1_gradient_);
+    {
+      const ProfiledPass pass("shuffle_bottleneck_training: gradient of bn1");
+      const double values = share_.images * static_cast<double>(y1.pixels());
+      passes_.norm_backward(norm_backward_of(norm1_, of_batch, values, sums1_), y1, gradient);
+    }
+    const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv1's weight");
+    // Turned about, as the planes of the first operand are read but once.
+    const Vector turned = passes_.products(PlaneBatch::read(x_), gradient, nullptr, sizes_.conv1_groups);
+    gradients.weight.resize(turned.size());
+    const int64_t rows = sizes_.conv1_group_rows(), depth = sizes_.conv1_depth();
+    for (int64_t row = 0; row < unit_.mid(); ++row) {
+      const double* const from = turned.data() + row / rows * depth * rows + row % rows;
+      for (int64_t k = 0; k < depth; ++k) gradients.weight[row * depth + k] = from[k * rows];
+    }
+    return gradients;
+  }
+
+  Tensor x_gradient() {
+    Tensor gradient = dz_;
+    if (sizes_.concatenates_pool()) {
+      Tensor pooled = result_gradient_;
+      if (sizes_.shortcut_relu) {
+        pooled = unit_.planes(sizes_.result_channels(), sizes_.out_height(), sizes_.out_width());
+        const ProfiledPass pass("shuffle_bottleneck_training: gradient of the pool's ReLU");
+        passes_.relu_backward(
+            unit_.pooled_of(PlaneBatch::read(result_)), unit_.pooled_of(PlaneBatch::read(result_gradient_)),
+            unit_.pooled_of(PlaneBatch::written(pooled)));
+      }
+      gradient = torch::stable::empty_like(x_);
+      const ProfiledPass pass("shuffle_bottleneck_training: gradient of the pool");
+      passes_.pool_backward(sizes_, unit_.pooled_of(PlaneBatch::read(pooled)), PlaneBatch::written(gradient));
+    }
+    const int64_t rows = sizes_.conv1_group_rows(), depth = sizes_.conv1_depth();
+    const Vector weight = numbers_of("conv1_weight", unit_.convs[0].weight);
+    Vector turned(weight.size());  // [in_channels][rows of a group]
+    for (int64_t row = 0; row < unit_.mid(); ++row) {
+      double* const to = turned.data() + row / rows * depth * rows + row % rows;
+      for (int64_t k = 0; k < depth; ++k) to[k * rows] = weight[row * depth + k];
+    }
+    const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv1");
+    const PlaneBatch to = PlaneBatch::written(gradient);
+    const Numbers matrix(type_, turned);
+    passes_.pointwise({{PlaneBatch::read(y1_gradient_), matrix.data()}}, nullptr, &to, to, sizes_.conv1_groups,
+                      kNoActivation, nullptr);
+    return as_given(gradient, unit_.x);
+  }
+
+ private:
+  // That of v, which is y2's own without a ReLU: matrix dz - b (v - centre) - c, group by group.
+  void find_y2_gradient() {
+    const int64_t mid = unit_.mid(), depth = unit_.depth(), groups = sizes_.groups, of_group = unit_.rows() / groups;
+    const bool of_batch2 = unit_.norms[1].of_batch && !sizes_.conv2_relu, of_batch3 = unit_.norms[2].of_batch;
+    const double values = unit_.values(share_);
+    sums2_ = NormSums(mid);
+    Vector matrix(mid * of_group), pulled(matrix), c(mid);  // [mid][rows of a group]; pulled: towards the centre
+    Vector mean_gradient(unit_.rows()), pull(unit_.rows());
+    for (int64_t row = 0; row < unit_.rows() && of_batch3; ++row) {
+      mean_gradient[row] = total3_[row] / values;
+      pull[row] = with_y3_[row] * norm3_.rstd[row] / values;
+    }
+    each_row(mid, of_group, [&](int64_t channel) {
+      const int64_t first = channel / depth * of_group, k = channel % depth;
+      for (int64_t row = first; row < first + of_group; ++row) {
+        const int64_t i = channel * of_group + row - first, weight = row * depth + k;
+        matrix[i] = conv3_.of_v[weight] * norm3_.scale[row];
+        pulled[i] = conv3_.of_v[weight] * pull[row];
+        c[channel] += matrix[i] * mean_gradient[row];
+        sums2_.total[channel] += conv3_.weight[weight] * sum3_[row];
+        sums2_.with_y[channel] += conv3_.weight[weight] * products_[weight];
+      }
+    });
+    Vector b = of_batch3 ? times_transposed(matrix, pulled, groups, of_group) : Vector(mid * depth, 0.0);
+    for (int64_t i = 0; i < mid && of_batch2; ++i) {
+      b[i * depth + i % depth] += norm2_.scale[i] * norm2_.rstd[i] * norm2_.rstd[i] * sums2_.with_y[i] / values;
+      c[i] += norm2_.scale[i] * sums2_.total[i] / values;
+    }
+    each_row(mid, depth, [&](int64_t i) {
+      const double* const centre = s_.centre.data() + i / depth * depth;
+      c[i] = -c[i];
+      for (int64_t k = 0; k < depth; ++k) {
+        double& each = b[i * depth + k];
+        c[i] += each * centre[k];
+        each = -each;
+      }
+    });
+    if (!sizes_.conv2_relu) {
+      for (int64_t i = 0; i < mid; ++i) sums2_.with_y[i] += sums2_.total[i] * (s_.centre[i] - s_.mean2[i]);
+    }
+    y2_gradient_ = torch::stable::empty_like(y2_);
+    const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv3");
+    const Numbers of_v(type_, b), constant(type_, c), of_dz(type_, matrix);
+    const PlaneBatch v = PlaneBatch::read(v_), dz = PlaneBatch::read(dz_);
+    std::vector<PointwiseTerm> terms;
+    if (of_batch2 || of_batch3) terms.push_back({v, of_v.data()});
+    terms.push_back({dz, of_dz.data()});
+    passes_.pointwise(
+        terms, constant.data(), nullptr, PlaneBatch::written(y2_gradient_), groups, kNoActivation, nullptr);
+  }
+
+  // Takes the gradient of v to y2, and finds the sums between the two.
+  void pass_relu_and_norm2() {
+    const PlaneBatch y2 = PlaneBatch::read(y2_), gradient = PlaneBatch::written(y2_gradient_);
+    const ProfiledPass pass("shuffle_bottleneck_training: gradient of relu(bn2)");
+    sums2_ = passes_.norm_and_relu_backward(norm2_, y2, gradient, gradient);
+    unit_.processes.sum({&sums2_.total, &sums2_.with_y});
+    passes_.norm_backward(
+        norm_backward_of(norm2_, unit_.norms[1].of_batch, unit_.values(share_), sums2_), y2, gradient);
+  }
+
+  const TrainedUnit& unit_;
+  const Unit& sizes_;
+  ScalarType type_;
+  Passes passes_;
+  const Statistics& s_;
+  Share share_;
+  Tensor x_, y1_, y2_, result_, result_gradient_;
+  Affine norm1_, norm2_, norm3_;
+  Conv3 conv3_;
+  Tensor v_, dz_, y2_gradient_, y1_gradient_;
+  // Of dz: its sum; times y3; its products with v. Of dy3, conv3's own result: its sum.
+  Vector total3_, with_y3_, products_, sum3_;
+  NormSums sums1_{0}, sums2_{0};
+};
+
+}  // namespace
+
+Gradients backward(const TrainedUnit& unit, const Tensor& gradient, const Forward& done, int64_t depth) {
+  Backward run(unit, gradient, done);
+  Gradients found = {torch::stable::new_empty(unit.x, std::vector<int64_t>{0}), {}, {}, run.conv3_gradients()};
+  if (depth >= kConv2) {
+    found.conv2 = run.conv2_gradients();
+    found.conv1 = run.conv1_gradients(depth >= kConv1);
+  }
+  if (depth >= kX) found.x = run.x_gradient();
+  return found;
+}
+
+}  // namespace shufflenet::cpu

@@ -1,0 +1,102 @@
+#include "unit.h"
+
+namespace shufflenet::cpu {
+
+Forward forward(const TrainedUnit& unit) {
+  const Unit& sizes = unit.sizes;
+  const ScalarType type = unit.type();
+  const Passes passes(type);
+  const Share share(unit.x.size(0), unit.processes);
+  const TrainedNorm &norm1 = unit.norms[0], &norm2 = unit.norms[1], &norm3 = unit.norms[2];
+  const Tensor x_tensor = as_contiguous(unit.x, type);
+  const PlaneBatch x = PlaneBatch::read(x_tensor);
+  Forward done;
+  Statistics& s = done.statistics;
+  s.share = {share.images, share.count};
+
+  done.y1 = unit.planes(unit.mid(), sizes.height, sizes.width);
+  const PlaneBatch y1 = PlaneBatch::written(done.y1);
+  std::optional<Moments> moments;
+  if (norm1.of_batch) moments.emplace(y1.images, y1.channels);
+  const Tensor weight1 = unit.weight(0), weight2 = unit.weight(1);
+  {
+    const ProfiledPass pass("shuffle_bottleneck_training: conv1");
+    passes.pointwise({{x, weight1.const_data_ptr()}}, nullptr, nullptr, y1, sizes.conv1_groups, kNoActivation,
+                     moments ? &*moments : nullptr);
+  }
+  const MeanAndVariance of_y1 =
+      moments ? MeanAndVariance(*moments, y1.pixels(), share, unit.processes) : norm1.fixed_statistics(unit.mid());
+  const Affine affine1(norm1, of_y1);
+
+  done.y2 = unit.planes(unit.mid(), sizes.out_height(), sizes.out_width());
+  const PlaneBatch y2 = PlaneBatch::written(done.y2);
+  moments.reset();
+  if (norm2.of_batch || norm3.of_batch) moments.emplace(y2.images, y2.channels);
+  {
+    const ProfiledPass pass("shuffle_bottleneck_training: conv2");
+    const Numbers scale(type, affine1.scale), shift(type, affine1.shifts());
+    passes.depthwise(
+        depthwise_of(sizes, weight2.const_data_ptr(), scale, shift), y1, y2, moments ? &*moments : nullptr);
+  }
+  MeanAndVariance of_y2 = norm2.fixed_statistics(unit.mid());
+  s.centre = of_y2.mean;
+  if (moments) {
+    MeanAndVariance found(*moments, y2.pixels(), share, unit.processes);
+    s.centre = found.mean;
+    if (norm2.of_batch) of_y2 = std::move(found);
+  }
+  const Affine affine2(norm2, of_y2);
+
+  Tensor v_tensor = done.y2;
+  if (sizes.conv2_relu) {
+    v_tensor = unit.planes(unit.mid(), sizes.out_height(), sizes.out_width());
+    const ProfiledPass pass("shuffle_bottleneck_training: relu(bn2)");
+    passes.norm_and_relu(affine2, y2, PlaneBatch::written(v_tensor));
+  }
+  const PlaneBatch v = PlaneBatch::read(v_tensor);
+  if (sizes.conv2_relu) {
+    s.centre = norm3.of_batch ? MeanAndVariance(passes.moments(v), v.pixels(), share, unit.processes).mean
+                              : Vector(unit.mid(), 0.0);
+  }
+  const Conv3 conv3(unit, affine2, s.centre);
+  MeanAndVariance of_y3(conv3.mean_at_centre, Vector(unit.rows(), 0.0));
+  if (norm3.of_batch) {
+    const ProfiledPass pass("shuffle_bottleneck_training: covariance");
+    s.covariance = passes.products(v, v, Numbers(type, s.centre).data(), sizes.groups);
+    unit.processes.sum({&s.covariance});
+    for (double& each : s.covariance) each /= unit.values(share);
+    const Vector products = times_transposed(conv3.of_v, s.covariance, sizes.groups, unit.depth());
+    unit.each_weight([&](int64_t i, int64_t row, int64_t) { of_y3.var[row] += products[i] * conv3.of_v[i]; });
+  } else {
+    of_y3 = norm3.fixed_statistics(unit.rows());
+  }
+  const Affine affine3(norm3, of_y3);
+
+  // conv3 and its norm as one convolution of v, the shortcut and the last ReLU.
+  Vector matrix(conv3.of_v), bias(unit.rows());
+  for (int64_t row = 0; row < unit.rows(); ++row) {
+    bias[row] = affine3.bias[row] + affine3.scale[row] * (conv3.mean_at_centre[row] - affine3.mean[row]);
+  }
+  unit.each_weight([&](int64_t i, int64_t row, int64_t channel) {
+    matrix[i] *= affine3.scale[row];
+    bias[row] -= matrix[i] * s.centre[channel];
+  });
+  done.result = unit.planes(sizes.result_channels(), sizes.out_height(), sizes.out_width());
+  const PlaneBatch result = PlaneBatch::written(done.result);
+  {
+    const ProfiledPass pass("shuffle_bottleneck_training: conv3");
+    const Numbers weight(type, matrix), added(type, bias);
+    passes.pointwise({{v, weight.data()}}, added.data(), sizes.adds_residual() ? &x : nullptr, unit.main_of(result),
+                     sizes.groups, sizes.conv3_activation(), nullptr);
+  }
+  if (sizes.concatenates_pool()) {
+    const ProfiledPass pass("shuffle_bottleneck_training: pool");
+    passes.pool(sizes, x, unit.pooled_of(result));
+  }
+  s.mean1 = of_y1.mean, s.var1 = of_y1.var, s.unbiased1 = of_y1.unbiased(y1.pixels(), share);
+  s.mean2 = of_y2.mean, s.var2 = of_y2.var, s.unbiased2 = of_y2.unbiased(y2.pixels(), share);
+  s.mean3 = of_y3.mean, s.var3 = of_y3.var, s.unbiased3 = of_y3.unbiased(y2.pixels(), share);
+  return done;
+}
+
+}  // namespace shufflenet::cpu
