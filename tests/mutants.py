@@ -818,8 +818,8 @@ MUTANTS = [
     Mutant(
         "training: products are of b, not of what it lies above its mean",
         KERNELS + "plane_products.h",
-        "load(b + column * pixels) - offset[column]",
-        "load(b + column * pixels)",
+        "load(b + column * plane) - offset[column]",
+        "load(b + column * plane)",
         "test_training.py::test_steps",
     ),
     Mutant(
