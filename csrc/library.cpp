@@ -7,8 +7,8 @@
 #include "cpu/schedule/phases.h"
 #include "cpu/schedule/plan.h"
 
-// Every op ends in allow_tf32, which the Python layer fills from torch's setting: whether float32 tensors on CUDA may
-// be multiplied as TF32. It changes nothing else.
+// Every op of inference ends in allow_tf32, which the Python layer fills from torch's setting: whether float32 tensors
+// on CUDA may be multiplied as TF32. It changes nothing else.
 STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
   m.def(
       "pointwise_shuffle_depthwise(Tensor x, Tensor conv1_weight, Tensor? conv1_bias, Tensor conv2_weight, "
@@ -46,12 +46,14 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "bool shortcut_relu=True, bool allow_tf32=False) -> Tensor");
   // A unit's training step; see cpu/training/unit.cpp.
   m.def(
-      "training_unit(Tensor x, Tensor?[] tensors, float[] eps, bool[] of_batch, *, int conv1_groups, int groups, int stride, bool conv2_relu, bool pool_count_include_pad, "
-      "int shuffle_groups, bool shortcut_first, bool shortcut_relu, str processes) -> Tensor[]");
+      "training_unit(Tensor x, Tensor?[] tensors, float[] eps, bool[] of_batch, *, int conv1_groups, int groups, "
+      "int stride, bool conv2_relu, bool pool_count_include_pad, int shuffle_groups, bool shortcut_first, "
+      "bool shortcut_relu, str processes) -> Tensor[]");
   m.def(
       "training_unit_backward(Tensor gradient, Tensor x, Tensor result, Tensor y1, Tensor y2, Tensor statistics, "
-      "Tensor?[] tensors, float[] eps, bool[] of_batch, *, int depth, int conv1_groups, int groups, int stride, bool conv2_relu, bool pool_count_include_pad, "
-      "int shuffle_groups, bool shortcut_first, bool shortcut_relu, str processes) -> Tensor[]");
+      "Tensor?[] tensors, float[] eps, bool[] of_batch, *, int depth, int conv1_groups, int groups, int stride, "
+      "bool conv2_relu, bool pool_count_include_pad, int shuffle_groups, bool shortcut_first, bool shortcut_relu, "
+      "str processes) -> Tensor[]");
   // A stem's; see cpu/training/stem.cpp.
   m.def(
       "training_stem(Tensor x, Tensor?[] tensors, float eps, bool of_batch, *, int stride, int padding, bool max_pool, "

@@ -22,6 +22,7 @@ from shufflenet_ext._training_op import (
     make_differentiable,
     plain_gradients,
     processes_of,
+    raising_what_failed,
     untrainable,
     update_running_statistics,
     uses_batch,
@@ -69,7 +70,8 @@ def plain(x: Tensor, *tensors: Tensor | None, eps: float, of_batch: bool, **opti
 def _native_forward(
     x: Tensor, *tensors: Tensor | None, eps: float, of_batch: bool, **options: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.ops.shufflenet_ext.training_stem(x, tensors, eps, of_batch, **options))
+    with raising_what_failed():
+        return tuple(torch.ops.shufflenet_ext.training_stem(x, tensors, eps, of_batch, **options))
 
 
 def _convolved_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> list[Any]:
@@ -100,9 +102,10 @@ def _native_backward(
 ) -> list[Tensor]:
     weight = tensors[0]
     assert weight is not None
-    y_gradient, *others = torch.ops.shufflenet_ext.training_stem_backward(
-        gradient, x, *kept, tensors, wanted[:2], eps, of_batch, **options
-    )
+    with raising_what_failed():
+        y_gradient, *others = torch.ops.shufflenet_ext.training_stem_backward(
+            gradient, x, *kept, tensors, wanted[:2], eps, of_batch, **options
+        )
     found = [x.new_empty(0), *others]
     if wanted[0]:
         found[0] = _x_gradient(y_gradient, x, weight, options["stride"], options["padding"])

@@ -6,7 +6,9 @@ are None and its eps is 0. It returns the result and what the backward pass need
 begin with the mean and the unbiased variance of each norm that normalizes by the batch (see ``statistics_of``).
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +107,8 @@ def plain(
 def _native_forward(
     x: Tensor, *tensors: Tensor | None, eps: list[float], of_batch: list[bool], **options: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.ops.shufflenet_ext.training_unit(x, tensors, eps, of_batch, **options))
+    with raising_what_failed():
+        return tuple(torch.ops.shufflenet_ext.training_unit(x, tensors, eps, of_batch, **options))
 
 
 def _fake_forward(
@@ -124,9 +127,10 @@ def _fake_forward(
 
 
 def statistics_of(statistics: Tensor, stages: Sequence["TrainedStage"]) -> list[tuple[Tensor, Tensor]]:
-    """Mean and unbiased variance of each norm that normalizes by the batch, in the dtype of the weights."""
+    """Mean and unbiased variance of each norm that normalizes by the batch, in float32 or float64."""
     sizes = [len(stage.weight) for stage in stages for _ in range(2)]
-    vectors = statistics[: sum(sizes)].to(stages[0].weight.dtype).split(sizes)
+    dtype = torch.promote_types(stages[0].weight.dtype, torch.float32)
+    vectors = statistics[: sum(sizes)].to(dtype).split(sizes)
     return list(zip(vectors[::2], vectors[1::2], strict=True))
 
 
@@ -141,12 +145,13 @@ def _native_backward(
     **options: Any,
 ) -> list[Tensor]:
     op = torch.ops.shufflenet_ext.training_unit_backward
-    gradients: list[Tensor] = op(gradient, x, *kept, tensors, eps, of_batch, depth=depth, **options)
+    with raising_what_failed():
+        gradients: list[Tensor] = op(gradient, x, *kept, tensors, eps, of_batch, depth=depth, **options)
     return gradients
 
 
 def _first_depth(index: int) -> int:
-    """The depth from which the backward pass finds the gradient of an input: see training_unit_backward."""
+    """The depth from which the backward pass finds the gradient of an input: see Depth in csrc/cpu/training/unit.h."""
     if index == 0:
         return 4
     stage, tensor = divmod(index - 1, _OF_STAGE)
@@ -254,20 +259,20 @@ def make_differentiable(
     """
     op = getattr(torch.ops.shufflenet_ext, name)
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, options: dict[str, Any], *inputs: Tensor | None) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*inputs, **options)
-            setup_context(ctx, inputs, options, output)
-            return output
+    def forward(ctx: Any, options: dict[str, Any], *inputs: Tensor | None) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*inputs, **options)
+        setup_context(ctx, inputs, options, output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-            return None, *backward(ctx, *gradients)
+    def with_options(ctx: Any, *gradients: Tensor | None) -> Any:
+        return None, *backward(ctx, *gradients)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(with_options)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
 
     def differentiable(*inputs: Tensor | None, **options: Any) -> Any:
-        return Differentiable.apply(options, *inputs)
+        return function.apply(options, *inputs)
 
     library.impl(name, differentiable, "Autograd")
 
@@ -409,8 +414,28 @@ def update_running_statistics(stages: Sequence[TrainedStage], of_batch: Sequence
             running.lerp_(in_order.to(running.dtype), factor)
 
 
+_failure = threading.local()  # error: what failed in _sum_over_processes, in this thread
+
+
 def _sum_over_processes(numbers: Tensor, processes: str) -> None:
-    distributed.all_reduce(numbers, group=distributed.distributed_c10d._resolve_process_group(processes))  # type: ignore[arg-type]  # a str
+    group = distributed.distributed_c10d._resolve_process_group(processes)  # type: ignore[arg-type]  # a str
+    try:
+        distributed.all_reduce(numbers, group=group)
+    except BaseException as error:
+        _failure.error = error
+        raise
+
+
+@contextmanager
+def raising_what_failed() -> Iterator[None]:
+    """Raises what failed between the processes, which C++ in between makes a RuntimeError without a cause."""
+    try:
+        yield
+    except RuntimeError:
+        error = vars(_failure).pop("error", None)
+        if error is None:
+            raise
+        raise error from None
 
 
 if _native.native_error is None:

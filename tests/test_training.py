@@ -545,6 +545,49 @@ def test_processes_of_equal_batches(configuration, monkeypatch):
         torch.testing.assert_close(got, value, rtol=1e-8, atol=1e-8, msg=name)
 
 
+class PeerIsGoneError(Exception):
+    pass
+
+
+def test_what_fails_between_processes_comes_through(monkeypatch):
+    are_there = True
+
+    def all_reduce(numbers, group):
+        if not are_there:
+            raise PeerIsGoneError
+
+    unit = fused()
+    x = images(unit)
+    monkeypatch.setattr(_training_op, "processes_of", lambda _: "both")
+    monkeypatch.setattr(distributed.distributed_c10d, "_resolve_process_group", lambda name: name)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    loss = unit(x).sum()
+    are_there = False
+    with pytest.raises(PeerIsGoneError):
+        unit(x)
+    with pytest.raises(PeerIsGoneError):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_statistics_of_float32_beside_convolutions_of_16_bits(dtype):
+    unit = fused({**UNITS[4]})
+    for conv, norm in unit.pairs():
+        conv.to(dtype)
+        norm.momentum = 1.0
+    with torch.no_grad():
+        unit.conv1.weight.mul_(3000)  # a variance that float16 does not hold
+    plain, x = plain_step_unit(unit), images(unit, batch=5)
+    for module in (unit, plain):
+        module(x)
+    assert unit.bn1.running_var.max() > 70_000
+    for (name, ours), theirs in zip(unit.named_buffers(), plain.buffers(), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02, msg=name)
+    mean = unit.bn1.running_mean
+    assert not torch.equal(mean, mean.to(dtype).float())
+
+
 def load_step(configuration, folder):
     """A unit, its input and the gradient of its result, which are the same in all processes."""
     unit = fused(configuration, torch.float64)

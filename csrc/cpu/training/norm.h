@@ -36,22 +36,21 @@ class Processes {
   std::string name_;
 };
 
-// The images of the batches of all processes, and how many processes those are.
-struct Share {
-  Share(int64_t images_here, const Processes& processes) {
+// The batches of all processes: their images, and how many processes those are.
+struct WholeBatch {
+  WholeBatch(int64_t images_here, const Processes& processes) {
     Vector both = {static_cast<double>(images_here), 1};
     processes.sum({&both});
     images = both[0];
     count = both[1];
   }
-  Share(double all_images, double processes) : images(all_images), count(processes) {}
+  WholeBatch(double all_images, double processes) : images(all_images), count(processes) {}
   double images, count;
 };
 
 // Of each image of a batch: the mean of each channel, and the sum of squared deviations from it.
 struct Moments {
-  Moments(int64_t batch, int64_t of_image)
-      : images(batch), channels(of_image), means(batch * of_image), squares(means) {}
+  Moments(int64_t batch, int64_t planes) : images(batch), channels(planes), means(batch * planes), squares(means) {}
   double* means_of(int64_t image, int64_t channel) { return means.data() + image * channels + channel; }
   double* squares_of(int64_t image, int64_t channel) { return squares.data() + image * channels + channel; }
 
@@ -59,25 +58,31 @@ struct Moments {
   Vector means, squares;
 };
 
+// The mean of channels over the batches of all processes.
+inline Vector mean_of(const Moments& moments, const WholeBatch& whole, const Processes& processes) {
+  Vector mean(moments.channels);
+  for (size_t i = 0; i < moments.means.size(); ++i) mean[i % mean.size()] += moments.means[i];
+  processes.sum({&mean});
+  for (double& each : mean) each /= whole.images;
+  return mean;
+}
+
 // Mean and variance of channels over the batches of all processes.
 struct MeanAndVariance {
   MeanAndVariance(Vector means, Vector variances) : mean(std::move(means)), var(std::move(variances)) {}
-  MeanAndVariance(const Moments& moments, int64_t pixels, const Share& share, const Processes& processes)
-      : mean(moments.channels), var(moments.channels) {
-    const int64_t channels = moments.channels, size = moments.images * channels;
-    for (int64_t i = 0; i < size; ++i) mean[i % channels] += moments.means[i];
-    processes.sum({&mean});
-    for (double& each : mean) each /= share.images;
-    for (int64_t i = 0; i < size; ++i) {
-      const double deviation = moments.means[i] - mean[i % channels];
-      var[i % channels] += moments.squares[i] + static_cast<double>(pixels) * deviation * deviation;
+  MeanAndVariance(const Moments& moments, int64_t pixels, const WholeBatch& whole, const Processes& processes)
+      : mean(mean_of(moments, whole, processes)), var(mean.size()) {
+    for (size_t i = 0; i < moments.means.size(); ++i) {
+      const size_t c = i % mean.size();
+      const double deviation = moments.means[i] - mean[c];
+      var[c] += moments.squares[i] + static_cast<double>(pixels) * deviation * deviation;
     }
     processes.sum({&var});
-    for (double& each : var) each /= share.images * static_cast<double>(pixels);
+    for (double& each : var) each /= whole.images * static_cast<double>(pixels);
   }
   // The variances that running ones are made of, from planes of so many pixels.
-  Vector unbiased(int64_t pixels, const Share& share) const {
-    const double values = share.images * static_cast<double>(pixels);
+  Vector unbiased(int64_t pixels, const WholeBatch& whole) const {
+    const double values = whole.images * static_cast<double>(pixels);
     Vector all(var);
     for (double& each : all) each *= values / (values - 1);
     return all;
@@ -163,12 +168,12 @@ inline std::vector<TrainingKernel::NormBackward> norm_backward_of(const Affine& 
 // Gradients of a convolution's bias and of its norm's weight and bias. What is summed over all processes is shared out,
 // so that their gradients add up to it.
 struct NormGradients {
-  NormGradients(const Affine& norm, bool of_batch, const NormSums& sums, const Share& share)
+  NormGradients(const Affine& norm, bool of_batch, const NormSums& sums, const WholeBatch& whole)
       : conv_bias(norm.mean.size()), weight(norm.mean.size()), bias(sums.total) {
     for (size_t c = 0; c < bias.size(); ++c) {
-      conv_bias[c] = of_batch ? 0 : norm.scale[c] * sums.total[c] / share.count;
-      weight[c] = norm.rstd[c] * sums.with_y[c] / share.count;
-      bias[c] /= share.count;
+      conv_bias[c] = of_batch ? 0 : norm.scale[c] * sums.total[c] / whole.count;
+      weight[c] = norm.rstd[c] * sums.with_y[c] / whole.count;
+      bias[c] /= whole.count;
     }
   }
   Vector conv_bias, weight, bias;

@@ -5,14 +5,15 @@
 namespace shufflenet::cpu {
 namespace {
 
+constexpr int64_t kTile = 8;  // planes that a kernel works on at once, at most
+
 // The tasks of a batch: each is some channels of an image, and as many as keep all threads at work. Calls
 // run(image, channels) for each.
 template <class Run>
 void each_share_of_images(int64_t images, int64_t channels, const Run& run) {
-  constexpr int64_t kLeast = 8;  // channels: a tile's
   const int64_t wanted =
       ceil_div(2 * static_cast<int64_t>(torch::stable::get_num_threads()), std::max<int64_t>(1, images));
-  const int64_t at_once = ceil_div(channels, std::clamp<int64_t>(wanted, 1, ceil_div(channels, kLeast)));
+  const int64_t at_once = ceil_div(channels, std::clamp<int64_t>(wanted, 1, ceil_div(channels, kTile)));
   const int64_t of_image = ceil_div(channels, at_once);
   each_task(images * of_image, [&](int64_t task) {
     const int64_t first = task % of_image * at_once;
@@ -26,8 +27,8 @@ void each_plane(const PlaneBatch& batch, const Run& run) {
   each_task(batch.images * batch.channels, [&](int64_t task) { run(task / batch.channels, task % batch.channels); });
 }
 
-// Pixels of eight planes (a tile's) and three more, in as many images as it takes, that an L1 cache of 32 KiB holds.
-// Long planes are cut into blocks of whole vectors.
+// Pixels of eight planes (a tile's) and three more, in as many images as it takes, that an L1 cache of 32 KiB holds in
+// float32. Long planes are cut into blocks of whole vectors.
 constexpr int64_t kPixelsAtOnce = 448, kVectorPixels = 16;
 
 // Adds up products of planes, a group at a time. A thread has some tiles of planes of a, of which prepare(image, plane)
@@ -35,7 +36,6 @@ constexpr int64_t kPixelsAtOnce = 448, kVectorPixels = 16;
 template <class Prepare>
 Vector products_of(const PlaneBatch& a, const PlaneBatch& b, const void* offset, int64_t groups,
                    const TrainingKernel& kernel, const Prepare& prepare) {
-  constexpr int64_t kTile = 8;  // planes of a
   const int64_t rows = a.channels / groups, columns = b.channels / groups, tiles = ceil_div(rows, kTile);
   const int64_t images_at_once = std::max<int64_t>(1, kPixelsAtOnce / std::max<int64_t>(1, a.pixels()));
   const int64_t blocks = std::max<int64_t>(1, ceil_div(a.pixels(), kPixelsAtOnce));

@@ -174,7 +174,7 @@ std::vector<Tensor> training_stem(Tensor x, std::vector<std::optional<Tensor>> t
   const TrainedStem stem = checked(x, tensors, eps, of_batch, stride, padding, max_pool, processes);
   const Tensor dense = stem.dense_x(), weight = as_contiguous(stem.weight, stem.type());
   const StemBatch batch(stem, dense);
-  const Share share(x.size(0), stem.processes);
+  const WholeBatch whole(x.size(0), stem.processes);
   const Tensor y = torch::stable::new_empty(x, stem.y_sizes(), stem.type());
   std::optional<Moments> moments;
   if (of_batch) moments.emplace(batch.images(), stem.sizes.out_channels);
@@ -182,7 +182,7 @@ std::vector<Tensor> training_stem(Tensor x, std::vector<std::optional<Tensor>> t
     const ProfiledPass pass("stem_training: conv");
     convolve(batch, weight, y, moments ? &*moments : nullptr);
   }
-  const MeanAndVariance of_y = moments ? MeanAndVariance(*moments, batch.pixels(), share, stem.processes)
+  const MeanAndVariance of_y = moments ? MeanAndVariance(*moments, batch.pixels(), whole, stem.processes)
                                        : stem.norm.fixed_statistics(stem.sizes.out_channels);
   const Tensor result = torch::stable::new_empty(x, stem.result_sizes(), stem.type());
   {
@@ -190,10 +190,10 @@ std::vector<Tensor> training_stem(Tensor x, std::vector<std::optional<Tensor>> t
     Passes(stem.type()).norm_and_relu({stem.norm, of_y}, PlaneBatch::read(y), PlaneBatch::written(result), max_pool);
   }
   Vector statistics(of_y.mean);
-  for (const Vector& part : {of_y.unbiased(batch.pixels(), share), of_y.var}) {
+  for (const Vector& part : {of_y.unbiased(batch.pixels(), whole), of_y.var}) {
     statistics.insert(statistics.end(), part.begin(), part.end());
   }
-  statistics.insert(statistics.end(), {share.images, share.count});
+  statistics.insert(statistics.end(), {whole.images, whole.count});
   return {
       as_given(result, x), y, tensor_of(statistics, {static_cast<int64_t>(statistics.size())}, ScalarType::Double, x)};
 }
@@ -215,7 +215,7 @@ std::vector<Tensor> training_stem_backward(
   }
   check_shape("statistics", statistics, {3 * channels + 2});
   const Vector kept = numbers_of("statistics", statistics);
-  const Share share(kept[3 * channels], kept[3 * channels + 1]);
+  const WholeBatch whole(kept[3 * channels], kept[3 * channels + 1]);
   const auto mean = kept.begin(), var = mean + 2 * channels;
   const Affine norm(stem.norm, {Vector(mean, mean + channels), Vector(var, var + channels)});
   const Passes passes(stem.type());
@@ -229,16 +229,17 @@ std::vector<Tensor> training_stem_backward(
         norm, convolved, PlaneBatch::read(of_result), PlaneBatch::written(of_norm), max_pool);
   }
   stem.processes.sum({&sums.total, &sums.with_y});
-  const double values = share.images * static_cast<double>(convolved.pixels());
+  const double values = whole.images * static_cast<double>(convolved.pixels());
   const auto backward = norm_backward_of(norm, of_batch, values, sums);
-  const NormGradients of_parameters(norm, of_batch, sums, share);
+  const NormGradients of_parameters(norm, of_batch, sums, whole);
   Vector of_weight;
   if (wanted[1]) {
     const Tensor dense = stem.dense_x();
     const ProfiledPass pass("stem_training: gradient of conv's weight");
     of_weight = weight_gradient(StemBatch(stem, dense), planes, of_norm, backward);
   }
-  std::vector<Tensor> gradients(5, torch::stable::new_empty(x, std::vector<int64_t>{0}));
+  std::vector<Tensor> gradients;
+  for (size_t i = 0; i < 5; ++i) gradients.push_back(none_like(x));
   if (wanted[0]) {
     const ProfiledPass pass("stem_training: gradient of bn");
     passes.norm_backward(backward, convolved, PlaneBatch::written(of_norm));

@@ -65,6 +65,9 @@ inline Tensor tensor_of(const Vector& numbers, const std::vector<int64_t>& sizes
   return type == ScalarType::Double ? tensor : torch::stable::to(tensor, type);
 }
 
+// What stands for a gradient that there is not.
+inline Tensor none_like(const Tensor& x) { return torch::stable::new_empty(x, std::vector<int64_t>{0}); }
+
 // Numbers in the dtype of planes.
 class Numbers {
  public:

@@ -93,10 +93,14 @@ std::vector<Tensor> training_unit_backward(
   check_shape("result", result, of_result);
   check_shape("y1", y1, {n, mid, sizes.height, sizes.width});
   check_shape("y2", y2, {n, mid, height, width});
-  for (const Tensor* each : {&gradient, &result, &y1, &y2}) check_like_x("gradient, result, y1 and y2", *each, x);
+  check_like_x("gradient", gradient, x);
+  check_like_x("result", result, x);
+  check_like_x("y1", y1, x);
+  check_like_x("y2", y2, x);
   const Statistics kept = Statistics::of(statistics, unit);
 
-  std::vector<Tensor> gradients(1 + 3 * kTrained, torch::stable::new_empty(x, std::vector<int64_t>{0}));
+  std::vector<Tensor> gradients;
+  for (size_t i = 0; i < 1 + 3 * kTrained; ++i) gradients.push_back(none_like(x));
   const auto give = [&](size_t stage, const StageGradients& found) {
     const std::array<const Vector*, kTrained> numbers = {
         &found.weight, &found.norm.conv_bias, &found.norm.weight, &found.norm.bias};

@@ -31,8 +31,8 @@ struct TrainedUnit {
   int64_t mid() const { return sizes.mid_channels; }
   int64_t rows() const { return sizes.out_channels; }
   int64_t depth() const { return sizes.slice_channels(); }
-  double values(const Share& share) const {  // that norms 2 and 3 have of a channel
-    return share.images * static_cast<double>(sizes.out_height() * sizes.out_width());
+  double values(const WholeBatch& whole) const {  // that norms 2 and 3 have of a channel
+    return whole.images * static_cast<double>(sizes.out_height() * sizes.out_width());
   }
   // Calls run(its place in a matrix, row, channel that it is multiplied with) for each of conv3's weights. Threads
   // share the rows.
@@ -60,13 +60,13 @@ struct TrainedUnit {
 struct Statistics {
   Vector mean1, unbiased1, mean2, unbiased2, mean3, unbiased3;  // the variances are for the running ones
   Vector var1, var2, var3;
-  Vector share;       // the images of all processes' batches, and how many processes those are
+  Vector whole;       // the images of all processes' batches, and how many processes those are
   Vector centre;      // of v
   Vector covariance;  // of v within each group; empty where norm 3 does not use the batch's statistics
 
   std::array<Vector*, 12> parts() {
     return {
-        &mean1, &unbiased1, &mean2, &unbiased2, &mean3, &unbiased3, &var1, &var2, &var3, &share, &centre, &covariance};
+        &mean1, &unbiased1, &mean2, &unbiased2, &mean3, &unbiased3, &var1, &var2, &var3, &whole, &centre, &covariance};
   }
   Tensor flat(const Tensor& like) {
     Vector all;
@@ -78,8 +78,8 @@ struct Statistics {
     const int64_t mid = unit.mid(), rows = unit.rows();
     const std::array<int64_t, 12> sizes = {
         mid, mid, mid, mid, rows, rows, mid, mid, rows, 2, mid, unit.norms[2].of_batch ? mid * unit.depth() : 0};
-    check_shape("kept statistics", flat, {std::accumulate(sizes.begin(), sizes.end(), int64_t{0})});
-    const Vector numbers = numbers_of("kept statistics", flat);
+    check_shape("statistics", flat, {std::accumulate(sizes.begin(), sizes.end(), int64_t{0})});
+    const Vector numbers = numbers_of("statistics", flat);
     auto from = numbers.begin();
     for (size_t i = 0; i < sizes.size(); from += sizes[i++]) s.parts()[i]->assign(from, from + sizes[i]);
     return s;

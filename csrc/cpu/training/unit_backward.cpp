@@ -12,7 +12,7 @@ class Backward {
         type_(unit.type()),
         passes_(type_),
         s_(done.statistics),
-        share_(s_.share[0], s_.share[1]),
+        whole_(s_.whole[0], s_.whole[1]),
         x_(as_contiguous(unit.x, type_)),
         y1_(as_contiguous(done.y1, type_)),
         y2_(as_contiguous(done.y2, type_)),
@@ -25,7 +25,7 @@ class Backward {
         v_(y2_) {
     if (sizes_.conv2_relu) {
       v_ = torch::stable::empty_like(y2_);
-      const ProfiledPass pass("shuffle_bottleneck_training: relu(bn2)");
+      const ProfiledPass pass("shuffle_bottleneck_training: relu(bn2) again");
       passes_.norm_and_relu(norm2_, PlaneBatch::read(y2_), PlaneBatch::written(v_));
     }
   }
@@ -40,12 +40,11 @@ class Backward {
           PlaneBatch::written(dz_), PlaneBatch::read(v_), Numbers(type_, s_.centre).data(), sizes_.groups, total3_);
     }
     unit_.processes.sum({&products_, &total3_});
-    with_y3_.assign(unit_.rows(), 0.0);
-    unit_.each_weight([&](int64_t i, int64_t row, int64_t) {
-      with_y3_[row] += norm3_.rstd[row] * conv3_.of_v[i] * products_[i];
-    });
     NormSums sums(unit_.rows());
     sums.total = total3_;
+    unit_.each_weight([&](int64_t i, int64_t row, int64_t) { sums.with_y[row] += conv3_.of_v[i] * products_[i]; });
+    with_y3_ = sums.with_y;
+    for (int64_t row = 0; row < unit_.rows(); ++row) with_y3_[row] *= norm3_.rstd[row];
     sum3_.assign(unit_.rows(), 0.0);
     if (unit_.norms[2].of_batch) {
       const Vector of_covariance = times_transposed(conv3_.of_v, s_.covariance, sizes_.groups, unit_.depth());
@@ -54,7 +53,6 @@ class Backward {
       });
     }
     for (int64_t row = 0; row < unit_.rows(); ++row) {
-      sums.with_y[row] = with_y3_[row] / norm3_.rstd[row];
       if (unit_.norms[2].of_batch) continue;
       sum3_[row] = norm3_.scale[row] * total3_[row];
       sums.with_y[row] += total3_[row] * (conv3_.mean_at_centre[row] - s_.mean3[row]);
@@ -62,15 +60,15 @@ class Backward {
     Vector of_weight(products_.size());
     unit_.each_weight([&](int64_t i, int64_t row, int64_t channel) {
       products_[i] *= norm3_.scale[row];  // of dy3 with v
-      of_weight[i] = (conv3_.slope[channel] * products_[i] + sum3_[row] * conv3_.at_centre[channel]) / share_.count;
+      of_weight[i] = (conv3_.slope[channel] * products_[i] + sum3_[row] * conv3_.at_centre[channel]) / whole_.count;
     });
-    return {std::move(of_weight), {norm3_, unit_.norms[2].of_batch, sums, share_}};
+    return {std::move(of_weight), {norm3_, unit_.norms[2].of_batch, sums, whole_}};
   }
 
   StageGradients conv2_gradients() {
     find_y2_gradient();
     if (sizes_.conv2_relu) pass_relu_and_norm2();
-    const NormGradients of_norm(norm2_, unit_.norms[1].of_batch, sums2_, share_);
+    const NormGradients of_norm(norm2_, unit_.norms[1].of_batch, sums2_, whole_);
 
     y1_gradient_ = torch::stable::empty_like(y1_);
     const Numbers scale(type_, norm1_.scale), shift(type_, norm1_.shifts()), means(type_, s_.mean1);
@@ -97,12 +95,12 @@ class Backward {
   // Those of its weight where it is wanted, and of its norm.
   StageGradients conv1_gradients(bool with_weight) {
     const bool of_batch = unit_.norms[0].of_batch;
-    StageGradients gradients = {{}, {norm1_, of_batch, sums1_, share_}};
+    StageGradients gradients = {{}, {norm1_, of_batch, sums1_, whole_}};
     if (!with_weight) return gradients;
     const PlaneBatch y1 = PlaneBatch::read(y1_), gradient = PlaneBatch::written(y1_gradient_);
     {
       const ProfiledPass pass("shuffle_bottleneck_training: gradient of bn1");
-      const double values = share_.images * static_cast<double>(y1.pixels());
+      const double values = whole_.images * static_cast<double>(y1.pixels());
       passes_.norm_backward(norm_backward_of(norm1_, of_batch, values, sums1_), y1, gradient);
     }
     const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv1's weight");
@@ -152,7 +150,7 @@ class Backward {
   void find_y2_gradient() {
     const int64_t mid = unit_.mid(), depth = unit_.depth(), groups = sizes_.groups, of_group = unit_.rows() / groups;
     const bool of_batch2 = unit_.norms[1].of_batch && !sizes_.conv2_relu, of_batch3 = unit_.norms[2].of_batch;
-    const double values = unit_.values(share_);
+    const double values = unit_.values(whole_);
     sums2_ = NormSums(mid);
     Vector matrix(mid * of_group), pulled(matrix), c(mid);  // [mid][rows of a group]; pulled: towards the centre
     Vector mean_gradient(unit_.rows()), pull(unit_.rows());
@@ -206,7 +204,7 @@ class Backward {
     sums2_ = passes_.norm_and_relu_backward(norm2_, y2, gradient, gradient);
     unit_.processes.sum({&sums2_.total, &sums2_.with_y});
     passes_.norm_backward(
-        norm_backward_of(norm2_, unit_.norms[1].of_batch, unit_.values(share_), sums2_), y2, gradient);
+        norm_backward_of(norm2_, unit_.norms[1].of_batch, unit_.values(whole_), sums2_), y2, gradient);
   }
 
   const TrainedUnit& unit_;
@@ -214,12 +212,13 @@ class Backward {
   ScalarType type_;
   Passes passes_;
   const Statistics& s_;
-  Share share_;
+  WholeBatch whole_;
   Tensor x_, y1_, y2_, result_, result_gradient_;
   Affine norm1_, norm2_, norm3_;
   Conv3 conv3_;
   Tensor v_, dz_, y2_gradient_, y1_gradient_;
-  // Of dz: its sum; times y3; its products with v. Of dy3, conv3's own result: its sum.
+  // Of dz: its sum; times the normalized y3; its products with v, then those of dy3. Of dy3, which is the gradient of
+  // conv3's own result: its sum.
   Vector total3_, with_y3_, products_, sum3_;
   NormSums sums1_{0}, sums2_{0};
 };
@@ -228,7 +227,7 @@ class Backward {
 
 Gradients backward(const TrainedUnit& unit, const Tensor& gradient, const Forward& done, int64_t depth) {
   Backward run(unit, gradient, done);
-  Gradients found = {torch::stable::new_empty(unit.x, std::vector<int64_t>{0}), {}, {}, run.conv3_gradients()};
+  Gradients found = {none_like(unit.x), {}, {}, run.conv3_gradients()};
   if (depth >= kConv2) {
     found.conv2 = run.conv2_gradients();
     found.conv1 = run.conv1_gradients(depth >= kConv1);

@@ -6,13 +6,13 @@ Forward forward(const TrainedUnit& unit) {
   const Unit& sizes = unit.sizes;
   const ScalarType type = unit.type();
   const Passes passes(type);
-  const Share share(unit.x.size(0), unit.processes);
+  const WholeBatch whole(unit.x.size(0), unit.processes);
   const TrainedNorm &norm1 = unit.norms[0], &norm2 = unit.norms[1], &norm3 = unit.norms[2];
   const Tensor x_tensor = as_contiguous(unit.x, type);
   const PlaneBatch x = PlaneBatch::read(x_tensor);
   Forward done;
   Statistics& s = done.statistics;
-  s.share = {share.images, share.count};
+  s.whole = {whole.images, whole.count};
 
   done.y1 = unit.planes(unit.mid(), sizes.height, sizes.width);
   const PlaneBatch y1 = PlaneBatch::written(done.y1);
@@ -25,7 +25,7 @@ Forward forward(const TrainedUnit& unit) {
                      moments ? &*moments : nullptr);
   }
   const MeanAndVariance of_y1 =
-      moments ? MeanAndVariance(*moments, y1.pixels(), share, unit.processes) : norm1.fixed_statistics(unit.mid());
+      moments ? MeanAndVariance(*moments, y1.pixels(), whole, unit.processes) : norm1.fixed_statistics(unit.mid());
   const Affine affine1(norm1, of_y1);
 
   done.y2 = unit.planes(unit.mid(), sizes.out_height(), sizes.out_width());
@@ -41,7 +41,7 @@ Forward forward(const TrainedUnit& unit) {
   MeanAndVariance of_y2 = norm2.fixed_statistics(unit.mid());
   s.centre = of_y2.mean;
   if (moments) {
-    MeanAndVariance found(*moments, y2.pixels(), share, unit.processes);
+    MeanAndVariance found(*moments, y2.pixels(), whole, unit.processes);
     s.centre = found.mean;
     if (norm2.of_batch) of_y2 = std::move(found);
   }
@@ -55,8 +55,8 @@ Forward forward(const TrainedUnit& unit) {
   }
   const PlaneBatch v = PlaneBatch::read(v_tensor);
   if (sizes.conv2_relu) {
-    s.centre = norm3.of_batch ? MeanAndVariance(passes.moments(v), v.pixels(), share, unit.processes).mean
-                              : Vector(unit.mid(), 0.0);
+    const ProfiledPass pass("shuffle_bottleneck_training: mean of relu(bn2)");
+    s.centre = norm3.of_batch ? mean_of(passes.moments(v), whole, unit.processes) : Vector(unit.mid(), 0.0);
   }
   const Conv3 conv3(unit, affine2, s.centre);
   MeanAndVariance of_y3(conv3.mean_at_centre, Vector(unit.rows(), 0.0));
@@ -64,7 +64,7 @@ Forward forward(const TrainedUnit& unit) {
     const ProfiledPass pass("shuffle_bottleneck_training: covariance");
     s.covariance = passes.products(v, v, Numbers(type, s.centre).data(), sizes.groups);
     unit.processes.sum({&s.covariance});
-    for (double& each : s.covariance) each /= unit.values(share);
+    for (double& each : s.covariance) each /= unit.values(whole);
     const Vector products = times_transposed(conv3.of_v, s.covariance, sizes.groups, unit.depth());
     unit.each_weight([&](int64_t i, int64_t row, int64_t) { of_y3.var[row] += products[i] * conv3.of_v[i]; });
   } else {
@@ -93,9 +93,9 @@ Forward forward(const TrainedUnit& unit) {
     const ProfiledPass pass("shuffle_bottleneck_training: pool");
     passes.pool(sizes, x, unit.pooled_of(result));
   }
-  s.mean1 = of_y1.mean, s.var1 = of_y1.var, s.unbiased1 = of_y1.unbiased(y1.pixels(), share);
-  s.mean2 = of_y2.mean, s.var2 = of_y2.var, s.unbiased2 = of_y2.unbiased(y2.pixels(), share);
-  s.mean3 = of_y3.mean, s.var3 = of_y3.var, s.unbiased3 = of_y3.unbiased(y2.pixels(), share);
+  s.mean1 = of_y1.mean, s.var1 = of_y1.var, s.unbiased1 = of_y1.unbiased(y1.pixels(), whole);
+  s.mean2 = of_y2.mean, s.var2 = of_y2.var, s.unbiased2 = of_y2.unbiased(y2.pixels(), whole);
+  s.mean3 = of_y3.mean, s.var3 = of_y3.var, s.unbiased3 = of_y3.unbiased(y2.pixels(), whole);
   return done;
 }
 
