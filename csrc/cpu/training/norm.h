@@ -23,7 +23,7 @@ class Processes {
     for (const Vector* vector : vectors) data = std::copy(vector->begin(), vector->end(), data);
     std::array<StableIValue, 2> stack{torch::stable::detail::from(flat), torch::stable::detail::from(name_)};
     // That of _training_op.py: torch.distributed is Python's.
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("shufflenet_ext::sum_over_processes", "", stack.data(), TORCH_ABI_VERSION));
     const auto* sums = static_cast<const double*>(flat.const_data_ptr());
     for (Vector* vector : vectors) {
