@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -114,6 +115,7 @@ def contenders(shape: Shape, dtype: torch.dtype, only: str | None = None) -> dic
     return {name: step(name) for name in names if only in (None, name)}
 
 
+@cache  # for both dtypes
 def _exact_gradient(shape: Shape) -> Tensor:
     """What all contenders' steps return, by eager PyTorch in float64."""
     torch.manual_seed(0)

@@ -881,7 +881,7 @@ MUTANTS = [
     Mutant(
         "training: each process has the whole gradient of a norm's weight, not its share",
         TRAINING + "norm.h",
-        "norm.rstd[c] * sums.with_y[c] / share.count",
+        "norm.rstd[c] * sums.with_y[c] / whole.count",
         "norm.rstd[c] * sums.with_y[c]",
         "test_training.py::test_processes_of_equal_batches",
     ),

@@ -179,4 +179,20 @@ struct NormGradients {
   Vector conv_bias, weight, bias;
 };
 
+// What the ops have of a convolution: weight and bias; its norm's weight, bias, mean and variance.
+inline constexpr size_t kTensors = 6;
+inline constexpr size_t kTrained = 4;  // of those, the first ones have gradients
+
+// Adds a convolution's gradients, in the order and the dtypes of its tensors: empty ones where there is no such tensor,
+// and for a weight whose gradient is empty.
+inline void add_gradients(std::vector<Tensor>& gradients, const Vector& weight, const NormGradients& norm,
+                          const std::optional<Tensor>* tensors, const Tensor& x) {
+  const std::array<const Vector*, kTrained> numbers = {&weight, &norm.conv_bias, &norm.weight, &norm.bias};
+  for (size_t i = 0; i < kTrained; ++i) {
+    const bool is_there = tensors[i] && !numbers[i]->empty();
+    gradients.push_back(
+        is_there ? tensor_of(*numbers[i], sizes_of(*tensors[i]), tensors[i]->scalar_type(), x) : none_like(x));
+  }
+}
+
 }  // namespace shufflenet::cpu

@@ -67,7 +67,7 @@ class Passes {
   // Replaces the gradient of a norm's result by that of its input, y.
   void norm_backward(const std::vector<TrainingKernel::NormBackward>&, const PlaneBatch& y,
                      const PlaneBatch& gradient) const;
-  // The means of channels over a batch's images, as sums of images.
+  // The moments of a batch's planes.
   Moments moments(const PlaneBatch&) const;
 
   // The sum over the batch and its pixels of a's channel i times b's channel j of the same group, less its offset

@@ -129,8 +129,6 @@ Vector weight_gradient(const StemBatch& batch, const Tensor& y_tensor, const Ten
   return sums;
 }
 
-constexpr size_t kTensors = 6;  // weight and bias; the norm's weight, bias, mean and variance
-
 TrainedStem checked(const Tensor& x, const std::vector<std::optional<Tensor>>& tensors, double eps, bool of_batch,
                     int64_t stride, int64_t padding, bool max_pool, const std::string& processes) {
   const auto [n, channels, height, width] = check_x(x);
@@ -238,19 +236,12 @@ std::vector<Tensor> training_stem_backward(
     const ProfiledPass pass("stem_training: gradient of conv's weight");
     of_weight = weight_gradient(StemBatch(stem, dense), planes, of_norm, backward);
   }
-  std::vector<Tensor> gradients;
-  for (size_t i = 0; i < 5; ++i) gradients.push_back(none_like(x));
   if (wanted[0]) {
     const ProfiledPass pass("stem_training: gradient of bn");
     passes.norm_backward(backward, convolved, PlaneBatch::written(of_norm));
-    gradients[0] = of_norm;
   }
-  const std::array<const Vector*, 4> numbers = {
-      &of_weight, &of_parameters.conv_bias, &of_parameters.weight, &of_parameters.bias};
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    if (!tensors[i] || numbers[i]->empty()) continue;
-    gradients[1 + i] = tensor_of(*numbers[i], sizes_of(*tensors[i]), tensors[i]->scalar_type(), x);
-  }
+  std::vector<Tensor> gradients = {wanted[0] ? of_norm : none_like(x)};
+  add_gradients(gradients, of_weight, of_parameters, tensors.data(), x);
   return gradients;
 }
 

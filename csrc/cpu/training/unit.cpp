@@ -6,8 +6,20 @@
 namespace shufflenet::cpu {
 namespace {
 
-constexpr size_t kTensors = 6;  // of a convolution: weight and bias; its norm's weight, bias, mean and variance
-constexpr size_t kTrained = 4;  // of those, the first ones have gradients
+// The ops' options about a unit's geometry.
+UnitArguments geometry(int64_t conv1_groups, int64_t groups, int64_t stride, bool conv2_relu,
+                       bool pool_count_include_pad, int64_t shuffle_groups, bool shortcut_first, bool shortcut_relu) {
+  UnitArguments arguments = {};
+  arguments.conv1_groups = conv1_groups;
+  arguments.groups = groups;
+  arguments.stride = stride;
+  arguments.conv2_relu = conv2_relu;
+  arguments.pool_count_include_pad = pool_count_include_pad;
+  arguments.shuffle_groups = shuffle_groups;
+  arguments.shortcut_first = shortcut_first;
+  arguments.shortcut_relu = shortcut_relu;
+  return arguments;
+}
 
 TrainedUnit checked(const Tensor& x, const std::vector<std::optional<Tensor>>& tensors, const std::vector<double>& eps,
                     const std::vector<bool>& of_batch, UnitArguments arguments, const std::string& processes) {
@@ -41,19 +53,8 @@ std::vector<Tensor> training_unit(Tensor x, std::vector<std::optional<Tensor>> t
                                   bool shortcut_first, bool shortcut_relu, std::string processes) {
   const TrainedUnit unit = checked(
       x, tensors, eps, of_batch,
-      {{},
-       {},
-       {},
-       {},
-       conv1_groups,
-       groups,
-       stride,
-       conv2_relu,
-       pool_count_include_pad,
-       false,
-       shuffle_groups,
-       shortcut_first,
-       shortcut_relu},
+      geometry(conv1_groups, groups, stride, conv2_relu, pool_count_include_pad, shuffle_groups, shortcut_first,
+               shortcut_relu),
       processes);
   Forward done = forward(unit);
   const auto kept = [&](const Tensor& y) {
@@ -71,19 +72,8 @@ std::vector<Tensor> training_unit_backward(
     int64_t shuffle_groups, bool shortcut_first, bool shortcut_relu, std::string processes) {
   const TrainedUnit unit = checked(
       x, tensors, eps, of_batch,
-      {{},
-       {},
-       {},
-       {},
-       conv1_groups,
-       groups,
-       stride,
-       conv2_relu,
-       pool_count_include_pad,
-       false,
-       shuffle_groups,
-       shortcut_first,
-       shortcut_relu},
+      geometry(conv1_groups, groups, stride, conv2_relu, pool_count_include_pad, shuffle_groups, shortcut_first,
+               shortcut_relu),
       processes);
   if (depth < kConv3 || depth > kX) fail("depth: got ", depth, ", expected 1 to 4");
   const Unit& sizes = unit.sizes;
@@ -99,22 +89,16 @@ std::vector<Tensor> training_unit_backward(
   check_like_x("y2", y2, x);
   const Statistics kept = Statistics::of(statistics, unit);
 
-  std::vector<Tensor> gradients;
-  for (size_t i = 0; i < 1 + 3 * kTrained; ++i) gradients.push_back(none_like(x));
-  const auto give = [&](size_t stage, const StageGradients& found) {
-    const std::array<const Vector*, kTrained> numbers = {
-        &found.weight, &found.norm.conv_bias, &found.norm.weight, &found.norm.bias};
-    for (size_t i = 0; i < kTrained; ++i) {
-      const std::optional<Tensor>& like = tensors[stage * kTensors + i];
-      if (!like || numbers[i]->empty()) continue;
-      gradients[1 + stage * kTrained + i] = tensor_of(*numbers[i], sizes_of(*like), like->scalar_type(), x);
-    }
-  };
   const Gradients found = backward(unit, gradient, {result, y1, y2, kept}, depth);
-  gradients[0] = found.x;
-  if (found.conv1) give(0, *found.conv1);
-  if (found.conv2) give(1, *found.conv2);
-  give(2, *found.conv3);
+  std::vector<Tensor> gradients = {found.x};
+  for (size_t i = 0; i < 3; ++i) {
+    const std::optional<StageGradients>& stage = found.stages[i];
+    if (stage) {
+      add_gradients(gradients, stage->weight, stage->norm, tensors.data() + i * kTensors, x);
+    } else {
+      for (size_t j = 0; j < kTrained; ++j) gradients.push_back(none_like(x));
+    }
+  }
   return gradients;
 }
 

@@ -143,7 +143,7 @@ enum Depth : int64_t { kConv3 = 1, kConv2, kConv1, kX };
 
 struct Gradients {
   Tensor x;
-  std::optional<StageGradients> conv1, conv2, conv3;
+  std::array<std::optional<StageGradients>, 3> stages;  // of conv1, conv2 and conv3
 };
 
 // Computes gradients as far back as they are wanted.

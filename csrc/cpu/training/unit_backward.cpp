@@ -51,11 +51,11 @@ class Backward {
       unit_.each_weight([&](int64_t i, int64_t row, int64_t) {
         products_[i] -= of_covariance[i] * with_y3_[row] * norm3_.rstd[row];
       });
-    }
-    for (int64_t row = 0; row < unit_.rows(); ++row) {
-      if (unit_.norms[2].of_batch) continue;
-      sum3_[row] = norm3_.scale[row] * total3_[row];
-      sums.with_y[row] += total3_[row] * (conv3_.mean_at_centre[row] - s_.mean3[row]);
+    } else {
+      for (int64_t row = 0; row < unit_.rows(); ++row) {
+        sum3_[row] = norm3_.scale[row] * total3_[row];
+        sums.with_y[row] += total3_[row] * (conv3_.mean_at_centre[row] - s_.mean3[row]);
+      }
     }
     Vector of_weight(products_.size());
     unit_.each_weight([&](int64_t i, int64_t row, int64_t channel) {
@@ -227,10 +227,12 @@ class Backward {
 
 Gradients backward(const TrainedUnit& unit, const Tensor& gradient, const Forward& done, int64_t depth) {
   Backward run(unit, gradient, done);
-  Gradients found = {none_like(unit.x), {}, {}, run.conv3_gradients()};
+  Gradients found = {none_like(unit.x), {}};
+  auto& [conv1, conv2, conv3] = found.stages;
+  conv3 = run.conv3_gradients();
   if (depth >= kConv2) {
-    found.conv2 = run.conv2_gradients();
-    found.conv1 = run.conv1_gradients(depth >= kConv1);
+    conv2 = run.conv2_gradients();
+    conv1 = run.conv1_gradients(depth >= kConv1);
   }
   if (depth >= kX) found.x = run.x_gradient();
   return found;
