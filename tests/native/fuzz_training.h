@@ -154,34 +154,33 @@ class TrainingFuzz {
   }
 
   void products() const {
-    PlaneProducts p = {};
-    p.images = uniform(1, 3);
-    p.pixels = uniform(1, 70);
-    p.plane = p.pixels + uniform(0, 1) * uniform(1, 20);
-    p.a_planes = uniform(1, 20);
-    p.b_planes = uniform(1, 20);
-    p.a_image = p.a_planes * p.plane;
-    p.b_image = p.b_planes * p.plane;
-    const RandomPlanes<A> a(p.images * p.a_image), b(p.images * p.b_image), offset(p.b_planes);
+    const int64_t pixels = uniform(1, 300), plane = pixels + uniform(0, 1) * uniform(1, 20);
+    const int64_t a_planes = uniform(1, 20), b_planes = uniform(1, 60);
+    const RandomPlanes<A> a(a_planes * plane), b(b_planes * plane), offset(b_planes);
     const bool has_offset = uniform(0, 1);
-    Array<double> sums(p.a_planes * p.b_planes, 1.0);
-    p.a = a.data();
-    p.b = b.data();
-    p.b_offset = has_offset ? offset.data() : nullptr;
-    p.sums = sums.data();
-    kernel_.products(p);
-    for (int64_t i = 0; i < p.a_planes; ++i) {
-      for (int64_t j = 0; j < p.b_planes; ++j) {
-        double sum = 1;
-        for (int64_t n = 0; n < p.images; ++n) {
-          for (int64_t k = 0; k < p.pixels; ++k) {
-            sum += a[n * p.a_image + i * p.plane + k] *
-                   (b[n * p.b_image + j * p.plane + k] - (has_offset ? offset[j] : 0));
-          }
-        }
-        check(sums[i * p.b_planes + j], sum, 8.0 * p.images * p.pixels, "product of planes", i);
+    const int64_t row = kernel_.product_row(b_planes);
+    Array<A> transposed = poisoned<A>(pixels * row), tight = poisoned<A>(pixels * b_planes), sums(a_planes * row, A{1});
+    Array<double> moved(a_planes * b_planes, 1.0);
+    const OffsetPlanes of_b = {b.data(), plane, b_planes, pixels, has_offset ? offset.data() : nullptr};
+    kernel_.transpose(of_b, transposed.data(), row);
+    kernel_.transpose(of_b, tight.data(), b_planes);
+    const auto of_b_at = [&](int64_t j, int64_t k) { return b[j * plane + k] - (has_offset ? offset[j] : 0); };
+    for (int64_t k = 0; k < pixels; ++k) {
+      for (int64_t j = 0; j < row; ++j) {
+        check(transposed[k * row + j], j < b_planes ? of_b_at(j, k) : 0, 0, "transposed plane", j);
+        if (j < b_planes) check(tight[k * b_planes + j], of_b_at(j, k), 0, "tightly transposed plane", j);
       }
     }
+    kernel_.products({a.data(), plane, a_planes, transposed.data(), b_planes, pixels, sums.data()});
+    kernel_.move_sums(sums.data(), a_planes, b_planes, moved.data());
+    for (int64_t i = 0; i < a_planes; ++i) {
+      for (int64_t j = 0; j < b_planes; ++j) {
+        double sum = 2;
+        for (int64_t k = 0; k < pixels; ++k) sum += a[i * plane + k] * of_b_at(j, k);
+        check(moved[i * b_planes + j], sum, 8.0 * pixels, "product of planes", i);
+      }
+    }
+    for (const A left : sums) check(left, 0, 0, "sum that was moved", 0);
   }
 
   void pool() const {

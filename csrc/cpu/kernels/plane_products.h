@@ -1,77 +1,96 @@
-// Scalar products of planes with planes: the Gram matrix of y2 and the gradients of pointwise weights.
+// Scalar products of planes with planes: the Gram matrix of y2 and the gradients of pointwise weights. They are a
+// pointwise convolution over pixels in place of channels: planes of the one operand are its weights, as they lie, and
+// the other's are transposed, so that a vector has a pixel of as many planes as it has lanes.
 #pragma once
 
-#include "pointwise_tile.h"
+#include "pointwise.h"
 #include "training_table.h"
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-// Up to kTileChannels planes of a by kTileVectors of b: their sums stay in registers, as a pointwise tile's do.
-template <class A>
-struct ProductTile {
-  const PlaneProducts& products;
-  const A* a;
-  const A* b;
-  const A* offset;  // of b; null: none
-  double* sums;
-};
-
-template <class A, int Rows, int Columns, bool IsTail>
-inline void add_plane_products(const A* a, const A* b, int64_t plane, typename Simd<A>::Mask mask,
-                               const typename Simd<A>::V (&offset)[Columns],
-                               typename Simd<A>::V (&sum)[Rows][Columns]) {
+// Transposes up to kLanes planes, whose rows in `to` go on from there for `left` elements. Where all vectors are whole
+// the block stays in registers.
+template <class A, bool IsWhole>
+inline void transpose_block(const OffsetPlanes& p, const A* from, int64_t pixels, A* to, int64_t row, int64_t left) {
   using S = Simd<A>;
-  const auto load = [mask](const A* p) { return IsTail ? S::load(p, mask) : S::load(p); };
-  typename S::V columns[Columns];
-  // A tail's lanes that are no pixels are finite, as zeros of a are multiplied by them.
-  unrolled<Columns>([&](int column) { columns[column] = load(b + column * plane) - offset[column]; });
-  unrolled<Rows>([&](int row) {
-    const auto value = IsTail ? load(a + row * plane) : S::load_once(a + row * plane);
-    unrolled<Columns>([&](int column) { sum[row][column] = S::fma(value, columns[column], sum[row][column]); });
-  });
-}
-
-template <class A, int Rows, int Columns>
-void product_tile_of_planes(const ProductTile<A>& t) {
-  using S = Simd<A>;
-  const auto& p = t.products;
-  const int64_t pixels = p.pixels, whole = pixels / S::kLanes * S::kLanes;
-  const auto tail = S::first(pixels - whole);
-  typename S::V sum[Rows][Columns] = {}, offset[Columns] = {};
-  if (t.offset) unrolled<Columns>([&](int column) { offset[column] = S::broadcast(t.offset[column]); });
-  for (int64_t image = 0; image < p.images; ++image) {
-    const A* const a = t.a + image * p.a_image;
-    const A* const b = t.b + image * p.b_image;
-    for (int64_t i = 0; i < whole; i += S::kLanes) {
-      add_plane_products<A, Rows, Columns, false>(a + i, b + i, p.plane, tail, offset, sum);
+  const A* const offset = static_cast<const A*>(p.offset);
+  typename S::V block[S::kLanes];
+  unrolled<S::kLanes>([&](int i) {
+    if (!IsWhole && i >= p.count) {
+      block[i] = typename S::V{};
+      return;
     }
-    if (whole < pixels) add_plane_products<A, Rows, Columns, true>(a + whole, b + whole, p.plane, tail, offset, sum);
-  }
-  unrolled<Rows, Columns>([&](int row, int column) {
-    t.sums[row * p.b_planes + column] += static_cast<double>(S::sum(sum[row][column]));
+    block[i] = IsWhole ? S::load(from + i * p.plane) : load_some(from + i * p.plane, pixels);
+    if (offset) block[i] -= S::broadcast(offset[i]);
+  });
+  S::transpose(block);
+  unrolled<S::kLanes>([&](int i) {
+    if (IsWhole) {
+      S::store(to + i * row, block[i]);
+    } else if (i < pixels) {
+      store_some(to + i * row, block[i], left);
+    }
   });
 }
 
 template <class A>
-using ProductTileFunction = void (*)(const ProductTile<A>&);
-
-template <class A, int... I>
-constexpr std::array<ProductTileFunction<A>, sizeof...(I)> product_tile_functions(std::integer_sequence<int, I...>) {
-  return {product_tile_of_planes<A, I / kTileVectors + 1, I % kTileVectors + 1>...};
+void transpose_some(const OffsetPlanes& p, A* to, int64_t row, int64_t left) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  const A* const from = static_cast<const A*>(p.data);
+  for (int64_t pixel = 0; pixel < p.pixels; pixel += kLanes) {
+    const int64_t pixels = std::min(kLanes, p.pixels - pixel);
+    if (pixels == kLanes && p.count == kLanes) {
+      transpose_block<A, true>(p, from + pixel, pixels, to + pixel * row, row, left);
+    } else {
+      transpose_block<A, false>(p, from + pixel, pixels, to + pixel * row, row, left);
+    }
+  }
 }
 
+// Writes to[pixel][plane], and zeros behind the planes to the end of a row.
+template <class A>
+void transpose_planes(const OffsetPlanes& planes, A* to, int64_t row) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  for (int64_t c = 0; c < planes.count; c += kLanes) {
+    OffsetPlanes some = planes;
+    some.data = static_cast<const A*>(planes.data) + c * planes.plane;
+    some.count = std::min(kLanes, planes.count - c);
+    if (planes.offset) some.offset = static_cast<const A*>(planes.offset) + c;
+    transpose_some<A>(some, to + c, row, row - c);
+  }
+}
+
+// Adds the products to the sums. Pixels go through a tile in blocks, so that the list of their places is short.
 template <class A>
 void plane_products(const PlaneProducts& p) {
-  static constexpr auto functions =
-      product_tile_functions<A>(std::make_integer_sequence<int, kTileChannels * kTileVectors>{});
-  const A* const offset = static_cast<const A*>(p.b_offset);
-  for (int64_t a = 0; a < p.a_planes; a += kTileChannels) {
-    const int64_t rows = std::min<int64_t>(kTileChannels, p.a_planes - a);
-    for (int64_t b = 0; b < p.b_planes; b += kTileVectors) {
-      const int64_t columns = std::min<int64_t>(kTileVectors, p.b_planes - b);
-      functions[(rows - 1) * kTileVectors + columns - 1](
-          {p, static_cast<const A*>(p.a) + a * p.plane, static_cast<const A*>(p.b) + b * p.plane,
-           offset ? offset + b : nullptr, p.sums + a * p.b_planes + b});
+  using S = Simd<A>;
+  constexpr int64_t kMostPixels = 2 * kMostTerms;
+  static constexpr A zeros[kTileChannels] = {};
+  const int64_t row = ceil_div(p.b_planes, S::kLanes) * S::kLanes;
+  const PixelTiles<A> tiles(row);
+  int64_t places[kMostPixels], y_rows[kTileChannels];
+  for (int64_t i = 0; i < std::min(kMostPixels, p.pixels); ++i) places[i] = i * row;
+  for (int64_t i = 0; i < kTileChannels; ++i) y_rows[i] = i * row;
+  PointwiseTile<A> t = {};
+  t.offsets = places;
+  t.weight_stride = p.a_plane;
+  t.bias = zeros;
+  t.residual_stride = row;
+  t.lower = static_cast<A>(kNoActivation.lower);
+  t.y_offsets = y_rows;
+  t.tail = S::first(S::kLanes);
+  for (int64_t a = 0, rows = 0; a < p.a_planes; a += rows) {
+    rows = next_channels(p.a_planes - a);
+    for (int64_t pixel = 0; pixel < p.pixels; pixel += t.depth) {
+      t.depth = std::min(kMostPixels, p.pixels - pixel);
+      t.block = std::min(kMostTerms, t.depth);
+      t.weight = static_cast<const A*>(p.a) + a * p.a_plane + pixel;
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        t.x = static_cast<const A*>(p.b) + pixel * row + tiles.pixel(tile);
+        t.y = static_cast<A*>(p.sums) + a * row + tiles.pixel(tile);
+        t.residual = t.y;
+        run_pointwise_tile(rows, tiles.tile_vectors(tile), false, t);
+      }
     }
   }
 }

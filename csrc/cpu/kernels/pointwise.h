@@ -148,7 +148,7 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
   lists.fill_y_rows(p, y.stride);
   PointwiseTile<A> t;
   t.offsets = lists.offsets;
-  t.depth = p.depth;
+  t.depth = t.weight_stride = p.depth;
   t.block = ceil_div(p.depth, ceil_div(p.depth, kMostTerms));
   t.residual_stride = residual.stride;
   t.lower = static_cast<A>(p.activation.lower);

@@ -20,6 +20,7 @@ struct PointwiseTile {
   int64_t depth;
   int64_t block;    // of the depth, at most the whole of it; see kMostTerms
   const A* weight;  // a row of depth for each channel of the tile
+  int64_t weight_stride;  // from one row to the next
   // Cache lines that a later tile works on, one for each step of the depth, which are prefetched (HasAhead). They may
   // lie past the end of what is there.
   const A* ahead;  // null: none
@@ -98,7 +99,7 @@ void pointwise_tile(const PointwiseTile<A>& t) {
   using S = Simd<A>;
   using V = typename S::V;
   const A* weights[Channels];  // a pointer a row: address arithmetic in the loop would compete for the FMA units' ports
-  unrolled<Channels>([&](int c) { weights[c] = t.weight + c * t.depth; });
+  unrolled<Channels>([&](int c) { weights[c] = t.weight + c * t.weight_stride; });
   V sum[Channels][Vectors] = {};
   add_products<A, Channels, Vectors, HasTail, HasAhead>(t, weights, 0, t.block, sum);
   for (int64_t k = t.block; k < t.depth; k += t.block) {
@@ -146,7 +147,7 @@ template <class A>
 void pointwise_pixel(const PointwiseTile<A>& t, int64_t rows, const A* column) {
   using S = Simd<A>;
   for (int64_t row = 0; row < rows; ++row) {
-    const A* const weight = t.weight + row * t.depth;
+    const A* const weight = t.weight + row * t.weight_stride;
     typename S::V sum = {};
     int64_t k = 0;
     for (; k + S::kLanes <= t.depth; k += S::kLanes) sum = S::fma(S::load(weight + k), S::load(column + k), sum);

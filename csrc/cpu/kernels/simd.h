@@ -75,6 +75,7 @@ struct Simd : Intrinsics<A> {
   // Transposes a kLanes x kLanes block held as one vector a row: log2(kLanes) rounds, each of which merges the rows
   // i and i + kLanes / 2 element by element.
   static void transpose(V (&rows)[kLanes]) {
+#pragma GCC unroll 4
     for (int round = 1; round < kLanes; round *= 2) {
       V merged[kLanes];
 #pragma GCC unroll 16

@@ -32,24 +32,6 @@ inline void store_pixels(A* p, typename Simd<A>::V v, typename Simd<A>::Mask mas
   }
 }
 
-// Loads n pixels, or as many as a vector holds, and zeros behind them.
-template <class A>
-typename Simd<A>::V load_some(const A* p, int64_t n) {
-  using S = Simd<A>;
-  if (n >= S::kLanes) return S::load(p);
-  return n > 0 ? S::load(p, S::first(n)) : typename S::V{};
-}
-
-template <class A>
-void store_some(A* p, typename Simd<A>::V v, int64_t n) {
-  using S = Simd<A>;
-  if (n >= S::kLanes) {
-    S::store(p, v);
-  } else if (n > 0) {
-    S::store(p, v, S::first(n));
-  }
-}
-
 // A plane with a row of zeros above and one below, for the taps of a 3x3 window with stride 1.
 template <class A>
 class PaddedPlane {
@@ -234,7 +216,19 @@ class TrainingOf final : public TrainingKernel {
     return S::sum(sum);
   }
 
+  void transpose(const OffsetPlanes& planes, void* to, int64_t row) const override {
+    transpose_planes<A>(planes, static_cast<A*>(to), row);
+  }
+  int64_t product_row(int64_t b_planes) const override { return ceil_div(b_planes, S::kLanes) * S::kLanes; }
   void products(const PlaneProducts& p) const override { plane_products<A>(p); }
+  void move_sums(void* sums, int64_t rows, int64_t columns, double* to) const override {
+    const int64_t row_size = product_row(columns);
+    for (int64_t row = 0; row < rows; ++row) {
+      A* const from = static_cast<A*>(sums) + row * row_size;
+      for (int64_t i = 0; i < columns; ++i) to[row * columns + i] += from[i];
+      std::fill_n(from, row_size, A{0});
+    }
+  }
 
   int64_t pool_bytes(PlaneSize in) const override { return TrainingWorkspace<A>(in, nullptr).bytes; }
   void pool(const Unit& unit, Range channels, const void* x, void* result, void* memory) const override {

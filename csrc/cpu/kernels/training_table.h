@@ -49,15 +49,21 @@ struct DepthwiseSums {
   double taps[9];
 };
 
-// Scalar products of some planes, a, with others, b, less its offsets, over several images.
+// Some planes, of each of which an offset is taken.
+struct OffsetPlanes {
+  const void* data;
+  int64_t plane;  // elements from one to the next
+  int64_t count, pixels;
+  const void* offset;  // null: none
+};
+
+// Scalar products of some planes, a, with others, b, that were transposed.
 struct PlaneProducts {
   const void* a;
-  const void* b;
-  int64_t a_image, b_image;  // elements from image to image
-  const void* b_offset;      // null: none
-  int64_t plane;             // elements from plane to plane
-  int64_t a_planes, b_planes, images, pixels;
-  double* sums;  // [a_planes][b_planes], to which the products are added
+  int64_t a_plane, a_planes;  // a_plane: elements from one to the next
+  const void* b;              // [pixels][product_row(b_planes)]
+  int64_t b_planes, pixels;
+  void* sums;  // [a_planes][product_row(b_planes)], of the planes' dtype, to which the products are added
 };
 
 class TrainingKernel {
@@ -85,7 +91,13 @@ class TrainingKernel {
   // Copies the gradient where a ReLU's result is above zero, zeros elsewhere, and returns its sum.
   virtual double relu_backward(const void* result, int64_t pixels, const void* gradient, void* to) const = 0;
 
+  // Writes to[pixel][plane], and zeros behind the planes to the end of a row of so many elements.
+  virtual void transpose(const OffsetPlanes&, void* to, int64_t row) const = 0;
+  // The elements of as many vectors as the planes of b take.
+  virtual int64_t product_row(int64_t b_planes) const = 0;
   virtual void products(const PlaneProducts&) const = 0;
+  // Adds the first columns of sums to those at `to`, [rows][columns], and leaves zeros.
+  virtual void move_sums(void* sums, int64_t rows, int64_t columns, double* to) const = 0;
 
   virtual int64_t pool_bytes(PlaneSize in) const = 0;
   // The shortcut of stride 2, as in Unit, of some channels of an image; and its gradient from that of its results.

@@ -53,6 +53,8 @@ struct Moments {
   Moments(int64_t batch, int64_t planes) : images(batch), channels(planes), means(batch * planes), squares(means) {}
   double* means_of(int64_t image, int64_t channel) { return means.data() + image * channels + channel; }
   double* squares_of(int64_t image, int64_t channel) { return squares.data() + image * channels + channel; }
+  const double* means_of(int64_t image) const { return means.data() + image * channels; }
+  const double* squares_of(int64_t image) const { return squares.data() + image * channels; }
 
   int64_t images, channels;
   Vector means, squares;
@@ -61,7 +63,10 @@ struct Moments {
 // The mean of channels over the batches of all processes.
 inline Vector mean_of(const Moments& moments, const WholeBatch& whole, const Processes& processes) {
   Vector mean(moments.channels);
-  for (size_t i = 0; i < moments.means.size(); ++i) mean[i % mean.size()] += moments.means[i];
+  for (int64_t n = 0; n < moments.images; ++n) {
+    const double* const of_image = moments.means_of(n);
+    for (int64_t c = 0; c < moments.channels; ++c) mean[c] += of_image[c];
+  }
   processes.sum({&mean});
   for (double& each : mean) each /= whole.images;
   return mean;
@@ -72,10 +77,12 @@ struct MeanAndVariance {
   MeanAndVariance(Vector means, Vector variances) : mean(std::move(means)), var(std::move(variances)) {}
   MeanAndVariance(const Moments& moments, int64_t pixels, const WholeBatch& whole, const Processes& processes)
       : mean(mean_of(moments, whole, processes)), var(mean.size()) {
-    for (size_t i = 0; i < moments.means.size(); ++i) {
-      const size_t c = i % mean.size();
-      const double deviation = moments.means[i] - mean[c];
-      var[c] += moments.squares[i] + static_cast<double>(pixels) * deviation * deviation;
+    for (int64_t n = 0; n < moments.images; ++n) {
+      const double *const means = moments.means_of(n), *const squares = moments.squares_of(n);
+      for (int64_t c = 0; c < moments.channels; ++c) {
+        const double deviation = means[c] - mean[c];
+        var[c] += squares[c] + static_cast<double>(pixels) * deviation * deviation;
+      }
     }
     processes.sum({&var});
     for (double& each : var) each /= whole.images * static_cast<double>(pixels);
@@ -185,14 +192,16 @@ inline constexpr size_t kTrained = 4;  // of those, the first ones have gradient
 
 // Adds a convolution's gradients, in the order and the dtypes of its tensors: empty ones where there is no such tensor,
 // and for a weight whose gradient is empty.
-inline void add_gradients(std::vector<Tensor>& gradients, const Vector& weight, const NormGradients& norm,
+inline void add_gradients(std::vector<Tensor>& gradients, const Matrix& weight, const NormGradients& norm,
                           const std::optional<Tensor>* tensors, const Tensor& x) {
-  const std::array<const Vector*, kTrained> numbers = {&weight, &norm.conv_bias, &norm.weight, &norm.bias};
-  for (size_t i = 0; i < kTrained; ++i) {
-    const bool is_there = tensors[i] && !numbers[i]->empty();
-    gradients.push_back(
-        is_there ? tensor_of(*numbers[i], sizes_of(*tensors[i]), tensors[i]->scalar_type(), x) : none_like(x));
-  }
+  const auto add = [&](const std::optional<Tensor>& tensor, const auto& numbers) {
+    const bool is_there = tensor && !numbers.empty();
+    gradients.push_back(is_there ? tensor_of(numbers, sizes_of(*tensor), tensor->scalar_type(), x) : none_like(x));
+  };
+  add(tensors[0], weight);
+  add(tensors[1], norm.conv_bias);
+  add(tensors[2], norm.weight);
+  add(tensors[3], norm.bias);
 }
 
 }  // namespace shufflenet::cpu

@@ -1,7 +1,5 @@
 #include "passes.h"
 
-#include "../schedule/step.h"
-
 namespace shufflenet::cpu {
 namespace {
 
@@ -27,40 +25,56 @@ void each_plane(const PlaneBatch& batch, const Run& run) {
   each_task(batch.images * batch.channels, [&](int64_t task) { run(task / batch.channels, task % batch.channels); });
 }
 
-// Pixels of eight planes (a tile's) and three more, in as many images as it takes, that an L1 cache of 32 KiB holds in
-// float32. Long planes are cut into blocks of whole vectors.
-constexpr int64_t kPixelsAtOnce = 448, kVectorPixels = 16;
+// Pixels of a plane that are transposed at once, at most: long rows are read faster than many short ones.
+constexpr int64_t kTransposedPixels = 1024;
+// Pixels whose products are added up in the planes' dtype, about, before they are added to sums in double.
+constexpr int64_t kPixelsOfSums = 1024;
 
-// Adds up products of planes, a group at a time. A thread has some tiles of planes of a, of which prepare(image, plane)
-// may make each before it is read; in each image it goes through them while the planes of b stay in the cache.
+// Adds up products of planes, a group at a time. A thread has some tiles of planes of a, of which prepare(image, plane,
+// pixels) may make each before it is read; block of pixels by block, it goes through them while those of b stay in the
+// cache.
 template <class Prepare>
 Vector products_of(const PlaneBatch& a, const PlaneBatch& b, const void* offset, int64_t groups,
                    const TrainingKernel& kernel, const Prepare& prepare) {
   const int64_t rows = a.channels / groups, columns = b.channels / groups, tiles = ceil_div(rows, kTile);
-  const int64_t images_at_once = std::max<int64_t>(1, kPixelsAtOnce / std::max<int64_t>(1, a.pixels()));
-  const int64_t blocks = std::max<int64_t>(1, ceil_div(a.pixels(), kPixelsAtOnce));
-  const int64_t of_block = ceil_div(a.pixels(), blocks * kVectorPixels) * kVectorPixels;
-  Vector sums(a.channels * columns);
+  const int64_t row_size = kernel.product_row(columns);
+  const int64_t of_block = std::min(kTransposedPixels, a.pixels());
+  const int64_t transposed_bytes = ceil_div(of_block * row_size * a.element, kMemoryAlignment) * kMemoryAlignment;
+  Vector products(a.channels * columns);
   torch::stable::parallel_for(0, groups * tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = 0; n < a.images; n += images_at_once) {
-      const int64_t images = std::min(images_at_once, a.images - n);
-      for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t group = tile / tiles, row = tile % tiles * kTile;
-        const int64_t first = group * rows + row, count = std::min(kTile, rows - row), column = group * columns;
-        for (int64_t i = 0; i < images; ++i) {
-          for (int64_t plane = first; plane < first + count; ++plane) prepare(n + i, plane);
+    const auto first_plane = [&](int64_t tile) { return tile / tiles * rows + tile % tiles * kTile; };
+    const auto count = [&](int64_t tile) { return std::min(kTile, rows - tile % tiles * kTile); };
+    const auto sums_size = (end - begin) * kTile * row_size * a.element;
+    char* const transposed = thread_workspace.reserve(transposed_bytes + sums_size);
+    char* const sums = transposed + transposed_bytes;
+    const auto sums_of = [&](int64_t tile) { return sums + (tile - begin) * kTile * row_size * a.element; };
+    std::memset(sums, 0, sums_size);
+    int64_t pixels = 0;  // whose products are in the sums
+    for (int64_t n = 0; n < a.images; ++n) {
+      for (int64_t pixel = 0; pixel < a.pixels(); pixel += of_block) {
+        const Range block = {pixel, std::min(a.pixels(), pixel + of_block)};
+        const int64_t skipped = pixel * a.element;
+        for (int64_t tile = begin; tile < end; ++tile) {
+          if (tile == begin || tile % tiles == 0) {
+            const int64_t column = tile / tiles * columns;
+            kernel.transpose({b.at(n, column) + skipped, b.pixels(), columns, block.count(),
+                              offset ? static_cast<const char*>(offset) + column * b.element : nullptr},
+                             transposed, row_size);
+          }
+          for (int64_t i = 0; i < count(tile); ++i) prepare(n, first_plane(tile) + i, block);
+          kernel.products({a.at(n, first_plane(tile)) + skipped, a.pixels(), count(tile), transposed, columns,
+                           block.count(), sums_of(tile)});
         }
-        const void* const of_group = offset ? static_cast<const char*>(offset) + column * b.element : nullptr;
-        for (int64_t pixel = 0; pixel < a.pixels(); pixel += of_block) {
-          const int64_t skipped = pixel * a.element;
-          kernel.products(
-              {a.at(n, first) + skipped, b.at(n, column) + skipped, a.image, b.image, of_group, a.pixels(), count,
-               columns, images, std::min(of_block, a.pixels() - pixel), sums.data() + first * columns});
+        pixels += block.count();
+        if (pixels < kPixelsOfSums && (n + 1 < a.images || block.end < a.pixels())) continue;
+        for (int64_t tile = begin; tile < end; ++tile) {
+          kernel.move_sums(sums_of(tile), count(tile), columns, products.data() + first_plane(tile) * columns);
         }
+        pixels = 0;
       }
     }
   });
-  return sums;
+  return products;
 }
 
 // A plane of the batch as the stem's kernels of a norm, a ReLU and a pool take it.
@@ -170,14 +184,16 @@ Moments Passes::moments(const PlaneBatch& batch) const {
 }
 
 Vector Passes::products(const PlaneBatch& a, const PlaneBatch& b, const void* offset, int64_t groups) const {
-  return products_of(a, b, offset, groups, kernel_, [](int64_t, int64_t) {});
+  return products_of(a, b, offset, groups, kernel_, [](int64_t, int64_t, Range) {});
 }
 
 Vector Passes::relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient,
                              const PlaneBatch& b, const void* offset, int64_t groups, Vector& total) const {
   total.assign(result.channels, 0.0);
-  return products_of(gradient, b, offset, groups, kernel_, [&](int64_t n, int64_t c) {
-    total[c] += kernel_.relu_backward(result.at(n, c), result.pixels(), result_gradient.at(n, c), gradient.at(n, c));
+  return products_of(gradient, b, offset, groups, kernel_, [&](int64_t n, int64_t c, Range pixels) {
+    const int64_t skipped = pixels.begin * gradient.element;
+    total[c] += kernel_.relu_backward(result.at(n, c) + skipped, pixels.count(), result_gradient.at(n, c) + skipped,
+                                      gradient.at(n, c) + skipped);
   });
 }
 
@@ -200,22 +216,6 @@ void Passes::pool_backward(const Unit& unit, const PlaneBatch& result_gradient, 
   each_share_of_images(gradient.images, gradient.channels, [&](int64_t n, Range some) {
     kernel_.pool_backward(unit, some, result_gradient.at(n), gradient.at(n), thread_workspace.reserve(bytes));
   });
-}
-
-Vector times_transposed(const Vector& a, const Vector& b, int64_t groups, int64_t depth) {
-  const auto rows_of = [&](const Vector& matrix) { return static_cast<int64_t>(matrix.size()) / depth / groups; };
-  const int64_t rows = rows_of(a), columns = rows_of(b);
-  Vector result(groups * rows * columns);
-  constexpr int64_t kRows = 32;  // of a task
-  const int64_t parts = ceil_div(rows, kRows);
-  const TrainingKernel& kernel = isa().training(Dtype::float64);
-  each_task(groups * parts, [&](int64_t task) {
-    const int64_t group = task / parts, row = group * rows + task % parts * kRows;
-    const int64_t count = std::min(kRows, (group + 1) * rows - row);
-    kernel.products({a.data() + row * depth, b.data() + group * columns * depth, 0, 0, nullptr, depth, count, columns,
-                     1, depth, result.data() + row * columns});
-  });
-  return result;
 }
 
 }  // namespace shufflenet::cpu

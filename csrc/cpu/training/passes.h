@@ -3,6 +3,7 @@
 // depends on the threads.
 #pragma once
 
+#include "matrices.h"
 #include "norm.h"
 
 namespace shufflenet::cpu {
@@ -17,23 +18,6 @@ class ProfiledPass {
  private:
   AtenRecordFunctionHandle handle_ = nullptr;
 };
-
-// Shares tasks among torch's threads.
-template <class Run>
-void each_task(int64_t tasks, const Run& run) {
-  torch::stable::parallel_for(0, tasks, 1, [&run](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run(task);
-  });
-}
-
-// Calls run(row) for each row of a matrix of so many columns, on torch's threads where it is large.
-template <class Run>
-void each_row(int64_t rows, int64_t columns, const Run& run) {
-  constexpr int64_t kLeast = 8192;  // elements of a thread: what takes as long as to call it
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kLeast / columns), [&run](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) run(row);
-  });
-}
 
 // A pointwise convolution's planes and its weights, [rows][depth] in the planes' dtype.
 struct PointwiseTerm {
@@ -87,8 +71,5 @@ class Passes {
   const TrainingKernel& kernel_;
   const StemTrainingKernel& of_norms_;
 };
-
-// a b^T of small matrices, [rows][depth] and [columns][depth], group by group, by a kernel of the ISA in use.
-Vector times_transposed(const Vector& a, const Vector& b, int64_t groups, int64_t depth);
 
 }  // namespace shufflenet::cpu

@@ -9,7 +9,6 @@
 // what strips add up is added up in their order.
 #include <torch/csrc/stable/library.h>
 
-#include "../schedule/step.h"
 #include "passes.h"
 
 namespace shufflenet::cpu {
@@ -113,12 +112,13 @@ void convolve(const StemBatch& batch, const Tensor& weight, const Tensor& y_tens
 }
 
 // Finds the gradient of the convolution's weight from that of the norm's results.
-Vector weight_gradient(const StemBatch& batch, const Tensor& y_tensor, const Tensor& gradient_tensor,
+Matrix weight_gradient(const StemBatch& batch, const Tensor& y_tensor, const Tensor& gradient_tensor,
                        const std::vector<TrainingKernel::NormBackward>& norms) {
   const Stem& s = batch.stem;
   const int64_t size = s.out_channels * s.taps();
   const PlaneBatch y = PlaneBatch::read(y_tensor), gradient = PlaneBatch::read(gradient_tensor);
-  Vector of_strips(batch.images() * batch.strips() * size), sums(size);
+  Vector of_strips(batch.images() * batch.strips() * size);
+  Matrix sums(size, 0.0);
   const StemTrainingKernel& kernel = isa().stem_training(batch.dtype());
   const int64_t bytes = kernel.products_bytes(s);
   batch.each_strip([&](int64_t n, Range rows, int64_t number) {
@@ -230,7 +230,7 @@ std::vector<Tensor> training_stem_backward(
   const double values = whole.images * static_cast<double>(convolved.pixels());
   const auto backward = norm_backward_of(norm, of_batch, values, sums);
   const NormGradients of_parameters(norm, of_batch, sums, whole);
-  Vector of_weight;
+  Matrix of_weight;
   if (wanted[1]) {
     const Tensor dense = stem.dense_x();
     const ProfiledPass pass("stem_training: gradient of conv's weight");

@@ -9,6 +9,32 @@ namespace shufflenet::cpu {
 // What batch norms and weights are computed with.
 using Vector = std::vector<double>;
 
+// Leaves the elements of a vector as they come.
+template <class T>
+struct Uninitialized : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    using other = Uninitialized<U>;
+  };
+  template <class U>
+  void construct(U* element) const noexcept {
+    ::new (element) U;
+  }
+  template <class U, class... From>
+  void construct(U* element, From&&... from) const {
+    ::new (element) U(std::forward<From>(from)...);
+  }
+};
+// Numbers of which whoever makes it writes each: a matrix is large enough for zeros to take their time.
+using Matrix = std::vector<double, Uninitialized<double>>;
+
+// Calls run(begin, end) for parts of n numbers, on torch's threads where they are many.
+template <class Run>
+void each_part(int64_t n, const Run& run) {
+  constexpr int64_t kLeast = 16384;  // of a thread: what takes as long as to call it
+  torch::stable::parallel_for(0, n, kLeast, run);
+}
+
 // The dtype that sums of x are in.
 inline ScalarType sums_type(const Tensor& x) {
   return dtype_of("x", x) == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
@@ -37,32 +63,45 @@ inline Tensor as_given(const Tensor& planes, const Tensor& given) {
 }
 
 // The numbers of a tensor of any dtype.
-inline Vector numbers_of(const char* name, const Tensor& tensor) {
+template <class Numbers>
+Numbers numbers_of_as(const char* name, const Tensor& tensor) {
   const Tensor contiguous = torch::stable::contiguous(tensor);
-  const int64_t n = contiguous.numel();
   const Dtype dtype = dtype_of(name, contiguous);
-  Vector numbers(n);
-  if (dtype == Dtype::float64) {
-    isa().to_accumulator(dtype, contiguous.const_data_ptr(), numbers.data(), n);
-  } else {
-    std::vector<float> floats(n);
-    isa().to_accumulator(dtype, contiguous.const_data_ptr(), floats.data(), n);
-    numbers.assign(floats.begin(), floats.end());
-  }
+  const auto* const data = static_cast<const char*>(contiguous.const_data_ptr());
+  const int64_t element = contiguous.element_size();
+  Numbers numbers(contiguous.numel());
+  each_part(contiguous.numel(), [&](int64_t begin, int64_t end) {
+    if (dtype == Dtype::float64) {
+      isa().to_accumulator(dtype, data + begin * element, numbers.data() + begin, end - begin);
+      return;
+    }
+    std::array<float, 1024> floats;
+    for (int64_t i = begin, n = 0; i < end; i += n) {
+      n = std::min<int64_t>(floats.size(), end - i);
+      isa().to_accumulator(dtype, data + i * element, floats.data(), n);
+      std::copy_n(floats.data(), n, numbers.data() + i);
+    }
+  });
   return numbers;
 }
+inline Vector numbers_of(const char* name, const Tensor& tensor) { return numbers_of_as<Vector>(name, tensor); }
+inline Matrix matrix_of(const char* name, const Tensor& tensor) { return numbers_of_as<Matrix>(name, tensor); }
 
 // A tensor of these numbers, on the device of another one.
-inline Tensor tensor_of(const Vector& numbers, const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+template <class Numbers>
+Tensor tensor_of(const Numbers& numbers, const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   const bool is_float = type == ScalarType::Float;
   Tensor tensor = torch::stable::new_empty(like, sizes, is_float ? ScalarType::Float : ScalarType::Double);
   void* const data = tensor.mutable_data_ptr();
-  if (is_float) {
-    std::copy(numbers.begin(), numbers.end(), static_cast<float*>(data));
-    return tensor;
-  }
-  std::copy(numbers.begin(), numbers.end(), static_cast<double*>(data));
-  return type == ScalarType::Double ? tensor : torch::stable::to(tensor, type);
+  each_part(static_cast<int64_t>(numbers.size()), [&](int64_t begin, int64_t end) {
+    const double* const from = numbers.data() + begin;
+    if (is_float) {
+      std::copy_n(from, end - begin, static_cast<float*>(data) + begin);
+    } else {
+      std::copy_n(from, end - begin, static_cast<double*>(data) + begin);
+    }
+  });
+  return is_float || type == ScalarType::Double ? tensor : torch::stable::to(tensor, type);
 }
 
 // What stands for a gradient that there is not.
@@ -71,20 +110,26 @@ inline Tensor none_like(const Tensor& x) { return torch::stable::new_empty(x, st
 // Numbers in the dtype of planes.
 class Numbers {
  public:
-  Numbers(ScalarType type, const Vector& numbers) {
-    if (type == ScalarType::Double) {
-      doubles_ = numbers;
+  Numbers(ScalarType type, int64_t count) : is_double_(type == ScalarType::Double) {
+    is_double_ ? doubles_.resize(count) : floats_.resize(count);
+  }
+  Numbers(ScalarType type, const Vector& numbers) : Numbers(type, static_cast<int64_t>(numbers.size())) {
+    put(0, numbers.data(), static_cast<int64_t>(numbers.size()));
+  }
+  void put(int64_t at, const double* from, int64_t count) {
+    if (is_double_) {
+      std::copy_n(from, count, doubles_.data() + at);
     } else {
-      floats_.assign(numbers.begin(), numbers.end());
+      std::copy_n(from, count, floats_.data() + at);
     }
   }
-  const void* data() const {
-    return doubles_.empty() ? static_cast<const void*>(floats_.data()) : static_cast<const void*>(doubles_.data());
-  }
+  void* data() { return is_double_ ? static_cast<void*>(doubles_.data()) : static_cast<void*>(floats_.data()); }
+  const void* data() const { return const_cast<Numbers*>(this)->data(); }
 
  private:
-  Vector doubles_;
-  std::vector<float> floats_;
+  bool is_double_;
+  Matrix doubles_;
+  std::vector<float, Uninitialized<float>> floats_;
 };
 
 // Planes of a batch of images, contiguous in each image.

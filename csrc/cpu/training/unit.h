@@ -34,16 +34,6 @@ struct TrainedUnit {
   double values(const WholeBatch& whole) const {  // that norms 2 and 3 have of a channel
     return whole.images * static_cast<double>(sizes.out_height() * sizes.out_width());
   }
-  // Calls run(its place in a matrix, row, channel that it is multiplied with) for each of conv3's weights. Threads
-  // share the rows.
-  template <class Run>
-  void each_weight(const Run& run) const {
-    const int64_t of_group = rows() / sizes.groups;
-    each_row(rows(), depth(), [&](int64_t row) {
-      const int64_t first = row / of_group * depth();
-      for (int64_t k = 0; k < depth(); ++k) run(row * depth() + k, row, first + k);
-    });
-  }
   Tensor weight(int64_t i) const { return as_contiguous(convs[i].weight, type()); }
   Tensor planes(int64_t channels, int64_t height, int64_t width) const {
     return torch::stable::new_empty(x, std::vector<int64_t>{x.size(0), channels, height, width}, type());
@@ -86,28 +76,59 @@ struct Statistics {
   }
 };
 
-// What follows from conv3's weights and norm 2: see above.
-struct Conv3 {
+// conv3's weights, and what follows from them and norm 2: see above.
+class Conv3 {
+ public:
   Conv3(const TrainedUnit& unit, const Affine& norm2, const Vector& centre)
-      : weight(numbers_of("conv3_weight", unit.convs[2].weight)),
-        of_v(weight),
+      : weight(matrix_of("conv3_weight", unit.convs[2].weight)),
         slope(unit.mid(), 1.0),
         at_centre(centre),
-        mean_at_centre(unit.rows()) {
+        mean_at_centre(unit.rows()),
+        groups_(unit.sizes.groups),
+        rows_(unit.rows() / groups_),
+        depth_(unit.depth()) {
     if (!unit.sizes.conv2_relu) {
       slope = norm2.scale;
       for (int64_t c = 0; c < unit.mid(); ++c) {
         at_centre[c] = norm2.scale[c] * (centre[c] - norm2.mean[c]) + norm2.bias[c];
       }
     }
-    unit.each_weight([&](int64_t i, int64_t row, int64_t channel) {
-      of_v[i] *= slope[channel];
-      mean_at_centre[row] += weight[i] * at_centre[channel];
+    cpu::each_row(unit.rows(), depth_, [&](int64_t row) {
+      const double *const w = weight.data() + row * depth_, *const v = at_centre.data() + first_channel(row);
+      mean_at_centre[row] = sum_of(depth_, [&](int64_t k) { return w[k] * v[k]; });
     });
   }
-  Vector weight, of_v;      // as it is, and times the slope
+
+  int64_t first_channel(int64_t row) const { return row / rows_ * depth_; }  // that a row reads
+  // Writes a row of the weights times the slope: those of v.
+  void of_v(int64_t row, double* to) const {
+    const double *const w = weight.data() + row * depth_, *const s = slope.data() + first_channel(row);
+    for (int64_t k = 0; k < depth_; ++k) to[k] = w[k] * s[k];
+  }
+  // Calls run(row, its weights of v), on torch's threads.
+  template <class Run>
+  void each_row(const Run& run) const {
+    cpu::each_row(groups_ * rows_, depth_, [&](int64_t row) {
+      auto* const to = reinterpret_cast<double*>(
+          thread_workspace.reserve(depth_ * static_cast<int64_t>(sizeof(double))));
+      of_v(row, to);
+      run(row, to);
+    });
+  }
+  // Calls take(row, its weights of v, their products with the covariance of v), on torch's threads.
+  template <class Take>
+  void times_covariance(const Vector& covariance, const Take& take) const {
+    RightHandSides(groups_, depth_, depth_, [&](int64_t row, double* to) {
+      std::copy_n(covariance.data() + row * depth_, depth_, to);
+    }).multiply(rows_, [&](int64_t row, double* to) { of_v(row, to); }, take);
+  }
+
+  Matrix weight;            // as it is
   Vector slope, at_centre;  // of the channels that it reads
   Vector mean_at_centre;    // of its rows: what they are where v is at its centre
+
+ private:
+  int64_t groups_, rows_, depth_;  // rows_: of a group
 };
 
 inline TrainingDepthwise depthwise_of(const Unit& unit, const void* weight, const Numbers& scale,
@@ -133,7 +154,7 @@ Forward forward(const TrainedUnit&);
 
 // Gradients of a convolution's weight, in its own order of rows, and of its bias and norm.
 struct StageGradients {
-  Vector weight;
+  Matrix weight;
   NormGradients norm;
 };
 

@@ -42,26 +42,35 @@ class Backward {
     unit_.processes.sum({&products_, &total3_});
     NormSums sums(unit_.rows());
     sums.total = total3_;
-    unit_.each_weight([&](int64_t i, int64_t row, int64_t) { sums.with_y[row] += conv3_.of_v[i] * products_[i]; });
-    with_y3_ = sums.with_y;
-    for (int64_t row = 0; row < unit_.rows(); ++row) with_y3_[row] *= norm3_.rstd[row];
+    with_y3_.assign(unit_.rows(), 0.0);
     sum3_.assign(unit_.rows(), 0.0);
-    if (unit_.norms[2].of_batch) {
-      const Vector of_covariance = times_transposed(conv3_.of_v, s_.covariance, sizes_.groups, unit_.depth());
-      unit_.each_weight([&](int64_t i, int64_t row, int64_t) {
-        products_[i] -= of_covariance[i] * with_y3_[row] * norm3_.rstd[row];
-      });
-    } else {
-      for (int64_t row = 0; row < unit_.rows(); ++row) {
-        sum3_[row] = norm3_.scale[row] * total3_[row];
+    Matrix of_weight(products_.size());
+    const int64_t depth = unit_.depth();
+    // of_covariance: the products of the weights of v with it; null where norm 3 does not use the batch's statistics.
+    const auto finish = [&](int64_t row, const double* of_v, const double* of_covariance) {
+      double* const products = products_.data() + row * depth;
+      const double scale = norm3_.scale[row], rstd = norm3_.rstd[row];
+      sums.with_y[row] = sum_of(depth, [&](int64_t k) { return of_v[k] * products[k]; });
+      with_y3_[row] = sums.with_y[row] * rstd;
+      if (of_covariance) {
+        for (int64_t k = 0; k < depth; ++k) products[k] -= of_covariance[k] * with_y3_[row] * rstd;
+      } else {
+        sum3_[row] = scale * total3_[row];
         sums.with_y[row] += total3_[row] * (conv3_.mean_at_centre[row] - s_.mean3[row]);
       }
+      const int64_t first = conv3_.first_channel(row);
+      const double *const slope = conv3_.slope.data() + first, *const at_centre = conv3_.at_centre.data() + first;
+      double* const to = of_weight.data() + row * depth;
+      for (int64_t k = 0; k < depth; ++k) {
+        products[k] *= scale;  // of dy3 with v
+        to[k] = (slope[k] * products[k] + sum3_[row] * at_centre[k]) / whole_.count;
+      }
+    };
+    if (unit_.norms[2].of_batch) {
+      conv3_.times_covariance(s_.covariance, finish);
+    } else {
+      conv3_.each_row([&](int64_t row, const double* of_v) { finish(row, of_v, nullptr); });
     }
-    Vector of_weight(products_.size());
-    unit_.each_weight([&](int64_t i, int64_t row, int64_t channel) {
-      products_[i] *= norm3_.scale[row];  // of dy3 with v
-      of_weight[i] = (conv3_.slope[channel] * products_[i] + sum3_[row] * conv3_.at_centre[channel]) / whole_.count;
-    });
     return {std::move(of_weight), {norm3_, unit_.norms[2].of_batch, sums, whole_}};
   }
 
@@ -80,13 +89,15 @@ class Backward {
       of_images = passes_.depthwise_backward(
           d, PlaneBatch::read(y2_gradient_), PlaneBatch::read(y1_), means.data(), PlaneBatch::written(y1_gradient_));
     }
-    Vector taps(unit_.mid() * 9);
+    Matrix taps(unit_.mid() * 9, 0.0);
     sums1_ = NormSums(unit_.mid());
-    for (size_t i = 0; i < of_images.size(); ++i) {
-      const auto c = static_cast<int64_t>(i) % unit_.mid();
-      sums1_.total[d.source(c)] += of_images[i].gradient;
-      sums1_.with_y[d.source(c)] += of_images[i].gradient_times_y1;
-      for (int64_t tap = 0; tap < 9; ++tap) taps[c * 9 + tap] += of_images[i].taps[tap];
+    for (int64_t c = 0; c < unit_.mid(); ++c) {
+      const int64_t source = d.source(c);
+      for (size_t i = c; i < of_images.size(); i += unit_.mid()) {
+        sums1_.total[source] += of_images[i].gradient;
+        sums1_.with_y[source] += of_images[i].gradient_times_y1;
+        for (int64_t tap = 0; tap < 9; ++tap) taps[c * 9 + tap] += of_images[i].taps[tap];
+      }
     }
     unit_.processes.sum({&sums1_.total, &sums1_.with_y});
     return {std::move(taps), of_norm};
@@ -107,11 +118,8 @@ class Backward {
     // Turned about, as the planes of the first operand are read but once.
     const Vector turned = passes_.products(PlaneBatch::read(x_), gradient, nullptr, sizes_.conv1_groups);
     gradients.weight.resize(turned.size());
-    const int64_t rows = sizes_.conv1_group_rows(), depth = sizes_.conv1_depth();
-    for (int64_t row = 0; row < unit_.mid(); ++row) {
-      const double* const from = turned.data() + row / rows * depth * rows + row % rows;
-      for (int64_t k = 0; k < depth; ++k) gradients.weight[row * depth + k] = from[k * rows];
-    }
+    transpose(ScalarType::Double, turned.data(), sizes_.conv1_groups, sizes_.conv1_depth(), sizes_.conv1_group_rows(),
+              gradients.weight.data());
     return gradients;
   }
 
@@ -130,17 +138,13 @@ class Backward {
       const ProfiledPass pass("shuffle_bottleneck_training: gradient of the pool");
       passes_.pool_backward(sizes_, unit_.pooled_of(PlaneBatch::read(pooled)), PlaneBatch::written(gradient));
     }
-    const int64_t rows = sizes_.conv1_group_rows(), depth = sizes_.conv1_depth();
-    const Vector weight = numbers_of("conv1_weight", unit_.convs[0].weight);
-    Vector turned(weight.size());  // [in_channels][rows of a group]
-    for (int64_t row = 0; row < unit_.mid(); ++row) {
-      double* const to = turned.data() + row / rows * depth * rows + row % rows;
-      for (int64_t k = 0; k < depth; ++k) to[k * rows] = weight[row * depth + k];
-    }
+    const Tensor weight = unit_.weight(0);
+    Numbers turned(type_, weight.numel());  // [in_channels][rows of a group]
+    transpose(type_, weight.const_data_ptr(), sizes_.conv1_groups, sizes_.conv1_group_rows(), sizes_.conv1_depth(),
+              turned.data());
     const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv1");
     const PlaneBatch to = PlaneBatch::written(gradient);
-    const Numbers matrix(type_, turned);
-    passes_.pointwise({{PlaneBatch::read(y1_gradient_), matrix.data()}}, nullptr, &to, to, sizes_.conv1_groups,
+    passes_.pointwise({{PlaneBatch::read(y1_gradient_), turned.data()}}, nullptr, &to, to, sizes_.conv1_groups,
                       kNoActivation, nullptr);
     return as_given(gradient, unit_.x);
   }
@@ -152,24 +156,37 @@ class Backward {
     const bool of_batch2 = unit_.norms[1].of_batch && !sizes_.conv2_relu, of_batch3 = unit_.norms[2].of_batch;
     const double values = unit_.values(whole_);
     sums2_ = NormSums(mid);
-    Vector matrix(mid * of_group), pulled(matrix), c(mid);  // [mid][rows of a group]; pulled: towards the centre
-    Vector mean_gradient(unit_.rows()), pull(unit_.rows());
+    Vector mean_gradient(unit_.rows()), pull(unit_.rows());  // pull: towards the centre
     for (int64_t row = 0; row < unit_.rows() && of_batch3; ++row) {
       mean_gradient[row] = total3_[row] / values;
       pull[row] = with_y3_[row] * norm3_.rstd[row] / values;
     }
+    Vector c(mid), b(mid * depth);
+    Matrix matrix(mid * of_group), products(matrix.size());  // [mid][rows of a group]
+    Numbers of_dz(type_, mid * of_group);
+    transpose(ScalarType::Double, conv3_.weight.data(), groups, of_group, depth, matrix.data());
+    transpose(ScalarType::Double, products_.data(), groups, of_group, depth, products.data());
     each_row(mid, of_group, [&](int64_t channel) {
-      const int64_t first = channel / depth * of_group, k = channel % depth;
-      for (int64_t row = first; row < first + of_group; ++row) {
-        const int64_t i = channel * of_group + row - first, weight = row * depth + k;
-        matrix[i] = conv3_.of_v[weight] * norm3_.scale[row];
-        pulled[i] = conv3_.of_v[weight] * pull[row];
-        c[channel] += matrix[i] * mean_gradient[row];
-        sums2_.total[channel] += conv3_.weight[weight] * sum3_[row];
-        sums2_.with_y[channel] += conv3_.weight[weight] * products_[weight];
-      }
+      const int64_t first = channel / depth * of_group;  // row
+      double* const m = matrix.data() + channel * of_group;
+      const double* const of_channel = products.data() + channel * of_group;
+      sums2_.total[channel] = sum_of(of_group, [&](int64_t i) { return m[i] * sum3_[first + i]; });
+      sums2_.with_y[channel] = sum_of(of_group, [&](int64_t i) { return m[i] * of_channel[i]; });
+      for (int64_t i = 0; i < of_group; ++i) m[i] *= conv3_.slope[channel] * norm3_.scale[first + i];
+      c[channel] = sum_of(of_group, [&](int64_t i) { return m[i] * mean_gradient[first + i]; });
+      of_dz.put(channel * of_group, m, of_group);
     });
-    Vector b = of_batch3 ? times_transposed(matrix, pulled, groups, of_group) : Vector(mid * depth, 0.0);
+    if (of_batch3) {
+      const RightHandSides pulled(groups, of_group, depth, [&](int64_t row, double* to) {
+        conv3_.of_v(row, to);
+        for (int64_t k = 0; k < depth; ++k) to[k] *= pull[row];
+      });
+      pulled.multiply(
+          depth, [&](int64_t channel, double* to) { std::copy_n(matrix.data() + channel * of_group, of_group, to); },
+          [&](int64_t channel, const double*, const double* found) {
+            std::copy_n(found, depth, b.data() + channel * depth);
+          });
+    }
     for (int64_t i = 0; i < mid && of_batch2; ++i) {
       b[i * depth + i % depth] += norm2_.scale[i] * norm2_.rstd[i] * norm2_.rstd[i] * sums2_.with_y[i] / values;
       c[i] += norm2_.scale[i] * sums2_.total[i] / values;
@@ -188,7 +205,7 @@ class Backward {
     }
     y2_gradient_ = torch::stable::empty_like(y2_);
     const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv3");
-    const Numbers of_v(type_, b), constant(type_, c), of_dz(type_, matrix);
+    const Numbers of_v(type_, b), constant(type_, c);
     const PlaneBatch v = PlaneBatch::read(v_), dz = PlaneBatch::read(dz_);
     std::vector<PointwiseTerm> terms;
     if (of_batch2 || of_batch3) terms.push_back({v, of_v.data()});

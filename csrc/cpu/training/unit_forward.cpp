@@ -16,32 +16,31 @@ Forward forward(const TrainedUnit& unit) {
 
   done.y1 = unit.planes(unit.mid(), sizes.height, sizes.width);
   const PlaneBatch y1 = PlaneBatch::written(done.y1);
-  std::optional<Moments> moments;
-  if (norm1.of_batch) moments.emplace(y1.images, y1.channels);
+  std::optional<Moments> moments1, moments2;
+  if (norm1.of_batch) moments1.emplace(y1.images, y1.channels);
   const Tensor weight1 = unit.weight(0), weight2 = unit.weight(1);
   {
     const ProfiledPass pass("shuffle_bottleneck_training: conv1");
     passes.pointwise({{x, weight1.const_data_ptr()}}, nullptr, nullptr, y1, sizes.conv1_groups, kNoActivation,
-                     moments ? &*moments : nullptr);
+                     moments1 ? &*moments1 : nullptr);
   }
   const MeanAndVariance of_y1 =
-      moments ? MeanAndVariance(*moments, y1.pixels(), whole, unit.processes) : norm1.fixed_statistics(unit.mid());
+      moments1 ? MeanAndVariance(*moments1, y1.pixels(), whole, unit.processes) : norm1.fixed_statistics(unit.mid());
   const Affine affine1(norm1, of_y1);
 
   done.y2 = unit.planes(unit.mid(), sizes.out_height(), sizes.out_width());
   const PlaneBatch y2 = PlaneBatch::written(done.y2);
-  moments.reset();
-  if (norm2.of_batch || norm3.of_batch) moments.emplace(y2.images, y2.channels);
+  if (norm2.of_batch || norm3.of_batch) moments2.emplace(y2.images, y2.channels);
   {
     const ProfiledPass pass("shuffle_bottleneck_training: conv2");
     const Numbers scale(type, affine1.scale), shift(type, affine1.shifts());
     passes.depthwise(
-        depthwise_of(sizes, weight2.const_data_ptr(), scale, shift), y1, y2, moments ? &*moments : nullptr);
+        depthwise_of(sizes, weight2.const_data_ptr(), scale, shift), y1, y2, moments2 ? &*moments2 : nullptr);
   }
   MeanAndVariance of_y2 = norm2.fixed_statistics(unit.mid());
   s.centre = of_y2.mean;
-  if (moments) {
-    MeanAndVariance found(*moments, y2.pixels(), whole, unit.processes);
+  if (moments2) {
+    MeanAndVariance found(*moments2, y2.pixels(), whole, unit.processes);
     s.centre = found.mean;
     if (norm2.of_batch) of_y2 = std::move(found);
   }
@@ -61,32 +60,36 @@ Forward forward(const TrainedUnit& unit) {
   const Conv3 conv3(unit, affine2, s.centre);
   MeanAndVariance of_y3(conv3.mean_at_centre, Vector(unit.rows(), 0.0));
   if (norm3.of_batch) {
-    const ProfiledPass pass("shuffle_bottleneck_training: covariance");
-    s.covariance = passes.products(v, v, Numbers(type, s.centre).data(), sizes.groups);
+    {
+      const ProfiledPass pass("shuffle_bottleneck_training: covariance");
+      s.covariance = passes.products(v, v, Numbers(type, s.centre).data(), sizes.groups);
+    }
     unit.processes.sum({&s.covariance});
     for (double& each : s.covariance) each /= unit.values(whole);
-    const Vector products = times_transposed(conv3.of_v, s.covariance, sizes.groups, unit.depth());
-    unit.each_weight([&](int64_t i, int64_t row, int64_t) { of_y3.var[row] += products[i] * conv3.of_v[i]; });
+    conv3.times_covariance(s.covariance, [&](int64_t row, const double* of_v, const double* products) {
+      of_y3.var[row] = sum_of(unit.depth(), [&](int64_t k) { return of_v[k] * products[k]; });
+    });
   } else {
     of_y3 = norm3.fixed_statistics(unit.rows());
   }
   const Affine affine3(norm3, of_y3);
 
   // conv3 and its norm as one convolution of v, the shortcut and the last ReLU.
-  Vector matrix(conv3.of_v), bias(unit.rows());
-  for (int64_t row = 0; row < unit.rows(); ++row) {
-    bias[row] = affine3.bias[row] + affine3.scale[row] * (conv3.mean_at_centre[row] - affine3.mean[row]);
-  }
-  unit.each_weight([&](int64_t i, int64_t row, int64_t channel) {
-    matrix[i] *= affine3.scale[row];
-    bias[row] -= matrix[i] * s.centre[channel];
+  Numbers weight3(type, unit.rows() * unit.depth());
+  Vector bias(unit.rows());
+  conv3.each_row([&](int64_t row, double* of_v) {
+    for (int64_t k = 0; k < unit.depth(); ++k) of_v[k] *= affine3.scale[row];
+    weight3.put(row * unit.depth(), of_v, unit.depth());
+    const double* const centre = s.centre.data() + conv3.first_channel(row);
+    bias[row] = affine3.bias[row] + affine3.scale[row] * (conv3.mean_at_centre[row] - affine3.mean[row]) -
+                sum_of(unit.depth(), [&](int64_t k) { return of_v[k] * centre[k]; });
   });
   done.result = unit.planes(sizes.result_channels(), sizes.out_height(), sizes.out_width());
   const PlaneBatch result = PlaneBatch::written(done.result);
   {
     const ProfiledPass pass("shuffle_bottleneck_training: conv3");
-    const Numbers weight(type, matrix), added(type, bias);
-    passes.pointwise({{v, weight.data()}}, added.data(), sizes.adds_residual() ? &x : nullptr, unit.main_of(result),
+    const Numbers added(type, bias);
+    passes.pointwise({{v, weight3.data()}}, added.data(), sizes.adds_residual() ? &x : nullptr, unit.main_of(result),
                      sizes.groups, sizes.conv3_activation(), nullptr);
   }
   if (sizes.concatenates_pool()) {
