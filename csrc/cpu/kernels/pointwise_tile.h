@@ -18,8 +18,8 @@ struct PointwiseTile {
   const A* x;
   const int64_t* offsets;  // from x to the pixels of each of the depth's planes
   int64_t depth;
-  int64_t block;    // of the depth, at most the whole of it; see kMostTerms
-  const A* weight;  // a row of depth for each channel of the tile
+  int64_t block;          // of the depth, at most the whole of it; see kMostTerms
+  const A* weight;        // a row of depth for each channel of the tile
   int64_t weight_stride;  // from one row to the next
   // Cache lines that a later tile works on, one for each step of the depth, which are prefetched (HasAhead). They may
   // lie past the end of what is there.

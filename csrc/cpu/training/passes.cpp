@@ -30,49 +30,70 @@ constexpr int64_t kTransposedPixels = 1024;
 // Pixels whose products are added up in the planes' dtype, about, before they are added to sums in double.
 constexpr int64_t kPixelsOfSums = 1024;
 
-// Adds up products of planes, a group at a time. A thread has some tiles of planes of a, of which prepare(image, plane,
-// pixels) may make each before it is read; block of pixels by block, it goes through them while those of b stay in the
-// cache.
+// Products of a's planes, which are cut into tiles, with b's planes of the same group.
+struct GroupedProducts {
+  int64_t rows() const { return a.channels / groups; }
+  int64_t columns() const { return b.channels / groups; }
+  int64_t tiles_of_group() const { return ceil_div(rows(), kTile); }
+  int64_t tiles() const { return groups * tiles_of_group(); }
+  int64_t group(int64_t tile) const { return tile / tiles_of_group(); }
+  Range planes(int64_t tile) const {
+    const int64_t group = this->group(tile), first = group * rows() + (tile - group * tiles_of_group()) * kTile;
+    return {first, std::min(first + kTile, (group + 1) * rows())};
+  }
+  OffsetPlanes of_b(int64_t image, int64_t group, Range pixels) const {
+    const int64_t column = group * columns();
+    return {b.at(image, column) + pixels.begin * b.element, b.pixels(), columns(), pixels.count(),
+            offset ? static_cast<const char*>(offset) + column * b.element : nullptr};
+  }
+
+  PlaneBatch a, b;
+  const void* offset;  // of b's planes; null: none
+  int64_t groups;
+};
+
+// Adds up some tiles' products, [a's channels][columns], on one thread. Image by image and block of pixels by block it
+// goes through the tiles while b's transposed planes stay in the cache; prepare(image, plane, pixels) may make each
+// part of a's before it is read.
 template <class Prepare>
-Vector products_of(const PlaneBatch& a, const PlaneBatch& b, const void* offset, int64_t groups,
-                   const TrainingKernel& kernel, const Prepare& prepare) {
-  const int64_t rows = a.channels / groups, columns = b.channels / groups, tiles = ceil_div(rows, kTile);
-  const int64_t row_size = kernel.product_row(columns);
-  const int64_t of_block = std::min(kTransposedPixels, a.pixels());
-  const int64_t transposed_bytes = ceil_div(of_block * row_size * a.element, kMemoryAlignment) * kMemoryAlignment;
-  Vector products(a.channels * columns);
-  torch::stable::parallel_for(0, groups * tiles, 1, [&](int64_t begin, int64_t end) {
-    const auto first_plane = [&](int64_t tile) { return tile / tiles * rows + tile % tiles * kTile; };
-    const auto count = [&](int64_t tile) { return std::min(kTile, rows - tile % tiles * kTile); };
-    const auto sums_size = (end - begin) * kTile * row_size * a.element;
-    char* const transposed = thread_workspace.reserve(transposed_bytes + sums_size);
-    char* const sums = transposed + transposed_bytes;
-    const auto sums_of = [&](int64_t tile) { return sums + (tile - begin) * kTile * row_size * a.element; };
-    std::memset(sums, 0, sums_size);
-    int64_t pixels = 0;  // whose products are in the sums
-    for (int64_t n = 0; n < a.images; ++n) {
-      for (int64_t pixel = 0; pixel < a.pixels(); pixel += of_block) {
-        const Range block = {pixel, std::min(a.pixels(), pixel + of_block)};
-        const int64_t skipped = pixel * a.element;
-        for (int64_t tile = begin; tile < end; ++tile) {
-          if (tile == begin || tile % tiles == 0) {
-            const int64_t column = tile / tiles * columns;
-            kernel.transpose({b.at(n, column) + skipped, b.pixels(), columns, block.count(),
-                              offset ? static_cast<const char*>(offset) + column * b.element : nullptr},
-                             transposed, row_size);
-          }
-          for (int64_t i = 0; i < count(tile); ++i) prepare(n, first_plane(tile) + i, block);
-          kernel.products({a.at(n, first_plane(tile)) + skipped, a.pixels(), count(tile), transposed, columns,
-                           block.count(), sums_of(tile)});
+void add_products(const GroupedProducts& p, Range tiles, const TrainingKernel& kernel, const Prepare& prepare,
+                  double* products) {
+  const int64_t pixels = p.a.pixels(), of_block = std::min(kTransposedPixels, pixels), columns = p.columns();
+  const int64_t row_size = kernel.product_row(columns), row_bytes = row_size * p.a.element;
+  const int64_t transposed_bytes = ceil_div(of_block * row_bytes, kMemoryAlignment) * kMemoryAlignment;
+  char* const transposed = thread_workspace.reserve(transposed_bytes + tiles.count() * kTile * row_bytes);
+  char* const sums = transposed + transposed_bytes;
+  const auto sums_of = [&](int64_t tile) { return sums + (tile - tiles.begin) * kTile * row_bytes; };
+  std::memset(sums, 0, tiles.count() * kTile * row_bytes);
+  int64_t in_sums = 0;  // pixels
+  for (int64_t n = 0; n < p.a.images; ++n) {
+    for (Range block = {0, of_block}; block.begin < pixels;
+         block = {block.end, std::min(pixels, block.end + of_block)}) {
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        const Range planes = p.planes(tile);
+        if (tile == tiles.begin || p.group(tile) != p.group(tile - 1)) {
+          kernel.transpose(p.of_b(n, p.group(tile), block), transposed, row_size);
         }
-        pixels += block.count();
-        if (pixels < kPixelsOfSums && (n + 1 < a.images || block.end < a.pixels())) continue;
-        for (int64_t tile = begin; tile < end; ++tile) {
-          kernel.move_sums(sums_of(tile), count(tile), columns, products.data() + first_plane(tile) * columns);
-        }
-        pixels = 0;
+        for (int64_t plane = planes.begin; plane < planes.end; ++plane) prepare(n, plane, block);
+        const char* const a = p.a.at(n, planes.begin) + block.begin * p.a.element;
+        kernel.products({a, pixels, planes.count(), transposed, columns, block.count(), sums_of(tile)});
       }
+      in_sums += block.count();
+      if (in_sums < kPixelsOfSums && (n + 1 < p.a.images || block.end < pixels)) continue;
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        const Range planes = p.planes(tile);
+        kernel.move_sums(sums_of(tile), planes.count(), columns, products + planes.begin * columns);
+      }
+      in_sums = 0;
     }
+  }
+}
+
+template <class Prepare>
+Vector products_of(const GroupedProducts& p, const TrainingKernel& kernel, const Prepare& prepare) {
+  Vector products(p.a.channels * p.columns());
+  torch::stable::parallel_for(0, p.tiles(), 1, [&](int64_t begin, int64_t end) {
+    add_products(p, {begin, end}, kernel, prepare, products.data());
   });
   return products;
 }
@@ -184,16 +205,16 @@ Moments Passes::moments(const PlaneBatch& batch) const {
 }
 
 Vector Passes::products(const PlaneBatch& a, const PlaneBatch& b, const void* offset, int64_t groups) const {
-  return products_of(a, b, offset, groups, kernel_, [](int64_t, int64_t, Range) {});
+  return products_of({a, b, offset, groups}, kernel_, [](int64_t, int64_t, Range) {});
 }
 
 Vector Passes::relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient,
                              const PlaneBatch& b, const void* offset, int64_t groups, Vector& total) const {
   total.assign(result.channels, 0.0);
-  return products_of(gradient, b, offset, groups, kernel_, [&](int64_t n, int64_t c, Range pixels) {
+  return products_of({gradient, b, offset, groups}, kernel_, [&](int64_t n, int64_t c, Range pixels) {
     const int64_t skipped = pixels.begin * gradient.element;
-    total[c] += kernel_.relu_backward(result.at(n, c) + skipped, pixels.count(), result_gradient.at(n, c) + skipped,
-                                      gradient.at(n, c) + skipped);
+    total[c] += kernel_.relu_backward(
+        result.at(n, c) + skipped, pixels.count(), result_gradient.at(n, c) + skipped, gradient.at(n, c) + skipped);
   });
 }
 

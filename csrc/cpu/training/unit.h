@@ -109,8 +109,8 @@ class Conv3 {
   template <class Run>
   void each_row(const Run& run) const {
     cpu::each_row(groups_ * rows_, depth_, [&](int64_t row) {
-      auto* const to = reinterpret_cast<double*>(
-          thread_workspace.reserve(depth_ * static_cast<int64_t>(sizeof(double))));
+      auto* const to =
+          reinterpret_cast<double*>(thread_workspace.reserve(depth_ * static_cast<int64_t>(sizeof(double))));
       of_v(row, to);
       run(row, to);
     });
