@@ -823,6 +823,20 @@ MUTANTS = [
         "test_training.py::test_steps",
     ),
     Mutant(
+        "training: the products of the last pixels are not added up",
+        TRAINING + "passes.cpp",
+        "in_sums < kPixelsOfSums && (n + 1 < p.a.images || block.end < pixels)",
+        "in_sums < kPixelsOfSums",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training: the first group's planes are multiplied with all groups'",
+        TRAINING + "passes.cpp",
+        "tile == tiles.begin || p.group(tile) != p.group(tile - 1)",
+        "tile == tiles.begin",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
         "training: the shuffle backwards is the shuffle",
         KERNELS + "training_table.h",
         "c % shuffle_groups * (channels / shuffle_groups) + c / shuffle_groups",
