@@ -302,11 +302,9 @@ class TrainingOf final : public TrainingKernel {
         convolved = S::fma(S::load(g + 1, edges->right[0]), turned[3 * row + 2], convolved);
       });
       ++edges;
-      const V kept = relu_passes(value, convolved);
-      V deviation = load_pixels(y1 + i, mask, is_tail) - mean;
-      if (is_tail) deviation = S::keep(deviation, mask);
-      sum += is_tail ? S::keep(kept, mask) : kept;
-      times_y1 = S::fma(kept, deviation, times_y1);
+      const V kept = relu_passes(value, convolved);  // zeros behind the last pixel, as the values are there
+      sum += kept;
+      times_y1 = S::fma(kept, load_pixels(y1 + i, mask, is_tail) - mean, times_y1);
       store_pixels(to + i, kept, mask, is_tail);
     });
     sums.gradient = S::sum(sum);
