@@ -62,7 +62,8 @@ static CaseV2 random_case_v2(bool in_pairs) {
   u.in_channels = (u.stride == 1 ? 2 : 1) * even * uniform(1, 14);
   u.mid_channels = uniform(1, 24);
   u.out_channels = u.stride == 1 ? u.in_channels / 2 : even * uniform(1, 14);
-  u.shortcut_channels = u.stride == 1 ? 0 : in_pairs && uniform(0, 3) ? u.out_channels : even * uniform(1, 10);
+  const bool is_equal = in_pairs && uniform(0, 3);  // what pairs need, but for has_pairs to refuse
+  u.shortcut_channels = u.stride == 1 ? 0 : is_equal ? u.out_channels : even * uniform(1, 20);
   u.join_groups = in_pairs ? 2 : 1;
   u.height = uniform(0, 5) ? uniform(1, 18) : 1;
   u.width = uniform(0, 5) ? uniform(1, 36) : 1;

@@ -60,13 +60,19 @@ void transpose_planes(const OffsetPlanes& planes, A* to, int64_t row) {
   }
 }
 
+// The elements of as many vectors as so many planes take.
+template <class A>
+int64_t product_row(int64_t planes) {
+  return ceil_div(planes, Simd<A>::kLanes) * Simd<A>::kLanes;
+}
+
 // Adds the products to the sums. Pixels go through a tile in blocks, so that the list of their places is short.
 template <class A>
 void plane_products(const PlaneProducts& p) {
   using S = Simd<A>;
   constexpr int64_t kMostPixels = 2 * kMostTerms;
   static constexpr A zeros[kTileChannels] = {};
-  const int64_t row = ceil_div(p.b_planes, S::kLanes) * S::kLanes;
+  const int64_t row = product_row<A>(p.b_planes);
   const PixelTiles<A> tiles(row);
   int64_t places[kMostPixels], y_rows[kTileChannels];
   for (int64_t i = 0; i < std::min(kMostPixels, p.pixels); ++i) places[i] = i * row;

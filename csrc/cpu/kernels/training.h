@@ -219,7 +219,7 @@ class TrainingOf final : public TrainingKernel {
   void transpose(const OffsetPlanes& planes, void* to, int64_t row) const override {
     transpose_planes<A>(planes, static_cast<A*>(to), row);
   }
-  int64_t product_row(int64_t b_planes) const override { return ceil_div(b_planes, S::kLanes) * S::kLanes; }
+  int64_t product_row(int64_t b_planes) const override { return SHUFFLENET_ISA::product_row<A>(b_planes); }
   void products(const PlaneProducts& p) const override { plane_products<A>(p); }
   void move_sums(void* sums, int64_t rows, int64_t columns, double* to) const override {
     const int64_t row_size = product_row(columns);
