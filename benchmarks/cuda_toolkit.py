@@ -45,10 +45,10 @@ def compile_kernels(dtype: str, arch: str, folder: Path) -> _Compiled:
 
 
 def compile_strips(dtype: str, arch: str, folder: Path) -> _Compiled:
-    """Compiles the kernel that runs units of a 16-bit dtype by strips. Raises RuntimeError where nvcc fails."""
+    """Compiles the kernels that run units of a 16-bit dtype by strips, as above."""
     cubin, entries = _compile(KERNEL / f"strip_{dtype}.cu", arch, folder)
-    (entry,) = (entry for entry in entries if "strip_kernel" in entry.partition("\n")[0])
-    return cubin, [_kernel("channels_last", entry)]
+    strips = [entry for entry in entries if "strip_kernel" in entry.partition("\n")[0]]
+    return cubin, [_kernel(LAYOUTS["LayoutE1" in entry], entry) for entry in strips]
 
 
 def kernels_of_library(library: Path, cuobjdump: str, folder: Path) -> dict[str, dict[tuple[str, str], _Compiled]]:
@@ -69,8 +69,7 @@ def kernels_of_library(library: Path, cuobjdump: str, folder: Path) -> dict[str,
             kind, structure, fundamental = mangled.groups()
             dtype = structure.lower() if structure else {"f": "float32", "d": "float64"}[fundamental]
             registers, stack, shared, local = map(int, numbers)
-            layout = "channels_last" if kind == "strip" else LAYOUTS["LayoutE1" in name]
-            kernel = Kernel(layout, registers, stack + local, shared - reserved)
+            kernel = Kernel(LAYOUTS["LayoutE1" in name], registers, stack + local, shared - reserved)
             found[kind].setdefault((dtype, arch), (cubin, []))[1].append(kernel)
     return found
 

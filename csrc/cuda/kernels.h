@@ -16,7 +16,8 @@ const void* kernel_tfloat32(Layout layout);
 
 // The kernels of a unit that is cut into strips, of 16-bit dtypes.
 struct StripKernels {
-  const void* strip;
+  const void* channels_last;
+  const void* contiguous;
   const void* pack;
 };
 StripKernels strip_kernels_float16();

@@ -233,10 +233,11 @@ void launch_strips(const PackArguments& pack, const StripArguments& arguments, c
                    void* stream) {
   if (plan.blocks == 0) return;
   const StripKernels kernels = dtype == Dtype::float16 ? strip_kernels_float16() : strip_kernels_bfloat16();
+  const void* const strip = arguments.layout.packed.by_planes ? kernels.contiguous : kernels.channels_last;
   const auto blocks = [&](const Device&) { return plan.blocks_per_multiprocessor; };
   // Both kernels have the same carveout, so that a multiprocessor need not change it between them.
   prepare(kernels.pack, plan.shared_bytes, blocks);
-  prepare(kernels.strip, plan.shared_bytes, blocks);
+  prepare(strip, plan.shared_bytes, blocks);
   constexpr int64_t kMostPackBlocks = 512;
   const int64_t fragments = int64_t{pack.layout.part} * arguments.tiling.parts(pack.sizes);
   const int64_t pack_blocks = std::min(kMostPackBlocks, shufflenet::ceil_div(fragments, int64_t{kPackThreads}));
@@ -247,7 +248,7 @@ void launch_strips(const PackArguments& pack, const StripArguments& arguments, c
           "launch of the unit's kernels");
   };
   start(kernels.pack, pack_blocks, kPackThreads, &pack, pack_shared_bytes(pack.sizes, pack.layout));
-  start(kernels.strip, plan.blocks, 32 * plan.tiling.warps, &arguments, plan.shared_bytes);
+  start(strip, plan.blocks, 32 * plan.tiling.warps, &arguments, plan.shared_bytes);
 }
 
 }  // namespace shufflenet::cuda

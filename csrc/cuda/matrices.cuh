@@ -48,6 +48,18 @@ SHUFFLENET_DEVICE void copy_block_async(uint32_t to, const void* from) {
 #endif
 }
 
+// Starts to copy 4, 8 or 16 bytes.
+template <int kBytes>
+SHUFFLENET_DEVICE void copy_unit_async(uint32_t to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+#endif
+}
+template <>
+SHUFFLENET_DEVICE void copy_unit_async<16>(uint32_t to, const void* from) {
+  copy_block_async(to, from);
+}
+
 SHUFFLENET_DEVICE void clear_block(uint32_t at) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
 }
@@ -55,6 +67,41 @@ SHUFFLENET_DEVICE uint32_t load_pair(uint32_t at) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
   return value;
+}
+SHUFFLENET_DEVICE void store_pair(uint32_t at, uint32_t pair) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
+}
+SHUFFLENET_DEVICE uint16_t load_element(uint32_t at) {
+  uint16_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at) : "memory");
+  return value;
+}
+SHUFFLENET_DEVICE void store_element(uint32_t at, uint16_t value) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(value) : "memory");
+}
+
+// Copies 2, 4, 8 or 16 bytes of shared memory to global memory.
+template <int kBytes>
+SHUFFLENET_DEVICE void store_unit(void* to, uint32_t from) {
+  if constexpr (kBytes == 2) {
+    *static_cast<uint16_t*>(to) = load_element(from);
+  } else if constexpr (kBytes == 4) {
+    *static_cast<uint32_t*>(to) = load_pair(from);
+  } else {
+    uint32_t words[4];
+    if constexpr (kBytes == 8) {
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(from) : "memory");
+      asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+    } else {
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "r"(from)
+                   : "memory");
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                   "r"(words[3])
+                   : "memory");
+    }
+  }
 }
 
 // Loads four 8x8 matrices, as load_matrices of device.cuh does, or two, whose rows lanes 0 to 15 pass the addresses of.
@@ -70,6 +117,14 @@ SHUFFLENET_DEVICE void load_matrices(uint32_t (&to)[2], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2+%3];"
                : "=r"(to[0]), "=r"(to[1])
                : "r"(row), "n"(kOffset)
+               : "memory");
+}
+
+// Loads four matrices and transposes each.
+SHUFFLENET_DEVICE void load_transposed(uint32_t (&to)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row)
                : "memory");
 }
 

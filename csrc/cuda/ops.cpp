@@ -76,7 +76,7 @@ struct UnitParameters {
 void launch_by_strips(const Unit& unit, const StripPlan& plan, const Tensor& x, const UnitParameters& parameters,
                       Dtype dtype, const Tensor& result, void* stream) {
   const Sizes s = sizes_of(unit);
-  const StripLayout layout(s, plan.tiling);
+  const StripLayout layout(s, plan.tiling, unit.layout);
   const int64_t fragments = int64_t{layout.packed.part} * plan.tiling.parts(s);
   const Tensor packed = empty_like_x<1>(x, {fragments * kBlockBytes / element_bytes(dtype)}, {1});
   const PackArguments pack = {

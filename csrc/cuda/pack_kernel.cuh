@@ -58,9 +58,10 @@ struct Packer {
         first_slice + slice, (group * layout.piece_tiles + tile % layout.piece_tiles) * kColumns + column);
   }
   // A lane holds the sums of columns 2 * (lane % 4) and the one behind, which in the two tiles of a pair are four
-  // neighbouring channels.
+  // neighbouring channels; of the transposed product it holds one column of either tile.
   SHUFFLENET_DEVICE int conv3_channel(int slice, int tile, int column) const {
-    const int channel = tile / 2 * 2 * kColumns + column / 2 * 4 + tile % 2 * 2 + column % 2;
+    const int channel = layout.by_planes ? tile * kColumns + column
+                                         : tile / 2 * 2 * kColumns + column / 2 * 4 + tile % 2 * 2 + column % 2;
     return channel < s.group_rows ? slice * s.group_rows + channel : -1;
   }
 
@@ -70,8 +71,8 @@ struct Packer {
     if (i < layout.taps) {
       i -= layout.affine1;
       const int group = i / 4 / layout.conv1_tiles, tile = i / 4 % layout.conv1_tiles;
-      return affine_fragment(arguments.conv1, i % 4, [&](int column) {
-        const int channel = conv1_channel(first_slice, group, tile, column);
+      return affine_fragment(arguments.conv1, [&](int odd) {
+        const int channel = conv1_channel(first_slice, group, tile, i % 4 * 2 + odd);
         return channel < 0 ? -1 : PackedLayout::conv1_row(s, channel);
       });
     }
@@ -80,22 +81,24 @@ struct Packer {
       i -= layout.affine2;
       const int slice = first_slice + i / 4 / layout.blocks, block = i / 4 % layout.blocks;
       return affine_fragment(
-          arguments.conv2, i % 4, [&](int column) { return channel_of(slice, block * kColumns + column); });
+          arguments.conv2, [&](int odd) { return channel_of(slice, block * kColumns + i % 4 * 2 + odd); });
     }
     if (i < layout.affine3) return conv3_fragment(first_slice, i - layout.conv3);
     i -= layout.affine3;
     const int slice = first_slice + i / 4 / (2 * layout.conv3_pairs), tile = i / 4 % (2 * layout.conv3_pairs);
-    return affine_fragment(arguments.conv3, i % 4, [&](int column) { return conv3_channel(slice, tile, column); });
+    return affine_fragment(arguments.conv3, [&](int odd) {
+      return layout.by_planes ? conv3_channel(slice, tile / 2 * 2 + odd, i % 8)
+                              : conv3_channel(slice, tile, i % 4 * 2 + odd);
+    });
   }
 
-  // Returns two scales and two biases. Empty slots have -0, by which the kernel knows them, and 0.
+  // Returns the scales and the biases of two channels. Empty slots have -0, by which the kernel knows them, and 0.
   template <class ChannelOf>
-  SHUFFLENET_DEVICE Fragment affine_fragment(const ConvolutionPointers& conv, int lane,
-                                             const ChannelOf& channel_of) const {
+  SHUFFLENET_DEVICE Fragment affine_fragment(const ConvolutionPointers& conv, const ChannelOf& channel_of) const {
     Fragment f;
     SHUFFLENET_UNROLL
     for (int odd = 0; odd < 2; ++odd) {
-      const int channel = channel_of(2 * lane + odd);
+      const int channel = channel_of(odd);
       const Affine<float> constants = channel < 0 ? Affine<float>{-0.f, 0.f} : affine<T>(conv, channel);
       f.words[odd] = bits_of(constants.scale);
       f.words[2 + odd] = bits_of(constants.bias);

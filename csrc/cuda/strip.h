@@ -11,6 +11,10 @@
 // slot is where a channel lies in y1 and y2; where a piece has fewer channels than its tiles have columns, the last
 // slots are empty, and hold zeros. This is how the shuffle costs nothing: a whole tile of conv1's result is a whole
 // block of y1.
+//
+// **Layouts.** In channels_last a pixel's channels lie side by side in shared memory, as in x. In the contiguous layout
+// a channel's pixels do, x's planes being copied as they are: conv1 transposes its operands as it loads them, and conv3
+// computes the transposed product, of which a lane holds neighbouring pixels of a channel.
 #pragma once
 
 #include "tiling.h"
@@ -71,10 +75,12 @@ struct GroupStart {
 //   taps      [slices][blocks][3][lane 32]: diagonal operands of the taps 0 3, 1 4, 2 5, 6 7 and 8
 //   affine2   [slices][blocks][lane % 4]
 //   conv3     [slices][chunks][steps][tiles of the chunk][lane 32]
-//   affine3   [slices][tiles][lane % 4]
+//   affine3   [slices][tiles][lane % 4]; of the transposed product [slices][pairs of tiles][lane / 4]: scales and biases
+//             of the two rows, channels, that the lane holds sums of
 struct PackedLayout {
-  SHUFFLENET_HOST_DEVICE PackedLayout(const Sizes& s, int slices)
-      : piece_tiles(0),
+  SHUFFLENET_HOST_DEVICE PackedLayout(const Sizes& s, int slices, Layout layout)
+      : by_planes(layout == Layout::contiguous),
+        piece_tiles(0),
         conv1_tiles(0),
         conv1_halves(0),
         conv1_steps(0),
@@ -141,6 +147,7 @@ struct PackedLayout {
     return conv1_row(s, channel) / (s.mid_channels / s.conv1_groups);
   }
 
+  bool by_planes;    // whether conv3's product is transposed
   int piece_tiles;   // tiles of a piece
   int conv1_tiles;   // of a group of conv1 in a part
   int conv1_halves;  // blocks of 16 channels that a group of conv1 multiplies; a step has two
@@ -156,11 +163,12 @@ struct PackedLayout {
 
 // A block's shared memory, as byte offsets.
 struct StripLayout {
-  SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t)
-      : StripLayout(s, t, PackedLayout(s, t.slices)) {}
+  SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t, Layout layout)
+      : StripLayout(s, t, PackedLayout(s, t.slices, layout)) {}
   SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t, const PackedLayout& packed)
       : packed(packed),
         x_pitch(0),
+        unit_bytes(0),
         own_blocks(s.in_channels / kColumns),
         x_blocks(0),
         y1_pitch(0),
@@ -170,15 +178,23 @@ struct StripLayout {
         y2(0),
         y2_bytes(0),
         bytes(0) {
-    // An odd number of 32 bytes: with the swizzle of x_swizzle, eight neighbouring pixels' blocks lie in different
-    // banks.
-    const int block_pairs = ceil_div(s.in_channels, 2 * kColumns);
-    x_pitch = (block_pairs % 2 == 1 ? block_pairs : block_pairs + 1) * 2 * kBlockBytes;
     // Blocks of a pixel that are read: behind its own channels lie those that the last group's last step reads as well.
     const int last = GroupStart(s, s.conv1_groups - 1).block + 2 * packed.conv1_halves;
     x_blocks = static_cast<int>(round_up(last > own_blocks ? last : own_blocks, 2));
     const int in_rows = StripTiling::in_rows(s, t.rows), image_rows = in_rows < s.height ? in_rows : s.height;
     const int64_t pixels = int64_t{image_rows} * s.width;
+    if (packed.by_planes) {
+      // An odd number of blocks: eight channels' blocks then lie in different banks.
+      x_pitch = static_cast<int>((pixels + kColumns - 1) / kColumns | 1) * kBlockBytes;
+      const int aligned = (t.rows < s.out_height ? s.width : s.in_plane) * kElementBytes;
+      unit_bytes = kBlockBytes;
+      while (aligned % unit_bytes != 0) unit_bytes /= 2;
+    } else {
+      // An odd number of 32 bytes: with the swizzle of x_swizzle, eight neighbouring pixels' blocks lie in different
+      // banks.
+      x_pitch = (ceil_div(s.in_channels, 2 * kColumns) | 1) * 2 * kBlockBytes;
+      unit_bytes = kBlockBytes;
+    }
     if (s.stride == 1) {
       y1_pitch = s.width + t.gap;
     } else {
@@ -200,6 +216,7 @@ struct StripLayout {
     // the longer.
     const int behind = x_blocks * kBlockBytes > x_pitch ? x_blocks * kBlockBytes - x_pitch : 0;
     int64_t end = pixels * x_pitch + (s.stride == 2 ? x_pitch : behind);
+    if (packed.by_planes) end = int64_t{x_blocks} * kColumns * x_pitch;
     end = round_up(end, 32);
     y1 = static_cast<int>(end);
     end += int64_t{s.conv1_groups} * packed.conv1_tiles * y1_all * kBlockBytes;
@@ -219,7 +236,8 @@ struct StripLayout {
   }
 
   PackedLayout packed;
-  int x_pitch;               // bytes from one pixel of x to the next
+  int x_pitch;               // bytes from one pixel of x to the next, or from one plane to the next
+  int unit_bytes;            // that x and the result are copied by: all planes and strips are multiples of it
   int own_blocks, x_blocks;  // that a pixel has, and that are read from its first on
   // A row of y1 has a pixel of zeros at either end where it is read. With stride 2, the pixels in even places come
   // first, and those in odd ones y1_odd behind: what a tap reads of neighbouring pixels then lies side by side.

@@ -8,11 +8,11 @@
 namespace shufflenet::cuda {
 
 // Before sm_80 the kernel is empty: strip_planner.h plans none there.
-template <class T>
+template <class T, Layout kLayout>
 __global__ void __launch_bounds__(32 * kMostStripWarps, 1)
     strip_kernel(const __grid_constant__ StripArguments arguments) {
 #if __CUDA_ARCH__ >= 800
-  StripBlock<T>(arguments).run();
+  StripBlock<T, kLayout>(arguments).run();
 #endif
 }
 
@@ -23,7 +23,9 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
 
 template <class T>
 StripKernels strip_kernels_of() {
-  return {reinterpret_cast<const void*>(&strip_kernel<T>), reinterpret_cast<const void*>(&pack_kernel<T>)};
+  return {reinterpret_cast<const void*>(&strip_kernel<T, Layout::channels_last>),
+          reinterpret_cast<const void*>(&strip_kernel<T, Layout::contiguous>),
+          reinterpret_cast<const void*>(&pack_kernel<T>)};
 }
 
 }  // namespace shufflenet::cuda

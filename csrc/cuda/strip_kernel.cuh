@@ -1,34 +1,49 @@
-// A unit as one fused pass over a strip of rows (strip.h), in 16 bits and channels_last, on tensor cores
-// from sm_80 on. x is copied to shared memory once and serves conv1 and the shortcut: the residual, or with stride 2
-// the pool (strip_pool.cuh).
+// A unit as one fused pass over a strip of rows (strip.h), in 16 bits, on tensor cores from sm_80 on. x is copied to
+// shared memory once and serves conv1 and the shortcut: the residual, or with stride 2 the pool (strip_pool.cuh). What
+// depends on x's layout is in strip_pixels.cuh and strip_planes.cuh.
 //
 //   conv1      multiplies 32 pixels by some tiles of a group. The results are stored as blocks of y1, which the shuffle
 //              has sorted.
 //   depthwise  and conv3 make 32 pixels of a slice. The warp keeps their y2 in shared memory of its own, from where
-//              conv3's operands come; the sums go to the result in accesses of 8 bytes, which fill its sectors.
+//              conv3's operands come.
 //
 // A warp stays with its group or slice and goes on to further pixels, so that all addresses but few are computed once.
 // As in PyTorch, y1, y2 and y3 are rounded to x's dtype, and y3 before the residual is added.
 #pragma once
 
+#include <type_traits>
+
+#include "strip_pixels.cuh"
+#include "strip_planes.cuh"
 #include "strip_pool.cuh"
 
 namespace shufflenet::cuda {
 
-template <class T>
-struct StripBlock : StripStaging {
-  SHUFFLENET_DEVICE explicit StripBlock(const StripArguments& arguments) : StripStaging(arguments) {}
+template <class T, Layout kLayout>
+using StripIn = std::conditional_t<kLayout == Layout::channels_last, StripPixels<T>, StripPlanes<T>>;
+
+template <class T, Layout kLayout>
+struct StripBlock : StripIn<T, kLayout> {
+  using Strip = StripIn<T, kLayout>;
+  using Strip::base, Strip::by_out_width, Strip::by_width, Strip::fragments, Strip::lane, Strip::layout, Strip::my_y2,
+      Strip::packed, Strip::s, Strip::t, Strip::warp;
+
+  SHUFFLENET_DEVICE explicit StripBlock(const StripArguments& arguments) : Strip(arguments) {}
 
   SHUFFLENET_DEVICE void run() {
-    copy_x();
-    clear_y1_outside_the_image();
-    clear_unused();
+    this->copy_x();
+    this->clear_y1_outside_the_image();
+    this->clear_unused_x();
+    this->clear_y2_without_channels();
     wait_copies<0>();
     barrier();
     conv1();
     barrier();
     depthwise_and_conv3();
-    if (s.stride == 2) StripPool<T>(*this).run();
+    if constexpr (kLayout == Layout::channels_last) {
+      if (s.stride == 2) StripPool<T>(*this).run();
+    }
+    this->copy_result();
   }
 
  private:
@@ -74,31 +89,32 @@ struct StripBlock : StripStaging {
   template <int kTiles, bool kMasked>
   SHUFFLENET_DEVICE void conv1_tiles(int piece, const Share& share) {
     static_assert(kTiles <= kMostConv1Tiles);
-    const int pixels = image_rows * s.width, group = piece / packed.conv1_chunks;
+    const int pixels = this->image_rows * s.width, group = piece / packed.conv1_chunks;
     const GroupStart start(s, group);
     const ChannelMask mask = {start.skipped, s.conv1_depth};
-    const int in_pixel = (start.block + lane / 16) * kBlockBytes;
     const Fragment* const weights = fragments + piece * kTiles * packed.conv1_steps * 32 + lane;
     const Fragment* const affine = fragments + packed.affine1 + piece * kTiles * 4 + lane % 4;
     const uint32_t two_blocks = 2 * layout.y1_pixels * kBlockBytes;
     const uint32_t row_bytes = layout.y1_pitch * kBlockBytes, gap_bytes = row_bytes - s.width * kBlockBytes;
     const uint32_t y1 = base + layout.y1 + piece * kTiles * (two_blocks / 2) + lane / 16 * (two_blocks / 2) +
-                        (image_row - in_row) * row_bytes;
-    const uint32_t x_step = share.pixel_step * layout.x_pitch;
+                        (this->image_row - this->in_row) * row_bytes;
+    const uint32_t tile_step = kTilePixels * this->bytes_to_next_pixel();
+    const uint32_t x_step = share.pixel_step * this->bytes_to_next_pixel();
     const int halves = packed.conv1_halves;
-    uint32_t x = base + layout.x_offset(share.pixel + lane % 16, in_pixel);
+    uint32_t x = this->operand_row(share.pixel, start.block, share.pixel + kItemPixels);
     SHUFFLENET_NO_UNROLL
     for (int pixel = share.pixel; pixel < pixels; pixel += share.pixel_step, x += x_step) {
       const bool is_tail = pixel + kItemPixels > pixels;
-      uint32_t row[kTilesOfItem] = {x, x + kTilePixels * layout.x_pitch};
-      if (is_tail) {  // addresses behind the last pixel are those of the last
+      uint32_t row[kTilesOfItem] = {x, x + tile_step};
+      if (is_tail) {
         SHUFFLENET_UNROLL
         for (int m = 0; m < kTilesOfItem; ++m) {
-          row[m] = base + layout.x_offset(least(pixel + m * kTilePixels + lane % 16, pixels - 1), in_pixel);
+          row[m] = this->operand_row(pixel + m * kTilePixels, start.block, pixels - 1);
         }
       }
       Sums<kTiles> sums;
-      multiply<T, 32, kMasked>(sums, row, weights, halves, mask);
+      auto operand = this->operand(row);
+      multiply<T, kMasked, false>(sums, operand, weights, halves, mask);
       uint32_t pairs[kTilesOfItem][kTiles][2];
       for_each<0, kTiles>([&](auto index) {
         constexpr int n = decltype(index)::value;
@@ -113,7 +129,7 @@ struct StripBlock : StripStaging {
         if (s.stride == 1) {
           to = y1 + (mine + 1) * kBlockBytes + in_row_of_y1 * gap_bytes;
         } else {
-          to = y1 + in_row_of_y1 * row_bytes + y1_offset(mine - in_row_of_y1 * s.width);
+          to = y1 + in_row_of_y1 * row_bytes + this->y1_offset(mine - in_row_of_y1 * s.width);
         }
         store_tiles<kTiles>(to, two_blocks, pairs[m]);
         // What is behind the last pixel is outside of the image, or nobody reads it.
@@ -158,7 +174,7 @@ struct StripBlock : StripStaging {
     SHUFFLENET_NO_UNROLL
     for (int slice = share.first; slice < t.slices; slice += share.step) {
       SHUFFLENET_NO_UNROLL
-      for (int pixel = share.pixel; pixel < out_rows * s.out_width; pixel += share.pixel_step) {
+      for (int pixel = share.pixel; pixel < this->out_rows * s.out_width; pixel += share.pixel_step) {
         make_y2_of<true>(pixel, slice);
         if (!conv3<kPairs>(pixel, slice, true)) {
           make_y2_of<false>(pixel, slice);
@@ -185,7 +201,7 @@ struct StripBlock : StripStaging {
   // Returns the address, in the first block of y1 that a slice has, of the top left tap of a pixel.
   template <int kStride>
   SHUFFLENET_DEVICE uint32_t y1_corner(int pixel, int slice) const {
-    const int inside = least(pixel, out_rows * s.out_width - 1);
+    const int inside = least(pixel, this->out_rows * s.out_width - 1);
     const int to_next_row = kStride * layout.y1_pitch - s.out_width;  // from behind a row of the result
     return base + layout.y1 +
            (slice * packed.piece_tiles * layout.y1_pixels + inside + by_out_width.quotient(inside) * to_next_row) *
@@ -270,79 +286,26 @@ struct StripBlock : StripStaging {
   SHUFFLENET_DEVICE bool conv3(int first_pixel, int slice, bool checks) {
     static_assert(kPairs <= kMostConv3Pairs);
     constexpr int kTiles = 2 * kPairs;
-    const int pixels = out_rows * s.out_width, pixel = first_pixel + lane / 4, x_pitch = layout.x_pitch;
-    const int64_t pixel_bytes = s.result_channels * kElementBytes;
     const int step_fragments = kTiles * packed.conv3_steps * 32, halves = packed.conv3_halves;
     const Fragment* weights = fragments + packed.conv3 + slice * packed.conv3_chunks * step_fragments + lane;
-    const Fragment* affine = fragments + packed.affine3 + slice * packed.conv3_chunks * kTiles * 4 + lane % 4;
-    // The lane's four channels of a pair of tiles, within the slice's group, and their byte in a pixel.
-    int channel = lane % 4 * 4;
-    int byte = ((part * t.slices + slice) * s.group_rows + channel) * kElementBytes;
-    uint32_t x = base + layout.x_offset(pixel + (out_row - image_row) * s.width, byte);
-    char* to = static_cast<char*>(arguments.result) +
-               ((int64_t{image} * s.out_height + out_row) * s.out_width + pixel) * pixel_bytes + byte +
-               s.first_conv3_channel * kElementBytes;
+    const Fragment* affine = fragments + packed.affine3 + slice * packed.conv3_chunks * kTiles * 4 +
+                             this->affine3_lane();
+    typename Strip::template Results<kPairs> results(*this, first_pixel, slice);
     const uint32_t y2 = my_y2() + (lane / 16 * kItemPixels + lane % 16) * kBlockBytes;
-    const bool is_whole = first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
     SHUFFLENET_NO_UNROLL
     for (int chunk = 0; chunk < packed.conv3_chunks; ++chunk) {
-      uint32_t row[kTilesOfItem] = {y2, y2 + kTilePixels * kBlockBytes};
+      PixelOperand<2 * kItemPixels * kBlockBytes> operand = {{y2, y2 + kTilePixels * kBlockBytes}};
       Sums<kTiles> sums;
-      multiply<T, 2 * kItemPixels * kBlockBytes, false>(sums, row, weights, halves, {});
+      multiply<T, false, Strip::kTransposed>(sums, operand, weights, halves, {});
       if (chunk == 0 && checks) {
-        const float any = sums[0][0][0] + sums[0][0][2] + (sums[1][0][0] + sums[1][0][2]);
+        const float any = Strip::any_sum(sums);
         if (warp_any(any != any)) return false;
       }
-      if (s.stride == 2) {
-        write<kPairs, false, false>(to, x, pixel_bytes, x_pitch, sums, affine, pixels - pixel, s.group_rows - channel);
-      } else if (is_whole) {
-        write<kPairs, true, true>(to, x, pixel_bytes, x_pitch, sums, affine, 0, 0);
-      } else {
-        write<kPairs, false, true>(to, x, pixel_bytes, x_pitch, sums, affine, pixels - pixel, s.group_rows - channel);
-      }
+      results.write(sums, affine);
       weights += step_fragments;
       affine += kTiles * 4;
-      channel += kPairs * 2 * kColumns;
-      x += kPairs * 2 * kColumns * kElementBytes;
-      to += kPairs * 2 * kColumns * kElementBytes;
     }
     return true;
-  }
-
-  // Finishes and writes the sums, behind adding x's pixels if kResidual. Unless kWhole, only so many pixels are there
-  // from the lane's first on, and channels.
-  template <int kPairs, bool kWhole, bool kResidual>
-  SHUFFLENET_DEVICE static void write(char* to, uint32_t x, int64_t pixel_bytes, int x_pitch,
-                                      const Sums<2 * kPairs>& sums, const Fragment* affine, int pixels, int channels) {
-    char* out[2 * kTilesOfItem];
-    uint32_t from[2 * kTilesOfItem];  // the swizzle is the same every eight pixels
-    SHUFFLENET_UNROLL
-    for (int eight = 0; eight < 2 * kTilesOfItem; ++eight) {
-      out[eight] = to + eight * (8 * pixel_bytes);
-      from[eight] = x + eight * (8 * x_pitch);
-    }
-    for_each<0, kPairs>([&](auto index) {
-      constexpr int kPair = decltype(index)::value, kChannels = kPair * 2 * kColumns;
-      constexpr int kBytes = kChannels * kElementBytes;
-      const Vector4 first = load_floats<kPair * 8>(affine), second = load_floats<kPair * 8 + 4>(affine);
-      SHUFFLENET_UNROLL
-      for (int m = 0; m < kTilesOfItem; ++m) {
-        uint32_t low[2], high[2];
-        finish<T, !kResidual>(sums[m][2 * kPair], first, low);
-        finish<T, !kResidual>(sums[m][2 * kPair + 1], second, high);
-        SHUFFLENET_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int eight = 2 * m + half;
-          if (kWhole || (eight * 8 < pixels && kChannels < channels)) {
-            if constexpr (kResidual) {
-              add_relu_and_store<kBytes>(out[eight], from[eight], low[half], high[half], T{});
-            } else {
-              store_pairs<kBytes>(out[eight], low[half], high[half]);
-            }
-          }
-        }
-      }
-    });
   }
 };
 

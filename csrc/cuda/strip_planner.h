@@ -24,7 +24,7 @@ struct StripPlan {
 inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Device& device) {
   if (dtype != Dtype::float16 && dtype != Dtype::bfloat16) return "strips are for 16 bits";
   if (device.compute_capability < 80) return "strips need sm_80";
-  if (unit.layout != Layout::channels_last) return "strips are for channels_last";
+  if (unit.layout != Layout::channels_last && unit.stride == 2) return "strips of stride 2 are for channels_last";
   if (!unit.adds_residual() && !unit.concatenates_pool()) return "strips are for whole units of v1";
   if (unit.in_channels % 8 != 0) return "strips need a multiple of 8 channels";
   if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
@@ -119,7 +119,7 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
   int64_t least_bytes = std::numeric_limits<int64_t>::max();
   for (int slices = s.groups; slices >= 1; --slices) {
     if (s.groups % slices != 0) continue;
-    const PackedLayout packed(s, slices);  // takes longer than the rest of a layout
+    const PackedLayout packed(s, slices, unit.layout);  // takes longer than the rest of a layout
     if (pack_shared_bytes(s, packed) > kSharedWithoutAsking) continue;
     for (int strips = 1, rows = 0; strips <= s.out_height; ++strips) {
       if (ceil_div(s.out_height, strips) == rows) continue;

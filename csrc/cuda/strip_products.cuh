@@ -3,7 +3,9 @@
 // operands of weights from the packed fragments.
 //
 // A lane holds the sums of rows (pixels) lane / 4 and lane / 4 + 8 of a tile, in columns 2 * (lane % 4) and the one
-// behind: sum[0], sum[1] of the first row, sum[2], sum[3] of the second.
+// behind: sum[0], sum[1] of the first row, sum[2], sum[3] of the second. The same registers make the transposed product
+// if the operands trade places: two tiles of weights then are 16 rows, channels, and a tile of pixels twice 8 columns.
+// sums[m][2 * n] and sums[m][2 * n + 1] are pair n of tiles by the first and the last 8 pixels of tile m.
 #pragma once
 
 #include <type_traits>
@@ -44,32 +46,75 @@ struct ChannelMask {
   int skipped, depth;
 };
 
+// Where operands of pixels lie if a pixel's channels lie side by side, in blocks of 8: row[m] is the address of the
+// lane's pixel of tile m, lanes 16 to 31 having that of the next 8 channels. Each half lies kHalfBytes behind the last.
+template <int kHalfBytes>
+struct PixelOperand {
+  template <int kHalf>
+  SHUFFLENET_DEVICE void load(uint32_t (&a)[4], int m) const {
+    load_matrices<kHalf * kHalfBytes>(a, row[m]);
+  }
+  SHUFFLENET_DEVICE void advance() {
+    SHUFFLENET_UNROLL
+    for (int m = 0; m < kTilesOfItem; ++m) row[m] += 2 * kHalfBytes;
+  }
+  uint32_t row[kTilesOfItem];
+};
+
+// The same if a channel's pixels do: row[m] is the address of eight pixels of the lane's channel. Lanes 8 to 15 and 24
+// to 31 have the last eight of tile m, lanes 16 to 31 the next 8 channels.
+struct PlaneOperand {
+  template <int kHalf>
+  SHUFFLENET_DEVICE void load(uint32_t (&a)[4], int m) const {
+    load_transposed(a, row[m] + kHalf * half_bytes);
+  }
+  SHUFFLENET_DEVICE void advance() {
+    SHUFFLENET_UNROLL
+    for (int m = 0; m < kTilesOfItem; ++m) row[m] += 2 * half_bytes;
+  }
+  uint32_t row[kTilesOfItem];
+  uint32_t half_bytes;
+};
+
+// Multiplies, or if kSets sets.
+template <class T, bool kSets>
+SHUFFLENET_DEVICE void multiply_tile(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (kSets) {
+    set_to_product(sum, a, b, T{});
+  } else {
+    multiply_matrices(sum, a, b, T{});
+  }
+}
+
 // Multiplies half kHalf (16 channels) of a step for kTiles tiles: the first half of all sets the sums.
-template <class T, int kHalf, bool kSets, int kTiles>
+template <class T, int kHalf, bool kSets, bool kTransposed, int kTiles>
 SHUFFLENET_DEVICE void multiply_half(Sums<kTiles>& sums, const uint32_t (&a)[kTilesOfItem][4],
                                      const Fragment (&b)[kTiles]) {
+  static_assert(!kTransposed || kTiles % 2 == 0);
   SHUFFLENET_UNROLL
   for (int n = 0; n < kTiles; ++n) {
     SHUFFLENET_UNROLL
     for (int m = 0; m < kTilesOfItem; ++m) {
-      if constexpr (kSets) {
-        set_to_product(sums[m][n], a[m], {b[n].words[2 * kHalf], b[n].words[2 * kHalf + 1]}, T{});
+      if constexpr (kTransposed) {
+        const Fragment &first = b[n / 2 * 2], &second = b[n / 2 * 2 + 1];
+        const uint32_t rows[4] = {
+            first.words[2 * kHalf], second.words[2 * kHalf], first.words[2 * kHalf + 1], second.words[2 * kHalf + 1]};
+        multiply_tile<T, kSets>(sums[m][n], rows, {a[m][n % 2], a[m][2 + n % 2]});
       } else {
-        multiply_matrices(sums[m][n], a[m], {b[n].words[2 * kHalf], b[n].words[2 * kHalf + 1]}, T{});
+        multiply_tile<T, kSets>(sums[m][n], a[m], {b[n].words[2 * kHalf], b[n].words[2 * kHalf + 1]});
       }
     }
   }
 }
 
-// Multiplies 32 pixels by kTiles tiles, over 16 x `halves` channels. row[m] is the address of the lane's pixel of tile
-// m (lanes 16 to 31 give that of the next 8 channels), from which each half lies kHalfBytes further than the last.
-template <class T, int kHalfBytes, bool kMasked, int kTiles>
-SHUFFLENET_DEVICE void multiply(Sums<kTiles>& sums, uint32_t (&row)[kTilesOfItem], const Fragment* weights, int halves,
+// Multiplies 32 pixels by kTiles tiles, over 16 x `halves` channels.
+template <class T, bool kMasked, bool kTransposed, int kTiles, class Operand>
+SHUFFLENET_DEVICE void multiply(Sums<kTiles>& sums, Operand& pixels, const Fragment* weights, int halves,
                                 ChannelMask mask) {
   const auto load_half = [&](uint32_t (&a)[kTilesOfItem][4], int half, auto odd) {
     SHUFFLENET_UNROLL
     for (int m = 0; m < kTilesOfItem; ++m) {
-      load_matrices<decltype(odd)::value * kHalfBytes>(a[m], row[m]);
+      pixels.template load<decltype(odd)::value>(a[m], m);
       if constexpr (kMasked) mask.apply(a[m], half);
     }
   };
@@ -78,17 +123,16 @@ SHUFFLENET_DEVICE void multiply(Sums<kTiles>& sums, uint32_t (&row)[kTilesOfItem
     for_each<0, kTiles>([&](auto n) { b[decltype(n)::value] = load_constant<decltype(n)::value * 32>(weights); });
     uint32_t a[kTilesOfItem][4];
     load_half(a, half, std::integral_constant<int, 0>{});
-    multiply_half<T, 0, decltype(sets)::value>(sums, a, b);
+    multiply_half<T, 0, decltype(sets)::value, kTransposed>(sums, a, b);
     if (half + 1 == halves) return;
     load_half(a, half + 1, std::integral_constant<int, 1>{});
-    multiply_half<T, 1, false>(sums, a, b);
+    multiply_half<T, 1, false, kTransposed>(sums, a, b);
   };
   step(0, std::true_type{});
   SHUFFLENET_NO_UNROLL
   for (int half = 2; half < halves; half += 2) {
     weights += kTiles * 32;
-    SHUFFLENET_UNROLL
-    for (int m = 0; m < kTilesOfItem; ++m) row[m] += 2 * kHalfBytes;
+    pixels.advance();
     step(half, std::false_type{});
   }
 }
@@ -100,6 +144,16 @@ SHUFFLENET_DEVICE void finish(const float (&sum)[4], const Vector4& affine, uint
   SHUFFLENET_UNROLL
   for (int row = 0; row < 2; ++row) {
     pairs[row] = pack<kRelu>(multiply_add(sum[2 * row], v[0], v[2]), multiply_add(sum[2 * row + 1], v[1], v[3]), T{});
+  }
+}
+
+// The same for a tile of the transposed product: the constants are of the lane's rows, and a pair is of pixels.
+template <class T, bool kRelu>
+SHUFFLENET_DEVICE void finish_transposed(const float (&sum)[4], const Vector4& affine, uint32_t (&pairs)[2]) {
+  SHUFFLENET_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    const float scale = affine.values[row], bias = affine.values[2 + row];
+    pairs[row] = pack<kRelu>(multiply_add(sum[2 * row], scale, bias), multiply_add(sum[2 * row + 1], scale, bias), T{});
   }
 }
 

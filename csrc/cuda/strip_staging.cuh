@@ -1,4 +1,4 @@
-// Where a block of strip_kernel.cuh works, and how x comes to shared memory.
+// Where a block of strip_kernel.cuh works, and what it keeps in shared memory in either layout of x.
 #pragma once
 
 #include "common.cuh"
@@ -34,37 +34,6 @@ struct StripStaging {
     fragments = static_cast<const Fragment*>(arguments.fragments) + int64_t{part} * packed.part;
   }
 
-  // Starts to copy the strip's rows of x. A lane copies a block of four neighbouring pixels at a time, and as many
-  // lanes as a pixel has blocks all of these pixels.
-  SHUFFLENET_DEVICE void copy_x() {
-    const int lanes = least(layout.own_blocks, 32), side_by_side = 32 / lanes, mine = lane / lanes;
-    if (mine == side_by_side) return;
-    const int pixels = image_rows * s.width, first = (warp * side_by_side + mine) * 4;
-    const int step = t.warps * side_by_side * 4;
-    const int64_t pixel_bytes = s.in_channels * int64_t{kElementBytes}, step_bytes = step * pixel_bytes;
-    const int x_pitch = layout.x_pitch, step_pitch = step * x_pitch;
-    const char* const strip = static_cast<const char*>(arguments.x) +
-                              ((int64_t{image} * s.height + image_row) * s.width + first) * pixel_bytes;
-    SHUFFLENET_NO_UNROLL
-    for (int block = lane - mine * lanes; block < layout.own_blocks; block += 32) {
-      const char* from = strip + block * kBlockBytes;
-      uint32_t to = base + layout.x_offset(first, block * kBlockBytes);
-      int left = pixels - first;
-      SHUFFLENET_NO_UNROLL
-      for (; left >= 4; left -= step) {
-        copy_block_async(to, from);
-        copy_block_async(to + x_pitch, from + pixel_bytes);
-        copy_block_async(to + 2 * x_pitch, from + 2 * pixel_bytes);
-        copy_block_async(to + 3 * x_pitch, from + 3 * pixel_bytes);
-        from += step_bytes;
-        to += step_pitch;
-      }
-      SHUFFLENET_NO_UNROLL
-      for (int i = 0; i < left; ++i) copy_block_async(to + i * x_pitch, from + i * pixel_bytes);
-    }
-    commit_copies();
-  }
-
   // Zeroes the pixels of y1 outside of the image, as padding is zero behind conv1's bias and ReLU.
   SHUFFLENET_DEVICE void clear_y1_outside_the_image() {
     const int blocks = s.conv1_groups * packed.conv1_tiles, row_bytes = layout.y1_pitch * kBlockBytes;
@@ -89,26 +58,8 @@ struct StripStaging {
     }
   }
 
-  // Zeroes the blocks of x that conv1 or the pool loads without using them, the pixel of zeros behind the last one, and
-  // the block of y2 that makes its number even.
-  SHUFFLENET_DEVICE void clear_unused() {
-    const int blocks = layout.own_blocks, unused = layout.x_blocks - blocks, pixels = image_rows * s.width;
-    const int pitch_blocks = layout.x_pitch / kBlockBytes;
-    if (unused > 0) {
-      const int in_pitch = least(unused, pitch_blocks - blocks), behind_last = s.stride == 2 ? in_pitch : unused;
-      SHUFFLENET_NO_UNROLL
-      for (int pixel = warp * 32 + lane; pixel < pixels; pixel += t.warps * 32) {
-        const int count = pixel == pixels - 1 ? behind_last : in_pitch;
-        SHUFFLENET_NO_UNROLL
-        for (int i = 0; i < count; ++i) clear_block(base + layout.x_offset(pixel, (blocks + i) * kBlockBytes));
-      }
-    }
-    if (s.stride == 2) {
-      SHUFFLENET_NO_UNROLL
-      for (int block = warp * 32 + lane; block < pitch_blocks; block += t.warps * 32) {
-        clear_block(base + pixels * layout.x_pitch + block * kBlockBytes);
-      }
-    }
+  // Zeroes the block of the warp's y2 that makes its number even.
+  SHUFFLENET_DEVICE void clear_y2_without_channels() {
     if (packed.blocks % 2 != 0) clear_block(my_y2() + (packed.blocks * kItemPixels + lane) * kBlockBytes);
   }
 

@@ -49,12 +49,32 @@ void store_shared(int64_t at, const Value& value) {
 
 }  // namespace detail
 
+template <int kBytes>
+void copy_unit_async(uint32_t to, const void* from) {
+  copy_async<kBytes>(Shared<uint16_t>(to), static_cast<const uint16_t*>(from), true);
+}
+template <int kBytes>
+void store_unit(void* to, uint32_t from) {
+  struct alignas(kBytes) Unit {
+    char bytes[kBytes];
+  };
+  if (reinterpret_cast<uintptr_t>(to) % kBytes) Machine::fail("a global address not aligned to %d", kBytes);
+  const Unit unit = detail::load_shared<Unit>(from);
+  std::memcpy(to, &unit, kBytes);
+}
 inline void clear_block(uint32_t at) { detail::store_shared(at, Fragment{}); }
 inline uint32_t load_pair(uint32_t at) { return detail::load_shared<uint32_t>(at); }
+inline void store_pair(uint32_t at, uint32_t pair) { detail::store_shared(at, pair); }
+inline uint16_t load_element(uint32_t at) { return detail::load_shared<uint16_t>(at); }
+inline void store_element(uint32_t at, uint16_t value) { detail::store_shared(at, value); }
 
 template <int kOffset, int kMatrices>
 void load_matrices(uint32_t (&to)[kMatrices], uint32_t row, int line = __builtin_LINE()) {
   detail::load_matrices<kMatrices>(to, row + kOffset, false, line);
+}
+
+inline void load_transposed(uint32_t (&to)[4], uint32_t row, int line = __builtin_LINE()) {
+  detail::load_matrices<4>(to, row, true, line);
 }
 
 template <int kMatrices>
@@ -127,14 +147,16 @@ void store_pairs(void* to, uint32_t low, uint32_t high) {
 }
 // The sum of two 16-bit numbers is rounded to float first. Only bfloat16's sums may then differ from those that are
 // rounded once, and by less than float's rounding.
+template <class T>
+uint32_t add_relu(uint32_t a, uint32_t b, T) {
+  const auto one = [&](int i) { return relu(detail::half_of<T>(a, i) + detail::half_of<T>(b, i)); };
+  return detail::pair_of<T>(one(0), one(1));
+}
 template <int kOffset, class T>
 void add_relu_and_store(void* to, uint32_t at, uint32_t low, uint32_t high, T) {
-  const uint64_t pairs = detail::load_shared<uint64_t>(at + kOffset);
-  const auto sum = [&](uint32_t a, uint32_t b) {
-    const auto one = [&](int i) { return relu(detail::half_of<T>(a, i) + detail::half_of<T>(b, i)); };
-    return detail::pair_of<T>(one(0), one(1));
-  };
-  store_pairs<kOffset>(to, sum(low, static_cast<uint32_t>(pairs)), sum(high, static_cast<uint32_t>(pairs >> 32)));
+  const uint64_t x = detail::load_shared<uint64_t>(at + kOffset);
+  store_pairs<kOffset>(
+      to, add_relu(low, static_cast<uint32_t>(x), T{}), add_relu(high, static_cast<uint32_t>(x >> 32), T{}));
 }
 
 }  // namespace shufflenet::cuda

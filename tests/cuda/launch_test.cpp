@@ -13,7 +13,7 @@
 namespace shufflenet::cuda {
 namespace {
 
-const char kernels[2 * kDtypes] = {}, strip_kernels[4] = {};
+const char kernels[2 * kDtypes] = {}, strip_kernels[6] = {};
 const void* kernel_of(Dtype dtype, Layout layout) {
   return &kernels[2 * static_cast<int>(dtype) + static_cast<int>(layout)];
 }
@@ -42,7 +42,7 @@ void launch_strips_on(int index) {
     const Case c("n=2 in=240 mid=60 out=240 h=28 w=28 sm=90 layout=nhwc dtype=float16");
     const StripPlan plan = plan_strips(c.unit(), c.dtype(), c.device());
     const Sizes s = sizes_of(c.unit());
-    const StripLayout layout(s, plan.tiling);
+    const StripLayout layout(s, plan.tiling, c.unit().layout);
     const CurrentDevice current(index);
     launch_strips({s, plan.tiling.slices, layout.packed, {}, {}, {}, nullptr},
                   {s, plan.tiling, layout, nullptr, nullptr, nullptr}, plan, c.dtype(), nullptr);
@@ -55,8 +55,8 @@ void on_a_fresh_thread(const std::function<void()>& work) { std::thread(work).jo
 
 }  // namespace
 
-StripKernels strip_kernels_float16() { return {&strip_kernels[0], &strip_kernels[1]}; }
-StripKernels strip_kernels_bfloat16() { return {&strip_kernels[2], &strip_kernels[3]}; }
+StripKernels strip_kernels_float16() { return {&strip_kernels[0], &strip_kernels[1], &strip_kernels[2]}; }
+StripKernels strip_kernels_bfloat16() { return {&strip_kernels[3], &strip_kernels[4], &strip_kernels[5]}; }
 const void* kernel_float32(Layout layout) { return kernel_of(Dtype::float32, layout); }
 const void* kernel_float64(Layout layout) { return kernel_of(Dtype::float64, layout); }
 const void* kernel_bfloat16(Layout layout) { return kernel_of(Dtype::bfloat16, layout); }

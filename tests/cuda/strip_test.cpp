@@ -18,14 +18,14 @@
 namespace shufflenet::cuda {
 namespace {
 
-template <class T, class Norm>
+template <class T, class Norm, Layout kLayout>
 std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
   // A case may cut the unit otherwise than the planner would.
   tiling.rows = static_cast<int>(c.number("rows", tiling.rows));
   tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
   tiling.warps = static_cast<int>(c.number("warps", tiling.warps));
   tiling.gap = static_cast<int>(c.number("gap", tiling.gap));
-  const StripLayout layout(s, tiling);
+  const StripLayout layout(s, tiling, kLayout);
   Problem<T, Norm> problem(c);
   Buffer<T> result(problem.result_elements());
   Buffer<Fragment> fragments(layout.packed.part * int64_t{tiling.parts(s)});
@@ -40,12 +40,13 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
   const StripArguments arguments = {s, tiling, layout, problem.x.data, fragments.data, result.data};
 #ifdef SHUFFLENET_TEST_PTX
   launch_ptx(c, "pack_kernel", 2, kPackThreads, pack_shared_bytes(s, layout.packed), pack, fragments.data);
-  launch_ptx(c, "strip_kernel", tiling.blocks(s), tiling.warps * 32, layout.bytes, arguments, result.data);
+  const std::string kernel = kLayout == Layout::channels_last ? "LayoutE1" : "LayoutE0";
+  launch_ptx(c, kernel, tiling.blocks(s), tiling.warps * 32, layout.bytes, arguments, result.data);
 #else
   Machine packer(kPackThreads, pack_shared_bytes(s, layout.packed), c.number("seed", 0));
   packer.launch(2, [&] { Packer<T>(pack).run(); });
   Machine machine(tiling.warps * 32, layout.bytes, c.number("seed", 0));
-  machine.launch(tiling.blocks(s), [&] { StripBlock<T>(arguments).run(); });
+  machine.launch(tiling.blocks(s), [&] { StripBlock<T, kLayout>(arguments).run(); });
 #endif
   const Difference difference = problem.compare(result.data);
   std::ostringstream answer;
@@ -53,13 +54,19 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
   return answer.str();
 }
 
+template <Layout kLayout>
+std::string run(const Case& c, const Sizes& s, const StripTiling& tiling) {
+  if (c.dtype() == Dtype::bfloat16) return run<BFloat16, float, kLayout>(c, s, tiling);
+  return run<Float16, Float16, kLayout>(c, s, tiling);
+}
+
 std::string run(const std::string& line) {
   const Case c(line);
   const StripPlan plan = plan_strips(c.unit(), c.dtype(), c.device());
   if (!plan.ok) return "unplanned " + plan.explanation;
   const Sizes s = sizes_of(c.unit());
-  if (c.dtype() == Dtype::bfloat16) return run<BFloat16, float>(c, s, plan.tiling);
-  return run<Float16, Float16>(c, s, plan.tiling);
+  if (c.unit().layout == Layout::channels_last) return run<Layout::channels_last>(c, s, plan.tiling);
+  return run<Layout::contiguous>(c, s, plan.tiling);
 }
 
 }  // namespace

@@ -1,0 +1,165 @@
+// A strip of x in channels_last: a pixel's channels lie side by side in shared memory too, and results go to global
+// memory from registers, in accesses of 8 bytes, which fill its sectors.
+#pragma once
+
+#include "strip_products.cuh"
+#include "strip_staging.cuh"
+
+namespace shufflenet::cuda {
+
+template <class T>
+struct StripPixels : StripStaging {
+  SHUFFLENET_DEVICE explicit StripPixels(const StripArguments& arguments) : StripStaging(arguments) {}
+
+  static constexpr bool kTransposed = false;
+
+  // Starts to copy the strip's rows of x. A lane copies a block of four neighbouring pixels at a time, and as many
+  // lanes as a pixel has blocks all of these pixels.
+  SHUFFLENET_DEVICE void copy_x() const {
+    const int lanes = least(layout.own_blocks, 32), side_by_side = 32 / lanes, mine = lane / lanes;
+    if (mine == side_by_side) return;
+    const int pixels = image_rows * s.width, first = (warp * side_by_side + mine) * 4;
+    const int step = t.warps * side_by_side * 4;
+    const int64_t pixel_bytes = s.in_channels * int64_t{kElementBytes}, step_bytes = step * pixel_bytes;
+    const int x_pitch = layout.x_pitch, step_pitch = step * x_pitch;
+    const char* const strip = static_cast<const char*>(arguments.x) +
+                              ((int64_t{image} * s.height + image_row) * s.width + first) * pixel_bytes;
+    SHUFFLENET_NO_UNROLL
+    for (int block = lane - mine * lanes; block < layout.own_blocks; block += 32) {
+      const char* from = strip + block * kBlockBytes;
+      uint32_t to = base + layout.x_offset(first, block * kBlockBytes);
+      int left = pixels - first;
+      SHUFFLENET_NO_UNROLL
+      for (; left >= 4; left -= step) {
+        copy_block_async(to, from);
+        copy_block_async(to + x_pitch, from + pixel_bytes);
+        copy_block_async(to + 2 * x_pitch, from + 2 * pixel_bytes);
+        copy_block_async(to + 3 * x_pitch, from + 3 * pixel_bytes);
+        from += step_bytes;
+        to += step_pitch;
+      }
+      SHUFFLENET_NO_UNROLL
+      for (int i = 0; i < left; ++i) copy_block_async(to + i * x_pitch, from + i * pixel_bytes);
+    }
+    commit_copies();
+  }
+
+  // Zeroes the blocks of x that conv1 or the pool loads without using them, and the pixel of zeros behind the last one.
+  SHUFFLENET_DEVICE void clear_unused_x() const {
+    const int blocks = layout.own_blocks, unused = layout.x_blocks - blocks, pixels = image_rows * s.width;
+    const int pitch_blocks = layout.x_pitch / kBlockBytes;
+    if (unused > 0) {
+      const int in_pitch = least(unused, pitch_blocks - blocks), behind_last = s.stride == 2 ? in_pitch : unused;
+      SHUFFLENET_NO_UNROLL
+      for (int pixel = warp * 32 + lane; pixel < pixels; pixel += t.warps * 32) {
+        const int count = pixel == pixels - 1 ? behind_last : in_pitch;
+        SHUFFLENET_NO_UNROLL
+        for (int i = 0; i < count; ++i) clear_block(base + layout.x_offset(pixel, (blocks + i) * kBlockBytes));
+      }
+    }
+    if (s.stride == 2) {
+      SHUFFLENET_NO_UNROLL
+      for (int block = warp * 32 + lane; block < pitch_blocks; block += t.warps * 32) {
+        clear_block(base + pixels * layout.x_pitch + block * kBlockBytes);
+      }
+    }
+  }
+
+  // Returns the address that the lane passes to load the channels of a block of x, and of the next one, of 16 pixels
+  // from `pixel` on. Behind the last pixel it is that of the last one.
+  SHUFFLENET_DEVICE uint32_t operand_row(int pixel, int block, int last) const {
+    return base + layout.x_offset(least(pixel + lane % 16, last), (block + lane / 16) * kBlockBytes);
+  }
+  SHUFFLENET_DEVICE uint32_t bytes_to_next_pixel() const { return layout.x_pitch; }
+  SHUFFLENET_DEVICE PixelOperand<2 * kBlockBytes> operand(const uint32_t (&row)[kTilesOfItem]) const {
+    return {{row[0], row[1]}};
+  }
+
+  // Which of a tile's constants of conv3 the lane takes.
+  SHUFFLENET_DEVICE int affine3_lane() const { return lane % 4; }
+  // Returns a sum that is NaN if any channel of y2 is, in any pixel of the lane.
+  template <int kTiles>
+  SHUFFLENET_DEVICE static float any_sum(const Sums<kTiles>& sums) {
+    return sums[0][0][0] + sums[0][0][2] + (sums[1][0][0] + sums[1][0][2]);
+  }
+
+  // Writes the results of 32 pixels of a slice, kPairs pairs of tiles at a time.
+  template <int kPairs>
+  struct Results {
+    SHUFFLENET_DEVICE Results(const StripPixels& strip, int first_pixel, int slice)
+        : pixel_bytes(strip.s.result_channels * kElementBytes), x_pitch(strip.layout.x_pitch) {
+      const Sizes& s = strip.s;
+      const int pixels = strip.out_rows * s.out_width, pixel = first_pixel + strip.lane / 4;
+      // The lane's four channels of a pair of tiles, within the slice's group, and their byte in a pixel.
+      const int channel = strip.lane % 4 * 4;
+      const int byte = ((strip.part * strip.t.slices + slice) * s.group_rows + channel) * kElementBytes;
+      from = strip.base + strip.layout.x_offset(pixel + (strip.out_row - strip.image_row) * s.width, byte);
+      to = static_cast<char*>(strip.arguments.result) +
+           ((int64_t{strip.image} * s.out_height + strip.out_row) * s.out_width + pixel) * pixel_bytes + byte +
+           s.first_conv3_channel * kElementBytes;
+      pixels_left = pixels - pixel;
+      channels_left = s.group_rows - channel;
+      adds_residual = s.stride == 1;
+      is_whole = first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
+    }
+
+    SHUFFLENET_DEVICE void write(const Sums<2 * kPairs>& sums, const Fragment* affine) {
+      if (!adds_residual) {
+        write_as<false, false>(sums, affine);
+      } else if (is_whole) {
+        write_as<true, true>(sums, affine);
+      } else {
+        write_as<false, true>(sums, affine);
+      }
+      channels_left -= kPairs * 2 * kColumns;
+      from += kPairs * 2 * kColumns * kElementBytes;
+      to += kPairs * 2 * kColumns * kElementBytes;
+    }
+
+   private:
+    // Finishes and writes the sums, behind adding x's pixels if kResidual. Unless kWhole, only pixels and channels that
+    // are there.
+    template <bool kWhole, bool kResidual>
+    SHUFFLENET_DEVICE void write_as(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
+      char* out[2 * kTilesOfItem];
+      uint32_t x[2 * kTilesOfItem];  // the swizzle is the same every eight pixels
+      SHUFFLENET_UNROLL
+      for (int eight = 0; eight < 2 * kTilesOfItem; ++eight) {
+        out[eight] = to + eight * (8 * pixel_bytes);
+        x[eight] = from + eight * (8 * x_pitch);
+      }
+      for_each<0, kPairs>([&](auto index) {
+        constexpr int kPair = decltype(index)::value, kChannels = kPair * 2 * kColumns;
+        constexpr int kBytes = kChannels * kElementBytes;
+        const Vector4 first = load_floats<kPair * 8>(affine), second = load_floats<kPair * 8 + 4>(affine);
+        SHUFFLENET_UNROLL
+        for (int m = 0; m < kTilesOfItem; ++m) {
+          uint32_t low[2], high[2];
+          finish<T, !kResidual>(sums[m][2 * kPair], first, low);
+          finish<T, !kResidual>(sums[m][2 * kPair + 1], second, high);
+          SHUFFLENET_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const int eight = 2 * m + half;
+            if (kWhole || (eight * 8 < pixels_left && kChannels < channels_left)) {
+              if constexpr (kResidual) {
+                add_relu_and_store<kBytes>(out[eight], x[eight], low[half], high[half], T{});
+              } else {
+                store_pairs<kBytes>(out[eight], low[half], high[half]);
+              }
+            }
+          }
+        }
+      });
+    }
+
+    char* to;
+    uint32_t from;  // the residual
+    int64_t pixel_bytes;
+    int x_pitch, pixels_left, channels_left;
+    bool adds_residual, is_whole;
+  };
+
+  SHUFFLENET_DEVICE void copy_result() const {}
+};
+
+}  // namespace shufflenet::cuda

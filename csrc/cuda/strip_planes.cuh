@@ -1,0 +1,239 @@
+// A strip of x in the contiguous layout: a channel's pixels lie side by side in shared memory too. Results take the
+// places of x's pixels that they are added to, from where they go to global memory in runs of whole planes or rows, as
+// x came: so that accesses fill their sectors, whatever the size of a plane.
+#pragma once
+
+#include "strip_products.cuh"
+#include "strip_staging.cuh"
+
+namespace shufflenet::cuda {
+
+// Walks over what a thread copies of some planes, units of `bytes` bytes: those `step` apart, of the `run` units of a
+// plane that belong to the strip.
+struct PlaneWalk {
+  SHUFFLENET_DEVICE PlaneWalk(int first, int step, int run, int bytes, int64_t plane_bytes, int pitch) : run(run) {
+    const Divisor by_run(run);
+    plane = by_run.quotient(first);
+    unit = first - plane * run;
+    planes_a_step = by_run.quotient(step);
+    units_a_step = step - planes_a_step * run;
+    global = plane * plane_bytes + unit * bytes;
+    global_step = planes_a_step * plane_bytes + units_a_step * bytes;
+    global_wrap = plane_bytes - run * bytes;
+    shared = plane * pitch + unit * bytes;
+    shared_step = planes_a_step * pitch + units_a_step * bytes;
+    shared_wrap = pitch - run * bytes;
+  }
+  SHUFFLENET_DEVICE void advance() {
+    plane += planes_a_step;
+    unit += units_a_step;
+    global += global_step;
+    shared += shared_step;
+    if (unit >= run) {
+      ++plane;
+      unit -= run;
+      global += global_wrap;
+      shared += shared_wrap;
+    }
+  }
+
+  int plane;
+  int64_t global;   // bytes from the first plane's first unit
+  uint32_t shared;  // the same
+
+ private:
+  int run, unit, planes_a_step, units_a_step;
+  int64_t global_step, global_wrap;
+  uint32_t shared_step, shared_wrap;
+};
+
+template <class T>
+struct StripPlanes : StripStaging {
+  SHUFFLENET_DEVICE explicit StripPlanes(const StripArguments& arguments) : StripStaging(arguments) {}
+
+  static constexpr bool kTransposed = true;
+
+  // Starts to copy the strip's rows of x.
+  SHUFFLENET_DEVICE void copy_x() const {
+    const char* const from = static_cast<const char*>(arguments.x) +
+                             (int64_t{image} * s.in_channels * s.in_plane + image_row * s.width) * kElementBytes;
+    const PlaneWalk walk = walk_over(image_rows * s.width, s.in_plane);
+    switch (layout.unit_bytes) {
+      case 16: copy_x_in_units<16>(from, walk); break;
+      case 8: copy_x_in_units<8>(from, walk); break;
+      case 4: copy_x_in_units<4>(from, walk); break;
+      default: copy_x_in_elements(from, walk);
+    }
+    commit_copies();
+  }
+
+  // Zeroes what conv1 loads without using it: the pixels behind a channel's last one, and the channels behind x's own.
+  SHUFFLENET_DEVICE void clear_unused_x() const {
+    const int pixels = image_rows * s.width, end_pixel = ceil_div(pixels, kColumns) * kColumns;
+    SHUFFLENET_NO_UNROLL
+    for (int channel = warp * 32 + lane; channel < s.in_channels && pixels < end_pixel; channel += t.warps * 32) {
+      const uint32_t plane = base + channel * layout.x_pitch;
+      SHUFFLENET_NO_UNROLL
+      for (int pixel = pixels; pixel < end_pixel; ++pixel) store_element(plane + pixel * kElementBytes, 0);
+    }
+    const int begin = s.in_channels * layout.x_pitch, end = layout.x_blocks * kColumns * layout.x_pitch;
+    SHUFFLENET_NO_UNROLL
+    for (int at = begin + (warp * 32 + lane) * kBlockBytes; at < end; at += t.warps * 32 * kBlockBytes) {
+      clear_block(base + at);
+    }
+  }
+
+  // Returns the address that the lane passes to load the channels of a block of x, and of the next one, of 16 pixels
+  // from `pixel` on. Behind the last pixel it is that of the last eight.
+  SHUFFLENET_DEVICE uint32_t operand_row(int pixel, int block, int last) const {
+    const int channel = (block + lane / 16) * kColumns + lane % 8;
+    const int eight = least(pixel + lane / 8 % 2 * 8, last / 8 * 8);
+    return base + channel * layout.x_pitch + eight * kElementBytes;
+  }
+  SHUFFLENET_DEVICE uint32_t bytes_to_next_pixel() const { return kElementBytes; }
+  SHUFFLENET_DEVICE PlaneOperand operand(const uint32_t (&row)[kTilesOfItem]) const {
+    return {{row[0], row[1]}, static_cast<uint32_t>(2 * kColumns * layout.x_pitch)};
+  }
+
+  // Which of the constants of a pair of tiles of conv3 the lane takes.
+  SHUFFLENET_DEVICE int affine3_lane() const { return lane / 4; }
+  // Returns a sum that is NaN if any channel of y2 is, in any pixel of the lane.
+  template <int kTiles>
+  SHUFFLENET_DEVICE static float any_sum(const Sums<kTiles>& sums) {
+    float sum = 0;
+    SHUFFLENET_UNROLL
+    for (int m = 0; m < kTilesOfItem; ++m) {
+      SHUFFLENET_UNROLL
+      for (int n = 0; n < 2; ++n) sum += sums[m][n][0] + sums[m][n][1];
+    }
+    return sum;
+  }
+
+  // Adds the results of 32 pixels of a slice to x in shared memory, kPairs pairs of tiles at a time.
+  template <int kPairs>
+  struct Results {
+    SHUFFLENET_DEVICE Results(const StripPlanes& strip, int first_pixel, int slice) : pitch(strip.layout.x_pitch) {
+      const Sizes& s = strip.s;
+      const int pixels = strip.out_rows * s.out_width, pixel = first_pixel + strip.lane % 4 * 2;
+      const int channel = strip.lane / 4, in_x = pixel + strip.first_pixel_of_result();
+      at = strip.base + ((strip.part * strip.t.slices + slice) * s.group_rows + channel) * pitch + in_x * kElementBytes;
+      pixels_left = pixels - pixel;
+      channels_left = s.group_rows - channel;
+      is_paired = in_x % 2 == 0;
+      is_whole = is_paired && first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
+    }
+
+    SHUFFLENET_DEVICE void write(const Sums<2 * kPairs>& sums, const Fragment* affine) {
+      if (is_whole) {
+        write_as<true, true>(sums, affine);
+      } else if (is_paired) {
+        write_as<false, true>(sums, affine);
+      } else {
+        write_as<false, false>(sums, affine);
+      }
+      channels_left -= kPairs * 2 * kColumns;
+      at += kPairs * 2 * kColumns * pitch;
+    }
+
+   private:
+    // Finishes the sums and adds them to x. Unless kWhole, only pixels and channels that are there; of a pair it may be
+    // the first alone, whose other half nobody reads any more. Unless kPaired, pairs are not aligned.
+    template <bool kWhole, bool kPaired>
+    SHUFFLENET_DEVICE void write_as(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
+      for_each<0, kPairs>([&](auto index) {
+        constexpr int kPair = decltype(index)::value;
+        const Vector4 constants = load_floats<kPair * 8>(affine);
+        SHUFFLENET_UNROLL
+        for (int eight = 0; eight < 2 * kTilesOfItem; ++eight) {
+          uint32_t pairs[2];
+          finish_transposed<T, false>(sums[eight / 2][2 * kPair + eight % 2], constants, pairs);
+          SHUFFLENET_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const int channel = (2 * kPair + half) * kColumns;
+            if (!kWhole && (eight * 8 >= pixels_left || channel >= channels_left)) continue;
+            const uint32_t to = at + channel * pitch + eight * kBlockBytes;
+            if constexpr (kPaired) {
+              store_pair(to, add_relu(pairs[half], load_pair(to), T{}));
+            } else {
+              const bool has_second = eight * 8 + 1 < pixels_left;
+              const uint32_t x = load_element(to) | uint32_t{load_element(has_second ? to + 2 : to)} << 16;
+              const uint32_t sum = add_relu(pairs[half], x, T{});
+              store_element(to, static_cast<uint16_t>(sum));
+              if (has_second) store_element(to + 2, static_cast<uint16_t>(sum >> 16));
+            }
+          }
+        }
+      });
+    }
+
+    uint32_t at;  // of the lane's first pixel and channel
+    int pitch, pixels_left, channels_left;
+    bool is_paired, is_whole;
+  };
+
+  // Copies the results of all warps to global memory.
+  SHUFFLENET_DEVICE void copy_result() const {
+    barrier();
+    const int first_channel = part * t.slices * s.group_rows;
+    char* const to =
+        static_cast<char*>(arguments.result) +
+        ((int64_t{image} * s.result_channels + first_channel) * s.out_plane + out_row * s.out_width) * kElementBytes;
+    const uint32_t from = base + first_channel * layout.x_pitch + first_pixel_of_result() * kElementBytes;
+    const PlaneWalk walk = walk_over(out_rows * s.out_width, s.out_plane);
+    switch (layout.unit_bytes) {
+      case 16: copy_result_in_units<16>(to, from, walk); break;
+      case 8: copy_result_in_units<8>(to, from, walk); break;
+      case 4: copy_result_in_units<4>(to, from, walk); break;
+      default: copy_result_in_units<2>(to, from, walk);
+    }
+  }
+
+ private:
+  // How many elements are loaded before the first of them is stored, as there are no asynchronous copies of elements.
+  static constexpr int kElementsInFlight = 8;
+
+  // Returns the pixel of x, in shared memory, that the result's first one is added to.
+  SHUFFLENET_DEVICE int first_pixel_of_result() const { return (out_row - image_row) * s.width; }
+  SHUFFLENET_DEVICE PlaneWalk walk_over(int pixels, int plane) const {
+    return {warp * 32 + lane,
+            t.warps * 32,
+            pixels * kElementBytes / layout.unit_bytes,
+            layout.unit_bytes,
+            int64_t{plane} * kElementBytes,
+            layout.x_pitch};
+  }
+  template <int kBytes>
+  SHUFFLENET_DEVICE void copy_x_in_units(const char* from, PlaneWalk walk) const {
+    SHUFFLENET_NO_UNROLL
+    for (; walk.plane < s.in_channels; walk.advance()) {
+      copy_unit_async<kBytes>(base + walk.shared, from + walk.global);
+    }
+  }
+  SHUFFLENET_DEVICE void copy_x_in_elements(const char* from, PlaneWalk walk) const {
+    SHUFFLENET_NO_UNROLL
+    while (walk.plane < s.in_channels) {
+      uint16_t values[kElementsInFlight];
+      uint32_t to[kElementsInFlight];
+      bool is_inside[kElementsInFlight];
+      SHUFFLENET_UNROLL
+      for (int i = 0; i < kElementsInFlight; ++i) {
+        is_inside[i] = walk.plane < s.in_channels;
+        to[i] = base + walk.shared;
+        if (is_inside[i]) values[i] = *reinterpret_cast<const uint16_t*>(from + walk.global);
+        walk.advance();
+      }
+      SHUFFLENET_UNROLL
+      for (int i = 0; i < kElementsInFlight; ++i) {
+        if (is_inside[i]) store_element(to[i], values[i]);
+      }
+    }
+  }
+  template <int kBytes>
+  SHUFFLENET_DEVICE void copy_result_in_units(char* to, uint32_t from, PlaneWalk walk) const {
+    const int planes = t.slices * s.group_rows;
+    SHUFFLENET_NO_UNROLL
+    for (; walk.plane < planes; walk.advance()) store_unit<kBytes>(to + walk.global, from + walk.shared);
+  }
+};
+
+}  // namespace shufflenet::cuda
