@@ -63,13 +63,15 @@ SHUFFLENET_DEVICE void copy_unit_async<16>(uint32_t to, const void* from) {
 SHUFFLENET_DEVICE void clear_block(uint32_t at) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
 }
+template <int kOffset = 0>
 SHUFFLENET_DEVICE uint32_t load_pair(uint32_t at) {
   uint32_t value;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
+  asm volatile("ld.shared.u32 %0, [%1+%2];" : "=r"(value) : "r"(at), "n"(kOffset) : "memory");
   return value;
 }
+template <int kOffset>
 SHUFFLENET_DEVICE void store_pair(uint32_t at, uint32_t pair) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
+  asm volatile("st.shared.u32 [%0+%1], %2;" ::"r"(at), "n"(kOffset), "r"(pair) : "memory");
 }
 SHUFFLENET_DEVICE uint16_t load_element(uint32_t at) {
   uint16_t value;

@@ -8,45 +8,6 @@
 
 namespace shufflenet::cuda {
 
-// Walks over what a thread copies of some planes, units of `bytes` bytes: those `step` apart, of the `run` units of a
-// plane that belong to the strip.
-struct PlaneWalk {
-  SHUFFLENET_DEVICE PlaneWalk(int first, int step, int run, int bytes, int64_t plane_bytes, int pitch) : run(run) {
-    const Divisor by_run(run);
-    plane = by_run.quotient(first);
-    unit = first - plane * run;
-    planes_a_step = by_run.quotient(step);
-    units_a_step = step - planes_a_step * run;
-    global = plane * plane_bytes + unit * bytes;
-    global_step = planes_a_step * plane_bytes + units_a_step * bytes;
-    global_wrap = plane_bytes - run * bytes;
-    shared = plane * pitch + unit * bytes;
-    shared_step = planes_a_step * pitch + units_a_step * bytes;
-    shared_wrap = pitch - run * bytes;
-  }
-  SHUFFLENET_DEVICE void advance() {
-    plane += planes_a_step;
-    unit += units_a_step;
-    global += global_step;
-    shared += shared_step;
-    if (unit >= run) {
-      ++plane;
-      unit -= run;
-      global += global_wrap;
-      shared += shared_wrap;
-    }
-  }
-
-  int plane;
-  int64_t global;   // bytes from the first plane's first unit
-  uint32_t shared;  // the same
-
- private:
-  int run, unit, planes_a_step, units_a_step;
-  int64_t global_step, global_wrap;
-  uint32_t shared_step, shared_wrap;
-};
-
 template <class T>
 struct StripPlanes : StripStaging {
   SHUFFLENET_DEVICE explicit StripPlanes(const StripArguments& arguments) : StripStaging(arguments) {}
@@ -57,12 +18,12 @@ struct StripPlanes : StripStaging {
   SHUFFLENET_DEVICE void copy_x() const {
     const char* const from = static_cast<const char*>(arguments.x) +
                              (int64_t{image} * s.in_channels * s.in_plane + image_row * s.width) * kElementBytes;
-    const PlaneWalk walk = walk_over(image_rows * s.width, s.in_plane);
+    const Runs runs = {s.in_channels, image_rows * s.width, s.in_plane};
     switch (layout.unit_bytes) {
-      case 16: copy_x_in_units<16>(from, walk); break;
-      case 8: copy_x_in_units<8>(from, walk); break;
-      case 4: copy_x_in_units<4>(from, walk); break;
-      default: copy_x_in_elements(from, walk);
+      case 16: copy_x_in_units<16>(from, runs); break;
+      case 8: copy_x_in_units<8>(from, runs); break;
+      case 4: copy_x_in_units<4>(from, runs); break;
+      default: copy_x_in_elements(from, runs);
     }
     commit_copies();
   }
@@ -143,26 +104,26 @@ struct StripPlanes : StripStaging {
       for_each<0, kPairs>([&](auto index) {
         constexpr int kPair = decltype(index)::value;
         const Vector4 constants = load_floats<kPair * 8>(affine);
-        SHUFFLENET_UNROLL
-        for (int eight = 0; eight < 2 * kTilesOfItem; ++eight) {
+        const uint32_t to[2] = {at + 2 * kPair * kColumns * pitch, at + (2 * kPair + 1) * kColumns * pitch};
+        for_each<0, 2 * kTilesOfItem>([&](auto eighth) {
+          constexpr int kEight = decltype(eighth)::value, kBytes = kEight * kBlockBytes;
           uint32_t pairs[2];
-          finish_transposed<T, false>(sums[eight / 2][2 * kPair + eight % 2], constants, pairs);
+          finish_transposed<T, false>(sums[kEight / 2][2 * kPair + kEight % 2], constants, pairs);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
-            const int channel = (2 * kPair + half) * kColumns;
-            if (!kWhole && (eight * 8 >= pixels_left || channel >= channels_left)) continue;
-            const uint32_t to = at + channel * pitch + eight * kBlockBytes;
+            const int left = pixels_left - kEight * 8;
+            if (!kWhole && (left <= 0 || (2 * kPair + half) * kColumns >= channels_left)) continue;
             if constexpr (kPaired) {
-              store_pair(to, add_relu(pairs[half], load_pair(to), T{}));
+              store_pair<kBytes>(to[half], add_relu(pairs[half], load_pair<kBytes>(to[half]), T{}));
             } else {
-              const bool has_second = eight * 8 + 1 < pixels_left;
-              const uint32_t x = load_element(to) | uint32_t{load_element(has_second ? to + 2 : to)} << 16;
+              const uint32_t first = to[half] + kBytes, second = left > 1 ? first + kElementBytes : first;
+              const uint32_t x = load_element(first) | uint32_t{load_element(second)} << 16;
               const uint32_t sum = add_relu(pairs[half], x, T{});
-              store_element(to, static_cast<uint16_t>(sum));
-              if (has_second) store_element(to + 2, static_cast<uint16_t>(sum >> 16));
+              store_element(first, static_cast<uint16_t>(sum));
+              if (left > 1) store_element(second, static_cast<uint16_t>(sum >> 16));
             }
           }
-        }
+        });
       });
     }
 
@@ -179,12 +140,12 @@ struct StripPlanes : StripStaging {
         static_cast<char*>(arguments.result) +
         ((int64_t{image} * s.result_channels + first_channel) * s.out_plane + out_row * s.out_width) * kElementBytes;
     const uint32_t from = base + first_channel * layout.x_pitch + first_pixel_of_result() * kElementBytes;
-    const PlaneWalk walk = walk_over(out_rows * s.out_width, s.out_plane);
+    const Runs runs = {t.slices * s.group_rows, out_rows * s.out_width, s.out_plane};
     switch (layout.unit_bytes) {
-      case 16: copy_result_in_units<16>(to, from, walk); break;
-      case 8: copy_result_in_units<8>(to, from, walk); break;
-      case 4: copy_result_in_units<4>(to, from, walk); break;
-      default: copy_result_in_units<2>(to, from, walk);
+      case 16: copy_result_in_units<16>(to, from, runs); break;
+      case 8: copy_result_in_units<8>(to, from, runs); break;
+      case 4: copy_result_in_units<4>(to, from, runs); break;
+      default: copy_result_in_units<2>(to, from, runs);
     }
   }
 
@@ -194,45 +155,72 @@ struct StripPlanes : StripStaging {
 
   // Returns the pixel of x, in shared memory, that the result's first one is added to.
   SHUFFLENET_DEVICE int first_pixel_of_result() const { return (out_row - image_row) * s.width; }
-  SHUFFLENET_DEVICE PlaneWalk walk_over(int pixels, int plane) const {
-    return {warp * 32 + lane,
-            t.warps * 32,
-            pixels * kElementBytes / layout.unit_bytes,
-            layout.unit_bytes,
-            int64_t{plane} * kElementBytes,
-            layout.x_pitch};
-  }
-  template <int kBytes>
-  SHUFFLENET_DEVICE void copy_x_in_units(const char* from, PlaneWalk walk) const {
+
+  // The pixels that are copied of some planes, of `plane` pixels each: the first `pixels` of each.
+  struct Runs {
+    int planes, pixels, plane;
+  };
+  // Calls copy(shared, global, steps) for the units that the thread copies: their first one's bytes from the first
+  // plane's first unit on, and how far it is to the next. Threads stand side by side over as many planes as they can; a
+  // unit is the last one where `shared` with one more step is not below steps.end.
+  struct Steps {
+    uint32_t shared, end;
+    int64_t global;
+  };
+  template <int kBytes, class Copy>
+  SHUFFLENET_DEVICE void share(const Runs& runs, const Copy& copy) const {
+    const int threads = t.warps * 32, thread = warp * 32 + lane, units = runs.pixels * kElementBytes / kBytes;
+    const Chunks chunks(units, threads);
+    const int side_by_side = threads / chunks.size, mine = thread / chunks.size;
+    if (mine == side_by_side) return;
+    const uint32_t pitch = layout.x_pitch;
+    const int64_t plane_bytes = int64_t{runs.plane} * kElementBytes;
+    const Steps steps = {side_by_side * pitch, runs.planes * pitch, side_by_side * plane_bytes};
     SHUFFLENET_NO_UNROLL
-    for (; walk.plane < s.in_channels; walk.advance()) {
-      copy_unit_async<kBytes>(base + walk.shared, from + walk.global);
-    }
-  }
-  SHUFFLENET_DEVICE void copy_x_in_elements(const char* from, PlaneWalk walk) const {
-    SHUFFLENET_NO_UNROLL
-    while (walk.plane < s.in_channels) {
-      uint16_t values[kElementsInFlight];
-      uint32_t to[kElementsInFlight];
-      bool is_inside[kElementsInFlight];
-      SHUFFLENET_UNROLL
-      for (int i = 0; i < kElementsInFlight; ++i) {
-        is_inside[i] = walk.plane < s.in_channels;
-        to[i] = base + walk.shared;
-        if (is_inside[i]) values[i] = *reinterpret_cast<const uint16_t*>(from + walk.global);
-        walk.advance();
-      }
-      SHUFFLENET_UNROLL
-      for (int i = 0; i < kElementsInFlight; ++i) {
-        if (is_inside[i]) store_element(to[i], values[i]);
-      }
+    for (int unit = thread - mine * chunks.size; unit < units; unit += chunks.size) {
+      copy(mine * pitch + unit * kBytes, mine * plane_bytes + unit * kBytes, steps);
     }
   }
   template <int kBytes>
-  SHUFFLENET_DEVICE void copy_result_in_units(char* to, uint32_t from, PlaneWalk walk) const {
-    const int planes = t.slices * s.group_rows;
-    SHUFFLENET_NO_UNROLL
-    for (; walk.plane < planes; walk.advance()) store_unit<kBytes>(to + walk.global, from + walk.shared);
+  SHUFFLENET_DEVICE void copy_x_in_units(const char* from, const Runs& runs) const {
+    share<kBytes>(runs, [&](uint32_t shared, int64_t global, const Steps& steps) {
+      const char* source = from + global;
+      SHUFFLENET_NO_UNROLL
+      for (uint32_t to = base + shared; to < base + steps.end; to += steps.shared, source += steps.global) {
+        copy_unit_async<kBytes>(to, source);
+      }
+    });
+  }
+  SHUFFLENET_DEVICE void copy_x_in_elements(const char* from, const Runs& runs) const {
+    share<kElementBytes>(runs, [&](uint32_t shared, int64_t global, const Steps& steps) {
+      const char* source = from + global;
+      uint32_t to = base + shared;
+      const uint32_t end = base + steps.end;
+      SHUFFLENET_NO_UNROLL
+      while (to < end) {
+        uint16_t values[kElementsInFlight];
+        SHUFFLENET_UNROLL
+        for (int i = 0; i < kElementsInFlight; ++i) {
+          if (to + i * steps.shared < end) values[i] = *reinterpret_cast<const uint16_t*>(source + i * steps.global);
+        }
+        SHUFFLENET_UNROLL
+        for (int i = 0; i < kElementsInFlight; ++i) {
+          if (to + i * steps.shared < end) store_element(to + i * steps.shared, values[i]);
+        }
+        to += kElementsInFlight * steps.shared;
+        source += kElementsInFlight * steps.global;
+      }
+    });
+  }
+  template <int kBytes>
+  SHUFFLENET_DEVICE void copy_result_in_units(char* to, uint32_t from, const Runs& runs) const {
+    share<kBytes>(runs, [&](uint32_t shared, int64_t global, const Steps& steps) {
+      char* target = to + global;
+      SHUFFLENET_NO_UNROLL
+      for (uint32_t at = from + shared; at < from + steps.end; at += steps.shared, target += steps.global) {
+        store_unit<kBytes>(target, at);
+      }
+    });
   }
 };
 

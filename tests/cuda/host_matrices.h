@@ -63,8 +63,14 @@ void store_unit(void* to, uint32_t from) {
   std::memcpy(to, &unit, kBytes);
 }
 inline void clear_block(uint32_t at) { detail::store_shared(at, Fragment{}); }
-inline uint32_t load_pair(uint32_t at) { return detail::load_shared<uint32_t>(at); }
-inline void store_pair(uint32_t at, uint32_t pair) { detail::store_shared(at, pair); }
+template <int kOffset = 0>
+uint32_t load_pair(uint32_t at) {
+  return detail::load_shared<uint32_t>(at + kOffset);
+}
+template <int kOffset>
+void store_pair(uint32_t at, uint32_t pair) {
+  detail::store_shared(at + kOffset, pair);
+}
 inline uint16_t load_element(uint32_t at) { return detail::load_shared<uint16_t>(at); }
 inline void store_element(uint32_t at, uint16_t value) { detail::store_shared(at, value); }
 
