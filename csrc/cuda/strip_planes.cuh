@@ -20,9 +20,9 @@ struct StripPlanes : StripStaging {
                              (int64_t{image} * s.in_channels * s.in_plane + image_row * s.width) * kElementBytes;
     const Runs runs = {s.in_channels, image_rows * s.width, s.in_plane};
     switch (layout.unit_bytes) {
-      case 16: copy_x_in_units<16>(from, runs); break;
-      case 8: copy_x_in_units<8>(from, runs); break;
-      case 4: copy_x_in_units<4>(from, runs); break;
+      case 16: copy_x_in<16>(from, runs); break;
+      case 8: copy_x_in<8>(from, runs); break;
+      case 4: copy_x_in<4>(from, runs); break;
       default: copy_x_in_elements(from, runs);
     }
     commit_copies();
@@ -142,16 +142,17 @@ struct StripPlanes : StripStaging {
     const uint32_t from = base + first_channel * layout.x_pitch + first_pixel_of_result() * kElementBytes;
     const Runs runs = {t.slices * s.group_rows, out_rows * s.out_width, s.out_plane};
     switch (layout.unit_bytes) {
-      case 16: copy_result_in_units<16>(to, from, runs); break;
-      case 8: copy_result_in_units<8>(to, from, runs); break;
-      case 4: copy_result_in_units<4>(to, from, runs); break;
-      default: copy_result_in_units<2>(to, from, runs);
+      case 16: copy_result_in<16>(to, from, runs); break;
+      case 8: copy_result_in<8>(to, from, runs); break;
+      case 4: copy_result_in<4>(to, from, runs); break;
+      default: copy_result_in<2>(to, from, runs);
     }
   }
 
  private:
-  // How many elements are loaded before the first of them is stored, as there are no asynchronous copies of elements.
-  static constexpr int kElementsInFlight = 8;
+  // How many loads are started before the first of them is stored, where there are no asynchronous copies.
+  static constexpr int kLoadsInFlight = 8;
+  static constexpr int kSectorBytes = 32;  // that global memory is accessed by
 
   // Returns the pixel of x, in shared memory, that the result's first one is added to.
   SHUFFLENET_DEVICE int first_pixel_of_result() const { return (out_row - image_row) * s.width; }
@@ -160,65 +161,71 @@ struct StripPlanes : StripStaging {
   struct Runs {
     int planes, pixels, plane;
   };
-  // Calls copy(shared, global, steps) for the units that the thread copies: their first one's bytes from the first
-  // plane's first unit on, and how far it is to the next. Threads stand side by side over as many planes as they can; a
-  // unit is the last one where `shared` with one more step is not below steps.end.
-  struct Steps {
-    uint32_t shared, end;
-    int64_t global;
+  // A thread's share of copying runs: a unit of some planes, and the same one of others.
+  struct Share {
+    uint32_t begin, end, step;    // bytes in shared memory, from the first plane's first pixel on
+    int64_t global, global_step;  // the same in memory
   };
+  // Calls copy(share) for what the thread copies in units of kBytes. Threads stand side by side over as many planes as
+  // they can, so that they go from plane to plane without dividing. Whole planes lie one behind the other in memory:
+  // where a warp's units do not fill sectors by themselves, as many planes are taken together as begin at one.
   template <int kBytes, class Copy>
-  SHUFFLENET_DEVICE void share(const Runs& runs, const Copy& copy) const {
-    const int threads = t.warps * 32, thread = warp * 32 + lane, units = runs.pixels * kElementBytes / kBytes;
-    const Chunks chunks(units, threads);
-    const int side_by_side = threads / chunks.size, mine = thread / chunks.size;
+  SHUFFLENET_DEVICE void for_each_share(const Runs& runs, const Copy& copy) const {
+    constexpr int kTogether = kBytes < 8 ? kSectorBytes / kBytes : 1;
+    const int plane_units = runs.pixels * kElementBytes / kBytes;
+    const int together = runs.pixels == runs.plane && runs.planes % kTogether == 0 ? kTogether : 1;
+    const int units = plane_units * together, threads = t.warps * 32, thread = warp * 32 + lane;
+    const int lanes = least(units, ceil_div(Chunks(units, threads).size, kTogether) * kTogether);
+    const int side_by_side = threads / lanes, mine = thread / lanes;
     if (mine == side_by_side) return;
-    const uint32_t pitch = layout.x_pitch;
-    const int64_t plane_bytes = int64_t{runs.plane} * kElementBytes;
-    const Steps steps = {side_by_side * pitch, runs.planes * pitch, side_by_side * plane_bytes};
+    const uint32_t pitch = layout.x_pitch, group_pitch = together * pitch;
+    const int64_t group_bytes = int64_t{runs.plane} * together * kElementBytes;
     SHUFFLENET_NO_UNROLL
-    for (int unit = thread - mine * chunks.size; unit < units; unit += chunks.size) {
-      copy(mine * pitch + unit * kBytes, mine * plane_bytes + unit * kBytes, steps);
+    for (int unit = thread - mine * lanes; unit < units; unit += lanes) {
+      const int plane = unit / plane_units;
+      const uint32_t first = plane * pitch + (unit - plane * plane_units) * kBytes;
+      copy(Share{first + mine * group_pitch, first + runs.planes * pitch, side_by_side * group_pitch,
+                 mine * group_bytes + unit * kBytes, side_by_side * group_bytes});
     }
   }
   template <int kBytes>
-  SHUFFLENET_DEVICE void copy_x_in_units(const char* from, const Runs& runs) const {
-    share<kBytes>(runs, [&](uint32_t shared, int64_t global, const Steps& steps) {
-      const char* source = from + global;
+  SHUFFLENET_DEVICE void copy_x_in(const char* from, const Runs& runs) const {
+    for_each_share<kBytes>(runs, [&](const Share& share) {
+      const char* source = from + share.global;
       SHUFFLENET_NO_UNROLL
-      for (uint32_t to = base + shared; to < base + steps.end; to += steps.shared, source += steps.global) {
+      for (uint32_t to = base + share.begin; to < base + share.end; to += share.step) {
         copy_unit_async<kBytes>(to, source);
+        source += share.global_step;
       }
     });
   }
   SHUFFLENET_DEVICE void copy_x_in_elements(const char* from, const Runs& runs) const {
-    share<kElementBytes>(runs, [&](uint32_t shared, int64_t global, const Steps& steps) {
-      const char* source = from + global;
-      uint32_t to = base + shared;
-      const uint32_t end = base + steps.end;
+    for_each_share<kElementBytes>(runs, [&](const Share& share) {
+      const char* source = from + share.global;
+      const uint32_t end = base + share.end;
       SHUFFLENET_NO_UNROLL
-      while (to < end) {
-        uint16_t values[kElementsInFlight];
+      for (uint32_t to = base + share.begin; to < end; to += kLoadsInFlight * share.step) {
+        uint16_t values[kLoadsInFlight];
         SHUFFLENET_UNROLL
-        for (int i = 0; i < kElementsInFlight; ++i) {
-          if (to + i * steps.shared < end) values[i] = *reinterpret_cast<const uint16_t*>(source + i * steps.global);
+        for (int i = 0; i < kLoadsInFlight; ++i) {
+          if (to + i * share.step < end) values[i] = *reinterpret_cast<const uint16_t*>(source);
+          source += share.global_step;
         }
         SHUFFLENET_UNROLL
-        for (int i = 0; i < kElementsInFlight; ++i) {
-          if (to + i * steps.shared < end) store_element(to + i * steps.shared, values[i]);
+        for (int i = 0; i < kLoadsInFlight; ++i) {
+          if (to + i * share.step < end) store_element(to + i * share.step, values[i]);
         }
-        to += kElementsInFlight * steps.shared;
-        source += kElementsInFlight * steps.global;
       }
     });
   }
   template <int kBytes>
-  SHUFFLENET_DEVICE void copy_result_in_units(char* to, uint32_t from, const Runs& runs) const {
-    share<kBytes>(runs, [&](uint32_t shared, int64_t global, const Steps& steps) {
-      char* target = to + global;
+  SHUFFLENET_DEVICE void copy_result_in(char* to, uint32_t from, const Runs& runs) const {
+    for_each_share<kBytes>(runs, [&](const Share& share) {
+      char* target = to + share.global;
       SHUFFLENET_NO_UNROLL
-      for (uint32_t at = from + shared; at < from + steps.end; at += steps.shared, target += steps.global) {
+      for (uint32_t at = from + share.begin; at < from + share.end; at += share.step) {
         store_unit<kBytes>(target, at);
+        target += share.global_step;
       }
     });
   }
