@@ -27,6 +27,7 @@ inline constexpr int kItemPixels = kTilesOfItem * kTilePixels;
 inline constexpr int kColumns = 8;  // of a tile; a block of y1 or y2 has as many slots, which are 16 bytes of a pixel
 inline constexpr int kElementBytes = 2;
 inline constexpr int kBlockBytes = kColumns * kElementBytes;
+inline constexpr int kSectorBytes = 32;  // by which global memory is accessed
 // The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers.
 inline constexpr int kMostConv1Tiles = 6;
 inline constexpr int kMostConv3Pairs = 5;
@@ -75,7 +76,8 @@ struct GroupStart {
 //   taps      [slices][blocks][3][lane 32]: diagonal operands of the taps 0 3, 1 4, 2 5, 6 7 and 8
 //   affine2   [slices][blocks][lane % 4]
 //   conv3     [slices][chunks][steps][tiles of the chunk][lane 32]
-//   affine3   [slices][tiles][lane % 4]; of the transposed product [slices][pairs of tiles][lane / 4]: scales and biases
+//   affine3   [slices][tiles][lane % 4]; of the transposed product [slices][pairs of tiles][lane / 4]: scales and
+//   biases
 //             of the two rows, channels, that the lane holds sums of
 struct PackedLayout {
   SHUFFLENET_HOST_DEVICE PackedLayout(const Sizes& s, int slices, Layout layout)
@@ -245,6 +247,28 @@ struct StripLayout {
   int y1;            // [conv1_groups][conv1_tiles][y1_pixels] blocks
   int y2, y2_bytes;  // of each warp: [2 * conv3_halves][kItemPixels] blocks
   int64_t bytes;     // of it all; may be more than any device has, and then the other members mean nothing
+};
+
+// How the threads of a block share the copying of some planes, of each `pixels` pixels of `plane`, in units of
+// unit_bytes. They stand side by side over as many planes as they can, so that they go from plane to plane without
+// dividing. Whole planes lie one behind the other in memory: where a warp's units are too small to fill sectors from
+// any unit on, as many planes are taken together as begin at one.
+struct PlaneCopy {
+  SHUFFLENET_HOST_DEVICE PlaneCopy(int planes, int pixels, int plane, int unit_bytes, int threads)
+      : together(unit_bytes < 8 ? kSectorBytes / unit_bytes : 1) {
+    const int in_a_sector = together;
+    if (pixels != plane || planes % together != 0) together = 1;
+    plane_units = pixels * kElementBytes / unit_bytes;
+    units = plane_units * together;
+    lanes = ceil_div(Chunks(units, threads).size, in_a_sector) * in_a_sector;
+    lanes = lanes < units ? lanes : units;
+    side_by_side = threads / lanes;
+  }
+  int together;     // planes
+  int plane_units;  // of a plane
+  int units;        // of planes taken together
+  int lanes;        // threads that share these units: a unit each, or every so many
+  int side_by_side;
 };
 
 inline constexpr int kPackThreads = 256;

@@ -174,7 +174,8 @@ struct StripBlock : StripIn<T, kLayout> {
     SHUFFLENET_NO_UNROLL
     for (int slice = share.first; slice < t.slices; slice += share.step) {
       SHUFFLENET_NO_UNROLL
-      for (int pixel = share.pixel; pixel < this->out_rows * s.out_width; pixel += share.pixel_step) {
+      for (int pixel = share.pixel + this->first_item(); pixel < this->out_rows * s.out_width;
+           pixel += share.pixel_step) {
         make_y2_of<true>(pixel, slice);
         if (!conv3<kPairs>(pixel, slice, true)) {
           make_y2_of<false>(pixel, slice);
@@ -201,7 +202,7 @@ struct StripBlock : StripIn<T, kLayout> {
   // Returns the address, in the first block of y1 that a slice has, of the top left tap of a pixel.
   template <int kStride>
   SHUFFLENET_DEVICE uint32_t y1_corner(int pixel, int slice) const {
-    const int inside = least(pixel, this->out_rows * s.out_width - 1);
+    const int inside = most(0, least(pixel, this->out_rows * s.out_width - 1));
     const int to_next_row = kStride * layout.y1_pitch - s.out_width;  // from behind a row of the result
     return base + layout.y1 +
            (slice * packed.piece_tiles * layout.y1_pixels + inside + by_out_width.quotient(inside) * to_next_row) *
@@ -288,8 +289,8 @@ struct StripBlock : StripIn<T, kLayout> {
     constexpr int kTiles = 2 * kPairs;
     const int step_fragments = kTiles * packed.conv3_steps * 32, halves = packed.conv3_halves;
     const Fragment* weights = fragments + packed.conv3 + slice * packed.conv3_chunks * step_fragments + lane;
-    const Fragment* affine = fragments + packed.affine3 + slice * packed.conv3_chunks * kTiles * 4 +
-                             this->affine3_lane();
+    const Fragment* affine =
+        fragments + packed.affine3 + slice * packed.conv3_chunks * kTiles * 4 + this->affine3_lane();
     typename Strip::template Results<kPairs> results(*this, first_pixel, slice);
     const uint32_t y2 = my_y2() + (lane / 16 * kItemPixels + lane % 16) * kBlockBytes;
     SHUFFLENET_NO_UNROLL

@@ -75,6 +75,8 @@ struct StripPixels : StripStaging {
     return {{row[0], row[1]}};
   }
 
+  // Returns the pixel of the result that conv3's items begin at.
+  SHUFFLENET_DEVICE int first_item() const { return 0; }
   // Which of a tile's constants of conv3 the lane takes.
   SHUFFLENET_DEVICE int affine3_lane() const { return lane % 4; }
   // Returns a sum that is NaN if any channel of y2 is, in any pixel of the lane.

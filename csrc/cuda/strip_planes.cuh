@@ -56,6 +56,8 @@ struct StripPlanes : StripStaging {
     return {{row[0], row[1]}, static_cast<uint32_t>(2 * kColumns * layout.x_pitch)};
   }
 
+  // Returns the pixel of the result that conv3's items begin at, so that their pairs of pixels are words of x.
+  SHUFFLENET_DEVICE int first_item() const { return -(first_pixel_of_result() % 2); }
   // Which of the constants of a pair of tiles of conv3 the lane takes.
   SHUFFLENET_DEVICE int affine3_lane() const { return lane / 4; }
   // Returns a sum that is NaN if any channel of y2 is, in any pixel of the lane.
@@ -80,26 +82,23 @@ struct StripPlanes : StripStaging {
       at = strip.base + ((strip.part * strip.t.slices + slice) * s.group_rows + channel) * pitch + in_x * kElementBytes;
       pixels_left = pixels - pixel;
       channels_left = s.group_rows - channel;
-      is_paired = in_x % 2 == 0;
-      is_whole = is_paired && first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
+      is_whole = first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
     }
 
     SHUFFLENET_DEVICE void write(const Sums<2 * kPairs>& sums, const Fragment* affine) {
       if (is_whole) {
-        write_as<true, true>(sums, affine);
-      } else if (is_paired) {
-        write_as<false, true>(sums, affine);
+        write_as<true>(sums, affine);
       } else {
-        write_as<false, false>(sums, affine);
+        write_as<false>(sums, affine);
       }
       channels_left -= kPairs * 2 * kColumns;
       at += kPairs * 2 * kColumns * pitch;
     }
 
    private:
-    // Finishes the sums and adds them to x. Unless kWhole, only pixels and channels that are there; of a pair it may be
-    // the first alone, whose other half nobody reads any more. Unless kPaired, pairs are not aligned.
-    template <bool kWhole, bool kPaired>
+    // Finishes the sums and adds them to x. Unless kWhole, only channels that are there, and pairs of which a pixel is:
+    // what the other one overwrites in x nobody reads any more.
+    template <bool kWhole>
     SHUFFLENET_DEVICE void write_as(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
       for_each<0, kPairs>([&](auto index) {
         constexpr int kPair = decltype(index)::value;
@@ -111,17 +110,8 @@ struct StripPlanes : StripStaging {
           finish_transposed<T, false>(sums[kEight / 2][2 * kPair + kEight % 2], constants, pairs);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
-            const int left = pixels_left - kEight * 8;
-            if (!kWhole && (left <= 0 || (2 * kPair + half) * kColumns >= channels_left)) continue;
-            if constexpr (kPaired) {
-              store_pair<kBytes>(to[half], add_relu(pairs[half], load_pair<kBytes>(to[half]), T{}));
-            } else {
-              const uint32_t first = to[half] + kBytes, second = left > 1 ? first + kElementBytes : first;
-              const uint32_t x = load_element(first) | uint32_t{load_element(second)} << 16;
-              const uint32_t sum = add_relu(pairs[half], x, T{});
-              store_element(first, static_cast<uint16_t>(sum));
-              if (left > 1) store_element(second, static_cast<uint16_t>(sum >> 16));
-            }
+            if (!kWhole && (kEight * 8 >= pixels_left || (2 * kPair + half) * kColumns >= channels_left)) continue;
+            store_pair<kBytes>(to[half], add_relu(pairs[half], load_pair<kBytes>(to[half]), T{}));
           }
         });
       });
@@ -129,7 +119,7 @@ struct StripPlanes : StripStaging {
 
     uint32_t at;  // of the lane's first pixel and channel
     int pitch, pixels_left, channels_left;
-    bool is_paired, is_whole;
+    bool is_whole;
   };
 
   // Copies the results of all warps to global memory.
@@ -152,7 +142,6 @@ struct StripPlanes : StripStaging {
  private:
   // How many loads are started before the first of them is stored, where there are no asynchronous copies.
   static constexpr int kLoadsInFlight = 8;
-  static constexpr int kSectorBytes = 32;  // that global memory is accessed by
 
   // Returns the pixel of x, in shared memory, that the result's first one is added to.
   SHUFFLENET_DEVICE int first_pixel_of_result() const { return (out_row - image_row) * s.width; }
@@ -166,26 +155,20 @@ struct StripPlanes : StripStaging {
     uint32_t begin, end, step;    // bytes in shared memory, from the first plane's first pixel on
     int64_t global, global_step;  // the same in memory
   };
-  // Calls copy(share) for what the thread copies in units of kBytes. Threads stand side by side over as many planes as
-  // they can, so that they go from plane to plane without dividing. Whole planes lie one behind the other in memory:
-  // where a warp's units do not fill sectors by themselves, as many planes are taken together as begin at one.
+  // Calls copy(share) for what the thread copies in units of kBytes, as PlaneCopy shares it.
   template <int kBytes, class Copy>
   SHUFFLENET_DEVICE void for_each_share(const Runs& runs, const Copy& copy) const {
-    constexpr int kTogether = kBytes < 8 ? kSectorBytes / kBytes : 1;
-    const int plane_units = runs.pixels * kElementBytes / kBytes;
-    const int together = runs.pixels == runs.plane && runs.planes % kTogether == 0 ? kTogether : 1;
-    const int units = plane_units * together, threads = t.warps * 32, thread = warp * 32 + lane;
-    const int lanes = least(units, ceil_div(Chunks(units, threads).size, kTogether) * kTogether);
-    const int side_by_side = threads / lanes, mine = thread / lanes;
-    if (mine == side_by_side) return;
-    const uint32_t pitch = layout.x_pitch, group_pitch = together * pitch;
-    const int64_t group_bytes = int64_t{runs.plane} * together * kElementBytes;
+    const PlaneCopy by(runs.planes, runs.pixels, runs.plane, kBytes, t.warps * 32);
+    const int thread = warp * 32 + lane, mine = thread / by.lanes;
+    if (mine == by.side_by_side) return;
+    const uint32_t pitch = layout.x_pitch, group_pitch = by.together * pitch;
+    const int64_t group_bytes = int64_t{runs.plane} * by.together * kElementBytes;
     SHUFFLENET_NO_UNROLL
-    for (int unit = thread - mine * lanes; unit < units; unit += lanes) {
-      const int plane = unit / plane_units;
-      const uint32_t first = plane * pitch + (unit - plane * plane_units) * kBytes;
-      copy(Share{first + mine * group_pitch, first + runs.planes * pitch, side_by_side * group_pitch,
-                 mine * group_bytes + unit * kBytes, side_by_side * group_bytes});
+    for (int unit = thread - mine * by.lanes; unit < by.units; unit += by.lanes) {
+      const int plane = unit / by.plane_units;
+      const uint32_t first = plane * pitch + (unit - plane * by.plane_units) * kBytes;
+      copy(Share{first + mine * group_pitch, first + runs.planes * pitch, by.side_by_side * group_pitch,
+                 mine * group_bytes + unit * kBytes, by.side_by_side * group_bytes});
     }
   }
   template <int kBytes>

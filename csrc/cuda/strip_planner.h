@@ -45,6 +45,9 @@ struct StripInstructions {
   static constexpr double item1 = 45, outputs1 = 14, item3 = 30, outputs3 = 22, halves1 = 44;
   // The depthwise convolution: an item, and each block of 8 slots of it.
   static constexpr double item2 = 60, block2 = 54;
+  // In the contiguous layout: once a thread and once a unit that it copies of x (of less than 4 bytes, through a
+  // register) and of the result; what it adds to a half of a step of conv1, and to the sums of a tile of conv3.
+  static constexpr double copies = 120, copy_in = 5, copy_element = 7, copy_out = 6, transposed = 2, in_place3 = 6;
   // The pool: 16 pixels, and 16 channels of them.
   static constexpr double pool_item = 200, pool_pair = 79;
 
@@ -58,10 +61,11 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
   const PackedLayout& p = layout.packed;
   const int conv3_tiles = 2 * p.conv3_chunk;
   const double conv1 = Count::item1 + (s.stride == 2 ? Count::halves1 : 0) + p.conv1_chunk * Count::outputs1 +
+                       (p.by_planes ? p.conv1_halves * Count::transposed : 0) +
                        Count::product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, p.is_masked);
   const double depthwise = Count::item2 + p.blocks * Count::block2;
-  const double conv3 =
-      Count::item3 + conv3_tiles * Count::outputs3 + Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
+  const double conv3 = Count::item3 + conv3_tiles * (Count::outputs3 + (p.by_planes ? Count::in_place3 : 0)) +
+                       Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
   double all = 0;
   for (int row = 0; row < s.out_height; row += t.rows) {
     const int rows = std::min(t.rows, s.out_height - row), in_row = t.first_in_row(s, row);
@@ -74,9 +78,19 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
       const double shares = std::max(1.0, std::min(std::floor(t.warps / tiles), pairs));
       all += tiles * (shares * Count::pool_item + pairs * Count::pool_pair);
     }
-    const double copies =
-        double(image_rows) * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
-    all += t.warps * Count::warp + copies * Count::copy + s.conv1_groups * p.conv1_tiles * Count::clear +
+    double copies =
+        Count::copy * image_rows * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
+    if (p.by_planes) {
+      const auto of = [&](int planes, int pixels, int plane, double each) {
+        const PlaneCopy by(planes, pixels, plane, layout.unit_bytes, t.warps * 32);
+        return t.warps * ceil_div(by.units, by.lanes) *
+               (Count::copies / 2 + each * ceil_div(planes / by.together, by.side_by_side));
+      };
+      const double in = layout.unit_bytes < 4 ? Count::copy_element : Count::copy_in;
+      copies = of(s.in_channels, image_rows * s.width, s.in_plane, in) +
+               of(t.slices * s.group_rows, rows * s.out_width, s.out_plane, Count::copy_out);
+    }
+    all += t.warps * Count::warp + copies + s.conv1_groups * p.conv1_tiles * Count::clear +
            in_items * s.conv1_groups * p.conv1_chunks * conv1 +
            out_items * t.slices * (depthwise + p.conv3_chunks * conv3);
   }
@@ -97,7 +111,13 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   const double rows = static_cast<double>(s.out_height) / t.strips(s);
   const double in_rows = std::min<double>(rows * s.stride + 3 - s.stride, s.height);
   // Each part of an image copies all of x, the first from memory and the others from the cache.
-  const double values = s.in_channels * s.width * in_rows + s.result_channels * s.out_width * rows;
+  double values = s.in_channels * s.width * in_rows + s.result_channels * s.out_width * rows;
+  if (layout.packed.by_planes && t.rows < s.out_height) {
+    // The rows of a plane that do not begin at a sector take a part of one more.
+    int aligned = 1;
+    while (aligned < kSectorBytes && s.width * kElementBytes % (2 * aligned) == 0) aligned *= 2;
+    values += (s.in_channels + s.result_channels) * static_cast<double>(kSectorBytes - aligned) / kElementBytes;
+  }
   const double bytes = kElementBytes * values / t.parts(s);
   const double side_by_side = std::min<double>(blocks_per_multiprocessor, std::ceil(blocks / device.multiprocessors));
   const double a_cycle = std::min(kMostInstructions, side_by_side * t.warps / kWarpInterval);
