@@ -39,7 +39,7 @@ def random_strips(seed: int, count: int) -> list[Case]:
         stride = rng.choice([1, 2])
         mid = both * rng.choice([1, 2, 3, 5, 8, 9, 17])
         case: Case = {
-            "layout": rng.choice(["nhwc", "nchw"]) if stride == 1 else "nhwc",
+            "layout": rng.choice(["nhwc", "nchw"]),
             "dtype": rng.choice(["float16", "bfloat16"]),
             "n": rng.choice([1, 1, 2]),
             "in": channels,

@@ -170,7 +170,9 @@ struct StripLayout {
   SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t, const PackedLayout& packed)
       : packed(packed),
         x_pitch(0),
-        unit_bytes(0),
+        result_pitch(0),
+        x_unit(kBlockBytes),
+        result_unit(kBlockBytes),
         own_blocks(s.in_channels / kColumns),
         x_blocks(0),
         y1_pitch(0),
@@ -188,14 +190,19 @@ struct StripLayout {
     if (packed.by_planes) {
       // An odd number of blocks: eight channels' blocks then lie in different banks.
       x_pitch = static_cast<int>((pixels + kColumns - 1) / kColumns | 1) * kBlockBytes;
-      const int aligned = (t.rows < s.out_height ? s.width : s.in_plane) * kElementBytes;
-      unit_bytes = kBlockBytes;
-      while (aligned % unit_bytes != 0) unit_bytes /= 2;
+      const int64_t out_pixels = int64_t{t.rows} * s.out_width;
+      result_pitch =
+          s.stride == 1 ? x_pitch : static_cast<int>((out_pixels + kColumns - 1) / kColumns | 1) * kBlockBytes;
+      const bool is_whole = t.rows >= s.out_height;
+      const auto fits = [&](int64_t row, int plane, int unit) {
+        return (is_whole ? plane : row) * kElementBytes % unit == 0 && int64_t{plane} * kElementBytes % unit == 0;
+      };
+      while (!fits(s.width, s.in_plane, x_unit)) x_unit /= 2;
+      while (!fits(s.stride == 1 ? s.width : out_pixels, s.out_plane, result_unit)) result_unit /= 2;
     } else {
       // An odd number of 32 bytes: with the swizzle of x_swizzle, eight neighbouring pixels' blocks lie in different
       // banks.
       x_pitch = (ceil_div(s.in_channels, 2 * kColumns) | 1) * 2 * kBlockBytes;
-      unit_bytes = kBlockBytes;
     }
     if (s.stride == 1) {
       y1_pitch = s.width + t.gap;
@@ -218,7 +225,11 @@ struct StripLayout {
     // the longer.
     const int behind = x_blocks * kBlockBytes > x_pitch ? x_blocks * kBlockBytes - x_pitch : 0;
     int64_t end = pixels * x_pitch + (s.stride == 2 ? x_pitch : behind);
-    if (packed.by_planes) end = int64_t{x_blocks} * kColumns * x_pitch;
+    if (packed.by_planes) {
+      const int64_t x_bytes = int64_t{x_blocks} * kColumns * x_pitch;
+      const int64_t result_bytes = int64_t{t.slices} * s.group_rows * result_pitch;
+      end = s.stride == 2 && result_bytes > x_bytes ? result_bytes : x_bytes;
+    }
     end = round_up(end, 32);
     y1 = static_cast<int>(end);
     end += int64_t{s.conv1_groups} * packed.conv1_tiles * y1_all * kBlockBytes;
@@ -239,7 +250,8 @@ struct StripLayout {
 
   PackedLayout packed;
   int x_pitch;               // bytes from one pixel of x to the next, or from one plane to the next
-  int unit_bytes;            // that x and the result are copied by: all planes and strips are multiples of it
+  int result_pitch;          // of planes, the bytes from one of the result to the next
+  int x_unit, result_unit;   // bytes that planes are copied by: what is copied lies at multiples of them
   int own_blocks, x_blocks;  // that a pixel has, and that are read from its first on
   // A row of y1 has a pixel of zeros at either end where it is read. With stride 2, the pixels in even places come
   // first, and those in odd ones y1_odd behind: what a tap reads of neighbouring pixels then lies side by side.

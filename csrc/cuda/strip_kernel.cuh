@@ -1,6 +1,6 @@
 // A unit as one fused pass over a strip of rows (strip.h), in 16 bits, on tensor cores from sm_80 on. x is copied to
-// shared memory once and serves conv1 and the shortcut: the residual, or with stride 2 the pool (strip_pool.cuh). What
-// depends on x's layout is in strip_pixels.cuh and strip_planes.cuh.
+// shared memory once and serves conv1 and the shortcut: the residual, or with stride 2 the pool. What depends on x's
+// layout is in strip_pixels.cuh and strip_planes.cuh.
 //
 //   conv1      multiplies 32 pixels by some tiles of a group. The results are stored as blocks of y1, which the shuffle
 //              has sorted.
@@ -15,7 +15,6 @@
 
 #include "strip_pixels.cuh"
 #include "strip_planes.cuh"
-#include "strip_pool.cuh"
 
 namespace shufflenet::cuda {
 
@@ -39,11 +38,9 @@ struct StripBlock : StripIn<T, kLayout> {
     barrier();
     conv1();
     barrier();
+    this->before_results();
     depthwise_and_conv3();
-    if constexpr (kLayout == Layout::channels_last) {
-      if (s.stride == 2) StripPool<T>(*this).run();
-    }
-    this->copy_result();
+    this->after_results();
   }
 
  private:

@@ -2,6 +2,7 @@
 // memory from registers, in accesses of 8 bytes, which fill its sectors.
 #pragma once
 
+#include "strip_pool.cuh"
 #include "strip_products.cuh"
 #include "strip_staging.cuh"
 
@@ -161,7 +162,10 @@ struct StripPixels : StripStaging {
     bool adds_residual, is_whole;
   };
 
-  SHUFFLENET_DEVICE void copy_result() const {}
+  SHUFFLENET_DEVICE void before_results() const {}
+  SHUFFLENET_DEVICE void after_results() const {
+    if (s.stride == 2) StripPool<T>(*this).run();
+  }
 };
 
 }  // namespace shufflenet::cuda

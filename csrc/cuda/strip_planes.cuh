@@ -1,6 +1,6 @@
 // A strip of x in the contiguous layout: a channel's pixels lie side by side in shared memory too. Results take the
-// places of x's pixels that they are added to, from where they go to global memory in runs of whole planes or rows, as
-// x came: so that accesses fill their sectors, whatever the size of a plane.
+// places of x's pixels that they are added to, or with stride 2 that of x, once it has been pooled. From there they go
+// to global memory in runs of whole planes or rows, as x came: so that accesses fill their sectors.
 #pragma once
 
 #include "strip_products.cuh"
@@ -18,8 +18,8 @@ struct StripPlanes : StripStaging {
   SHUFFLENET_DEVICE void copy_x() const {
     const char* const from = static_cast<const char*>(arguments.x) +
                              (int64_t{image} * s.in_channels * s.in_plane + image_row * s.width) * kElementBytes;
-    const Runs runs = {s.in_channels, image_rows * s.width, s.in_plane};
-    switch (layout.unit_bytes) {
+    const Runs runs = {s.in_channels, image_rows * s.width, s.in_plane, layout.x_pitch};
+    switch (layout.x_unit) {
       case 16: copy_x_in<16>(from, runs); break;
       case 8: copy_x_in<8>(from, runs); break;
       case 4: copy_x_in<4>(from, runs); break;
@@ -72,33 +72,44 @@ struct StripPlanes : StripStaging {
     return sum;
   }
 
-  // Adds the results of 32 pixels of a slice to x in shared memory, kPairs pairs of tiles at a time.
+  // Pools x with stride 2, as conv3's results take its place.
+  SHUFFLENET_DEVICE void before_results() const {
+    if (s.stride == 1) return;
+    pool();
+    barrier();
+  }
+
+  // Puts the results of 32 pixels of a slice in their places in shared memory, with x added if the stride is 1, kPairs
+  // pairs of tiles at a time.
   template <int kPairs>
   struct Results {
-    SHUFFLENET_DEVICE Results(const StripPlanes& strip, int first_pixel, int slice) : pitch(strip.layout.x_pitch) {
+    SHUFFLENET_DEVICE Results(const StripPlanes& strip, int first_pixel, int slice) : pitch(strip.layout.result_pitch) {
       const Sizes& s = strip.s;
       const int pixels = strip.out_rows * s.out_width, pixel = first_pixel + strip.lane % 4 * 2;
-      const int channel = strip.lane / 4, in_x = pixel + strip.first_pixel_of_result();
-      at = strip.base + ((strip.part * strip.t.slices + slice) * s.group_rows + channel) * pitch + in_x * kElementBytes;
+      const int channel = strip.lane / 4;
+      at = strip.result() + (slice * s.group_rows + channel) * pitch + pixel * kElementBytes;
+      adds_residual = s.stride == 1;
       pixels_left = pixels - pixel;
       channels_left = s.group_rows - channel;
       is_whole = first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
     }
 
     SHUFFLENET_DEVICE void write(const Sums<2 * kPairs>& sums, const Fragment* affine) {
-      if (is_whole) {
-        write_as<true>(sums, affine);
+      if (!adds_residual) {
+        write_as<false, false>(sums, affine);
+      } else if (is_whole) {
+        write_as<true, true>(sums, affine);
       } else {
-        write_as<false>(sums, affine);
+        write_as<false, true>(sums, affine);
       }
       channels_left -= kPairs * 2 * kColumns;
       at += kPairs * 2 * kColumns * pitch;
     }
 
    private:
-    // Finishes the sums and adds them to x. Unless kWhole, only channels that are there, and pairs of which a pixel is:
-    // what the other one overwrites in x nobody reads any more.
-    template <bool kWhole>
+    // Finishes the sums, and adds them to what is in their places if kResidual. Unless kWhole, only channels that are
+    // there, and pairs of which a pixel is: what the other one overwrites nobody reads any more.
+    template <bool kWhole, bool kResidual>
     SHUFFLENET_DEVICE void write_as(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
       for_each<0, kPairs>([&](auto index) {
         constexpr int kPair = decltype(index)::value;
@@ -107,11 +118,12 @@ struct StripPlanes : StripStaging {
         for_each<0, 2 * kTilesOfItem>([&](auto eighth) {
           constexpr int kEight = decltype(eighth)::value, kBytes = kEight * kBlockBytes;
           uint32_t pairs[2];
-          finish_transposed<T, false>(sums[kEight / 2][2 * kPair + kEight % 2], constants, pairs);
+          finish_transposed<T, !kResidual>(sums[kEight / 2][2 * kPair + kEight % 2], constants, pairs);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
             if (!kWhole && (kEight * 8 >= pixels_left || (2 * kPair + half) * kColumns >= channels_left)) continue;
-            store_pair<kBytes>(to[half], add_relu(pairs[half], load_pair<kBytes>(to[half]), T{}));
+            if constexpr (kResidual) pairs[half] = add_relu(pairs[half], load_pair<kBytes>(to[half]), T{});
+            store_pair<kBytes>(to[half], pairs[half]);
           }
         });
       });
@@ -119,19 +131,16 @@ struct StripPlanes : StripStaging {
 
     uint32_t at;  // of the lane's first pixel and channel
     int pitch, pixels_left, channels_left;
-    bool is_whole;
+    bool adds_residual, is_whole;
   };
 
   // Copies the results of all warps to global memory.
-  SHUFFLENET_DEVICE void copy_result() const {
+  SHUFFLENET_DEVICE void after_results() const {
     barrier();
-    const int first_channel = part * t.slices * s.group_rows;
-    char* const to =
-        static_cast<char*>(arguments.result) +
-        ((int64_t{image} * s.result_channels + first_channel) * s.out_plane + out_row * s.out_width) * kElementBytes;
-    const uint32_t from = base + first_channel * layout.x_pitch + first_pixel_of_result() * kElementBytes;
-    const Runs runs = {t.slices * s.group_rows, out_rows * s.out_width, s.out_plane};
-    switch (layout.unit_bytes) {
+    char* const to = in_result(s.first_conv3_channel + part * t.slices * s.group_rows, out_row * s.out_width);
+    const uint32_t from = result();
+    const Runs runs = {t.slices * s.group_rows, out_rows * s.out_width, s.out_plane, layout.result_pitch};
+    switch (layout.result_unit) {
       case 16: copy_result_in<16>(to, from, runs); break;
       case 8: copy_result_in<8>(to, from, runs); break;
       case 4: copy_result_in<4>(to, from, runs); break;
@@ -144,11 +153,66 @@ struct StripPlanes : StripStaging {
   static constexpr int kLoadsInFlight = 8;
 
   // Returns the pixel of x, in shared memory, that the result's first one is added to.
-  SHUFFLENET_DEVICE int first_pixel_of_result() const { return (out_row - image_row) * s.width; }
+  SHUFFLENET_DEVICE int first_pixel_of_result() const { return s.stride == 1 ? (out_row - image_row) * s.width : 0; }
+  // Returns where in shared memory conv3's results are: the first pixel of the part's first channel.
+  SHUFFLENET_DEVICE uint32_t result() const {
+    if (s.stride == 2) return base;
+    return base + part * t.slices * s.group_rows * layout.x_pitch + first_pixel_of_result() * kElementBytes;
+  }
+  SHUFFLENET_DEVICE char* in_result(int channel, int pixel) const {
+    return static_cast<char*>(arguments.result) +
+           ((int64_t{image} * s.result_channels + channel) * s.out_plane + pixel) * kElementBytes;
+  }
+
+  // Pools the part's share of x's channels: a lane a column of a channel at a time, from row to row, of which two
+  // neighbouring ones share a row of taps.
+  SHUFFLENET_DEVICE void pool() const {
+    const int parts = t.parts(s), begin = s.in_channels * part / parts, end = s.in_channels * (part + 1) / parts;
+    SHUFFLENET_NO_UNROLL
+    for (int item = warp * 32 + lane; item < (end - begin) * s.out_width; item += t.warps * 32) {
+      const int above = item / s.out_width, channel = begin + above, column = item - above * s.out_width;
+      const ColumnOfTaps taps(*this, channel, column);
+      char* to = in_result(s.first_pooled_channel + channel, out_row * s.out_width + column);
+      float first = taps.sum(2 * out_row - 1);
+      SHUFFLENET_NO_UNROLL
+      for (int row = out_row; row < out_row + out_rows; ++row) {
+        const float last = taps.sum(2 * row + 1), sum = first + taps.sum(2 * row) + last;
+        const int rows = s.pool_count_include_pad ? 3 : least(2 * row + 2, s.height) - most(2 * row - 1, 0);
+        const float mean = sum / static_cast<float>(rows * taps.count);
+        const uint32_t rounded = s.pool_relu ? pack<true>(mean, mean, T{}) : pack<false>(mean, mean, T{});
+        *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(rounded);
+        to += s.out_width * kElementBytes;
+        first = last;
+      }
+    }
+  }
+  // The three columns of x that a column of the pooled result is made of.
+  struct ColumnOfTaps {
+    SHUFFLENET_DEVICE ColumnOfTaps(const StripPlanes& strip, int channel, int column)
+        : width(strip.s.width), image_row(strip.image_row), image_rows(strip.image_rows) {
+      has_left = column > 0;
+      has_right = 2 * column + 1 < width;
+      count = strip.s.pool_count_include_pad ? 3 : 1 + has_left + has_right;
+      middle = strip.base + channel * strip.layout.x_pitch + 2 * column * kElementBytes;
+    }
+    // Returns the sum of a row of the image, which is 0 outside of it.
+    SHUFFLENET_DEVICE float sum(int row) const {
+      const int in_strip = row - image_row;
+      if (static_cast<uint32_t>(in_strip) >= static_cast<uint32_t>(image_rows)) return 0;
+      const uint32_t at = middle + in_strip * width * kElementBytes;
+      float sum = widen(T{load_element(at)});
+      if (has_left) sum += widen(T{load_element(at - kElementBytes)});
+      if (has_right) sum += widen(T{load_element(at + kElementBytes)});
+      return sum;
+    }
+    int width, image_row, image_rows, count;
+    bool has_left, has_right;
+    uint32_t middle;
+  };
 
   // The pixels that are copied of some planes, of `plane` pixels each: the first `pixels` of each.
   struct Runs {
-    int planes, pixels, plane;
+    int planes, pixels, plane, pitch;
   };
   // A thread's share of copying runs: a unit of some planes, and the same one of others.
   struct Share {
@@ -161,7 +225,7 @@ struct StripPlanes : StripStaging {
     const PlaneCopy by(runs.planes, runs.pixels, runs.plane, kBytes, t.warps * 32);
     const int thread = warp * 32 + lane, mine = thread / by.lanes;
     if (mine == by.side_by_side) return;
-    const uint32_t pitch = layout.x_pitch, group_pitch = by.together * pitch;
+    const uint32_t pitch = runs.pitch, group_pitch = by.together * pitch;
     const int64_t group_bytes = int64_t{runs.plane} * by.together * kElementBytes;
     SHUFFLENET_NO_UNROLL
     for (int unit = thread - mine * by.lanes; unit < by.units; unit += by.lanes) {

@@ -24,7 +24,6 @@ struct StripPlan {
 inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Device& device) {
   if (dtype != Dtype::float16 && dtype != Dtype::bfloat16) return "strips are for 16 bits";
   if (device.compute_capability < 80) return "strips need sm_80";
-  if (unit.layout != Layout::channels_last && unit.stride == 2) return "strips of stride 2 are for channels_last";
   if (!unit.adds_residual() && !unit.concatenates_pool()) return "strips are for whole units of v1";
   if (unit.in_channels % 8 != 0) return "strips need a multiple of 8 channels";
   if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
@@ -50,6 +49,8 @@ struct StripInstructions {
   static constexpr double copies = 120, copy_in = 5, copy_element = 7, copy_out = 6, transposed = 2, in_place3 = 6;
   // The pool: 16 pixels, and 16 channels of them.
   static constexpr double pool_item = 200, pool_pair = 79;
+  // In the contiguous layout: a column of the result in 32 lanes, and a row of it.
+  static constexpr double pool_column = 80, pool_row = 45;
 
   static double product(int tiles, int steps, int halves, bool is_masked) {
     return steps * (step + tiles * step_tile) + halves * (half + tiles * half_tile + (is_masked ? mask : 0));
@@ -72,7 +73,10 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
     const int image_rows = std::min(in_row + t.in_rows(s, rows), s.height) - std::max(in_row, 0);
     const double in_items = ceil_div(image_rows * s.width, kItemPixels),
                  out_items = ceil_div(rows * s.out_width, kItemPixels);
-    if (s.stride == 2) {
+    if (s.stride == 2 && p.by_planes) {
+      const int share = ceil_div(s.in_channels, t.parts(s)) * s.out_width;
+      all += t.warps * ceil_div(share, t.warps * 32) * (Count::pool_column + rows * Count::pool_row);
+    } else if (s.stride == 2) {
       const double tiles = ceil_div(rows * s.out_width, kTilePixels);
       const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
       const double shares = std::max(1.0, std::min(std::floor(t.warps / tiles), pairs));
@@ -81,14 +85,14 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
     double copies =
         Count::copy * image_rows * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
     if (p.by_planes) {
-      const auto of = [&](int planes, int pixels, int plane, double each) {
-        const PlaneCopy by(planes, pixels, plane, layout.unit_bytes, t.warps * 32);
-        return t.warps * ceil_div(by.units, by.lanes) *
-               (Count::copies / 2 + each * ceil_div(planes / by.together, by.side_by_side));
+      const auto of = [&](int planes, int pixels, int plane, int unit, double each) {
+        const PlaneCopy by(planes, pixels, plane, unit, t.warps * 32);
+        const int steps = ceil_div(planes / by.together, by.side_by_side);
+        return t.warps * ceil_div(by.units, by.lanes) * (Count::copies / 2 + each * steps);
       };
-      const double in = layout.unit_bytes < 4 ? Count::copy_element : Count::copy_in;
-      copies = of(s.in_channels, image_rows * s.width, s.in_plane, in) +
-               of(t.slices * s.group_rows, rows * s.out_width, s.out_plane, Count::copy_out);
+      const double in = layout.x_unit < 4 ? Count::copy_element : Count::copy_in;
+      copies = of(s.in_channels, image_rows * s.width, s.in_plane, layout.x_unit, in) +
+               of(t.slices * s.group_rows, rows * s.out_width, s.out_plane, layout.result_unit, Count::copy_out);
     }
     all += t.warps * Count::warp + copies + s.conv1_groups * p.conv1_tiles * Count::clear +
            in_items * s.conv1_groups * p.conv1_chunks * conv1 +

@@ -1,5 +1,5 @@
-// The shortcut of a unit of stride 2 by strips: avg_pool2d(x, 3, 2, 1), with or without a ReLU, of what is in shared
-// memory of x.
+// The shortcut of a unit of stride 2 by strips in channels_last: avg_pool2d(x, 3, 2, 1), with or without a ReLU, of
+// what is in shared memory of x.
 //
 // A warp sums 16 pixels of the result on tensor cores, 16 channels at a time. Each tap is multiplied by ones, which
 // stand where they put four neighbouring channels into each lane, and by zeros. Taps outside of the image are those of
