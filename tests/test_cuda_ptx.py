@@ -20,7 +20,7 @@ from test_cuda_host import MUTATIONS, SOURCES, Case, failures, paper_units, rand
 from test_cuda_strips import STRIP_MUTATIONS, paper_strips, random_strips
 
 from benchmarks import cuda_counts
-from benchmarks.cuda_toolkit import KERNEL, PTX_FLAGS, compile_ptx, nvcc, ptx_arch
+from benchmarks.cuda_toolkit import KERNEL, LAYOUTS, PTX_FLAGS, compile_ptx, nvcc, ptx_arch
 
 pytestmark = pytest.mark.skipif(
     shutil.which(CXX) is None or platform.system() != "Linux" or platform.machine() != "x86_64",
@@ -87,8 +87,7 @@ def test_units_of_the_paper(program: Path) -> None:
     assert failures(program, with_ptx(cases)) == []
 
 
-# All that strips run, and of windows the unit that is counted fastest.
-COUNTED = [("stage 4 stride 1", "contiguous"), *((name, "channels_last") for name in cuda_counts.paper_units(1))]
+COUNTED = [(name, layout) for name in cuda_counts.paper_units(1) for layout in LAYOUTS]
 
 
 @needs_nvcc
@@ -139,7 +138,15 @@ IN_ASSEMBLY = {
 }
 STRIP_MMA = MMA + "{%4, %5, %6, %7}, {%8, %9}, {%10"
 IN_ASSEMBLY_OF_STRIPS = {
-    "matrices stored in the wrong order": ("[%0], {%1, %2, %3, %4};", "[%0], {%1, %3, %2, %4};"),
+    "matrices stored in the wrong order": (
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2,",
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%2, %1,",
+    ),
+    "operands of planes not transposed": ("m8n8.x4.trans.shared.b16", "m8n8.x4.shared.b16"),
+    "copies of half of a unit": (
+        '"r"(to), "l"(from), "n"(kBytes) : "memory"',
+        '"r"(to), "l"(from), "n"(kBytes / 2) : "memory"',
+    ),
     "pairs stored in the wrong order": ('"n"(kOffset), "r"(low), "r"(high)', '"n"(kOffset), "r"(high), "r"(low)'),
     "the first product's registers of A swapped": (STRIP_MMA, STRIP_MMA.replace("%5, %6", "%6, %5")),
 }
@@ -154,13 +161,15 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
     **{name: ("strip", *STRIP_MUTATIONS[name][:3]) for name in IN_SOURCE_OF_STRIPS if name in STRIP_MUTATIONS},
 }
 # Small cases of either kind. Of those by strips one has several tiles of conv1 a slice, one a pitch that is swizzled,
-# one a pool.
+# one a pool, and some are of planes.
 CASES: dict[str, list[Case]] = {
     "unit": [{"in": 24, "mid": 18, "out": 24, "h": 9, "w": 8, "tile_rows": rows} for rows in (9, 4)],
     "strip": [
         {"in": 48, "mid": 48, "out": 48, "g": 1, "g1": 1, "h": 9, "w": 8},
         {"in": 64, "mid": 16, "out": 64, "g": 1, "g1": 1, "h": 9, "w": 17},
         {"in": 40, "mid": 16, "out": 16, "g": 1, "g1": 1, "h": 9, "w": 16, "stride": 2, "rows": 2},
+        {"in": 48, "mid": 48, "out": 48, "g": 1, "g1": 1, "h": 9, "w": 8, "rows": 3, "layout": "nchw"},
+        {"in": 40, "mid": 16, "out": 16, "g": 1, "g1": 1, "h": 9, "w": 12, "stride": 2, "rows": 2, "layout": "nchw"},
     ],
 }
 
@@ -193,6 +202,6 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_planted_fault_is_caught(program: Path, strip_program: Path, faulty: dict[str, Path], name: str) -> None:
     kind = FAULTS[name][0]
     common: Case = {"dtype": "float16", "layout": "nhwc", "sm": 90, "ptx": str(faulty[name])}
-    done = run({"unit": program, "strip": strip_program}[kind], [case | common for case in CASES[kind]])
+    done = run({"unit": program, "strip": strip_program}[kind], [common | case for case in CASES[kind]])
     # A wrong result, or an error of the machine, which says where; not one of reading the PTX.
     assert re.search(r"^wrong |^failed: block \d+, warp \d+", done.stdout, re.M), done.stdout + done.stderr

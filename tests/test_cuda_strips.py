@@ -77,7 +77,8 @@ def test_strips_of_all_kinds(program: Path, seed: int) -> None:
 STRIP: Case = {"layout": "nhwc", "dtype": "float16", "in": 24, "mid": 18, "out": 24, "h": 5, "w": 7}
 
 
-def test_strips_around_the_tiles(program: Path) -> None:
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_strips_around_the_tiles(program: Path, layout: str) -> None:
     # 16 pixels by 8 columns a tile, 32 pixels an item; 16 channels a half and 32 a step of conv1, and of conv3 two and
     # four blocks; up to six tiles of conv1 and five pairs of conv3 at a time.
     one: Case = STRIP | {"g": 1, "g1": 1, "h": 1, "w": 9, "in": 16, "out": 16, "mid": 5}
@@ -88,13 +89,26 @@ def test_strips_around_the_tiles(program: Path) -> None:
     two: Case = one | {"stride": 2, "out": 8, "h": 2, "pad": 0, "wild": 1}
     edges += [two | {"w": width} for width in (1, 2, 29, 30, 31, 32, 33, 34, 35, 66, 67)]
     edges += [two | {"in": channels} for channels in (8, 24, 40, 136)]
-    assert failures(program, edges) == []
+    assert failures(program, [edge | {"layout": layout} for edge in edges]) == []
+
+
+def test_copies_of_planes(program: Path) -> None:
+    # Units of 16, 8, 4 and 2 bytes, in strips and whole; runs of one unit, of as many as there are threads, and more;
+    # planes that are taken together, and a number of planes that cannot be.
+    planes: Case = {"layout": "nchw", "dtype": "float16", "g": 1, "g1": 1, "in": 32, "mid": 8, "out": 32, "wild": 1}
+    sizes = [(1, 1), (7, 7), (3, 5), (5, 6), (6, 6), (4, 12), (3, 24), (1, 64), (1, 65), (2, 66), (1, 129), (3, 43)]
+    cases = [planes | {"h": height, "w": width, "warps": 2} for height, width in sizes]
+    cases += [case | {"rows": int(case["h"]) // 2} for case in cases if int(case["h"]) > 1]
+    cases += [case | {"stride": 2, "rows": 1} for case in cases]
+    cases += [case | {"in": 24, "out": 24} for case in cases]
+    assert failures(program, [case | {"seed": i} for i, case in enumerate(cases)]) == []
 
 
 def paper_strips() -> list[Case]:
     """The paper's units that strips can run: with four and eight groups the first has no multiple of 4 in a group."""
-    common: Case = {"layout": "nhwc", "dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
-    return [unit | common for unit in paper_units() if int(unit["out"]) // int(unit["g"]) % 4 == 0]
+    common: Case = {"dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
+    units = [unit | common for unit in paper_units() if int(unit["out"]) // int(unit["g"]) % 4 == 0]
+    return [unit | {"layout": layout} for unit in units for layout in ("nhwc", "nchw")]
 
 
 @pytest.mark.long
@@ -107,6 +121,7 @@ def test_units_of_the_paper_by_strips(program: Path, groups: int) -> None:
 
 
 TWO: Case = {"stride": 2, "h": 7, "rows": 2}
+PLANES: Case = {"layout": "nchw"}
 # What each planted bug replaces in a file, and how the harness must answer; what the case has beside STRIP.
 STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     "y1 read before all of it is there": (
@@ -118,9 +133,9 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "x not waited for": ("strip_kernel.cuh", "    wait_copies<0>();\n", "", "is filling|never written", {}),
     "swizzle of the copies alone": (
-        "strip_kernel.cuh",
-        "base + layout.x_offset(share.pixel + lane % 16, in_pixel)",
-        "base + (share.pixel + lane % 16) * layout.x_pitch + in_pixel",
+        "strip_pixels.cuh",
+        "base + layout.x_offset(least(pixel + lane % 16, last), (block + lane / 16) * kBlockBytes)",
+        "base + least(pixel + lane % 16, last) * layout.x_pitch + (block + lane / 16) * kBlockBytes",
         "wrong",
         {"rows": 5},
     ),
@@ -214,6 +229,62 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "return (out - 1) * s.stride + 4 - s.stride;",
         "wrong|never written|outside",
         TWO,
+    ),
+    "pixels behind a plane's last one not cleared": (
+        "strip_planes.cuh",
+        "channel < s.in_channels && pixels < end_pixel",
+        "channel < 0",
+        "never written",
+        PLANES,
+    ),
+    "results copied before all are there": (
+        "strip_planes.cuh",
+        "  SHUFFLENET_DEVICE void after_results() const {\n    barrier();\n",
+        "  SHUFFLENET_DEVICE void after_results() const {\n",
+        "race",
+        PLANES,
+    ),
+    "results in x's place before it is pooled": (
+        "strip_planes.cuh",
+        "    pool();\n    barrier();\n",
+        "    pool();\n",
+        "race",
+        PLANES | TWO | {"in": 48, "out": 48, "g": 1, "g1": 1},
+    ),
+    "pairs of pixels that are no words": (
+        "strip_planes.cuh",
+        "return -(first_pixel_of_result() % 2);",
+        "return 0;",
+        "aligned",
+        PLANES | {"rows": 2},
+    ),
+    "planes copied by too large a unit": (
+        "strip.h",
+        "while (!fits(s.width, s.in_plane, x_unit)) x_unit /= 2;",
+        "while (!fits(s.in_plane, s.in_plane, x_unit)) x_unit /= 2;",
+        "aligned|wrong|never written",
+        PLANES | {"h": 8, "rows": 2, "w": 6},
+    ),
+    "the last planes not copied": (
+        "strip_planes.cuh",
+        "first + runs.planes * pitch",
+        "first + (runs.planes - 1) * pitch",
+        "never written|wrong",
+        PLANES,
+    ),
+    "the constants of the neighbouring channel": (
+        "pack_kernel.cuh",
+        "conv3_channel(slice, tile / 2 * 2 + odd, i % 8)",
+        "conv3_channel(slice, tile / 2 * 2 + odd, i % 8 ^ 1)",
+        "wrong",
+        PLANES | {"norm": 1},
+    ),
+    "the pool's left column where there is none": (
+        "strip_planes.cuh",
+        "has_left = column > 0;",
+        "has_left = true;",
+        "wrong|outside|never written",
+        PLANES | TWO | {"w": 6},
     ),
     "taps in the wrong order": (
         "pack_kernel.cuh",

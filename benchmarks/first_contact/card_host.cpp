@@ -51,7 +51,13 @@ void launch_strips(const PackArguments& pack, const StripArguments& arguments, c
   Machine packer(kPackThreads, pack_shared_bytes(pack.sizes, pack.layout), 0);
   packer.launch(2, [&] { Packer<Float16>(pack).run(); });
   Machine machine(32 * plan.tiling.warps, plan.shared_bytes, 0);
-  machine.launch(plan.blocks, [&] { StripBlock<Float16>(arguments).run(); });
+  machine.launch(plan.blocks, [&] {
+    if (pack.layout.by_planes) {
+      StripBlock<Float16, Layout::contiguous>(arguments).run();
+    } else {
+      StripBlock<Float16, Layout::channels_last>(arguments).run();
+    }
+  });
 }
 
 namespace card {

@@ -110,9 +110,8 @@ def planned(rehearse: bool) -> Iterable[Case]:
         case = unit.case("float16", layout, batch)
         out_height = (unit.size - 1) // unit.stride + 1
         rows = sorted({-(-out_height // strips) for strips in range(1, out_height + 1)})
-        if layout == "channels_last":
-            for strip_rows, slices, warp_count, gap in product(rows, (1, 3), warps, gaps if unit.stride == 1 else (1,)):
-                yield {**case, "rows": strip_rows, "slices": slices, "warps": warp_count, "gap": gap}
+        for strip_rows, slices, warp_count, gap in product(rows, (1, 3), warps, gaps if unit.stride == 1 else (1,)):
+            yield {**case, "rows": strip_rows, "slices": slices, "warps": warp_count, "gap": gap}
         for tile_rows, slices, depth in product(rows, (1, 2, 3), depths):
             yield {**case, "tile_rows": tile_rows, "slices": slices, "tile_depth": depth // 2}
 

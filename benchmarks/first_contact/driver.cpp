@@ -60,7 +60,7 @@ void cut_strips(const Case& c, const Unit& unit, const Device& device, StripPlan
   t.warps = static_cast<int>(c.number("warps", 0));
   t.gap = static_cast<int>(c.number("gap", 0));
   const Sizes s = sizes_of(unit);
-  const StripLayout layout(s, t);
+  const StripLayout layout(s, t, unit.layout);
   plan.shared_bytes = layout.bytes;
   plan.blocks = t.blocks(s);
   plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout.bytes, t.warps, device);
@@ -142,7 +142,7 @@ class CardUnit {
     if (problem.conv3) conv3_.reset(new CardConvolution<T, Norm>(*problem.conv3));
     if (!plan.by_strips) return;
     const Sizes sizes = sizes_of(unit_);
-    const StripLayout layout(sizes, plan.strips.tiling);
+    const StripLayout layout(sizes, plan.strips.tiling, unit_.layout);
     const int64_t fragments = int64_t{layout.packed.part} * plan.strips.tiling.parts(sizes);
     packed_ = std::make_unique<card::Memory>(fragments * kBlockBytes);
   }
@@ -152,7 +152,7 @@ class CardUnit {
     const ConvolutionPointers conv3 = conv3_ ? conv3_->pointers : ConvolutionPointers{};
     const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
     if (packed_ && (address(x) | address(result)) % 16 == 0) {  // as ops.cpp does
-      const StripLayout layout(sizes, plan.strips.tiling);
+      const StripLayout layout(sizes, plan.strips.tiling, unit_.layout);
       launch_strips(
           {sizes, plan.strips.tiling.slices, layout.packed, conv1_.pointers, conv2_.pointers, conv3, packed_->data},
           {sizes, plan.strips.tiling, layout, x, packed_->data, result}, plan.strips, dtype_, stream);

@@ -167,47 +167,67 @@ struct StripPlanes : StripStaging {
   // Pools the part's share of x's channels: a lane a column of a channel at a time, from row to row, of which two
   // neighbouring ones share a row of taps.
   SHUFFLENET_DEVICE void pool() const {
+    if (s.width % 2 == 0) {
+      pool_columns<true>();
+    } else {
+      pool_columns<false>();
+    }
+  }
+  template <bool kPaired>
+  SHUFFLENET_DEVICE void pool_columns() const {
     const int parts = t.parts(s), begin = s.in_channels * part / parts, end = s.in_channels * (part + 1) / parts;
+    const int64_t row_bytes = s.out_width * kElementBytes;
+    const uint32_t in_row_bytes = s.width * kElementBytes;
     SHUFFLENET_NO_UNROLL
     for (int item = warp * 32 + lane; item < (end - begin) * s.out_width; item += t.warps * 32) {
-      const int above = item / s.out_width, channel = begin + above, column = item - above * s.out_width;
-      const ColumnOfTaps taps(*this, channel, column);
+      const int before = item / s.out_width, channel = begin + before, column = item - before * s.out_width;
+      const PoolColumn<kPaired> taps(column, s.width);
+      const float of_columns = s.pool_count_include_pad ? 1.f / 3 : inverse(taps.count());
       char* to = in_result(s.first_pooled_channel + channel, out_row * s.out_width + column);
-      float first = taps.sum(2 * out_row - 1);
+      // The row above the image and the one below count as zeros.
+      uint32_t at = base + channel * layout.x_pitch + 2 * column * kElementBytes;
+      float above = 0;
+      if (in_row >= 0) {
+        above = taps.sum(at);
+        at += in_row_bytes;
+      }
       SHUFFLENET_NO_UNROLL
-      for (int row = out_row; row < out_row + out_rows; ++row) {
-        const float last = taps.sum(2 * row + 1), sum = first + taps.sum(2 * row) + last;
-        const int rows = s.pool_count_include_pad ? 3 : least(2 * row + 2, s.height) - most(2 * row - 1, 0);
-        const float mean = sum / static_cast<float>(rows * taps.count);
+      for (int row = out_row; row < out_row + out_rows; ++row, at += 2 * in_row_bytes, to += row_bytes) {
+        const bool has_below = 2 * row + 1 < s.height;
+        const float below = has_below ? taps.sum(at + in_row_bytes) : 0;
+        const float sum = above + taps.sum(at) + below;
+        const bool has_all = s.pool_count_include_pad || (row > 0 && has_below);
+        const float mean = sum * (of_columns * (has_all ? 1.f / 3 : inverse(1 + (row > 0) + has_below)));
         const uint32_t rounded = s.pool_relu ? pack<true>(mean, mean, T{}) : pack<false>(mean, mean, T{});
         *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(rounded);
-        to += s.out_width * kElementBytes;
-        first = last;
+        above = below;
       }
     }
   }
-  // The three columns of x that a column of the pooled result is made of.
-  struct ColumnOfTaps {
-    SHUFFLENET_DEVICE ColumnOfTaps(const StripPlanes& strip, int channel, int column)
-        : width(strip.s.width), image_row(strip.image_row), image_rows(strip.image_rows) {
-      has_left = column > 0;
-      has_right = 2 * column + 1 < width;
-      count = strip.s.pool_count_include_pad ? 3 : 1 + has_left + has_right;
-      middle = strip.base + channel * strip.layout.x_pitch + 2 * column * kElementBytes;
+  SHUFFLENET_DEVICE static float inverse(int count) { return count == 3 ? 1.f / 3 : count == 2 ? 1.f / 2 : 1.f; }
+  // The three columns of x that a column of the pooled result is made of. If kPaired, as rows have an even number, the
+  // middle one and the right one are a word.
+  template <bool kPaired>
+  struct PoolColumn {
+    SHUFFLENET_DEVICE PoolColumn(int column, int width)
+        : has_left(column > 0),
+          has_right(kPaired || 2 * column + 1 < width),
+          left_bytes(has_left ? -kElementBytes : 0),
+          right_bytes(has_right ? kElementBytes : 0) {}
+    SHUFFLENET_DEVICE int count() const { return 1 + has_left + has_right; }
+    // Returns the sum of a row, of which `at` is the middle one.
+    SHUFFLENET_DEVICE float sum(uint32_t at) const {
+      const float loaded = widen(T{load_element(at + left_bytes)}), left = has_left ? loaded : 0;
+      if constexpr (kPaired) {
+        const uint32_t pair = load_pair(at);
+        return left + number_of<T>(pair, 0) + number_of<T>(pair, 1);
+      } else {
+        const float middle = widen(T{load_element(at)}), last = widen(T{load_element(at + right_bytes)});
+        return left + middle + (has_right ? last : 0);
+      }
     }
-    // Returns the sum of a row of the image, which is 0 outside of it.
-    SHUFFLENET_DEVICE float sum(int row) const {
-      const int in_strip = row - image_row;
-      if (static_cast<uint32_t>(in_strip) >= static_cast<uint32_t>(image_rows)) return 0;
-      const uint32_t at = middle + in_strip * width * kElementBytes;
-      float sum = widen(T{load_element(at)});
-      if (has_left) sum += widen(T{load_element(at - kElementBytes)});
-      if (has_right) sum += widen(T{load_element(at + kElementBytes)});
-      return sum;
-    }
-    int width, image_row, image_rows, count;
     bool has_left, has_right;
-    uint32_t middle;
+    int left_bytes, right_bytes;  // from the middle column to where the others are loaded
   };
 
   // The pixels that are copied of some planes, of `plane` pixels each: the first `pixels` of each.
