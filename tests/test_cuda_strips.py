@@ -203,7 +203,7 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         TWO,
     ),
     "no pixel of zeros for the pool": (
-        "strip_staging.cuh",
+        "strip_pixels.cuh",
         "    if (s.stride == 2) {\n      SHUFFLENET_NO_UNROLL\n      for (int block",
         "    if (false) {\n      SHUFFLENET_NO_UNROLL\n      for (int block",
         "never written",
@@ -280,9 +280,9 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         PLANES | {"norm": 1},
     ),
     "the pool's left column where there is none": (
-        "strip_planes.cuh",
-        "has_left = column > 0;",
-        "has_left = true;",
+        "strip_plane_pool.cuh",
+        "has_left(column > 0)",
+        "has_left(true)",
         "wrong|outside|never written",
         PLANES | TWO | {"w": 6},
     ),

@@ -71,6 +71,12 @@ struct StripStaging {
   }
   SHUFFLENET_DEVICE uint32_t my_y2() const { return base + layout.y2 + warp * layout.y2_bytes; }
 
+  // Returns where the image has a pixel of a channel of the result, if that is in planes.
+  SHUFFLENET_DEVICE char* in_result(int channel, int pixel) const {
+    return static_cast<char*>(arguments.result) +
+           ((int64_t{image} * s.result_channels + channel) * s.out_plane + pixel) * kElementBytes;
+  }
+
   const StripArguments& arguments;
   const Sizes& s;
   const StripTiling& t;

@@ -1,0 +1,92 @@
+// The shortcut of a unit of stride 2 by strips in the contiguous layout: avg_pool2d(x, 3, 2, 1), with or without a
+// ReLU, of what is in shared memory of x. It goes to global memory as it is made.
+#pragma once
+
+#include "strip_products.cuh"
+#include "strip_staging.cuh"
+
+namespace shufflenet::cuda {
+
+// The three columns of x that a column of the pooled result is made of. If kPaired, as rows have an even number, the
+// middle one and the right one are a word.
+template <class T, bool kPaired>
+struct PoolColumn {
+  SHUFFLENET_DEVICE PoolColumn(int column, int width)
+      : has_left(column > 0),
+        has_right(kPaired || 2 * column + 1 < width),
+        left_bytes(has_left ? -kElementBytes : 0),
+        right_bytes(has_right ? kElementBytes : 0) {}
+  SHUFFLENET_DEVICE int count() const { return 1 + has_left + has_right; }
+  // Returns the sum of a row, of which `at` is the middle one.
+  SHUFFLENET_DEVICE float sum(uint32_t at) const {
+    const float loaded = widen(T{load_element(at + left_bytes)}), left = has_left ? loaded : 0;
+    if constexpr (kPaired) {
+      const uint32_t pair = load_pair(at);
+      return left + number_of<T>(pair, 0) + number_of<T>(pair, 1);
+    } else {
+      const float middle = widen(T{load_element(at)}), last = widen(T{load_element(at + right_bytes)});
+      return left + middle + (has_right ? last : 0);
+    }
+  }
+  bool has_left, has_right;
+  int left_bytes, right_bytes;  // from the middle column to where the others are loaded
+};
+
+template <class T>
+struct PlanePool {
+  SHUFFLENET_DEVICE explicit PlanePool(const StripStaging& block)
+      : block(block), s(block.s), t(block.t), layout(block.layout) {}
+
+  // Pools the part's share of x's channels: a lane a column of a channel at a time, from row to row, of which two
+  // neighbouring ones share a row of taps.
+  SHUFFLENET_DEVICE void run() const {
+    if (s.width % 2 == 0) {
+      pool_columns<true>();
+    } else {
+      pool_columns<false>();
+    }
+  }
+
+ private:
+  template <bool kPaired>
+  SHUFFLENET_DEVICE void pool_columns() const {
+    const int parts = t.parts(s), begin = s.in_channels * block.part / parts,
+              end = s.in_channels * (block.part + 1) / parts;
+    const int64_t row_bytes = s.out_width * kElementBytes;
+    const uint32_t in_row_bytes = s.width * kElementBytes;
+    SHUFFLENET_NO_UNROLL
+    for (int item = block.warp * 32 + block.lane; item < (end - begin) * s.out_width; item += t.warps * 32) {
+      const int before = item / s.out_width, channel = begin + before, column = item - before * s.out_width;
+      const PoolColumn<T, kPaired> taps(column, s.width);
+      const float of_columns = s.pool_count_include_pad ? 1.f / 3 : inverse(taps.count());
+      char* to = block.in_result(s.first_pooled_channel + channel, block.out_row * s.out_width + column);
+      // The row above the image and the one below count as zeros.
+      uint32_t at = block.base + channel * layout.x_pitch + 2 * column * kElementBytes;
+      float above = 0;
+      if (block.in_row >= 0) {
+        above = taps.sum(at);
+        at += in_row_bytes;
+      }
+      SHUFFLENET_NO_UNROLL
+      for (int row = block.out_row; row < block.out_row + block.out_rows;
+           ++row, at += 2 * in_row_bytes, to += row_bytes) {
+        const bool has_below = 2 * row + 1 < s.height;
+        const float below = has_below ? taps.sum(at + in_row_bytes) : 0;
+        const float sum = above + taps.sum(at) + below;
+        const bool has_all = s.pool_count_include_pad || (row > 0 && has_below);
+        const float mean = sum * (of_columns * (has_all ? 1.f / 3 : inverse(1 + (row > 0) + has_below)));
+        const uint32_t rounded = s.pool_relu ? pack<true>(mean, mean, T{}) : pack<false>(mean, mean, T{});
+        *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(rounded);
+        above = below;
+      }
+    }
+  }
+  SHUFFLENET_DEVICE static float inverse(int count) { return count == 3 ? 1.f / 3 : count == 2 ? 1.f / 2 : 1.f; }
+
+  const StripStaging& block;
+  const Sizes& s;
+  const StripTiling& t;
+  const StripLayout& layout;
+};
+
+}  // namespace shufflenet::cuda
