@@ -143,9 +143,9 @@ IN_ASSEMBLY_OF_STRIPS = {
         "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%2, %1,",
     ),
     "operands of planes not transposed": ("m8n8.x4.trans.shared.b16", "m8n8.x4.shared.b16"),
-    "copies of half of a unit": (
+    "copies of another size": (
         '"r"(to), "l"(from), "n"(kBytes) : "memory"',
-        '"r"(to), "l"(from), "n"(kBytes / 2) : "memory"',
+        '"r"(to), "l"(from), "n"(kBytes == 8 ? 4 : 8) : "memory"',
     ),
     "pairs stored in the wrong order": ('"n"(kOffset), "r"(low), "r"(high)', '"n"(kOffset), "r"(high), "r"(low)'),
     "the first product's registers of A swapped": (STRIP_MMA, STRIP_MMA.replace("%5, %6", "%6, %5")),

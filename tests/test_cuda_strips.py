@@ -246,8 +246,8 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "results in x's place before it is pooled": (
         "strip_planes.cuh",
-        "    pool();\n    barrier();\n",
-        "    pool();\n",
+        "    PlanePool<T>(*this).run();\n    barrier();\n",
+        "    PlanePool<T>(*this).run();\n",
         "race",
         PLANES | TWO | {"in": 48, "out": 48, "g": 1, "g1": 1},
     ),
