@@ -476,6 +476,27 @@ MUTANTS = [
         "test_cuda_strips.py::test_strips_of_all_kinds",
     ),
     Mutant(
+        "CUDA: strips of planes: the residual is that of the strip's first row of x",
+        CUDA + "strip_planes.cuh",
+        "return s.stride == 1 ? (out_row - image_row) * s.width : 0;",
+        "return 0;",
+        "test_cuda_strips.py::test_copies_of_planes",
+    ),
+    Mutant(
+        "CUDA: strips of planes: more planes are taken together than are left",
+        CUDA + "strip.h",
+        "if (pixels != plane || planes % together != 0) together = 1;",
+        "if (pixels != plane) together = 1;",
+        "test_cuda_strips.py::test_copies_of_planes",
+    ),
+    Mutant(
+        "CUDA: strips of planes: the pool's divisor counts a row above the image",
+        CUDA + "strip_plane_pool.cuh",
+        "inverse(1 + (row > 0) + has_below)",
+        "inverse(2 + has_below)",
+        "test_cuda_strips.py::test_strips_around_the_tiles",
+    ),
+    Mutant(
         "CUDA: a kernel is loaded as if no stream were captured",
         CUDA + "launch.cu",
         "  const RelaxedCapture relaxed;\n",

@@ -56,7 +56,9 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
 
 template <Layout kLayout>
 std::string run(const Case& c, const Sizes& s, const StripTiling& tiling) {
+#ifndef SHUFFLENET_TEST_FLOAT16_ONLY
   if (c.dtype() == Dtype::bfloat16) return run<BFloat16, float, kLayout>(c, s, tiling);
+#endif
   return run<Float16, Float16, kLayout>(c, s, tiling);
 }
 
