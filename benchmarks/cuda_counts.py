@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import cuda_toolkit
-from benchmarks.cuda_model import GROUPS, Unit, paper_units
 from benchmarks.cuda_toolkit import LAYOUTS, ROOT, Case
+from benchmarks.cuda_units import GROUPS, Unit, paper_units
 
 SM = 90
 DTYPE = "float16"
 BATCH = 64
+SECTOR_BYTES = 32  # by which global memory is accessed
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -87,7 +88,7 @@ def summary(unit: Unit, counts: Mapping[str, Count]) -> dict[str, float]:
         "wavefronts_an_access": round(total.shared_wavefronts / total.shared_accesses, 3),
         "loaded_of_x": round((total.global_bytes - stores.global_bytes) / in_bytes, 3),
         "stored_of_result": round(stores.global_bytes / out_bytes, 3),
-        "used_of_a_stored_sector": round(stores.global_bytes / (32 * stores.global_sectors), 3),
+        "used_of_a_stored_sector": round(stores.global_bytes / (SECTOR_BYTES * stores.global_sectors), 3),
     }
 
 

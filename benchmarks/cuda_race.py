@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import shufflenet_ext as se
 from benchmarks import peers
-from benchmarks.cuda_model import BATCHES, GROUPS, Model, Unit
+from benchmarks.cuda_model import BATCHES, Model
 from benchmarks.cuda_toolkit import LAYOUTS
+from benchmarks.cuda_units import GROUPS, Unit
 from benchmarks.peers import FOLDED, OURS, OURS_CHANNELS_LAST, Builder, Contender, eager, eager_channels_last
 from benchmarks.race import Row, check, timings_of, work
 from benchmarks.shapes import IMAGE_SIZE, NetworkShape, UnitShape, with_statistics

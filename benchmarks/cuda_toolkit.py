@@ -18,6 +18,8 @@ LAYOUTS = ("contiguous", "channels_last")
 
 # A unit, how it is run and on what, by the names of tests/cuda/case.h.
 Case = Mapping[str, int | str]
+# What the planner chooses for a case, by the keys that tests/cuda/plan_test.cpp prints.
+Plan = Mapping[str, int | str]
 
 
 def nvcc() -> str | None:
@@ -146,10 +148,10 @@ def toolkit_version() -> str:
     return found[1] if found else text.strip()
 
 
-def tile_constants() -> dict[str, int]:
-    """The integers that tiling.h defines, by name."""
-    text = (KERNEL / "tiling.h").read_text()
-    return {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
+def constants(header: str) -> dict[str, float]:
+    """The numbers that a header of the kernels defines, by name."""
+    text = (KERNEL / header).read_text()
+    return {name: float(value) for name, value in re.findall(r"constexpr (?:int|double) (\w+) = ([\d.]+);", text)}
 
 
 def build_planner(folder: Path) -> Path:
@@ -161,13 +163,13 @@ def build_planner(folder: Path) -> Path:
     return program
 
 
-def plans(planner: Path, cases: Iterable[Case]) -> list[dict[str, int | str]]:
-    """What the planner chooses for each case, by the keys that plan_test.cpp prints."""
+def plans(planner: Path, cases: Iterable[Case]) -> list[Plan]:
+    """What the planner chooses for each case."""
     lines = [" ".join(f"{key}={value}" for key, value in case.items()) for case in cases]
     done = subprocess.run([planner], input="\n".join(lines) + "\n", capture_output=True, text=True, check=True)
     answers = done.stdout.splitlines()
     assert len(answers) == len(lines)
-    found: list[dict[str, int | str]] = []
+    found: list[Plan] = []
     for answer in answers:
         numbers, explanation = answer.split(" explanation=")
         plan: dict[str, int | str] = {key: int(value) for key, value in (pair.split("=") for pair in numbers.split())}

@@ -10,9 +10,11 @@ from support import randomize
 
 import shufflenet_ext as se
 from benchmarks import cuda, cuda_race, cuda_report, cuda_toolkit
-from benchmarks.cuda_model import LAUNCH_S, Prediction, Unit, count, paper_units, predict
+from benchmarks.cuda_counts import Count
+from benchmarks.cuda_model import LAUNCH_S, Card, Cut, Model, Prediction, predict
 from benchmarks.cuda_race import OURS_CHANNELS_LAST_GRAPH, PRECISIONS, Track
-from benchmarks.cuda_toolkit import LAYOUTS, Kernel
+from benchmarks.cuda_toolkit import LAYOUTS
+from benchmarks.cuda_units import Unit, paper_units
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ class FixedModel:
     """A second for each unit."""
 
     def predict(self, units, dtype, layout, sm):
-        prediction = Prediction(units[0], {}, 0, 0, 0, 0, 0, 0, 0, 0, dram=1 - LAUNCH_S, l2=0, multiprocessor=0,
-                                arithmetic=0, shared=0)  # fmt: skip
+        prediction = Prediction(units[0], CUT, 0, 0, 0, dram=1 - LAUNCH_S, l2=0, shared=0, issue=0)
         return [replace(prediction, unit=unit) for unit in units]
 
 
@@ -118,40 +119,54 @@ def test_without_a_gpu_it_says_so(capsys):
 
 # ---- The model ------------------------------------------------------------------------------------------------------
 
-KERNEL = Kernel("channels_last", registers=120, spilled_bytes=0, static_shared_bytes=0)
+CARD = Card("a card", multiprocessors=10, clock=1e9, dram=1e12, l2_per_cycle=1000, source="")
+DTYPES = ("float16", "float32")  # by strips, by windows
+CUT = Cut(by_strips=True, blocks=20, warps=6, side_by_side=1, tiling={})
+ONE = Unit(10, 8, 4, 4, mid_channels=8, out_channels=8, conv1_groups=1, groups=1, stride=1)
 
 
-def test_counts_of_a_unit_in_one_window():
-    # 8 x 8 pixels, one tile; whole mma steps everywhere, so that nothing is padded.
-    unit = Unit(1, 32, 8, 8, mid_channels=16, out_channels=32, conv1_groups=1, groups=1, stride=1)
-    plan = {"tile_rows": 8, "tile_columns": 8, "slices": 1, "chunk": 16}
-    counts = count(unit, plan, 2, mma=True, layout="channels_last")
-    assert counts.multiply_adds == unit.multiply_adds == 64 * (32 * 16 + 9 * 16 + 16 * 32)
-    # x and conv1's weights, the constants of 16 channels, conv3's weights, x once more, the result.
-    assert counts.l2_elements == 64 * 32 + 32 * 16 + 12 * 16 + 16 * 32 + 2 * 64 * 32
-    # Two strips: conv1 is done twice on the rows where they meet, for 40 pixels each, which are padded to 48.
-    halves = count(unit, plan | {"tile_rows": 4}, 2, mma=True, layout="channels_last")
-    assert halves.multiply_adds == 96 * 32 * 16 + 64 * (9 * 16 + 16 * 32)
+def test_a_prediction_is_made_of_counts():
+    # Two blocks an image, two rounds of 10 blocks; six warps issue an instruction a cycle.
+    count = Count(executed=4000, shared_wavefronts=600, global_sectors=100)
+    p = predict(ONE, 2, CARD, CUT, count)
+    assert p.instructions == 40_000
+    assert p.issue == pytest.approx(2 * (2000 + 2 * 1000) / 1e9)
+    assert p.shared == pytest.approx(2 * 300 / 1e9)
+    assert p.l2 == pytest.approx(10 * 100 * 32 / 1000 / 1e9)
+    assert p.dram == pytest.approx(2 * (10 * 2 * 8 * 16 + 8 * 9 + 8 * 10 + 8 * 9) / 1e12)
+    assert (p.bound, p.time) == ("issue", LAUNCH_S + p.issue)
 
 
-def test_slices_read_x_as_often_as_there_are():
-    unit = Unit(2, 240, 7, 7, mid_channels=60, out_channels=240, conv1_groups=3, groups=3, stride=1)
-    plan = {"tile_rows": 7, "tile_columns": 7, "slices": 3, "chunk": 60}
-    whole = count(unit, plan, 2, mma=True, layout="channels_last")
-    sliced = count(unit, plan | {"slices": 1, "chunk": 20}, 2, mma=True, layout="channels_last")
-    assert sliced.l2_elements - whole.l2_elements == 2 * 2 * 49 * 240
-    assert whole.multiply_adds == sliced.multiply_adds  # conv1 has three tiles of 20 rows, or nine of 6 or 7
+def test_what_a_prediction_is_bound_by():
+    # So many warps side by side issue three instructions a cycle, and no more.
+    crowded = replace(CUT, side_by_side=4, blocks=40)
+    busy = Count(executed=3_000_000, shared_wavefronts=600, global_sectors=100)
+    assert predict(ONE, 2, CARD, crowded, busy).issue == pytest.approx((1_000_000 + 2 * 1000) / 1e9)
+    assert predict(ONE, 2, CARD, CUT, replace(busy, executed=1, shared_wavefronts=10**7)).bound == "shared memory"
+    assert predict(ONE, 2, CARD, CUT, replace(busy, executed=1, global_sectors=10**7)).bound == "L2"
+    assert predict(replace(ONE, height=1000, width=1000), 2, CARD, CUT, Count()).bound == "DRAM"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "tfloat32"])
-def test_predictions_keep_to_the_bounds(tmp_path, dtype):
-    units = [unit for batch in (1, 64) for unit in paper_units(batch).values()]
+def test_cuts_are_the_planners(tmp_path):
     planner = cuda_toolkit.build_planner(tmp_path)
-    for layout in LAYOUTS:
-        plans = cuda_toolkit.plans(planner, [unit.case(dtype, layout, 90) for unit in units])
-        for unit, plan in zip(units, plans, strict=True):
-            p = predict(unit, dtype, layout, 90, plan, KERNEL)
-            assert p.dram_bytes < p.l2_bytes
-            assert p.useful_flop < p.executed_flop
-            assert p.time > LAUNCH_S + p.dram
-            assert 1 <= p.blocks <= 65536 // (120 * 256)
+    unit = paper_units(64)["stage 2 stride 1"]
+    half, single = (cuda_toolkit.plans(planner, [unit.case(dtype, "contiguous", 90)])[0] for dtype in DTYPES)
+    by_strips, by_windows = Cut.of(half), Cut.of(single)
+    assert by_strips.by_strips
+    assert by_strips.tiling.keys() == {"rows", "slices", "warps", "gap"}
+    assert by_strips.blocks * by_strips.tiling["rows"] * by_strips.tiling["slices"] >= 64 * 28 * 3
+    assert not by_windows.by_strips
+    assert by_windows.warps == 8
+    assert by_windows.blocks * by_windows.tiling["tile_rows"] * by_windows.tiling["slices"] >= 64 * 28 * 3
+
+
+@pytest.mark.skipif(cuda_toolkit.nvcc() is None, reason="needs nvcc (on PATH, or by CUDA_HOME)")
+@pytest.mark.long  # compiles PTX
+def test_predictions_keep_to_the_bounds(tmp_path):
+    model = Model(tmp_path)
+    for dtype, layout in zip(DTYPES, LAYOUTS, strict=True):
+        units = [replace(paper_units(batch)["stage 4 stride 1"], height=5, width=5) for batch in (1, 2, 64)]
+        one, two, many = model.predict(units, dtype, layout, 90)
+        assert one.dram < one.l2 < one.time
+        assert two.cut.tiling != one.cut.tiling or two.instructions == 2 * one.instructions
+        assert many.instructions > 16 * one.instructions

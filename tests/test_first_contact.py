@@ -12,7 +12,7 @@ import pytest
 from compiled import compiled
 from test_cuda_host import pytestmark as needs_a_compiler
 
-from benchmarks import cuda_model
+from benchmarks import cuda_units
 from benchmarks.cuda_toolkit import KERNEL, ROOT
 from benchmarks.first_contact import cases, driver, profile, runner, steps, table
 from benchmarks.first_contact.__main__ import contact, main
@@ -142,14 +142,14 @@ def test_ncus_table_is_read() -> None:
 
 def test_the_units_are_the_papers() -> None:
     expected = {
-        label: cuda_model.Unit(
+        label: cuda_units.Unit(
             **{"batch": 64, "in_channels": unit.in_channels, "height": unit.size, "width": unit.size},
             **{"mid_channels": unit.mid_channels, "out_channels": unit.out_channels},
             **{"conv1_groups": unit.conv1_groups, "groups": 3, "stride": unit.stride},
         )
         for label, unit in ((unit.label, unit) for unit in cases.UNITS)
     }
-    assert cuda_model.paper_units(64) == expected
+    assert cuda_units.paper_units(64) == expected
 
 
 def test_the_cases_are_what_was_asked_for() -> None:

@@ -5,8 +5,9 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
-from benchmarks.cuda_model import BATCHES, CARDS, ELEMENT_BYTES, Model, paper_units
+from benchmarks.cuda_model import BATCHES, CARDS, ELEMENT_BYTES, Model
 from benchmarks.cuda_toolkit import LAYOUTS
+from benchmarks.cuda_units import paper_units
 from benchmarks.first_contact.units import say
 
 

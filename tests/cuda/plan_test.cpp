@@ -9,12 +9,16 @@ int main() {
     const Case c(line);
     const Plan plan = plan_unit(c.unit(), c.dtype(), c.device());
     const Tiling& t = plan.tiling;
+    const StripTiling& strips = plan.strips.tiling;
     std::cout << "ok=" << plan.ok << " tile_rows=" << t.tile_rows << " tile_columns=" << t.tile_columns
               << " slices=" << t.slices << " chunk=" << t.chunk << " tile_depth=" << t.tile_depth
               << " x_vector=" << t.x_vector << " conv1_vector=" << t.conv1_vector << " conv3_vector=" << t.conv3_vector
               << " result_vector=" << t.result_vector << " shared_bytes=" << plan.shared_bytes
               << " shared_per_block=" << c.device().shared_per_block << " windows=" << plan.windows
               << " blocks=" << plan.blocks_per_multiprocessor << " multiprocessors=" << c.device().multiprocessors
+              << " by_strips=" << plan.by_strips << " strips=" << plan.strips.blocks
+              << " strip_blocks=" << plan.strips.blocks_per_multiprocessor << " strip_rows=" << strips.rows
+              << " strip_slices=" << strips.slices << " strip_warps=" << strips.warps << " strip_gap=" << strips.gap
               << " cycles=" << static_cast<int64_t>(plan.cycles) << " explanation=" << plan.explanation << "\n";
   }
 }
