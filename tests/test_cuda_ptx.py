@@ -20,7 +20,7 @@ from test_cuda_host import MUTATIONS, SOURCES, Case, failures, paper_units, rand
 from test_cuda_strips import STRIP_MUTATIONS, paper_strips, random_strips
 
 from benchmarks import cuda_counts
-from benchmarks.cuda_toolkit import KERNEL, LAYOUTS, PTX_FLAGS, compile_ptx, nvcc, ptx_arch
+from benchmarks.cuda_toolkit import KERNEL, LAYOUTS, PTX_FLAGS, build_planner, compile_ptx, nvcc, plans, ptx_arch
 
 pytestmark = pytest.mark.skipif(
     shutil.which(CXX) is None or platform.system() != "Linux" or platform.machine() != "x86_64",
@@ -104,6 +104,18 @@ def test_counts_are_as_recorded(strip_program: Path, program: Path, name: str, l
         assert got[key] <= 1.05 * recorded[key], key
     assert got["stored_of_result"] == 1
     assert got["used_of_a_stored_sector"] >= 0.95 * recorded["used_of_a_stored_sector"]
+
+
+@needs_nvcc
+@pytest.mark.long
+@pytest.mark.parametrize("sm", [80, 90])
+def test_the_planner_predicts_what_strips_execute(strip_program: Path, tmp_path: Path, sm: int) -> None:
+    planner = build_planner(tmp_path)
+    for (name, unit), layout in itertools.product(cuda_counts.paper_units(2).items(), LAYOUTS):
+        case = unit.case("float16", layout, sm)
+        (plan,) = plans(planner, [case])
+        counted = sum(count.executed for count in cuda_counts.count({"strip": strip_program}, case).values())
+        assert 0.8 < int(plan["strip_instructions"]) / counted < 1.2, (name, layout)
 
 
 @needs_nvcc
