@@ -306,6 +306,13 @@ MUTANTS = [
         "test_pairs.py",
     ),
     Mutant(
+        "pairs: a plane's lone pixel is multiplied by another group's channels",
+        KERNELS + "format_pairs.h",
+        "range->group != gathered",
+        "gathered < 0",
+        "test_pairs.py",
+    ),
+    Mutant(
         "pairs: a row that waits for its partner is lost",
         KERNELS + "format_pairs.h",
         "finish(row - 1, kept, sums, pixel, n)",

@@ -25,10 +25,12 @@ namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 // An odd number of rows, so that pairs of rows lie in two tiles.
 inline constexpr int64_t kProductRows = 3, kProductVectors = 2;
-inline constexpr int64_t kProductPixels = kProductVectors * Simd<float>::kLanes;
+inline constexpr int64_t kSumsStride = (kProductVectors + 1) * Simd<float>::kLanes;
 
 class Products {
  public:
+  static constexpr bool kTakesLonePixels = true;
+
   void prepare(int64_t rows, int64_t pairs) {
     rows_ = rows;
     pairs_ = pairs;
@@ -46,8 +48,23 @@ class Products {
           sum = S::fma(Pairs::first(weights), Pairs::first(pixels), sum);
           sum = S::fma(Pairs::second(weights), Pairs::second(pixels), sum);
         }
-        S::store(p.sums + row * kProductPixels + v * S::kLanes, sum);
+        S::store(p.sums + row * kSumsStride + v * S::kLanes, sum);
       }
+    }
+  }
+
+  // The column ends with zeros to a whole vector.
+  void run_pixel(const PairProduct& p, const Pair* column, int64_t place) {
+    using S = Simd<float>;
+    for (int64_t row = 0; row < p.rows; ++row) {
+      S::V sum = {};
+      for (int64_t k = 0; k < ceil_div(p.pairs, S::kLanes) * S::kLanes; k += S::kLanes) {
+        const auto* const weights = reinterpret_cast<const float*>(p.weight + 2 * (row * p.pairs + k));
+        const S::V w = load_first(weights, p.pairs - k), pixels = Pairs::load(column + k);
+        sum = S::fma(Pairs::first(w), Pairs::first(pixels), sum);
+        sum = S::fma(Pairs::second(w), Pairs::second(pixels), sum);
+      }
+      p.sums[row * kSumsStride + place] = S::sum(sum);
     }
   }
 

@@ -9,10 +9,12 @@ namespace shufflenet::cpu::SHUFFLENET_ISA {
 inline constexpr int64_t kTileRows = 16;
 // Four sums are on their way at a time: each multiplication takes as long as three others take to start.
 inline constexpr int64_t kProductRows = kTileRows, kProductVectors = 4;
-inline constexpr int64_t kProductPixels = kProductVectors * Simd<float>::kLanes;
+inline constexpr int64_t kSumsStride = kProductVectors * Simd<float>::kLanes;
 
 class Products {
  public:
+  static constexpr bool kTakesLonePixels = false;  // a tile has 16 pixels at least
+
   Products() = default;
   Products(const Products&) = delete;
   ~Products() {
@@ -80,7 +82,7 @@ class Products {
 #define SHUFFLENET_STORE(i) _tile_stored(i, p.sums + i * kLanes, kSumBytes)
   template <int Vectors>
   static void run(const PairProduct& p) {
-    constexpr int64_t kLanes = Simd<float>::kLanes, kSumBytes = 4 * kProductPixels;
+    constexpr int64_t kLanes = Simd<float>::kLanes, kSumBytes = 4 * kSumsStride;
     const int64_t weight_bytes = 4 * p.pairs, x_bytes = 4 * p.x_plane;
     const BFloat16* weight = p.weight;
     const Pair* x = p.x;

@@ -5,6 +5,7 @@
 
 #include "average_pool.h"
 #include "pairs.h"
+#include "pointwise.h"
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
@@ -21,24 +22,45 @@ struct PairConvolution {
   const RowRange* ranges;
   int64_t range_count;
   int64_t pixels;
+  bool has_lone_pixel = false;  // the last one: see has_lone_pixel in pointwise.h
 };
+
+// The deepest product whose lone pixel is taken alone, in memory on the stack: most are not half as deep.
+inline constexpr int64_t kMostColumnPairs = 1024;
+
+// Whether the last pixel of a part of a plane is taken alone.
+inline bool has_lone_pair(int64_t plane, int64_t pixel_end) {
+  return Products::kTakesLonePixels && has_lone_pixel<float>(plane, pixel_end);
+}
+
+// Copies a pixel's column through the planes of pairs, followed by zeros to the end of a vector.
+inline void gather_column(const Pair* x, int64_t x_plane, int64_t pairs, Pair* column) {
+  for (int64_t k = 0; k < pairs; ++k) column[k] = x[k * x_plane];
+  std::fill(column + pairs, column + ceil_div(pairs, Simd<float>::kLanes) * Simd<float>::kLanes, Pair{});
+}
 
 // Sums all rows, one block of pixels after the other: finish(range, row, rows, sums, pixel, n) takes those of some
 // rows of a range and n pixels. A range's tiles are all of one number of rows, so that AMX is prepared once: the last
 // of them may begin with rows that the one before has, which are left out. Who multiplies often, as the stem does for
-// each row, prepares it but once with its own `products`.
-template <class Finish>
-void multiply(const PairConvolution& c, Planes<const Pair> x, Products& products, Finish& finish) {
-  alignas(kMemoryAlignment) float sums[kProductRows * kProductPixels];
+// each row, prepares it but once with its own `products`. A lone pixel is multiplied with the last block, while the
+// rows' weights are in the L1 cache.
+template <class Multiplier, class Finish>
+void multiply(const PairConvolution& c, Planes<const Pair> x, Multiplier& products, Finish& finish) {
+  alignas(kMemoryAlignment) float sums[kProductRows * kSumsStride];
   PairProduct p;
   p.pairs = c.pairs;
   p.x_plane = x.stride;
   p.sums = sums;
-  const int64_t vectors = ceil_div(c.pixels, Simd<float>::kLanes), blocks = ceil_div(vectors, kProductVectors);
+  alignas(kMemoryAlignment) Pair column[kMostColumnPairs];  // of the lone pixel
+  int64_t gathered = -1;                                    // the group whose column is there
+  const int64_t lone = c.has_lone_pixel && c.pairs <= kMostColumnPairs ? 1 : 0, pixels = c.pixels - lone;
+  const int64_t vectors = ceil_div(pixels, Simd<float>::kLanes);
+  const int64_t blocks = std::max(lone, ceil_div(vectors, kProductVectors));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = vectors * block / blocks, pixel = first * Simd<float>::kLanes;
     p.vectors = vectors * (block + 1) / blocks - first;
-    const int64_t n = std::min(c.pixels - pixel, p.vectors * Simd<float>::kLanes);
+    const int64_t n = std::min(pixels - pixel, p.vectors * Simd<float>::kLanes);
+    const int64_t behind = block + 1 == blocks ? lone : 0;
     for (const RowRange* range = c.ranges; range != c.ranges + c.range_count; ++range) {
       p.rows = ceil_div(range->rows, ceil_div(range->rows, kProductRows));
       p.x = x.channel(range->group * c.pairs) + pixel;
@@ -46,8 +68,15 @@ void multiply(const PairConvolution& c, Planes<const Pair> x, Products& products
       for (int64_t done = 0; done < range->rows;) {
         const int64_t row = std::min(done, range->rows - p.rows), end = row + p.rows;
         p.weight = static_cast<const BFloat16*>(c.conv.weight) + (range->row + row) * 2 * c.pairs;
-        products.run(p);
-        finish(*range, done, end - done, sums + (done - row) * kProductPixels, pixel, n);
+        if (p.vectors > 0) products.run(p);
+        if constexpr (Multiplier::kTakesLonePixels) {
+          if (behind > 0) {
+            if (range->group != gathered) gather_column(p.x + n, x.stride, c.pairs, column);
+            gathered = range->group;
+            products.run_pixel(p, column, n);
+          }
+        }
+        finish(*range, done, end - done, sums + (done - row) * kSumsStride, pixel, n + behind);
         done = end;
       }
     }
@@ -65,7 +94,7 @@ struct FinishPlanes {
   void operator()(const RowRange& range, int64_t first, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
     using S = Simd<float>;
     const auto bound = S::broadcast(lower);
-    for (int64_t row = range.row + first; row < range.row + first + rows; ++row, sums += kProductPixels) {
+    for (int64_t row = range.row + first; row < range.row + first + rows; ++row, sums += kSumsStride) {
       const int64_t channel = row % unit.shuffle_rows() * unit.shuffle_groups + row / unit.shuffle_rows();
       const auto row_bias = S::broadcast(bias[row]);
       float* const to = y.channel(channel - y_channel) + pixel;
@@ -83,7 +112,7 @@ struct FinishPairs {
   float lower;  // the activation's bound
   Planes<const Pair> residual;
   Planes<Pair> y;
-  float kept[kProductPixels];
+  float kept[kSumsStride];
 
   void operator()(const RowRange& range, int64_t begin, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
     const int64_t end = range.row + begin + rows;
@@ -91,9 +120,9 @@ struct FinishPairs {
     if (row % 2 != 0) {
       finish(row - 1, kept, sums, pixel, n);
       ++row;
-      sums += kProductPixels;
+      sums += kSumsStride;
     }
-    for (; row + 1 < end; row += 2, sums += 2 * kProductPixels) finish(row, sums, sums + kProductPixels, pixel, n);
+    for (; row + 1 < end; row += 2, sums += 2 * kSumsStride) finish(row, sums, sums + kSumsStride, pixel, n);
     if (row < end) std::copy_n(sums, n, kept);
   }
 
@@ -127,7 +156,7 @@ struct FinishShuffled {
   void operator()(const RowRange& range, int64_t begin, int64_t rows, const float* sums, int64_t pixel, int64_t n) {
     using S = Simd<float>;
     const auto bound = S::broadcast(lower);
-    for (int64_t row = range.row + begin; row < range.row + begin + rows; ++row, sums += kProductPixels) {
+    for (int64_t row = range.row + begin; row < range.row + begin + rows; ++row, sums += kSumsStride) {
       const Pair* const first = beside.channel(row / 2) + pixel;
       const auto row_bias = S::broadcast(bias[row]);
       for (int64_t i = 0; i < n; i += S::kLanes) {
@@ -163,9 +192,9 @@ struct PairFormat {
   static void copy_in(const UnitPart&, Range, Range, Planes<Pair>) {}
   static void copy_out(const UnitPart&, Range, Range, Planes<const Pair>) {}
 
-  // The largest product for so many channels; a plane's last pixels make no difference.
-  static Tile tile(int64_t channels, int64_t pixels, int64_t = 0) {
-    const int64_t vectors = ceil_div(pixels, Simd<float>::kLanes);
+  // The largest product for so many channels and pixels of a plane.
+  static Tile tile(int64_t channels, int64_t pixels, int64_t plane = 0) {
+    const int64_t vectors = ceil_div(has_lone_pair(plane, plane) ? pixels - 1 : pixels, Simd<float>::kLanes);
     return {
         ceil_div(channels, ceil_div(channels, kProductRows)), ceil_div(vectors, ceil_div(vectors, kProductVectors))};
   }
@@ -204,7 +233,8 @@ struct PairFormat {
     Products products;
     FinishPlanes finish = {static_cast<const float*>(pointers.conv1.bias),
                            static_cast<float>(unit.conv1_activation().lower), unit, mid.begin, to};
-    multiply({pointers.conv1, unit.conv1_depth() / 2, ranges, count, x_rows.count() * unit.width},
+    const bool has_lone = has_lone_pair(unit.height * unit.width, x_rows.end * unit.width);
+    multiply({pointers.conv1, unit.conv1_depth() / 2, ranges, count, x_rows.count() * unit.width, has_lone},
              x.from(unit.conv1_first() / 2), products, finish);
   }
 
@@ -271,8 +301,8 @@ struct PairFormat {
         {},
         result,
         {}};
-    multiply(
-        {pointers.shortcut2, unit.in_channels / 2, &range, 1, rows.count() * unit.out_width()}, y2, products, finish);
+    multiply({pointers.shortcut2, unit.in_channels / 2, &range, 1, rows.count() * unit.out_width(), has_lone_result()},
+             y2, products, finish);
   }
 
   // Computes channels from an even one on; in v2, with those of their numbers that are beside them.
@@ -286,8 +316,8 @@ struct PairFormat {
     Products products;
     const auto* const bias = static_cast<const float*>(pointers.conv3.bias);
     const float lower = static_cast<float>(unit.conv3_activation().lower);
-    const PairConvolution conv = {
-        pointers.conv3, pairs_of(unit.slice_channels()), ranges, count, rows.count() * unit.out_width()};
+    const PairConvolution conv = {pointers.conv3, pairs_of(unit.slice_channels()), ranges,
+                                  count,          rows.count() * unit.out_width(), has_lone_result()};
     if (unit.is_v2()) {
       FinishShuffled finish = {bias, lower, shortcut, result};
       multiply(conv, y2, products, finish);
@@ -295,6 +325,10 @@ struct PairFormat {
       FinishPairs finish = {bias, lower, unit.adds_residual() ? shortcut : Planes<const Pair>{}, result, {}};
       multiply(conv, y2, products, finish);
     }
+  }
+
+  bool has_lone_result() const {
+    return has_lone_pair(unit.out_height() * unit.out_width(), rows.end * unit.out_width());
   }
 
   const Unit& unit;

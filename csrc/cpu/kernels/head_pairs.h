@@ -14,7 +14,7 @@ struct FinishClasses {
   int64_t classes;
 
   void operator()(const RowRange& range, int64_t first, int64_t rows, const float* sums, int64_t image, int64_t n) {
-    for (int64_t row = range.row + first; row < range.row + first + rows; ++row, sums += kProductPixels) {
+    for (int64_t row = range.row + first; row < range.row + first + rows; ++row, sums += kSumsStride) {
       for (int64_t i = 0; i < n; ++i) {
         store_first(result + (image + i) * classes + row, Simd<float>::broadcast(sums[i] + bias[row]), 1);
       }

@@ -19,12 +19,13 @@ class PairLastConvolution final : public LastConvolutionKernel {
         {},
         {static_cast<Pair*>(result), result_plane},
         {}};
-    multiply({conv, layer.in_channels / 2, &range, 1, layer.pixels()}, {static_cast<const Pair*>(x), x_plane}, products,
-             finish);
+    const bool has_lone = has_lone_pair(layer.pixels(), layer.pixels());
+    multiply({conv, layer.in_channels / 2, &range, 1, layer.pixels(), has_lone}, {static_cast<const Pair*>(x), x_plane},
+             products, finish);
   }
 
   Tile tile(const LastConvolution& layer, int64_t rows) const override {
-    return PairFormat::tile(rows, layer.pixels());
+    return PairFormat::tile(rows, layer.pixels(), layer.pixels());
   }
 };
 

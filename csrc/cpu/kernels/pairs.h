@@ -62,7 +62,7 @@ struct PairProduct {
   const Pair* x;           // whole vectors of it are read
   int64_t x_plane;         // from pair to pair of the depth
   int64_t vectors;         // of pixels, at most kProductVectors
-  float* sums;             // rows of kProductPixels
+  float* sums;             // rows of kSumsStride: pixels, and behind them a lone one
 };
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA
