@@ -166,7 +166,7 @@ struct StripPlanes : StripStaging {
     int planes, pixels, plane, pitch;
   };
   // A thread's share of copying runs: a unit of some planes, and the same one of others.
-  struct Share {
+  struct CopyShare {
     uint32_t begin, end, step;    // bytes in shared memory, from the first plane's first pixel on
     int64_t global, global_step;  // the same in memory
   };
@@ -182,13 +182,13 @@ struct StripPlanes : StripStaging {
     for (int unit = thread - mine * by.lanes; unit < by.units; unit += by.lanes) {
       const int plane = unit / by.plane_units;
       const uint32_t first = plane * pitch + (unit - plane * by.plane_units) * kBytes;
-      copy(Share{first + mine * group_pitch, first + runs.planes * pitch, by.side_by_side * group_pitch,
-                 mine * group_bytes + unit * kBytes, by.side_by_side * group_bytes});
+      copy(CopyShare{first + mine * group_pitch, first + runs.planes * pitch, by.side_by_side * group_pitch,
+                     mine * group_bytes + unit * kBytes, by.side_by_side * group_bytes});
     }
   }
   template <int kBytes>
   SHUFFLENET_DEVICE void copy_x_in(const char* from, const Runs& runs) const {
-    for_each_share<kBytes>(runs, [&](const Share& share) {
+    for_each_share<kBytes>(runs, [&](const CopyShare& share) {
       const char* source = from + share.global;
       SHUFFLENET_NO_UNROLL
       for (uint32_t to = base + share.begin; to < base + share.end; to += share.step) {
@@ -198,7 +198,7 @@ struct StripPlanes : StripStaging {
     });
   }
   SHUFFLENET_DEVICE void copy_x_in_elements(const char* from, const Runs& runs) const {
-    for_each_share<kElementBytes>(runs, [&](const Share& share) {
+    for_each_share<kElementBytes>(runs, [&](const CopyShare& share) {
       const char* source = from + share.global;
       const uint32_t end = base + share.end;
       SHUFFLENET_NO_UNROLL
@@ -218,7 +218,7 @@ struct StripPlanes : StripStaging {
   }
   template <int kBytes>
   SHUFFLENET_DEVICE void copy_result_in(char* to, uint32_t from, const Runs& runs) const {
-    for_each_share<kBytes>(runs, [&](const Share& share) {
+    for_each_share<kBytes>(runs, [&](const CopyShare& share) {
       char* target = to + share.global;
       SHUFFLENET_NO_UNROLL
       for (uint32_t at = from + share.begin; at < from + share.end; at += share.step) {
