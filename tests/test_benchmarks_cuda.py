@@ -169,4 +169,4 @@ def test_predictions_keep_to_the_bounds(tmp_path):
         one, two, many = model.predict(units, dtype, layout, 90)
         assert one.dram < one.l2 < one.time
         assert two.cut.tiling != one.cut.tiling or two.instructions == 2 * one.instructions
-        assert many.instructions > 16 * one.instructions
+        assert 8 * one.instructions < many.instructions <= 64 * one.instructions  # in larger strips or as many
