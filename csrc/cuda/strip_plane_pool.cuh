@@ -81,7 +81,6 @@ struct PlanePool {
       }
     }
   }
-  SHUFFLENET_DEVICE static float inverse(int count) { return count == 3 ? 1.f / 3 : count == 2 ? 1.f / 2 : 1.f; }
 
   const StripStaging& block;
   const Sizes& s;

@@ -134,11 +134,8 @@ struct StripPool {
     // Returns 1 over the number of taps that count.
     SHUFFLENET_DEVICE float scale() const {
       if (block.s.pool_count_include_pad) return 1.f / 9;
-      const auto inverse = [](int first, int size) {
-        const int count = least(first + 3, size) - most(first, 0);
-        return count == 3 ? 1.f / 3 : count == 2 ? 1.f / 2 : 1.f;
-      };
-      return inverse(row, block.image_rows) * inverse(column, block.s.width);
+      const auto taps = [](int first, int size) { return least(first + 3, size) - most(first, 0); };
+      return inverse(taps(row, block.image_rows)) * inverse(taps(column, block.s.width));
     }
     const StripStaging& block;
     int row, column;

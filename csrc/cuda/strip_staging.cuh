@@ -9,6 +9,9 @@
 
 namespace shufflenet::cuda {
 
+// Returns 1 over the number of a pool's taps that are inside of the image in a row or a column: 1, 2 or 3.
+SHUFFLENET_DEVICE float inverse(int taps) { return taps == 3 ? 1.f / 3 : taps == 2 ? 1.f / 2 : 1.f; }
+
 struct StripStaging {
   SHUFFLENET_DEVICE explicit StripStaging(const StripArguments& arguments)
       : arguments(arguments),
