@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import itertools
+from statistics import median
 
 import pytest
 import torch
@@ -48,6 +49,11 @@ def images(unit, batch=3, plane=(7, 9)):
     return torch.randn(batch, unit.conv1.in_channels, *plane, dtype=unit.conv1.weight.dtype)
 
 
+def draws(dtype):
+    """Of how many inputs errors are compared by their medians."""
+    return 7 if dtype.itemsize == 2 else 3
+
+
 def step(unit, x, gradient, op=None):
     """A training step: the result, the buffers, and the gradients of x and of the parameters."""
     x = x.detach().requires_grad_()
@@ -59,8 +65,8 @@ def step(unit, x, gradient, op=None):
     return {"result": result.detach(), "grad of x": x.grad, **named, **dict(unit.named_buffers())}
 
 
-def assert_as_accurate_steps(unit, x, gradient=None, factor=2.0):
-    """Fails where the fused unit's step is further from float64 than PyTorch's in the unit's dtype, times a factor."""
+def step_errors(unit, x):
+    """By tensor of a step: how far the fused unit's is from float64, how far PyTorch's, and what is no error."""
     plain = plain_twin(unit)
     for ours, theirs in zip(unit.modules(), plain.modules(), strict=True):
         theirs.training = ours.training
@@ -70,26 +76,39 @@ def assert_as_accurate_steps(unit, x, gradient=None, factor=2.0):
     for ours, theirs in zip(unit.parameters(), plain.parameters(), strict=True):
         theirs.requires_grad_(ours.requires_grad)
     exact_unit = copy.deepcopy(plain).double()
-    if gradient is None:
-        gradient = torch.randn_like(exact_unit(x.double()), dtype=x.dtype)
-        exact_unit = copy.deepcopy(plain).double()
+    gradient = torch.randn_like(exact_unit(x.double()), dtype=x.dtype)
+    exact_unit = copy.deepcopy(plain).double()
     got, expected = step(unit, x, gradient, OP), step(plain, x, gradient)
     exact = step(exact_unit, x.double(), gradient.double())
     eps = torch.finfo(x.dtype).eps
     scale = max(
         value.abs().max() for name, value in exact.items() if name.startswith("grad of conv") or value.dim() == 4
     )
+    errors = {}
     for name, value in exact.items():
         assert got[name].dtype == expected[name].dtype, name
         assert got[name].shape == value.shape, name
         assert got[name].isfinite().all(), name
-        if x.dtype == torch.float64:
-            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9 * scale.item(), msg=name)
-            continue
-        errors = [(each[name].double() - value).square().mean().sqrt() for each in (got, expected)]
+        ours, theirs = ((each[name].double() - value).square().mean().sqrt().item() for each in (got, expected))
         # Sums that cancel, such as the gradient of a bias ahead of a norm, have no digits of their own.
         floor = 4 * eps * value.double().square().mean().sqrt() + eps * scale * value.numel() ** -0.5
-        assert errors[0] <= factor * errors[1] + floor, f"{name}: error {errors[0]:.3g}, PyTorch's {errors[1]:.3g}"
+        errors[name] = (ours, theirs, floor.item())
+    return errors
+
+
+def assert_as_accurate_steps(unit, *inputs, factor=2.0):
+    """Fails where the fused unit's step is further from float64 than PyTorch's in the unit's dtype, times a factor.
+
+    Of several inputs the medians are compared: a ReLU that rounding opens or closes, here or there, which 16 bits do
+    now and then, is an error a hundred times as large as all others.
+    """
+    steps = [step_errors(unit, x) for x in inputs]
+    for name in steps[0]:
+        ours, theirs, floor = (median(values) for values in zip(*(errors[name] for errors in steps), strict=True))
+        most = factor * theirs + floor
+        if inputs[0].dtype == torch.float64:
+            most = 1e-9 / torch.finfo(torch.float64).eps * floor
+        assert ours <= most, f"{name}: error {ours:.3g}, PyTorch's {theirs:.3g}"
 
 
 @each_unit
@@ -97,22 +116,23 @@ def assert_as_accurate_steps(unit, x, gradient=None, factor=2.0):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_steps(configuration, dtype, layout):
     unit = fused(configuration, dtype)
-    x = images(unit).contiguous(memory_format=layout)
-    for _ in range(2):
-        assert_as_accurate_steps(unit, x, factor=3)
-    x = x.requires_grad_()
+    inputs = [images(unit).contiguous(memory_format=layout) for _ in range(draws(dtype))]
+    assert_as_accurate_steps(unit, *inputs, factor=3)
+    x = inputs[0].requires_grad_()
     result = unit(x)
     assert_strides_of_layout(result, layout)
     result.sum().backward()
     assert_strides_of_layout(x.grad, layout)
-    assert unit.bn2.num_batches_tracked == 3
+    assert unit.bn2.num_batches_tracked == len(inputs) + 1
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @each_unit
-def test_isas(isa, configuration):
+def test_isas(isa, configuration, dtype):
+    unit = fused(configuration, dtype)
     with selected_isa(isa):
-        assert_as_accurate_steps(fused(configuration), images(fused(configuration), plane=(5, 13)), factor=3)
+        assert_as_accurate_steps(unit, *(images(unit, plane=(5, 13)) for _ in range(draws(dtype))), factor=3)
 
 
 @pytest.mark.covering(3)
@@ -183,7 +203,7 @@ def test_random_units(data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_mean_far_above_the_deviation(dtype):
     unit = fused(dtype=dtype)
-    assert_as_accurate_steps(unit, images(unit, batch=4) + 30, factor=3)
+    assert_as_accurate_steps(unit, *(images(unit, batch=4) + 30 for _ in range(draws(dtype))))
 
 
 @pytest.mark.parametrize("plane", [(1, 1), (1, 6), (6, 1), (4, 4), (7, 7), (3, 16), (2, 33)], ids=str)
@@ -191,7 +211,7 @@ def test_a_mean_far_above_the_deviation(dtype):
 def test_planes(plane, stride):
     configuration = {"in_channels": 24, "out_channels": 24 if stride == 1 else 12, "stride": stride, "groups": 3}
     unit = fused(configuration, torch.float64)
-    assert_as_accurate_steps(unit, images(unit, 5, plane), factor=4)
+    assert_as_accurate_steps(unit, images(unit, 5, plane))
 
 
 @each_unit

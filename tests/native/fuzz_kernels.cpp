@@ -913,19 +913,6 @@ static void check_images(Dtype dtype, const Kernels& kernels, Dtype in_planes, c
 
 #include "fuzz_v2.h"
 
-static void check_pairs(const Isa& isa, long units) {
-  for (long i = 0; i < units; ++i) {
-    check_pair_unit(random_pair_case(), isa);
-    check_pair_unit_v2(isa);
-    check_pair_last_convolution(isa);
-    check_pair_stem(isa);
-    check_pair_head(isa);
-    const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
-    check_images(dtype, *isa.pair_kernels(dtype), Dtype::bfloat16, isa);
-  }
-  std::printf("%s: %ld units, stems, heads and images of pairs\n", isa.name(), units);
-}
-
 static void check_stem_and_head(const Isa& isa) {
   const Dtype dtype = static_cast<Dtype>(uniform(0, 3));
   if (dtype == Dtype::float64) {
@@ -939,6 +926,20 @@ static void check_stem_and_head(const Isa& isa) {
 }
 
 #include "fuzz_training.h"
+
+static void check_pairs(const Isa& isa, long units) {
+  for (long i = 0; i < units; ++i) {
+    check_pair_unit(random_pair_case(), isa);
+    check_pair_unit_v2(isa);
+    check_pair_last_convolution(isa);
+    check_pair_stem(isa);
+    check_pair_head(isa);
+    const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
+    check_images(dtype, *isa.pair_kernels(dtype), Dtype::bfloat16, isa);
+    TrainingFuzz<float>(Dtype::bfloat16, isa).run();
+  }
+  std::printf("%s: %ld units, stems, heads, images and passes of training on pairs\n", isa.name(), units);
+}
 
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a line is out before a crash

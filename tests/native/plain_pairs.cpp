@@ -79,13 +79,13 @@ class Products {
 namespace shufflenet::cpu {
 namespace {
 
-// Has nothing but kernels on pairs.
+// Has nothing but kernels on pairs, and training in bfloat16.
 class PlainPairs final : public Isa {
   const char* name() const override { return "plain pairs"; }
   bool is_usable() const override { return true; }
   const Kernels* pair_kernels(Dtype dtype) const override { return &baseline::pair_kernels(dtype); }
   const Kernels& kernels(Dtype) const override { std::abort(); }
-  const TrainingKernel& training(Dtype) const override { std::abort(); }
+  const TrainingKernel& training(Dtype) const override { return baseline::kPairTrainingKernels; }
   const StemTrainingKernel& stem_training(Dtype) const override { std::abort(); }
   void to_accumulator(Dtype, const void*, void*, int64_t) const override { std::abort(); }
   int64_t multiply_add(Dtype, int64_t) const override { std::abort(); }

@@ -20,7 +20,7 @@ class Isa {
   // Those on planes of pairs, for tensors of bfloat16 or float32. Null without dot products of bfloat16.
   virtual const Kernels* pair_kernels(Dtype) const { return nullptr; }
 
-  // Those of training, on planes of float32 or float64.
+  // Those of training, on planes of the dtype.
   virtual const TrainingKernel& training(Dtype) const = 0;
   // Those of a stem's training, for images of the dtype.
   virtual const StemTrainingKernel& stem_training(Dtype) const = 0;

@@ -14,8 +14,8 @@ namespace shufflenet::cpu::SHUFFLENET_ISA {
 template <class T>
 inline constexpr KernelsOf<UnitOf<FloatFormat<T>>, FloatStem<T>, FloatLastConvolution<T>, FloatHead<T>, FloatImages<T>>
     kFloatKernels{};
-template <class A>
-inline constexpr TrainingOf<A> kTrainingKernels{};
+template <class T>
+inline constexpr TrainingOfFloats<T> kTrainingKernels{};
 template <class T>
 inline constexpr StemTrainingOf<T> kStemTrainingKernels{};
 
@@ -51,8 +51,12 @@ class FloatIsa : public Isa {
   }
 
   const TrainingKernel& training(Dtype dtype) const override {
-    if (dtype == Dtype::float64) return kTrainingKernels<double>;
-    return kTrainingKernels<float>;
+    switch (dtype) {
+      case Dtype::float64: return kTrainingKernels<double>;
+      case Dtype::bfloat16: return kTrainingKernels<BFloat16>;
+      case Dtype::float16: return kTrainingKernels<Float16>;
+      default: return kTrainingKernels<float>;
+    }
   }
   const StemTrainingKernel& stem_training(Dtype dtype) const override {
     switch (dtype) {

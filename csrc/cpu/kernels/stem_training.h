@@ -7,26 +7,6 @@
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-// The norm and the ReLU of a channel.
-template <class A>
-class NormAndRelu {
-  using S = Simd<A>;
-  using V = typename S::V;
-
- public:
-  explicit NormAndRelu(const StemNorm& norm)
-      : scale_(S::broadcast(static_cast<A>(norm.scale))), shift_(S::broadcast(static_cast<A>(norm.shift))) {}
-  V operator()(V y) const { return S::max(V{}, S::fma(y, scale_, shift_)); }
-  // Of n pixels, or as many as a vector holds; zeros behind them.
-  V of(const A* y, int64_t n) const {
-    const V value = (*this)(load_some(y, n));
-    return n >= S::kLanes ? value : S::keep(value, S::first(std::max<int64_t>(0, n)));
-  }
-
- private:
-  V scale_, shift_;
-};
-
 // The gradient of a max pool of values that are at least 0, behind a ReLU. Whatever lies outside of the plane is a 0:
 // it is the largest only where all are, and then the ReLU lets nothing pass. Of the nine of a window the largest of
 // each row is found first, which two windows share, then the largest of the rows; from there the gradient goes the same
@@ -51,10 +31,10 @@ class MaxPoolBackward {
     left_ = planes.channel(4 * kPoolRows);
   }
 
-  StemSums run(const Stem& stem, const NormAndRelu<A>& norm, double mean, const A* result_gradient, const A* y,
-               A* gradient) {
+  PlaneSums run(const Stem& stem, const PlaneNorm& of_plane, const A* result_gradient, const A* y, A* gradient) {
     const int64_t height = stem.conv_height();
-    const V broadcast = S::broadcast(static_cast<A>(mean));
+    const NormAndRelu<A> norm(of_plane.scale, of_plane.shift);
+    const V broadcast = S::broadcast(static_cast<A>(of_plane.mean));
     V sum = {}, times_y = {};
     const auto finish = [&](const Row& row, int64_t number) {
       finish_row(row, broadcast, y + number * width_, gradient + number * width_, sum, times_y);
@@ -86,11 +66,17 @@ class MaxPoolBackward {
     for (A* const each : {row.even, row.odd, row.largest, row.gradient}) std::fill_n(each, windows_, A{0});
   }
 
+  // Some columns' values, zeros outside of the plane.
+  V values(const NormAndRelu<A>& norm, const A* y, int64_t column) const {
+    const int64_t n = width_ - column;
+    const V value = norm(load_some(y + column, n));
+    return n >= S::kLanes ? value : S::keep(value, S::first(std::max<int64_t>(0, n)));
+  }
+
   void read(const NormAndRelu<A>& norm, const A* y, const Row& row) const {
     V odd_before = {};
     for (int64_t i = 0; i < windows_; i += S::kLanes) {
-      const V first = norm.of(y + 2 * i, width_ - 2 * i);
-      const V second = norm.of(y + 2 * i + S::kLanes, width_ - 2 * i - S::kLanes);
+      const V first = values(norm, y, 2 * i), second = values(norm, y, 2 * i + S::kLanes);
       const V even = S::even(first, second), odd = S::odd(first, second), left = S::shift_in(odd_before, odd);
       const V of_two = is_later(left, even) ? even : left;
       S::store(row.even + i, even);
@@ -169,11 +155,11 @@ void add_tap_products(const TapProducts<A>& given) {
   const A *gradients[Rows], *taps[Columns];
   unrolled<Rows>([&](int row) { gradients[row] = p.gradient.channel(row); });
   unrolled<Columns>([&](int column) { taps[column] = p.taps + p.offsets[column]; });
-  each_vector<A>(p.pixels, [&](int64_t i, auto mask, auto is_tail) __attribute__((always_inline)) {
+  each_vector<A>(p.pixels, [&](int64_t i, int64_t n, auto is_tail) __attribute__((always_inline)) {
     V columns[Columns];
-    unrolled<Columns>([&](int column) { columns[column] = load_pixels(taps[column] + i, mask, is_tail); });
+    unrolled<Columns>([&](int column) { columns[column] = load_pixels(taps[column] + i, n, is_tail); });
     unrolled<Rows>([&](int row) {
-      const V value = load_pixels(gradients[row] + i, mask, is_tail);
+      const V value = load_pixels(gradients[row] + i, n, is_tail);
       unrolled<Columns>([&](int column) { sum[row][column] = S::fma(value, columns[column], sum[row][column]); });
     });
   });
@@ -201,47 +187,29 @@ class StemTrainingOf final : public StemTrainingKernel {
     return arena.bytes();
   }
 
-  void norm_and_pool(const Stem& stem, const StemNorm& norm, const void* from, void* to, void* memory) const override {
+  void norm_and_pool(const Stem& stem, const PlaneNorm& norm, const void* from, void* to, void* memory) const override {
     const auto* y = static_cast<const A*>(from);
     auto* result = static_cast<A*>(to);
-    const NormAndRelu<A> applied(norm);
+    const NormAndRelu<A> applied(norm.scale, norm.shift);
     const int64_t width = stem.conv_width(), height = stem.conv_height();
-    const auto apply = [&](const A* row, int64_t n, A* values) {
-      for (int64_t i = 0; i < n; i += S::kLanes) store_some(values + i, applied(load_some(row + i, n - i)), n - i);
-    };
-    if (!stem.max_pool) return apply(y, width * height, result);
     Arena arena(memory);
     const Planes<A> rows = arena.planes<A>(kPoolRows, width);
     A *above = rows.channel(0), *middle = rows.channel(1), *below = rows.channel(2);
     for (int64_t row = 0; row < height; row += 2, result += stem.out_width()) {
-      apply(y + row * width, width, middle);
+      applied.of_plane(y + row * width, width, middle);
       const bool has_below = row + 1 < height;
-      if (has_below) apply(y + (row + 1) * width, width, below);
+      if (has_below) applied.of_plane(y + (row + 1) * width, width, below);
       max_pool_row<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>, A>(
           stem, {row > 0 ? above : middle, middle, has_below ? below : middle}, result);
       std::swap(above, below);
     }
   }
 
-  StemSums norm_and_pool_backward(const Stem& stem, const StemNorm& norm, double mean, const void* result_gradient,
-                                  const void* from, void* to, void* memory) const override {
-    const NormAndRelu<A> applied(norm);
-    const auto* const y = static_cast<const A*>(from);
-    const auto* const given = static_cast<const A*>(result_gradient);
-    auto* const gradient = static_cast<A*>(to);
-    if (stem.max_pool) {
-      Arena arena(memory);
-      return MaxPoolBackward<A>(stem, arena).run(stem, applied, mean, given, y, gradient);
-    }
-    V sum = {}, times_y = {};
-    each_vector<A>(stem.conv_height() * stem.conv_width(), [&](int64_t i, auto mask, auto is_tail) {
-      const V value = load_pixels(y + i, mask, is_tail);
-      const V kept = relu_passes(applied(value), load_pixels(given + i, mask, is_tail));
-      sum += kept;
-      times_y = S::fma(kept, value - S::broadcast(static_cast<A>(mean)), times_y);
-      store_pixels(gradient + i, kept, mask, is_tail);
-    });
-    return {static_cast<double>(S::sum(sum)), static_cast<double>(S::sum(times_y))};
+  PlaneSums norm_and_pool_backward(const Stem& stem, const PlaneNorm& norm, const void* result_gradient,
+                                   const void* from, void* to, void* memory) const override {
+    Arena arena(memory);
+    return MaxPoolBackward<A>(stem, arena)
+        .run(stem, norm, static_cast<const A*>(result_gradient), static_cast<const A*>(from), static_cast<A*>(to));
   }
 
   int64_t products_bytes(const Stem& stem) const override { return ProductsWorkspace(stem, nullptr).bytes; }
@@ -302,9 +270,9 @@ class StemTrainingOf final : public StemTrainingKernel {
     const V scale = S::broadcast(static_cast<A>(n.scale)), slope = S::broadcast(static_cast<A>(n.slope));
     const V mean = S::broadcast(static_cast<A>(n.mean)), shift = S::broadcast(static_cast<A>(n.shift));
     const bool is_frozen = n.slope == 0;
-    each_vector<A>(pixels, [&](int64_t i, auto mask, auto is_tail) {
-      const V deviation = is_frozen ? V{} : load_pixels(y + i, mask, is_tail) - mean;
-      const V scaled = scale * load_pixels(gradient + i, mask, is_tail) - shift;
+    each_vector<A>(pixels, [&](int64_t i, int64_t n, auto is_tail) {
+      const V deviation = is_frozen ? V{} : load_pixels(y + i, n, is_tail) - mean;
+      const V scaled = scale * load_pixels(gradient + i, n, is_tail) - shift;
       S::store(to + i, scaled - slope * deviation);
     });
   }

@@ -6,16 +6,6 @@
 
 namespace shufflenet::cpu {
 
-// The norm behind the convolution, as it is applied to a channel: scale * y + shift. Then comes a ReLU.
-struct StemNorm {
-  double scale, shift;
-};
-
-// What a channel's backward pass through the pool and the ReLU adds up.
-struct StemSums {
-  double gradient, gradient_times_y;  // of the norm's results; times what y lies above its mean
-};
-
 // Rows of an image of which a thread finds the products with the taps.
 struct StemProducts {
   const void* image;
@@ -30,12 +20,12 @@ struct StemProducts {
 class StemTrainingKernel {
  public:
   virtual int64_t plane_bytes(const Stem&) const = 0;
-  // Computes the norm, the ReLU and the pool of a plane of the convolution's result.
-  virtual void norm_and_pool(const Stem&, const StemNorm&, const void* y, void* result, void* workspace) const = 0;
+  // Computes the norm, the ReLU and the max pool of a plane of the convolution's result.
+  virtual void norm_and_pool(const Stem&, const PlaneNorm&, const void* y, void* result, void* workspace) const = 0;
   // Computes the gradient of the norm's results from that of the pool's. A window's goes to its largest value, to the
   // first of several, and to its last NaN where it has one.
-  virtual StemSums norm_and_pool_backward(const Stem&, const StemNorm&, double mean, const void* result_gradient,
-                                          const void* y, void* gradient, void* workspace) const = 0;
+  virtual PlaneSums norm_and_pool_backward(const Stem&, const PlaneNorm&, const void* result_gradient, const void* y,
+                                           void* gradient, void* workspace) const = 0;
 
   virtual int64_t products_bytes(const Stem&) const = 0;
   // Adds up the gradient of y times what each of the convolution's taps has read.

@@ -1,6 +1,6 @@
 // The interface between the passes of training (../training), which are compiled once and share their tasks among
-// threads, and their kernels, which are compiled for each ISA. All planes are contiguous, one behind the other, of the
-// accumulator type; sums and statistics are doubles.
+// threads, and their kernels, which are compiled for each ISA. Planes are contiguous, one behind the other, of a
+// tensor's dtype. What is computed with them is of its accumulator type; sums and statistics are doubles.
 #pragma once
 
 #include <cstdint>
@@ -21,13 +21,23 @@ struct ChannelAffine {
   const void* shift = nullptr;
 };
 
-// A grouped pointwise convolution of an image.
-struct TrainingPointwise {
-  Convolution conv;  // its bias is there, its scale is not
-  Activation activation;
-  int64_t rows, groups, depth, pixels;  // depth: of a group
-  int64_t images;                       // of the batch, of which this is one
+// Planes that a pointwise convolution reads, and with what.
+struct PointwiseInput {
   const void* x;
+  const void* weight;  // [rows][depth], in the form that the kernel says
+  const void* bias;
+  int64_t depth;  // of a group
+};
+
+inline constexpr int64_t kMostInputs = 2;
+
+// A grouped pointwise convolution of an image, of several inputs their sum: activation(weight x + bias + residual).
+struct TrainingPointwise {
+  const PointwiseInput* inputs;
+  int64_t input_count;
+  Activation activation;  // none where there are several inputs
+  int64_t rows, groups, pixels;
+  int64_t images;        // of the batch, of which this is one
   const void* residual;  // null: none; y itself: its results are added where they lie
   void* y;
 };
@@ -37,10 +47,20 @@ struct TrainingDepthwise {
   PlaneSize in, out;
   int64_t stride, channels, shuffle_groups;
   ChannelAffine norm1;  // of y1's channels
-  const void* weight;
+  const void* weight;   // of the accumulator type
 
   // The channel of y1 that the shuffle sends to place c.
   int64_t source(int64_t c) const { return c % shuffle_groups * (channels / shuffle_groups) + c / shuffle_groups; }
+};
+
+// A norm as it is applied to a channel: scale * y + shift. `mean` is that of y.
+struct PlaneNorm {
+  double scale, shift, mean;
+};
+
+// What a plane of the gradient of a norm's results adds up.
+struct PlaneSums {
+  double gradient, gradient_times_y;  // times what y lies above its mean
 };
 
 // What a channel's backward pass through it, the ReLU and the first norm adds up, over an image.
@@ -61,13 +81,17 @@ struct OffsetPlanes {
 struct PlaneProducts {
   const void* a;
   int64_t a_plane, a_planes;  // a_plane: elements from one to the next
-  const void* b;              // [pixels][product_row(b_planes)]
+  const void* b;              // as transpose left them, in rows of product_row(b_planes)
   int64_t b_planes, pixels;
-  void* sums;  // [a_planes][product_row(b_planes)], of the planes' dtype, to which the products are added
+  void* sums;  // [a_planes][product_row(b_planes)], to which the products are added
 };
 
 class TrainingKernel {
  public:
+  // Whether pointwise convolutions and products of planes are of pairs of bfloat16. Pointwise weights are then bfloat16
+  // in rows of an even depth, where need be with a zero behind the last; else they are of the accumulator type.
+  virtual bool multiplies_pairs() const = 0;
+
   virtual int64_t pointwise_bytes(const TrainingPointwise&) const = 0;
   // Computes some of the rows. The result does not depend on how rows are split.
   virtual void pointwise(const TrainingPointwise&, Range rows, void* workspace) const = 0;
@@ -88,10 +112,16 @@ class TrainingKernel {
   };
   virtual void norm_backward(const NormBackward&, const void* y, int64_t pixels, void* gradient) const = 0;
 
+  // Computes relu(norm(y)) of a plane; and the gradient of norm(y) from that of this result, with what it adds up.
+  virtual void norm_and_relu(const PlaneNorm&, const void* y, int64_t pixels, void* result) const = 0;
+  virtual PlaneSums norm_and_relu_backward(const PlaneNorm&, const void* result_gradient, const void* y, int64_t pixels,
+                                           void* gradient) const = 0;
+
   // Copies the gradient where a ReLU's result is above zero, zeros elsewhere, and returns its sum.
   virtual double relu_backward(const void* result, int64_t pixels, const void* gradient, void* to) const = 0;
 
-  // Writes to[pixel][plane], and zeros behind the planes to the end of a row of so many elements.
+  // Writes to[pixel][plane], in the accumulator type or as pairs of pixels, and zeros behind the planes to the end of a
+  // row of so many elements.
   virtual void transpose(const OffsetPlanes&, void* to, int64_t row) const = 0;
   // The elements of as many vectors as the planes of b take.
   virtual int64_t product_row(int64_t b_planes) const = 0;

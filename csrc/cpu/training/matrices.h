@@ -37,17 +37,14 @@ double sum_of(int64_t n, const Term& term) {
 }
 
 // Turns matrices about, [groups][rows][columns] to [groups][columns][rows].
-inline void transpose(ScalarType type, const void* from, int64_t groups, int64_t rows, int64_t columns, void* to) {
-  const bool is_double = type == ScalarType::Double;
-  const int64_t element = is_double ? sizeof(double) : sizeof(float);
-  const TrainingKernel& kernel = isa().training(is_double ? Dtype::float64 : Dtype::float32);
+inline void transpose(const double* from, int64_t groups, int64_t rows, int64_t columns, double* to) {
+  const TrainingKernel& kernel = isa().training(Dtype::float64);
   constexpr int64_t kColumns = 64;  // of a task
   const int64_t parts = ceil_div(columns, kColumns);
   each_task(groups * parts, [&](int64_t task) {
     const int64_t group = task / parts, first = task % parts * kColumns, count = std::min(kColumns, columns - first);
-    const char* const matrix = static_cast<const char*>(from) + group * rows * columns * element;
-    kernel.transpose({matrix + first * element, columns, rows, count, nullptr},
-                     static_cast<char*>(to) + (group * columns + first) * rows * element, rows);
+    kernel.transpose({from + group * rows * columns + first, columns, rows, count, nullptr},
+                     to + (group * columns + first) * rows, rows);
   });
 }
 
@@ -93,5 +90,13 @@ class RightHandSides {
   int64_t groups_, depth_, columns_, row_size_;
   Matrix data_;
 };
+
+// The rows of a matrix as weights.
+inline Weights weights_of(Dtype planes, Matrix matrix, int64_t depth) {
+  const int64_t rows = static_cast<int64_t>(matrix.size()) / depth;
+  Weights weights(planes, rows, depth);
+  each_row(rows, depth, [&](int64_t row) { weights.round(row, matrix.data() + row * depth); });
+  return weights;
+}
 
 }  // namespace shufflenet::cpu

@@ -3,7 +3,7 @@
 namespace shufflenet::cpu {
 namespace {
 
-constexpr int64_t kTile = 8;  // planes that a kernel works on at once, at most
+constexpr int64_t kTile = 16;  // planes that a kernel works on at once, at most
 
 // The tasks of a batch: each is some channels of an image, and as many as keep all threads at work. Calls
 // run(image, channels) for each.
@@ -44,11 +44,11 @@ struct GroupedProducts {
   OffsetPlanes of_b(int64_t image, int64_t group, Range pixels) const {
     const int64_t column = group * columns();
     return {b.at(image, column) + pixels.begin * b.element, b.pixels(), columns(), pixels.count(),
-            offset ? static_cast<const char*>(offset) + column * b.element : nullptr};
+            offset ? offset->from(column) : nullptr};
   }
 
   PlaneBatch a, b;
-  const void* offset;  // of b's planes; null: none
+  const Numbers* offset;  // of b's planes; null: none
   int64_t groups;
 };
 
@@ -59,7 +59,8 @@ template <class Prepare>
 void add_products(const GroupedProducts& p, Range tiles, const TrainingKernel& kernel, const Prepare& prepare,
                   double* products) {
   const int64_t pixels = p.a.pixels(), of_block = std::min(kTransposedPixels, pixels), columns = p.columns();
-  const int64_t row_size = kernel.product_row(columns), row_bytes = row_size * p.a.element;
+  const int64_t sum_bytes = p.a.element == sizeof(double) ? sizeof(double) : sizeof(float);
+  const int64_t row_size = kernel.product_row(columns), row_bytes = row_size * sum_bytes;
   const int64_t transposed_bytes = ceil_div(of_block * row_bytes, kMemoryAlignment) * kMemoryAlignment;
   char* const transposed = thread_workspace.reserve(transposed_bytes + tiles.count() * kTile * row_bytes);
   char* const sums = transposed + transposed_bytes;
@@ -98,43 +99,44 @@ Vector products_of(const GroupedProducts& p, const TrainingKernel& kernel, const
   return products;
 }
 
-// A plane of the batch as the stem's kernels of a norm, a ReLU and a pool take it.
-Stem plane_of(const PlaneBatch& batch, bool max_pool) {
-  Stem plane;
-  plane.in_channels = plane.out_channels = 1;
-  plane.height = batch.size.height;
-  plane.width = batch.size.width;
-  plane.max_pool = max_pool;
-  return plane;
+// The max pool of a plane of the batch, as the stem's kernels take it.
+Stem pool_of(const PlaneBatch& batch) {
+  Stem pool;
+  pool.in_channels = pool.out_channels = 1;
+  pool.height = batch.size.height;
+  pool.width = batch.size.width;
+  pool.max_pool = true;
+  return pool;
 }
 
 }  // namespace
 
-void Passes::pointwise(const std::vector<PointwiseTerm>& terms, const void* bias, const PlaneBatch* residual,
+void Passes::pointwise(const std::vector<PointwiseTerm>& terms, const Numbers* bias, const PlaneBatch* residual,
                        const PlaneBatch& y, int64_t groups, Activation activation, Moments* moments) const {
-  std::vector<TrainingPointwise> convolutions;
   const Vector zeros(y.channels);  // of either dtype
-  int64_t bytes = 0;
-  for (const auto& [x, weight] : terms) {
-    TrainingPointwise p = {};
-    p.conv = {weight, nullptr, bias && convolutions.empty() ? bias : zeros.data()};
-    p.activation = activation;
-    p.rows = y.channels;
-    p.groups = groups;
-    p.depth = x.channels / groups;
-    p.pixels = y.pixels();
-    p.images = y.images;
-    bytes = std::max(bytes, kernel_.pointwise_bytes(p));
-    convolutions.push_back(p);
+  std::array<PointwiseInput, kMostInputs> inputs = {};
+  for (size_t i = 0; i < terms.size(); ++i) {
+    inputs[i].weight = terms[i].weights.data();
+    inputs[i].bias = bias && i == 0 ? bias->data() : zeros.data();
+    inputs[i].depth = terms[i].x.channels / groups;
   }
+  TrainingPointwise p = {};
+  p.inputs = inputs.data();
+  p.input_count = static_cast<int64_t>(terms.size());
+  p.activation = activation;
+  p.rows = y.channels;
+  p.groups = groups;
+  p.pixels = y.pixels();
+  p.images = y.images;
+  const int64_t bytes = kernel_.pointwise_bytes(p);
   each_share_of_images(y.images, y.channels, [&](int64_t n, Range some) {
-    for (size_t i = 0; i < terms.size(); ++i) {
-      TrainingPointwise p = convolutions[i];
-      p.x = terms[i].x.at(n);
-      p.y = y.at(n);
-      p.residual = i > 0 ? p.y : residual ? residual->at(n) : nullptr;
-      kernel_.pointwise(p, some, thread_workspace.reserve(bytes));
-    }
+    auto of_image = inputs;
+    for (size_t i = 0; i < terms.size(); ++i) of_image[i].x = terms[i].x.at(n);
+    TrainingPointwise own = p;
+    own.inputs = of_image.data();
+    own.y = y.at(n);
+    own.residual = residual ? residual->at(n) : nullptr;
+    kernel_.pointwise(own, some, thread_workspace.reserve(bytes));
     if (!moments) return;
     kernel_.moments(y.at(n, some.begin), y.pixels(), some.count(), moments->means_of(n, some.begin),
                     moments->squares_of(n, some.begin));
@@ -164,23 +166,30 @@ std::vector<DepthwiseSums> Passes::depthwise_backward(const TrainingDepthwise& d
 }
 
 void Passes::norm_and_relu(const Affine& norm, const PlaneBatch& y, const PlaneBatch& result, bool max_pool) const {
-  const Stem plane = plane_of(y, max_pool);
-  const int64_t bytes = of_norms_.plane_bytes(plane);
+  const Stem pool = pool_of(y);
+  const int64_t bytes = max_pool ? of_stems_.plane_bytes(pool) : 0;
   each_plane(y, [&](int64_t n, int64_t c) {
-    of_norms_.norm_and_pool(
-        plane, {norm.scale[c], norm.shift(c)}, y.at(n, c), result.at(n, c), thread_workspace.reserve(bytes));
+    const PlaneNorm of_plane = {norm.scale[c], norm.shift(c), norm.mean[c]};
+    if (!max_pool) return kernel_.norm_and_relu(of_plane, y.at(n, c), y.pixels(), result.at(n, c));
+    of_stems_.norm_and_pool(pool, of_plane, y.at(n, c), result.at(n, c), thread_workspace.reserve(bytes));
   });
 }
 
 NormSums Passes::norm_and_relu_backward(const Affine& norm, const PlaneBatch& y, const PlaneBatch& result_gradient,
                                         const PlaneBatch& gradient, bool max_pool) const {
-  const Stem plane = plane_of(y, max_pool);
-  const int64_t bytes = of_norms_.plane_bytes(plane);
-  std::vector<StemSums> of_planes(y.images * y.channels);
+  const Stem pool = pool_of(y);
+  const int64_t bytes = max_pool ? of_stems_.plane_bytes(pool) : 0;
+  std::vector<PlaneSums> of_planes(y.images * y.channels);
   each_plane(y, [&](int64_t n, int64_t c) {
-    of_planes[n * y.channels + c] = of_norms_.norm_and_pool_backward(
-        plane, {norm.scale[c], norm.shift(c)}, norm.mean[c], result_gradient.at(n, c), y.at(n, c), gradient.at(n, c),
-        thread_workspace.reserve(bytes));
+    const PlaneNorm of_plane = {norm.scale[c], norm.shift(c), norm.mean[c]};
+    const void* const given = result_gradient.at(n, c);
+    PlaneSums& sums = of_planes[n * y.channels + c];
+    if (!max_pool) {
+      sums = kernel_.norm_and_relu_backward(of_plane, given, y.at(n, c), y.pixels(), gradient.at(n, c));
+    } else {
+      sums = of_stems_.norm_and_pool_backward(
+          pool, of_plane, given, y.at(n, c), gradient.at(n, c), thread_workspace.reserve(bytes));
+    }
   });
   NormSums sums(y.channels);
   for (size_t i = 0; i < of_planes.size(); ++i) {
@@ -204,12 +213,12 @@ Moments Passes::moments(const PlaneBatch& batch) const {
   return found;
 }
 
-Vector Passes::products(const PlaneBatch& a, const PlaneBatch& b, const void* offset, int64_t groups) const {
+Vector Passes::products(const PlaneBatch& a, const PlaneBatch& b, const Numbers* offset, int64_t groups) const {
   return products_of({a, b, offset, groups}, kernel_, [](int64_t, int64_t, Range) {});
 }
 
 Vector Passes::relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient,
-                             const PlaneBatch& b, const void* offset, int64_t groups, Vector& total) const {
+                             const PlaneBatch& b, const Numbers* offset, int64_t groups, Vector& total) const {
   total.assign(result.channels, 0.0);
   return products_of({gradient, b, offset, groups}, kernel_, [&](int64_t n, int64_t c, Range pixels) {
     const int64_t skipped = pixels.begin * gradient.element;

@@ -19,21 +19,20 @@ class ProfiledPass {
   AtenRecordFunctionHandle handle_ = nullptr;
 };
 
-// A pointwise convolution's planes and its weights, [rows][depth] in the planes' dtype.
+// A pointwise convolution's planes and its weights.
 struct PointwiseTerm {
   const PlaneBatch& x;
-  const void* weight;
+  const Weights& weights;
 };
 
 class Passes {
  public:
-  explicit Passes(ScalarType type)
-      : kernel_(isa().training(type == ScalarType::Double ? Dtype::float64 : Dtype::float32)),
-        of_norms_(isa().stem_training(type == ScalarType::Double ? Dtype::float64 : Dtype::float32)) {}
+  // Of planes of the dtype.
+  explicit Passes(Dtype dtype) : kernel_(isa().training(dtype)), of_stems_(isa().stem_training(dtype)) {}
 
   // y = activation(weight x + bias + residual), and the moments of its planes. Of several terms the sum, without an
   // activation.
-  void pointwise(const std::vector<PointwiseTerm>& terms, const void* bias, const PlaneBatch* residual,
+  void pointwise(const std::vector<PointwiseTerm>& terms, const Numbers* bias, const PlaneBatch* residual,
                  const PlaneBatch& y, int64_t groups, Activation activation, Moments* moments) const;
 
   // y2 = conv2(shuffle(relu(scale * y1 + shift))), and the moments of its planes.
@@ -43,8 +42,8 @@ class Passes {
                                                 const PlaneBatch& y1, const void* y1_means,
                                                 const PlaneBatch& gradient) const;
 
-  // result = relu(norm(y)), or a stem's max pool of it; and the gradient of norm(y) from that of the result, which may
-  // take its place where nothing is pooled, with the sums that the norm wants.
+  // result = relu(norm(y)), or a stem's max pool of it (of planes that are not of 16 bits); and the gradient of norm(y)
+  // from that of the result, which may take its place where nothing is pooled, with the sums that the norm wants.
   void norm_and_relu(const Affine&, const PlaneBatch& y, const PlaneBatch& result, bool max_pool = false) const;
   NormSums norm_and_relu_backward(const Affine&, const PlaneBatch& y, const PlaneBatch& result_gradient,
                                   const PlaneBatch& gradient, bool max_pool = false) const;
@@ -56,11 +55,11 @@ class Passes {
 
   // The sum over the batch and its pixels of a's channel i times b's channel j of the same group, less its offset
   // (null: none): [channels of a][b's channels of a group].
-  Vector products(const PlaneBatch& a, const PlaneBatch& b, const void* offset, int64_t groups) const;
+  Vector products(const PlaneBatch& a, const PlaneBatch& b, const Numbers* offset, int64_t groups) const;
   // Makes the gradient of a ReLU's argument from that of its result, and its sum by channel; returns its products with
   // b as above.
   Vector relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient,
-                       const PlaneBatch& b, const void* offset, int64_t groups, Vector& total) const;
+                       const PlaneBatch& b, const Numbers* offset, int64_t groups, Vector& total) const;
   void relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient) const;
 
   // The shortcut of a unit of stride 2, and its gradient.
@@ -69,7 +68,7 @@ class Passes {
 
  private:
   const TrainingKernel& kernel_;
-  const StemTrainingKernel& of_norms_;
+  const StemTrainingKernel& of_stems_;
 };
 
 }  // namespace shufflenet::cpu

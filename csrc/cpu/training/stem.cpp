@@ -21,7 +21,8 @@ struct TrainedStem {
   TrainedNorm norm;
   Processes processes;
 
-  ScalarType type() const { return sums_type(x); }
+  ScalarType type() const { return sums_type(x); }  // of the planes behind the convolution
+  Dtype planes() const { return type() == ScalarType::Double ? Dtype::float64 : Dtype::float32; }
   std::vector<int64_t> y_sizes() const {
     return {x.size(0), sizes.out_channels, sizes.conv_height(), sizes.conv_width()};
   }
@@ -45,7 +46,8 @@ class StemBatch {
         image_bytes_(stem.in_channels * stem.height * stem.width * dense.element_size()),
         strips_(ceil_div(stem.conv_height(), rows_of_strip())),
         data_(static_cast<const char*>(dense.const_data_ptr())),
-        dtype_(dtype_of("x", dense)) {
+        dtype_(dtype_of("x", dense)),
+        planes_(trained.planes()) {
     stem.relu = stem.max_pool = false;
   }
 
@@ -63,6 +65,7 @@ class StemBatch {
   int64_t strips() const { return strips_; }
   int64_t pixels() const { return stem.conv_height() * stem.conv_width(); }
   Dtype dtype() const { return dtype_; }
+  Dtype planes() const { return planes_; }  // of the convolution's results
   Stem stem;
 
  private:
@@ -72,7 +75,7 @@ class StemBatch {
 
   int64_t images_, image_bytes_, strips_;
   const char* data_;
-  Dtype dtype_;
+  Dtype dtype_, planes_;
 };
 
 // Computes y = conv(x) without a bias, and the moments of its planes.
@@ -84,7 +87,7 @@ void convolve(const StemBatch& batch, const Tensor& weight, const Tensor& y_tens
   const PlaneBatch y = PlaneBatch::written(y_tensor);
   Moments of_strips(moments ? batch.images() * strips : 0, channels);
   const StemKernel& kernel = isa().kernels(batch.dtype()).stem();
-  const TrainingKernel& training = isa().training(batch.dtype());
+  const TrainingKernel& training = isa().training(batch.planes());
   const int64_t bytes = kernel.workspace_bytes(s);
   batch.each_strip([&](int64_t n, Range rows, int64_t number) {
     char* const first = y.at(n) + rows.begin * width * y.element;
@@ -185,7 +188,7 @@ std::vector<Tensor> training_stem(Tensor x, std::vector<std::optional<Tensor>> t
   const Tensor result = torch::stable::new_empty(x, stem.result_sizes(), stem.type());
   {
     const ProfiledPass pass("stem_training: bn, ReLU and pool");
-    Passes(stem.type()).norm_and_relu({stem.norm, of_y}, PlaneBatch::read(y), PlaneBatch::written(result), max_pool);
+    Passes(stem.planes()).norm_and_relu({stem.norm, of_y}, PlaneBatch::read(y), PlaneBatch::written(result), max_pool);
   }
   Vector statistics(of_y.mean);
   for (const Vector& part : {of_y.unbiased(batch.pixels(), whole), of_y.var}) {
@@ -216,7 +219,7 @@ std::vector<Tensor> training_stem_backward(
   const WholeBatch whole(kept[3 * channels], kept[3 * channels + 1]);
   const auto mean = kept.begin(), var = mean + 2 * channels;
   const Affine norm(stem.norm, {Vector(mean, mean + channels), Vector(var, var + channels)});
-  const Passes passes(stem.type());
+  const Passes passes(stem.planes());
   const Tensor planes = as_contiguous(y, stem.type()), of_result = as_contiguous(gradient, stem.type());
   Tensor of_norm = torch::stable::empty_like(planes);
   const PlaneBatch convolved = PlaneBatch::read(planes);

@@ -1,5 +1,8 @@
-// Tensors and numbers as the passes of training take them: in the dtype that sums are in, their planes contiguous.
+// Tensors and numbers as the passes of training take them: planes that are contiguous, and numbers in the dtype that
+// sums are in.
 #pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
 
 #include "../../arguments.h"
 #include "../isa/isa.h"
@@ -107,7 +110,7 @@ Tensor tensor_of(const Numbers& numbers, const std::vector<int64_t>& sizes, Scal
 // What stands for a gradient that there is not.
 inline Tensor none_like(const Tensor& x) { return torch::stable::new_empty(x, std::vector<int64_t>{0}); }
 
-// Numbers in the dtype of planes.
+// Numbers in the dtype that sums are in.
 class Numbers {
  public:
   Numbers(ScalarType type, int64_t count) : is_double_(type == ScalarType::Double) {
@@ -123,13 +126,50 @@ class Numbers {
       std::copy_n(from, count, floats_.data() + at);
     }
   }
+  // Puts numbers, and leaves in their place what they are rounded to.
+  void round(int64_t at, double* numbers, int64_t count) {
+    put(at, numbers, count);
+    if (!is_double_) std::copy_n(floats_.data() + at, count, numbers);
+  }
   void* data() { return is_double_ ? static_cast<void*>(doubles_.data()) : static_cast<void*>(floats_.data()); }
   const void* data() const { return const_cast<Numbers*>(this)->data(); }
+  const void* from(int64_t at) const {
+    return is_double_ ? static_cast<const void*>(doubles_.data() + at) : static_cast<const void*>(floats_.data() + at);
+  }
 
  private:
   bool is_double_;
   Matrix doubles_;
   std::vector<float, Uninitialized<float>> floats_;
+};
+
+// A pointwise convolution's weights, [rows][depth], as the kernels of training multiply planes of the dtype with them.
+class Weights {
+ public:
+  Weights(Dtype planes, int64_t rows, int64_t depth)
+      : depth_(depth),
+        pair_depth_(isa().training(planes).multiplies_pairs() ? ceil_div(depth, 2) * 2 : 0),
+        numbers_(planes == Dtype::float64 ? ScalarType::Double : ScalarType::Float, is_pairs() ? 0 : rows * depth),
+        halves_(rows * pair_depth_) {}
+
+  // Keeps a row, and leaves in its place what of it is kept.
+  void round(int64_t row, double* of_row) {
+    if (!is_pairs()) return numbers_.round(row * depth_, of_row, depth_);
+    for (int64_t k = 0; k < depth_; ++k) {
+      const torch::headeronly::BFloat16 half(static_cast<float>(of_row[k]));
+      halves_[row * pair_depth_ + k] = half.x;
+      of_row[k] = static_cast<float>(half);
+    }
+  }
+  const void* data() const { return is_pairs() ? halves_.data() : numbers_.data(); }
+
+ private:
+  bool is_pairs() const { return pair_depth_ > 0; }
+
+  int64_t depth_,
+      pair_depth_;  // pair_depth_: from row to row, with zeros behind the depth; 0: weights are not bfloat16
+  Numbers numbers_;
+  std::vector<uint16_t> halves_;
 };
 
 // Planes of a batch of images, contiguous in each image.

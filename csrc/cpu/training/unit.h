@@ -27,16 +27,17 @@ struct TrainedUnit {
   std::vector<TrainedNorm> norms;
   Processes processes;
 
-  ScalarType type() const { return sums_type(x); }
+  Dtype dtype() const { return dtype_of("x", x); }  // of all planes
+  ScalarType type() const { return sums_type(x); }  // of what is computed
   int64_t mid() const { return sizes.mid_channels; }
   int64_t rows() const { return sizes.out_channels; }
   int64_t depth() const { return sizes.slice_channels(); }
   double values(const WholeBatch& whole) const {  // that norms 2 and 3 have of a channel
     return whole.images * static_cast<double>(sizes.out_height() * sizes.out_width());
   }
-  Tensor weight(int64_t i) const { return as_contiguous(convs[i].weight, type()); }
+  Numbers depthwise_weight() const { return {type(), numbers_of("conv2_weight", convs[1].weight)}; }
   Tensor planes(int64_t channels, int64_t height, int64_t width) const {
-    return torch::stable::new_empty(x, std::vector<int64_t>{x.size(0), channels, height, width}, type());
+    return torch::stable::new_empty(x, std::vector<int64_t>{x.size(0), channels, height, width}, x.scalar_type());
   }
   PlaneBatch main_of(const PlaneBatch& result) const {
     return result.some_channels(sizes.first_conv3_channel(), sizes.out_channels);
@@ -131,7 +132,7 @@ class Conv3 {
   int64_t groups_, rows_, depth_;  // rows_: of a group
 };
 
-inline TrainingDepthwise depthwise_of(const Unit& unit, const void* weight, const Numbers& scale,
+inline TrainingDepthwise depthwise_of(const Unit& unit, const Numbers& weight, const Numbers& scale,
                                       const Numbers& shift) {
   TrainingDepthwise d = {};
   d.in = {unit.height, unit.width};
@@ -140,7 +141,7 @@ inline TrainingDepthwise depthwise_of(const Unit& unit, const void* weight, cons
   d.channels = unit.mid_channels;
   d.shuffle_groups = unit.shuffle_groups;
   d.norm1 = {scale.data(), shift.data()};
-  d.weight = weight;
+  d.weight = weight.data();
   return d;
 }
 

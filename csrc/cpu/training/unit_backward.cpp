@@ -10,14 +10,14 @@ class Backward {
       : unit_(unit),
         sizes_(unit.sizes),
         type_(unit.type()),
-        passes_(type_),
+        passes_(unit.dtype()),
         s_(done.statistics),
         whole_(s_.whole[0], s_.whole[1]),
-        x_(as_contiguous(unit.x, type_)),
-        y1_(as_contiguous(done.y1, type_)),
-        y2_(as_contiguous(done.y2, type_)),
-        result_(as_contiguous(done.result, type_)),
-        result_gradient_(as_contiguous(gradient, type_)),
+        x_(torch::stable::contiguous(unit.x)),
+        y1_(torch::stable::contiguous(done.y1)),
+        y2_(torch::stable::contiguous(done.y2)),
+        result_(torch::stable::contiguous(done.result)),
+        result_gradient_(torch::stable::contiguous(gradient)),
         norm1_(unit.norms[0], {s_.mean1, s_.var1}),
         norm2_(unit.norms[1], {s_.mean2, s_.var2}),
         norm3_(unit.norms[2], {s_.mean3, s_.var3}),
@@ -35,9 +35,10 @@ class Backward {
     dz_ = unit_.planes(unit_.rows(), sizes_.out_height(), sizes_.out_width());
     {
       const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv3's weight");
+      const Numbers centre(type_, s_.centre);
       products_ = passes_.relu_backward(
           unit_.main_of(PlaneBatch::read(result_)), unit_.main_of(PlaneBatch::read(result_gradient_)),
-          PlaneBatch::written(dz_), PlaneBatch::read(v_), Numbers(type_, s_.centre).data(), sizes_.groups, total3_);
+          PlaneBatch::written(dz_), PlaneBatch::read(v_), &centre, sizes_.groups, total3_);
     }
     unit_.processes.sum({&products_, &total3_});
     NormSums sums(unit_.rows());
@@ -81,8 +82,8 @@ class Backward {
 
     y1_gradient_ = torch::stable::empty_like(y1_);
     const Numbers scale(type_, norm1_.scale), shift(type_, norm1_.shifts()), means(type_, s_.mean1);
-    const Tensor weight = unit_.weight(1);
-    const TrainingDepthwise d = depthwise_of(sizes_, weight.const_data_ptr(), scale, shift);
+    const Numbers weight = unit_.depthwise_weight();
+    const TrainingDepthwise d = depthwise_of(sizes_, weight, scale, shift);
     std::vector<DepthwiseSums> of_images;
     {
       const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv2");
@@ -118,8 +119,8 @@ class Backward {
     // Turned about, as the planes of the first operand are read but once.
     const Vector turned = passes_.products(PlaneBatch::read(x_), gradient, nullptr, sizes_.conv1_groups);
     gradients.weight.resize(turned.size());
-    transpose(ScalarType::Double, turned.data(), sizes_.conv1_groups, sizes_.conv1_depth(), sizes_.conv1_group_rows(),
-              gradients.weight.data());
+    transpose(
+        turned.data(), sizes_.conv1_groups, sizes_.conv1_depth(), sizes_.conv1_group_rows(), gradients.weight.data());
     return gradients;
   }
 
@@ -138,14 +139,14 @@ class Backward {
       const ProfiledPass pass("shuffle_bottleneck_training: gradient of the pool");
       passes_.pool_backward(sizes_, unit_.pooled_of(PlaneBatch::read(pooled)), PlaneBatch::written(gradient));
     }
-    const Tensor weight = unit_.weight(0);
-    Numbers turned(type_, weight.numel());  // [in_channels][rows of a group]
-    transpose(type_, weight.const_data_ptr(), sizes_.conv1_groups, sizes_.conv1_group_rows(), sizes_.conv1_depth(),
-              turned.data());
+    const Matrix weight = matrix_of("conv1_weight", unit_.convs[0].weight);
+    Matrix turned(weight.size());  // [in_channels][rows of a group]
+    transpose(weight.data(), sizes_.conv1_groups, sizes_.conv1_group_rows(), sizes_.conv1_depth(), turned.data());
+    const Weights weights = weights_of(unit_.dtype(), std::move(turned), sizes_.conv1_group_rows());
     const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv1");
     const PlaneBatch to = PlaneBatch::written(gradient);
-    passes_.pointwise({{PlaneBatch::read(y1_gradient_), turned.data()}}, nullptr, &to, to, sizes_.conv1_groups,
-                      kNoActivation, nullptr);
+    passes_.pointwise(
+        {{PlaneBatch::read(y1_gradient_), weights}}, nullptr, &to, to, sizes_.conv1_groups, kNoActivation, nullptr);
     return as_given(gradient, unit_.x);
   }
 
@@ -163,9 +164,9 @@ class Backward {
     }
     Vector c(mid), b(mid * depth);
     Matrix matrix(mid * of_group), products(matrix.size());  // [mid][rows of a group]
-    Numbers of_dz(type_, mid * of_group);
-    transpose(ScalarType::Double, conv3_.weight.data(), groups, of_group, depth, matrix.data());
-    transpose(ScalarType::Double, products_.data(), groups, of_group, depth, products.data());
+    Weights of_dz(unit_.dtype(), mid, of_group), of_v(unit_.dtype(), mid, depth);
+    transpose(conv3_.weight.data(), groups, of_group, depth, matrix.data());
+    transpose(products_.data(), groups, of_group, depth, products.data());
     each_row(mid, of_group, [&](int64_t channel) {
       const int64_t first = channel / depth * of_group;  // row
       double* const m = matrix.data() + channel * of_group;
@@ -173,8 +174,8 @@ class Backward {
       sums2_.total[channel] = sum_of(of_group, [&](int64_t i) { return m[i] * sum3_[first + i]; });
       sums2_.with_y[channel] = sum_of(of_group, [&](int64_t i) { return m[i] * of_channel[i]; });
       for (int64_t i = 0; i < of_group; ++i) m[i] *= conv3_.slope[channel] * norm3_.scale[first + i];
+      of_dz.round(channel, m);
       c[channel] = sum_of(of_group, [&](int64_t i) { return m[i] * mean_gradient[first + i]; });
-      of_dz.put(channel * of_group, m, of_group);
     });
     if (of_batch3) {
       const RightHandSides pulled(groups, of_group, depth, [&](int64_t row, double* to) {
@@ -193,25 +194,22 @@ class Backward {
     }
     each_row(mid, depth, [&](int64_t i) {
       const double* const centre = s_.centre.data() + i / depth * depth;
-      c[i] = -c[i];
-      for (int64_t k = 0; k < depth; ++k) {
-        double& each = b[i * depth + k];
-        c[i] += each * centre[k];
-        each = -each;
-      }
+      double* const row = b.data() + i * depth;
+      for (int64_t k = 0; k < depth; ++k) row[k] = -row[k];
+      of_v.round(i, row);
+      c[i] = -c[i] - sum_of(depth, [&](int64_t k) { return row[k] * centre[k]; });
     });
     if (!sizes_.conv2_relu) {
       for (int64_t i = 0; i < mid; ++i) sums2_.with_y[i] += sums2_.total[i] * (s_.centre[i] - s_.mean2[i]);
     }
     y2_gradient_ = torch::stable::empty_like(y2_);
     const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv3");
-    const Numbers of_v(type_, b), constant(type_, c);
+    const Numbers constant(type_, c);
     const PlaneBatch v = PlaneBatch::read(v_), dz = PlaneBatch::read(dz_);
     std::vector<PointwiseTerm> terms;
-    if (of_batch2 || of_batch3) terms.push_back({v, of_v.data()});
-    terms.push_back({dz, of_dz.data()});
-    passes_.pointwise(
-        terms, constant.data(), nullptr, PlaneBatch::written(y2_gradient_), groups, kNoActivation, nullptr);
+    if (of_batch2 || of_batch3) terms.push_back({v, of_v});
+    terms.push_back({dz, of_dz});
+    passes_.pointwise(terms, &constant, nullptr, PlaneBatch::written(y2_gradient_), groups, kNoActivation, nullptr);
   }
 
   // Takes the gradient of v to y2, and finds the sums between the two.

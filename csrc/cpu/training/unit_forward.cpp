@@ -5,10 +5,10 @@ namespace shufflenet::cpu {
 Forward forward(const TrainedUnit& unit) {
   const Unit& sizes = unit.sizes;
   const ScalarType type = unit.type();
-  const Passes passes(type);
+  const Passes passes(unit.dtype());
   const WholeBatch whole(unit.x.size(0), unit.processes);
   const TrainedNorm &norm1 = unit.norms[0], &norm2 = unit.norms[1], &norm3 = unit.norms[2];
-  const Tensor x_tensor = as_contiguous(unit.x, type);
+  const Tensor x_tensor = torch::stable::contiguous(unit.x);
   const PlaneBatch x = PlaneBatch::read(x_tensor);
   Forward done;
   Statistics& s = done.statistics;
@@ -18,11 +18,12 @@ Forward forward(const TrainedUnit& unit) {
   const PlaneBatch y1 = PlaneBatch::written(done.y1);
   std::optional<Moments> moments1, moments2;
   if (norm1.of_batch) moments1.emplace(y1.images, y1.channels);
-  const Tensor weight1 = unit.weight(0), weight2 = unit.weight(1);
+  const Weights weights1 =
+      weights_of(unit.dtype(), matrix_of("conv1_weight", unit.convs[0].weight), sizes.conv1_depth());
   {
     const ProfiledPass pass("shuffle_bottleneck_training: conv1");
-    passes.pointwise({{x, weight1.const_data_ptr()}}, nullptr, nullptr, y1, sizes.conv1_groups, kNoActivation,
-                     moments1 ? &*moments1 : nullptr);
+    passes.pointwise(
+        {{x, weights1}}, nullptr, nullptr, y1, sizes.conv1_groups, kNoActivation, moments1 ? &*moments1 : nullptr);
   }
   const MeanAndVariance of_y1 =
       moments1 ? MeanAndVariance(*moments1, y1.pixels(), whole, unit.processes) : norm1.fixed_statistics(unit.mid());
@@ -33,9 +34,8 @@ Forward forward(const TrainedUnit& unit) {
   if (norm2.of_batch || norm3.of_batch) moments2.emplace(y2.images, y2.channels);
   {
     const ProfiledPass pass("shuffle_bottleneck_training: conv2");
-    const Numbers scale(type, affine1.scale), shift(type, affine1.shifts());
-    passes.depthwise(
-        depthwise_of(sizes, weight2.const_data_ptr(), scale, shift), y1, y2, moments2 ? &*moments2 : nullptr);
+    const Numbers weight = unit.depthwise_weight(), scale(type, affine1.scale), shift(type, affine1.shifts());
+    passes.depthwise(depthwise_of(sizes, weight, scale, shift), y1, y2, moments2 ? &*moments2 : nullptr);
   }
   MeanAndVariance of_y2 = norm2.fixed_statistics(unit.mid());
   s.centre = of_y2.mean;
@@ -62,7 +62,8 @@ Forward forward(const TrainedUnit& unit) {
   if (norm3.of_batch) {
     {
       const ProfiledPass pass("shuffle_bottleneck_training: covariance");
-      s.covariance = passes.products(v, v, Numbers(type, s.centre).data(), sizes.groups);
+      const Numbers centre(type, s.centre);
+      s.covariance = passes.products(v, v, &centre, sizes.groups);
     }
     unit.processes.sum({&s.covariance});
     for (double& each : s.covariance) each /= unit.values(whole);
@@ -75,11 +76,11 @@ Forward forward(const TrainedUnit& unit) {
   const Affine affine3(norm3, of_y3);
 
   // conv3 and its norm as one convolution of v, the shortcut and the last ReLU.
-  Numbers weight3(type, unit.rows() * unit.depth());
+  Weights weights3(unit.dtype(), unit.rows(), unit.depth());
   Vector bias(unit.rows());
   conv3.each_row([&](int64_t row, double* of_v) {
     for (int64_t k = 0; k < unit.depth(); ++k) of_v[k] *= affine3.scale[row];
-    weight3.put(row * unit.depth(), of_v, unit.depth());
+    weights3.round(row, of_v);
     const double* const centre = s.centre.data() + conv3.first_channel(row);
     bias[row] = affine3.bias[row] + affine3.scale[row] * (conv3.mean_at_centre[row] - affine3.mean[row]) -
                 sum_of(unit.depth(), [&](int64_t k) { return of_v[k] * centre[k]; });
@@ -89,8 +90,8 @@ Forward forward(const TrainedUnit& unit) {
   {
     const ProfiledPass pass("shuffle_bottleneck_training: conv3");
     const Numbers added(type, bias);
-    passes.pointwise({{v, weight3.data()}}, added.data(), sizes.adds_residual() ? &x : nullptr, unit.main_of(result),
-                     sizes.groups, sizes.conv3_activation(), nullptr);
+    passes.pointwise({{v, weights3}}, &added, sizes.adds_residual() ? &x : nullptr, unit.main_of(result), sizes.groups,
+                     sizes.conv3_activation(), nullptr);
   }
   if (sizes.concatenates_pool()) {
     const ProfiledPass pass("shuffle_bottleneck_training: pool");
