@@ -890,7 +890,7 @@ MUTANTS = [
         KERNELS + "training_pointwise.h",
         "static_cast<const T*>(p_.residual) + row * p_.pixels",
         "static_cast<const T*>(p_.residual) + (row - rows.begin) * p_.pixels",
-        "test_training.py::test_large_planes",
+        "test_training.py::test_planes_whose_rows_are_converted_in_parts",
     ),
     Mutant(
         "training in bfloat16: products of pairs of pixels are of b, not of what it lies above its mean",

@@ -214,6 +214,12 @@ def test_planes(plane, stride):
     assert_as_accurate_steps(unit, images(unit, 5, plane))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_planes_whose_rows_are_converted_in_parts(dtype):
+    unit = fused({"in_channels": 40, "out_channels": 40, "stride": 1, "groups": 2}, dtype)
+    assert_as_accurate_steps(unit, *(images(unit, 1, (50, 51)) for _ in range(draws(dtype))))
+
+
 @each_unit
 def test_gradients_by_differences(configuration):
     unit = fused(configuration, torch.float64)

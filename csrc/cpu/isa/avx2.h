@@ -6,6 +6,7 @@ namespace shufflenet::cpu::avx2 {
 
 inline constexpr int kVectorBytes = 32;
 inline constexpr int kRegisters = 16;
+inline constexpr bool kMasksHalves = false;  // loads and stores of 16-bit elements
 
 template <class A>
 struct Intrinsics;

@@ -6,6 +6,7 @@ namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 inline constexpr int kVectorBytes = 64;
 inline constexpr int kRegisters = 32;
+inline constexpr bool kMasksHalves = true;  // loads and stores of 16-bit elements
 
 template <class A>
 struct Intrinsics;
@@ -17,6 +18,9 @@ struct Intrinsics<float> {
   static Mask mask(uint32_t bits) { return static_cast<Mask>(bits); }
   static V load(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
   static void store(float* p, V v, Mask m) { _mm512_mask_storeu_ps(p, m, v); }
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  static Halves load_halves(const void* p, Mask m) { return reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(m, p)); }
+  static void store_halves(void* p, Halves v, Mask m) { _mm256_mask_storeu_epi16(p, m, reinterpret_cast<__m256i>(v)); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   // Masked though every lane is kept: the plain intrinsic sets off a false -Wuninitialized in GCC 12.
   static V max(V a, V b) { return _mm512_maskz_max_ps(0xffff, a, b); }

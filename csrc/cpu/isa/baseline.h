@@ -6,6 +6,7 @@ namespace shufflenet::cpu::baseline {
 
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kRegisters = 16;
+inline constexpr bool kMasksHalves = false;  // loads and stores of 16-bit elements
 
 template <class A>
 struct Intrinsics {

@@ -7,6 +7,7 @@ namespace shufflenet::cpu::neon {
 
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kRegisters = 32;
+inline constexpr bool kMasksHalves = false;  // loads and stores of 16-bit elements
 
 template <class A>
 struct Intrinsics;

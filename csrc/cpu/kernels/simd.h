@@ -171,22 +171,35 @@ struct Stored<Float16> : Stored16<Float16> {
   }
 };
 
+// Loads n elements, or as many as a vector holds, and zeros behind them.
 template <class T>
 typename Stored<T>::V load_first(const T* p, int64_t n) {
-  constexpr int kLanes = Simd<accumulator_t<T>>::kLanes;
-  if (n >= kLanes) return Stored<T>::load(p);
-  T buffer[kLanes] = {};
-  std::memcpy(buffer, p, n * sizeof(T));
-  return Stored<T>::load(buffer);
+  using S = Simd<accumulator_t<T>>;
+  if (n >= S::kLanes) return Stored<T>::load(p);
+  if constexpr (std::is_same_v<T, accumulator_t<T>>) {
+    return S::load(p, S::first(n));
+  } else if constexpr (kMasksHalves) {
+    return Stored<T>::widen(__builtin_convertvector(S::load_halves(p, S::first(n)), typename Stored<T>::Word));
+  } else {
+    T buffer[S::kLanes] = {};
+    std::memcpy(buffer, p, n * sizeof(T));
+    return Stored<T>::load(buffer);
+  }
 }
 
 template <class T>
 void store_first(T* p, typename Stored<T>::V v, int64_t n) {
-  constexpr int kLanes = Simd<accumulator_t<T>>::kLanes;
-  if (n >= kLanes) return Stored<T>::store(p, v);
-  T buffer[kLanes];
-  Stored<T>::store(buffer, v);
-  std::memcpy(p, buffer, n * sizeof(T));
+  using S = Simd<accumulator_t<T>>;
+  if (n >= S::kLanes) return Stored<T>::store(p, v);
+  if constexpr (std::is_same_v<T, accumulator_t<T>>) {
+    S::store(p, v, S::first(n));
+  } else if constexpr (kMasksHalves) {
+    S::store_halves(p, __builtin_convertvector(Stored<T>::narrow(v), typename Stored<T>::Half), S::first(n));
+  } else {
+    T buffer[S::kLanes];
+    Stored<T>::store(buffer, v);
+    std::memcpy(p, buffer, n * sizeof(T));
+  }
 }
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

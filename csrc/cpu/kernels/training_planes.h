@@ -19,23 +19,15 @@ inline void each_vector(int64_t pixels, const Step& step) {
 // Loads n pixels, and zeros behind them.
 template <class T, class IsTail>
 inline typename Stored<T>::V load_pixels(const T* p, int64_t n, IsTail) {
-  if constexpr (!IsTail::value) {
-    return Stored<T>::load(p);
-  } else if constexpr (std::is_same_v<T, accumulator_t<T>>) {
-    return Simd<T>::load(p, Simd<T>::first(n));
-  } else {
-    return load_first(p, n);
-  }
+  return IsTail::value ? load_first(p, n) : Stored<T>::load(p);
 }
 
 template <class T, class IsTail>
 inline void store_pixels(T* p, typename Stored<T>::V v, int64_t n, IsTail) {
-  if constexpr (!IsTail::value) {
-    Stored<T>::store(p, v);
-  } else if constexpr (std::is_same_v<T, accumulator_t<T>>) {
-    Simd<T>::store(p, v, Simd<T>::first(n));
-  } else {
+  if (IsTail::value) {
     store_first(p, v, n);
+  } else {
+    Stored<T>::store(p, v);
   }
 }
 
