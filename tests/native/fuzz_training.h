@@ -53,6 +53,7 @@ class TrainingFuzz {
     pointwise();
     depthwise();
     planes();
+    transpose();
     products();
     pool();
   }
@@ -230,6 +231,21 @@ class TrainingFuzz {
     }
   }
 
+  void transpose() const {
+    const int64_t rows = uniform(1, 70), columns = uniform(1, 70);
+    const int64_t row = columns + uniform(0, 1) * uniform(1, 20), to_row = rows + uniform(0, 1) * uniform(1, 20);
+    const StoredPlanes from = random((rows - 1) * row + columns);
+    StoredPlanes to = poison((columns - 1) * to_row + rows);
+    kernel_.transpose({from.data(), rows, columns, row}, to.data(), to_row);
+    for (int64_t column = 0; column < columns; ++column) {
+      for (int64_t i = 0; i < rows; ++i) check(to[column * to_row + i], from[i * row + column], 0, "transposed", i);
+      if (column == columns - 1) break;
+      for (int64_t i = rows; i < to_row; ++i) {
+        check_value(to[column * to_row + i], std::numeric_limits<double>::quiet_NaN(), 0, "behind a row", i, isa_);
+      }
+    }
+  }
+
   void products() const {
     const int64_t pixels = uniform(1, 300), plane = pixels + uniform(0, 1) * uniform(1, 20);
     const int64_t a_planes = uniform(1, 20), b_planes = uniform(1, 60);
@@ -238,19 +254,17 @@ class TrainingFuzz {
     const RandomNumbers<A> offset(b_planes);
     const bool has_offset = uniform(0, 1);
     const int64_t row = kernel_.product_row(b_planes);
-    Array<A> transposed = poisoned<A>(pixels * row), tight = poisoned<A>(pixels * b_planes), sums(a_planes * row, A{1});
+    Array<A> interleaved = poisoned<A>(pixels * row), sums(a_planes * row, A{1});
     Array<double> moved(a_planes * b_planes, 1.0);
     const OffsetPlanes of_b = {b.data(), plane, b_planes, pixels, has_offset ? offset.data() : nullptr};
-    kernel_.transpose(of_b, transposed.data(), row);
+    kernel_.interleave(of_b, interleaved.data(), row);
     const auto of_b_at = [&](int64_t j, int64_t k) { return b[j * plane + k] - (has_offset ? offset[j] : 0); };
-    if (!kernel_.multiplies_pairs()) kernel_.transpose(of_b, tight.data(), b_planes);
     for (int64_t k = 0; k < pixels && !kernel_.multiplies_pairs(); ++k) {
       for (int64_t j = 0; j < row; ++j) {
-        check(transposed[k * row + j], j < b_planes ? of_b_at(j, k) : 0, 0, "transposed plane", j);
-        if (j < b_planes) check(tight[k * b_planes + j], of_b_at(j, k), 0, "tightly transposed plane", j);
+        check(interleaved[k * row + j], j < b_planes ? of_b_at(j, k) : 0, 0, "interleaved plane", j);
       }
     }
-    kernel_.products({a.data(), plane, a_planes, transposed.data(), b_planes, pixels, sums.data()});
+    kernel_.products({a.data(), plane, a_planes, interleaved.data(), b_planes, pixels, sums.data()});
     kernel_.move_sums(sums.data(), a_planes, b_planes, moved.data());
     for (int64_t i = 0; i < a_planes; ++i) {
       for (int64_t j = 0; j < b_planes; ++j) {

@@ -1,6 +1,6 @@
 // Scalar products of planes with planes: the Gram matrix of y2 and the gradients of pointwise weights. They are a
 // pointwise convolution over pixels in place of channels: planes of the one operand are its weights, as they lie or,
-// where they are of 16 bits, converted, and the other's are transposed, so that a vector has a pixel of as many planes
+// where they are of 16 bits, converted, and the other's are interleaved, so that a vector has a pixel of as many planes
 // as it has lanes.
 #pragma once
 
@@ -9,11 +9,11 @@
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-// Transposes up to kLanes planes, whose rows in `to` go on from there for `left` elements. Where all vectors are whole
+// Interleaves up to kLanes planes, whose rows in `to` go on from there for `left` elements. Where all vectors are whole
 // the block stays in registers.
 template <class T, bool IsWhole>
-inline void transpose_block(const OffsetPlanes& p, const T* from, int64_t pixels, accumulator_t<T>* to, int64_t row,
-                            int64_t left) {
+inline void interleave_block(const OffsetPlanes& p, const T* from, int64_t pixels, accumulator_t<T>* to, int64_t row,
+                             int64_t left) {
   using A = accumulator_t<T>;
   using S = Simd<A>;
   const A* const offset = static_cast<const A*>(p.offset);
@@ -41,15 +41,15 @@ inline void transpose_block(const OffsetPlanes& p, const T* from, int64_t pixels
 }
 
 template <class T>
-void transpose_some(const OffsetPlanes& p, accumulator_t<T>* to, int64_t row, int64_t left) {
+void interleave_some(const OffsetPlanes& p, accumulator_t<T>* to, int64_t row, int64_t left) {
   constexpr int64_t kLanes = Simd<accumulator_t<T>>::kLanes;
   const T* const from = static_cast<const T*>(p.data);
   for (int64_t pixel = 0; pixel < p.pixels; pixel += kLanes) {
     const int64_t pixels = std::min(kLanes, p.pixels - pixel);
     if (pixels == kLanes && p.count == kLanes) {
-      transpose_block<T, true>(p, from + pixel, pixels, to + pixel * row, row, left);
+      interleave_block<T, true>(p, from + pixel, pixels, to + pixel * row, row, left);
     } else {
-      transpose_block<T, false>(p, from + pixel, pixels, to + pixel * row, row, left);
+      interleave_block<T, false>(p, from + pixel, pixels, to + pixel * row, row, left);
     }
   }
 }
@@ -75,9 +75,9 @@ struct ProductsOfFloats {
   using A = accumulator_t<T>;
 
   // Writes to[pixel][plane], and zeros behind the planes to the end of a row.
-  static void transpose(const OffsetPlanes& planes, void* to, int64_t row) {
+  static void interleave(const OffsetPlanes& planes, void* to, int64_t row) {
     each_lanes<T>(planes, static_cast<A*>(to), row,
-                  [&](const OffsetPlanes& some, A* first, int64_t left) { transpose_some<T>(some, first, row, left); });
+                  [&](const OffsetPlanes& some, A* first, int64_t left) { interleave_some<T>(some, first, row, left); });
   }
 
   // Adds the products to the sums. Pixels go through a tile in blocks, so that the list of their places is short.

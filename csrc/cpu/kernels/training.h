@@ -163,8 +163,12 @@ class TrainingOf final : public TrainingKernel {
     return S::sum(sum);
   }
 
-  void transpose(const OffsetPlanes& planes, void* to, int64_t row) const override {
-    Products::transpose(planes, to, row);
+  void transpose(const MatrixRows& from, void* to, int64_t to_row) const override {
+    transpose_matrix<T>(from, static_cast<T*>(to), to_row);
+  }
+
+  void interleave(const OffsetPlanes& planes, void* to, int64_t row) const override {
+    Products::interleave(planes, to, row);
   }
   int64_t product_row(int64_t b_planes) const override { return ceil_div(b_planes, S::kLanes) * S::kLanes; }
   void products(const PlaneProducts& p) const override { Products::add(p); }

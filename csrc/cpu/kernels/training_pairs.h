@@ -63,9 +63,9 @@ class ConvertedToPairs {
 struct ProductsOfPairs {
   // Writes to[pair of pixels][plane], and zeros behind the planes to the end of a row. Of an odd number of pixels the
   // last pair's second is zero.
-  static void transpose(const OffsetPlanes& planes, void* to, int64_t row) {
+  static void interleave(const OffsetPlanes& planes, void* to, int64_t row) {
     each_lanes<BFloat16>(planes, static_cast<Pair*>(to), row, [&](const OffsetPlanes& some, Pair* first, int64_t left) {
-      transpose_some(some, first, row, left);
+      interleave_some(some, first, row, left);
     });
   }
 
@@ -110,8 +110,8 @@ struct ProductsOfPairs {
   }
 
  private:
-  // Transposes up to kLanes planes, as many pairs of pixels at a time.
-  static void transpose_some(const OffsetPlanes& p, Pair* to, int64_t row, int64_t left) {
+  // Up to kLanes planes, as many pairs of pixels at a time.
+  static void interleave_some(const OffsetPlanes& p, Pair* to, int64_t row, int64_t left) {
     using S = Simd<float>;
     const auto* const offset = static_cast<const float*>(p.offset);
     for (int64_t pixel = 0; pixel < p.pixels; pixel += 2 * S::kLanes) {

@@ -61,6 +61,30 @@ const accumulator_t<T>* read_plane(const T* from, int64_t pixels, accumulator_t<
   }
 }
 
+// Writes to[column][row], a block of as many rows and columns as a vector has lanes at a time.
+template <class T>
+void transpose_matrix(const MatrixRows& from, T* to, int64_t to_row) {
+  using S = Simd<accumulator_t<T>>;
+  for (int64_t row = 0; row < from.rows; row += S::kLanes) {
+    const int64_t rows = std::min<int64_t>(S::kLanes, from.rows - row);
+    for (int64_t column = 0; column < from.columns; column += S::kLanes) {
+      const int64_t columns = std::min<int64_t>(S::kLanes, from.columns - column);
+      const T* const block = static_cast<const T*>(from.data) + row * from.row + column;
+      T* const turned = to + column * to_row + row;
+      typename S::V vectors[S::kLanes] = {};
+      if (rows == S::kLanes && columns == S::kLanes) {
+        unrolled<S::kLanes>([&](int i) { vectors[i] = Stored<T>::load(block + i * from.row); });
+        S::transpose(vectors);
+        unrolled<S::kLanes>([&](int i) { Stored<T>::store(turned + i * to_row, vectors[i]); });
+      } else {
+        for (int64_t i = 0; i < rows; ++i) vectors[i] = load_first(block + i * from.row, columns);
+        S::transpose(vectors);
+        for (int64_t i = 0; i < columns; ++i) store_first(turned + i * to_row, vectors[i], rows);
+      }
+    }
+  }
+}
+
 // A norm and the ReLU behind it.
 template <class A>
 class NormAndRelu {

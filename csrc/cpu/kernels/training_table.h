@@ -69,6 +69,12 @@ struct DepthwiseSums {
   double taps[9];
 };
 
+struct MatrixRows {
+  const void* data;
+  int64_t rows, columns;
+  int64_t row;  // elements from one to the next
+};
+
 // Some planes, of each of which an offset is taken.
 struct OffsetPlanes {
   const void* data;
@@ -77,11 +83,11 @@ struct OffsetPlanes {
   const void* offset;  // null: none
 };
 
-// Scalar products of some planes, a, with others, b, that were transposed.
+// Scalar products of some planes, a, with others, b, that were interleaved.
 struct PlaneProducts {
   const void* a;
   int64_t a_plane, a_planes;  // a_plane: elements from one to the next
-  const void* b;              // as transpose left them, in rows of product_row(b_planes)
+  const void* b;              // as interleave left them, in rows of product_row(b_planes)
   int64_t b_planes, pixels;
   void* sums;  // [a_planes][product_row(b_planes)], to which the products are added
 };
@@ -120,9 +126,12 @@ class TrainingKernel {
   // Copies the gradient where a ReLU's result is above zero, zeros elsewhere, and returns its sum.
   virtual double relu_backward(const void* result, int64_t pixels, const void* gradient, void* to) const = 0;
 
-  // Writes to[pixel][plane], in the accumulator type or as pairs of pixels, and zeros behind the planes to the end of a
-  // row of so many elements.
-  virtual void transpose(const OffsetPlanes&, void* to, int64_t row) const = 0;
+  // Turns a matrix of the planes' dtype about: writes to[column][row]. Rows lie so many elements apart.
+  virtual void transpose(const MatrixRows& from, void* to, int64_t to_row) const = 0;
+
+  // Writes b's planes as products take them, [pixel or pair of pixels][plane], with zeros behind the planes to the end
+  // of a row of so many elements.
+  virtual void interleave(const OffsetPlanes&, void* to, int64_t row) const = 0;
   // The elements of as many vectors as the planes of b take.
   virtual int64_t product_row(int64_t b_planes) const = 0;
   virtual void products(const PlaneProducts&) const = 0;

@@ -2,18 +2,9 @@
 // each other between the passes.
 #pragma once
 
-#include "../schedule/step.h"
 #include "tensors.h"
 
 namespace shufflenet::cpu {
-
-// Shares tasks among torch's threads.
-template <class Run>
-void each_task(int64_t tasks, const Run& run) {
-  torch::stable::parallel_for(0, tasks, 1, [&run](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run(task);
-  });
-}
 
 // Calls run(row) for each row of a matrix of so many columns, on torch's threads where it is large.
 template <class Run>
@@ -43,8 +34,8 @@ inline void transpose(const double* from, int64_t groups, int64_t rows, int64_t 
   const int64_t parts = ceil_div(columns, kColumns);
   each_task(groups * parts, [&](int64_t task) {
     const int64_t group = task / parts, first = task % parts * kColumns, count = std::min(kColumns, columns - first);
-    kernel.transpose({from + group * rows * columns + first, columns, rows, count, nullptr},
-                     to + (group * columns + first) * rows, rows);
+    kernel.transpose(
+        {from + group * rows * columns + first, rows, count, columns}, to + (group * columns + first) * rows, rows);
   });
 }
 

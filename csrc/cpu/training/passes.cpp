@@ -25,8 +25,8 @@ void each_plane(const PlaneBatch& batch, const Run& run) {
   each_task(batch.images * batch.channels, [&](int64_t task) { run(task / batch.channels, task % batch.channels); });
 }
 
-// Pixels of a plane that are transposed at once, at most: long rows are read faster than many short ones.
-constexpr int64_t kTransposedPixels = 1024;
+// Pixels of a plane that are interleaved at once, at most: long rows are read faster than many short ones.
+constexpr int64_t kInterleavedPixels = 1024;
 // Pixels whose products are added up in the planes' dtype, about, before they are added to sums in double.
 constexpr int64_t kPixelsOfSums = 1024;
 
@@ -53,17 +53,17 @@ struct GroupedProducts {
 };
 
 // Adds up some tiles' products, [a's channels][columns], on one thread. Image by image and block of pixels by block it
-// goes through the tiles while b's transposed planes stay in the cache; prepare(image, plane, pixels) may make each
+// goes through the tiles while b's interleaved planes stay in the cache; prepare(image, plane, pixels) may make each
 // part of a's before it is read.
 template <class Prepare>
 void add_products(const GroupedProducts& p, Range tiles, const TrainingKernel& kernel, const Prepare& prepare,
                   double* products) {
-  const int64_t pixels = p.a.pixels(), of_block = std::min(kTransposedPixels, pixels), columns = p.columns();
+  const int64_t pixels = p.a.pixels(), of_block = std::min(kInterleavedPixels, pixels), columns = p.columns();
   const int64_t sum_bytes = p.a.element == sizeof(double) ? sizeof(double) : sizeof(float);
   const int64_t row_size = kernel.product_row(columns), row_bytes = row_size * sum_bytes;
-  const int64_t transposed_bytes = ceil_div(of_block * row_bytes, kMemoryAlignment) * kMemoryAlignment;
-  char* const transposed = thread_workspace.reserve(transposed_bytes + tiles.count() * kTile * row_bytes);
-  char* const sums = transposed + transposed_bytes;
+  const int64_t interleaved_bytes = ceil_div(of_block * row_bytes, kMemoryAlignment) * kMemoryAlignment;
+  char* const interleaved = thread_workspace.reserve(interleaved_bytes + tiles.count() * kTile * row_bytes);
+  char* const sums = interleaved + interleaved_bytes;
   const auto sums_of = [&](int64_t tile) { return sums + (tile - tiles.begin) * kTile * row_bytes; };
   std::memset(sums, 0, tiles.count() * kTile * row_bytes);
   int64_t in_sums = 0;  // pixels
@@ -73,11 +73,11 @@ void add_products(const GroupedProducts& p, Range tiles, const TrainingKernel& k
       for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
         const Range planes = p.planes(tile);
         if (tile == tiles.begin || p.group(tile) != p.group(tile - 1)) {
-          kernel.transpose(p.of_b(n, p.group(tile), block), transposed, row_size);
+          kernel.interleave(p.of_b(n, p.group(tile), block), interleaved, row_size);
         }
         for (int64_t plane = planes.begin; plane < planes.end; ++plane) prepare(n, plane, block);
         const char* const a = p.a.at(n, planes.begin) + block.begin * p.a.element;
-        kernel.products({a, pixels, planes.count(), transposed, columns, block.count(), sums_of(tile)});
+        kernel.products({a, pixels, planes.count(), interleaved, columns, block.count(), sums_of(tile)});
       }
       in_sums += block.count();
       if (in_sums < kPixelsOfSums && (n + 1 < p.a.images || block.end < pixels)) continue;

@@ -173,7 +173,7 @@ TrainedStem checked(const Tensor& x, const std::vector<std::optional<Tensor>>& t
 std::vector<Tensor> training_stem(Tensor x, std::vector<std::optional<Tensor>> tensors, double eps, bool of_batch,
                                   int64_t stride, int64_t padding, bool max_pool, std::string processes) {
   const TrainedStem stem = checked(x, tensors, eps, of_batch, stride, padding, max_pool, processes);
-  const Tensor dense = stem.dense_x(), weight = as_contiguous(stem.weight, stem.type());
+  const Tensor dense = stem.dense_x(), weight = as_planes(stem.weight, stem.type());
   const StemBatch batch(stem, dense);
   const WholeBatch whole(x.size(0), stem.processes);
   const Tensor y = torch::stable::new_empty(x, stem.y_sizes(), stem.type());
@@ -220,7 +220,7 @@ std::vector<Tensor> training_stem_backward(
   const auto mean = kept.begin(), var = mean + 2 * channels;
   const Affine norm(stem.norm, {Vector(mean, mean + channels), Vector(var, var + channels)});
   const Passes passes(stem.planes());
-  const Tensor planes = as_contiguous(y, stem.type()), of_result = as_contiguous(gradient, stem.type());
+  const Tensor planes = as_planes(y, stem.type()), of_result = as_planes(gradient, stem.type());
   Tensor of_norm = torch::stable::empty_like(planes);
   const PlaneBatch convolved = PlaneBatch::read(planes);
   NormSums sums(channels);

@@ -6,6 +6,7 @@
 
 #include "../../arguments.h"
 #include "../isa/isa.h"
+#include "../schedule/step.h"
 
 namespace shufflenet::cpu {
 
@@ -38,6 +39,14 @@ void each_part(int64_t n, const Run& run) {
   torch::stable::parallel_for(0, n, kLeast, run);
 }
 
+// Shares tasks among torch's threads.
+template <class Run>
+void each_task(int64_t tasks, const Run& run) {
+  torch::stable::parallel_for(0, tasks, 1, [&run](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) run(task);
+  });
+}
+
 // The dtype that sums of x are in.
 inline ScalarType sums_type(const Tensor& x) {
   return dtype_of("x", x) == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
@@ -49,20 +58,44 @@ inline std::vector<int64_t> sizes_of(const Tensor& x) {
   return sizes;
 }
 
-// Returns x itself, or a copy that is contiguous and of the dtype.
-inline Tensor as_contiguous(const Tensor& x, ScalarType type) {
-  if (x.scalar_type() == type && x.is_contiguous()) return x;
-  Tensor copy = torch::stable::new_empty(x, sizes_of(x), type);
-  return torch::stable::copy_(copy, x);
+// Returns a copy of dense images, which are in the other layout.
+inline Tensor in_layout(const Tensor& x, Layout layout) {
+  const Tensor copy = empty_like_x(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, layout);
+  const TrainingKernel& kernel = isa().training(dtype_of("x", x));
+  const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3), element = x.element_size();
+  constexpr int64_t kPixels = 256;  // of a task
+  const int64_t parts = ceil_div(pixels, kPixels);
+  const auto* const from = static_cast<const char*>(x.const_data_ptr());
+  auto* const to = static_cast<char*>(copy.mutable_data_ptr());
+  each_task(x.size(0) * parts, [&](int64_t task) {
+    const int64_t first = task % parts * kPixels, count = std::min(kPixels, pixels - first);
+    const int64_t image = task / parts * channels * pixels;
+    const int64_t of_plane = (image + first) * element, of_pixel = (image + first * channels) * element;
+    if (layout == Layout::contiguous) {
+      kernel.transpose({from + of_pixel, count, channels, channels}, to + of_plane, pixels);
+    } else {
+      kernel.transpose({from + of_plane, channels, count, pixels}, to + of_pixel, channels);
+    }
+  });
+  return copy;
+}
+
+// Returns images, or a copy of them, whose planes are contiguous.
+inline Tensor as_planes(const Tensor& x) {
+  if (layout_of(x) == Layout::contiguous) return torch::stable::contiguous(x);
+  return in_layout(dense(x, Layout::channels_last), Layout::contiguous);
+}
+
+// The same, of the dtype.
+inline Tensor as_planes(const Tensor& x, ScalarType type) {
+  const Tensor planes = as_planes(x);
+  return planes.scalar_type() == type ? planes : torch::stable::to(planes, type);
 }
 
 // Returns planes, or a copy of them, in the dtype and the memory format of `given`.
 inline Tensor as_given(const Tensor& planes, const Tensor& given) {
-  const bool channels_last = layout_of(given) == Layout::channels_last;
-  if (planes.scalar_type() == given.scalar_type() && !channels_last) return planes;
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::to(planes, given.scalar_type(), {}, {}, {}, false, false,
-                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const Tensor same = as_planes(planes, given.scalar_type());
+  return layout_of(given) == Layout::contiguous ? same : in_layout(same, Layout::channels_last);
 }
 
 // The numbers of a tensor of any dtype.

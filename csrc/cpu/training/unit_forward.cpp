@@ -8,7 +8,7 @@ Forward forward(const TrainedUnit& unit) {
   const Passes passes(unit.dtype());
   const WholeBatch whole(unit.x.size(0), unit.processes);
   const TrainedNorm &norm1 = unit.norms[0], &norm2 = unit.norms[1], &norm3 = unit.norms[2];
-  const Tensor x_tensor = torch::stable::contiguous(unit.x);
+  const Tensor x_tensor = as_planes(unit.x);
   const PlaneBatch x = PlaneBatch::read(x_tensor);
   Forward done;
   Statistics& s = done.statistics;
