@@ -288,8 +288,9 @@ class TrainingFuzz {
     StoredPlanes result = poison(channels * out), back = poison(channels * in);
     const Buffer workspace(kernel_.pool_bytes({unit.height, unit.width}));
     in_shares(channels, 1, [&](Range some) {
-      kernel_.pool(unit, some, x.data(), result.data(), workspace.get());
-      kernel_.pool_backward(unit, some, gradient.data(), back.data(), workspace.get());
+      kernel_.pool(unit, some.count(), x.data(some.begin * in), result.data(some.begin * out), workspace.get());
+      kernel_.pool_backward(
+          unit, some.count(), gradient.data(some.begin * out), back.data(some.begin * in), workspace.get());
     });
     std::vector<double> expected(channels * in);
     for (int64_t i = 0; i < channels * out; ++i) {

@@ -182,12 +182,12 @@ class TrainingOf final : public TrainingKernel {
   }
 
   int64_t pool_bytes(PlaneSize in) const override { return TrainingWorkspace<A>(in, nullptr).bytes; }
-  void pool(const Unit& unit, Range channels, const void* x, void* result, void* memory) const override {
+  void pool(const Unit& unit, int64_t count, const void* x, void* result, void* memory) const override {
     const PlaneSize in = {unit.height, unit.width};
     const int64_t out = unit.out_height() * unit.out_width();
     const TrainingWorkspace<A> work(in, memory);
     fill_plane_masks<A>(in, 2, work.masks);
-    for (int64_t c = channels.begin; c < channels.end; ++c) {
+    for (int64_t c = 0; c < count; ++c) {
       const T* const plane = static_cast<const T*>(x) + c * in.pixels();
       const Planes<const A> from = {read_plane(plane, in.pixels(), work.converted.channel(0)), 0};
       write_plane(static_cast<T*>(result) + c * out, out, work.converted.channel(1), [&](A* to) {
@@ -196,7 +196,7 @@ class TrainingOf final : public TrainingKernel {
     }
   }
   // A pixel's gradient is the sum of those results, divided by what they are means of, whose windows it is in.
-  void pool_backward(const Unit& unit, Range channels, const void* result_gradient, void* gradient,
+  void pool_backward(const Unit& unit, int64_t count, const void* result_gradient, void* gradient,
                      void* memory) const override {
     const PlaneSize in = {unit.height, unit.width}, out = {unit.out_height(), unit.out_width()};
     const TrainingWorkspace<A> work(in, memory);
@@ -210,7 +210,7 @@ class TrainingOf final : public TrainingKernel {
     const V none = S::broadcast(static_cast<A>(kNoActivation.lower));
     V ones[9];
     unrolled<9>([&](int i) { ones[i] = S::broadcast(1); });
-    for (int64_t c = channels.begin; c < channels.end; ++c) {
+    for (int64_t c = 0; c < count; ++c) {
       const T* const plane = static_cast<const T*>(result_gradient) + c * out.pixels();
       work.gradient.spread(read_plane(plane, out.pixels(), work.converted.channel(0)), out, factor);
       const int64_t pixels = in.pixels();

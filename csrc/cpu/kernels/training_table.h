@@ -139,9 +139,9 @@ class TrainingKernel {
   virtual void move_sums(void* sums, int64_t rows, int64_t columns, double* to) const = 0;
 
   virtual int64_t pool_bytes(PlaneSize in) const = 0;
-  // The shortcut of stride 2, as in Unit, of some channels of an image; and its gradient from that of its results.
-  virtual void pool(const Unit&, Range channels, const void* x, void* result, void* workspace) const = 0;
-  virtual void pool_backward(const Unit&, Range channels, const void* result_gradient, void* gradient,
+  // The shortcut of stride 2, as in Unit, of so many planes; and its gradient from that of its results.
+  virtual void pool(const Unit&, int64_t count, const void* x, void* result, void* workspace) const = 0;
+  virtual void pool_backward(const Unit&, int64_t count, const void* result_gradient, void* gradient,
                              void* workspace) const = 0;
 };
 

@@ -25,6 +25,47 @@ void each_plane(const PlaneBatch& batch, const Run& run) {
   each_task(batch.images * batch.channels, [&](int64_t task) { run(task / batch.channels, task % batch.channels); });
 }
 
+// Calls run(image, channels) for a few planes of a batch at a time.
+template <class Run>
+void each_tile(const PlaneBatch& batch, const Run& run) {
+  const int64_t of_image = ceil_div(batch.channels, kTile);
+  each_task(batch.images * of_image, [&](int64_t task) {
+    const int64_t first = task % of_image * kTile;
+    run(task / of_image, Range{first, std::min(batch.channels, first + kTile)});
+  });
+}
+
+// Some channels' pixels of an image as kernels take them, in planes: as they lie, or, of channels_last, as a copy in
+// memory that a thread keeps, which is as long as its cache holds it.
+class Planes {
+ public:
+  Planes(const PlaneBatch& batch, Range channels, Range pixels) : batch_(batch), channels_(channels), pixels_(pixels) {}
+  static Planes of_image(const PlaneBatch& batch) { return {batch, {0, batch.channels}, {0, batch.pixels()}}; }
+
+  int64_t bytes() const {
+    const int64_t copied = batch_.has_planes() ? 0 : channels_.count() * pixels_.count() * batch_.element;
+    return ceil_div(copied, kMemoryAlignment) * kMemoryAlignment;
+  }
+  int64_t plane() const { return batch_.has_planes() ? batch_.pixels() : pixels_.count(); }  // elements between two
+  char* at(int64_t n, char* memory) const { return batch_.has_planes() ? in_batch(n) : memory; }
+  char* read(int64_t n, const TrainingKernel& kernel, char* memory) const {
+    if (!batch_.has_planes()) {
+      const MatrixRows from = {in_batch(n), pixels_.count(), channels_.count(), batch_.all_channels};
+      kernel.transpose(from, memory, pixels_.count());
+    }
+    return at(n, memory);
+  }
+  void write(int64_t n, const TrainingKernel& kernel, const char* memory) const {
+    if (batch_.has_planes()) return;
+    kernel.transpose({memory, channels_.count(), pixels_.count(), pixels_.count()}, in_batch(n), batch_.all_channels);
+  }
+
+ private:
+  char* in_batch(int64_t n) const { return batch_.at(n, channels_.begin, pixels_.begin); }
+  const PlaneBatch& batch_;
+  Range channels_, pixels_;
+};
+
 // Pixels of a plane that are interleaved at once, at most: long rows are read faster than many short ones.
 constexpr int64_t kInterleavedPixels = 1024;
 // Pixels whose products are added up in the planes' dtype, about, before they are added to sums in double.
@@ -43,7 +84,7 @@ struct GroupedProducts {
   }
   OffsetPlanes of_b(int64_t image, int64_t group, Range pixels) const {
     const int64_t column = group * columns();
-    return {b.at(image, column) + pixels.begin * b.element, b.pixels(), columns(), pixels.count(),
+    return {b.at(image, column, pixels.begin), b.pixels(), columns(), pixels.count(),
             offset ? offset->from(column) : nullptr};
   }
 
@@ -53,16 +94,17 @@ struct GroupedProducts {
 };
 
 // Adds up some tiles' products, [a's channels][columns], on one thread. Image by image and block of pixels by block it
-// goes through the tiles while b's interleaved planes stay in the cache; prepare(image, plane, pixels) may make each
-// part of a's before it is read.
-template <class Prepare>
-void add_products(const GroupedProducts& p, Range tiles, const TrainingKernel& kernel, const Prepare& prepare,
-                  double* products) {
+// goes through the tiles while b's interleaved planes stay in the cache. make(image, planes, pixels, memory) returns a
+// part of a's planes, and how many elements lie between them; it has so many bytes of memory.
+template <class Make>
+void add_products(const GroupedProducts& p, Range tiles, const TrainingKernel& kernel, int64_t bytes_of_make,
+                  const Make& make, double* products) {
   const int64_t pixels = p.a.pixels(), of_block = std::min(kInterleavedPixels, pixels), columns = p.columns();
   const int64_t sum_bytes = p.a.element == sizeof(double) ? sizeof(double) : sizeof(float);
   const int64_t row_size = kernel.product_row(columns), row_bytes = row_size * sum_bytes;
   const int64_t interleaved_bytes = ceil_div(of_block * row_bytes, kMemoryAlignment) * kMemoryAlignment;
-  char* const interleaved = thread_workspace.reserve(interleaved_bytes + tiles.count() * kTile * row_bytes);
+  char* const own = thread_workspace.reserve(bytes_of_make + interleaved_bytes + tiles.count() * kTile * row_bytes);
+  char* const interleaved = own + bytes_of_make;
   char* const sums = interleaved + interleaved_bytes;
   const auto sums_of = [&](int64_t tile) { return sums + (tile - tiles.begin) * kTile * row_bytes; };
   std::memset(sums, 0, tiles.count() * kTile * row_bytes);
@@ -75,9 +117,8 @@ void add_products(const GroupedProducts& p, Range tiles, const TrainingKernel& k
         if (tile == tiles.begin || p.group(tile) != p.group(tile - 1)) {
           kernel.interleave(p.of_b(n, p.group(tile), block), interleaved, row_size);
         }
-        for (int64_t plane = planes.begin; plane < planes.end; ++plane) prepare(n, plane, block);
-        const char* const a = p.a.at(n, planes.begin) + block.begin * p.a.element;
-        kernel.products({a, pixels, planes.count(), interleaved, columns, block.count(), sums_of(tile)});
+        const auto [a, a_plane] = make(n, planes, block, own);
+        kernel.products({a, a_plane, planes.count(), interleaved, columns, block.count(), sums_of(tile)});
       }
       in_sums += block.count();
       if (in_sums < kPixelsOfSums && (n + 1 < p.a.images || block.end < pixels)) continue;
@@ -90,13 +131,18 @@ void add_products(const GroupedProducts& p, Range tiles, const TrainingKernel& k
   }
 }
 
-template <class Prepare>
-Vector products_of(const GroupedProducts& p, const TrainingKernel& kernel, const Prepare& prepare) {
+template <class Make>
+Vector products_of(const GroupedProducts& p, const TrainingKernel& kernel, int64_t bytes_of_make, const Make& make) {
   Vector products(p.a.channels * p.columns());
   torch::stable::parallel_for(0, p.tiles(), 1, [&](int64_t begin, int64_t end) {
-    add_products(p, {begin, end}, kernel, prepare, products.data());
+    add_products(p, {begin, end}, kernel, bytes_of_make, make, products.data());
   });
   return products;
+}
+
+// What a tile of planes and a block of pixels take at most.
+int64_t bytes_of_tile(const PlaneBatch& batch) {
+  return Planes(batch, {0, kTile}, {0, std::min(kInterleavedPixels, batch.pixels())}).bytes();
 }
 
 // The max pool of a plane of the batch, as the stem's kernels take it.
@@ -128,15 +174,29 @@ void Passes::pointwise(const std::vector<PointwiseTerm>& terms, const Numbers* b
   p.groups = groups;
   p.pixels = y.pixels();
   p.images = y.images;
-  const int64_t bytes = kernel_.pointwise_bytes(p);
+  const Planes result = Planes::of_image(y);
+  int64_t bytes_of_inputs = 0;
+  for (const PointwiseTerm& term : terms) bytes_of_inputs += Planes::of_image(term.x).bytes();
+  const int64_t bytes_of_residual = residual ? Planes::of_image(*residual).bytes() : 0;
+  const int64_t bytes = bytes_of_inputs + bytes_of_residual + result.bytes() + kernel_.pointwise_bytes(p);
   each_share_of_images(y.images, y.channels, [&](int64_t n, Range some) {
+    char* memory = thread_workspace.reserve(bytes);
+    const auto read = [&](const PlaneBatch& batch) {
+      const Planes planes = Planes::of_image(batch);
+      char* const own = memory;
+      memory += planes.bytes();
+      return planes.read(n, kernel_, own);
+    };
     auto of_image = inputs;
-    for (size_t i = 0; i < terms.size(); ++i) of_image[i].x = terms[i].x.at(n);
+    for (size_t i = 0; i < terms.size(); ++i) of_image[i].x = read(terms[i].x);
     TrainingPointwise own = p;
     own.inputs = of_image.data();
-    own.y = y.at(n);
-    own.residual = residual ? residual->at(n) : nullptr;
-    kernel_.pointwise(own, some, thread_workspace.reserve(bytes));
+    own.residual = residual ? read(*residual) : nullptr;
+    char* const written = memory;
+    own.y = result.at(n, written);
+    kernel_.pointwise(own, some, written + result.bytes());
+    const char* const rows = written + some.begin * y.pixels() * y.element;
+    Planes(y, some, {0, y.pixels()}).write(n, kernel_, rows);
     if (!moments) return;
     kernel_.moments(y.at(n, some.begin), y.pixels(), some.count(), moments->means_of(n, some.begin),
                     moments->squares_of(n, some.begin));
@@ -214,37 +274,66 @@ Moments Passes::moments(const PlaneBatch& batch) const {
 }
 
 Vector Passes::products(const PlaneBatch& a, const PlaneBatch& b, const Numbers* offset, int64_t groups) const {
-  return products_of({a, b, offset, groups}, kernel_, [](int64_t, int64_t, Range) {});
+  const auto read = [&](int64_t n, Range planes, Range pixels, char* memory) {
+    const Planes part(a, planes, pixels);
+    return std::pair<const char*, int64_t>(part.read(n, kernel_, memory), part.plane());
+  };
+  return products_of({a, b, offset, groups}, kernel_, bytes_of_tile(a), read);
 }
 
 Vector Passes::relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient,
                              const PlaneBatch& b, const Numbers* offset, int64_t groups, Vector& total) const {
   total.assign(result.channels, 0.0);
-  return products_of({gradient, b, offset, groups}, kernel_, [&](int64_t n, int64_t c, Range pixels) {
-    const int64_t skipped = pixels.begin * gradient.element;
-    total[c] += kernel_.relu_backward(
-        result.at(n, c) + skipped, pixels.count(), result_gradient.at(n, c) + skipped, gradient.at(n, c) + skipped);
-  });
+  const int64_t bytes_of_result = bytes_of_tile(result);
+  const auto make = [&](int64_t n, Range planes, Range pixels, char* memory) {
+    const Planes of_result(result, planes, pixels), of_gradient(result_gradient, planes, pixels);
+    const char* y = of_result.read(n, kernel_, memory);
+    const char* given = of_gradient.read(n, kernel_, memory + bytes_of_result);
+    for (int64_t c = planes.begin; c < planes.end; ++c) {
+      total[c] += kernel_.relu_backward(y, pixels.count(), given, gradient.at(n, c, pixels.begin));
+      y += of_result.plane() * result.element;
+      given += of_gradient.plane() * result.element;
+    }
+    return std::pair<const char*, int64_t>(gradient.at(n, planes.begin, pixels.begin), gradient.pixels());
+  };
+  const int64_t bytes = bytes_of_result + bytes_of_tile(result_gradient);
+  return products_of({gradient, b, offset, groups}, kernel_, bytes, make);
 }
 
 void Passes::relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient,
                            const PlaneBatch& gradient) const {
-  each_plane(result, [&](int64_t n, int64_t c) {
-    kernel_.relu_backward(result.at(n, c), result.pixels(), result_gradient.at(n, c), gradient.at(n, c));
+  each_tile(result, [&](int64_t n, Range channels) {
+    const Planes of_result(result, channels, {0, result.pixels()});
+    const Planes of_gradient(result_gradient, channels, {0, result.pixels()});
+    char* const memory = thread_workspace.reserve(of_result.bytes() + of_gradient.bytes());
+    const char* const y = of_result.read(n, kernel_, memory);
+    const char* const given = of_gradient.read(n, kernel_, memory + of_result.bytes());
+    kernel_.relu_backward(y, channels.count() * result.pixels(), given, gradient.at(n, channels.begin));
   });
 }
 
 void Passes::pool(const Unit& unit, const PlaneBatch& x, const PlaneBatch& result) const {
   const int64_t bytes = kernel_.pool_bytes(x.size);
-  each_share_of_images(x.images, x.channels, [&](int64_t n, Range some) {
-    kernel_.pool(unit, some, x.at(n), result.at(n), thread_workspace.reserve(bytes));
+  each_tile(x, [&](int64_t n, Range channels) {
+    const Planes of_x(x, channels, {0, x.pixels()}), of_result(result, channels, {0, result.pixels()});
+    char* const memory = thread_workspace.reserve(of_x.bytes() + of_result.bytes() + bytes);
+    char* const written = of_result.at(n, memory + of_x.bytes());
+    const char* const planes = of_x.read(n, kernel_, memory);
+    kernel_.pool(unit, channels.count(), planes, written, memory + of_x.bytes() + of_result.bytes());
+    of_result.write(n, kernel_, written);
   });
 }
 
 void Passes::pool_backward(const Unit& unit, const PlaneBatch& result_gradient, const PlaneBatch& gradient) const {
   const int64_t bytes = kernel_.pool_bytes(gradient.size);
-  each_share_of_images(gradient.images, gradient.channels, [&](int64_t n, Range some) {
-    kernel_.pool_backward(unit, some, result_gradient.at(n), gradient.at(n), thread_workspace.reserve(bytes));
+  each_tile(gradient, [&](int64_t n, Range channels) {
+    const Planes given(result_gradient, channels, {0, result_gradient.pixels()});
+    const Planes found(gradient, channels, {0, gradient.pixels()});
+    char* const memory = thread_workspace.reserve(given.bytes() + found.bytes() + bytes);
+    char* const written = found.at(n, memory + given.bytes());
+    const char* const planes = given.read(n, kernel_, memory);
+    kernel_.pool_backward(unit, channels.count(), planes, written, memory + given.bytes() + found.bytes());
+    found.write(n, kernel_, written);
   });
 }
 

@@ -205,32 +205,39 @@ class Weights {
   std::vector<uint16_t> halves_;
 };
 
-// Planes of a batch of images, contiguous in each image.
+// A batch of images, some channels of a tensor that is dense in either layout.
 struct PlaneBatch {
   PlaneBatch(const Tensor& tensor, void* data)
       : images(tensor.size(0)),
         channels(tensor.size(1)),
         size{tensor.size(2), tensor.size(3)},
         element(tensor.element_size()),
-        image(channels * size.pixels()),
+        layout(layout_of(tensor)),
+        all_channels(channels),
         data(static_cast<char*>(data)) {}
 
   static PlaneBatch read(const Tensor& tensor) { return {tensor, const_cast<void*>(tensor.const_data_ptr())}; }
   static PlaneBatch written(const Tensor& tensor) { return {tensor, tensor.mutable_data_ptr()}; }
 
-  char* at(int64_t n, int64_t channel = 0) const { return data + (n * image + channel * size.pixels()) * element; }
+  int64_t pixels() const { return size.pixels(); }
+  bool has_planes() const { return layout == Layout::contiguous; }
+  // A channel's pixels from some one on: a part of its plane, or, in channels_last, as far apart as there are channels.
+  char* at(int64_t n, int64_t channel = 0, int64_t pixel = 0) const {
+    const int64_t in_image = has_planes() ? channel * pixels() + pixel : channel + pixel * all_channels;
+    return data + (n * all_channels * pixels() + in_image) * element;
+  }
   PlaneBatch some_channels(int64_t first, int64_t count) const {
     PlaneBatch some = *this;
     some.data = at(0, first);
     some.channels = count;
     return some;
   }
-  int64_t pixels() const { return size.pixels(); }
 
   int64_t images, channels;
   PlaneSize size;
   int64_t element;  // bytes
-  int64_t image;    // elements from one to the next
+  Layout layout;
+  int64_t all_channels;  // of the tensor
   char* data;
 };
 

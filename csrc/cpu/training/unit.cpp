@@ -57,7 +57,7 @@ std::vector<Tensor> training_unit(Tensor x, std::vector<std::optional<Tensor>> t
                shortcut_relu),
       processes);
   Forward done = forward(unit);
-  return {as_given(done.result, x), done.y1, done.y2, done.statistics.flat(x)};
+  return {done.result, done.y1, done.y2, done.statistics.flat(x)};
 }
 
 // The gradients of x and of each convolution's trained tensors; empty tensors where they are not wanted or there is no

@@ -13,11 +13,11 @@ class Backward {
         passes_(unit.dtype()),
         s_(done.statistics),
         whole_(s_.whole[0], s_.whole[1]),
-        x_(as_planes(unit.x)),
+        x_(dense(unit.x, layout_of(unit.x))),
         y1_(torch::stable::contiguous(done.y1)),
         y2_(torch::stable::contiguous(done.y2)),
-        result_(as_planes(done.result)),
-        result_gradient_(as_planes(gradient)),
+        result_(dense(done.result, layout_of(done.result))),
+        result_gradient_(dense(gradient, layout_of(gradient))),
         norm1_(unit.norms[0], {s_.mean1, s_.var1}),
         norm2_(unit.norms[1], {s_.mean2, s_.var2}),
         norm3_(unit.norms[2], {s_.mean3, s_.var3}),
@@ -125,7 +125,8 @@ class Backward {
   }
 
   Tensor x_gradient() {
-    Tensor gradient = dz_;
+    const Sizes of_x = {x_.size(0), x_.size(1), x_.size(2), x_.size(3)};
+    Tensor of_shortcut = dz_;
     if (sizes_.concatenates_pool()) {
       Tensor pooled = result_gradient_;
       if (sizes_.shortcut_relu) {
@@ -135,19 +136,22 @@ class Backward {
             unit_.pooled_of(PlaneBatch::read(result_)), unit_.pooled_of(PlaneBatch::read(result_gradient_)),
             unit_.pooled_of(PlaneBatch::written(pooled)));
       }
-      gradient = torch::stable::empty_like(x_);
+      of_shortcut = empty_like_x(x_, of_x, sizes_.layout);
       const ProfiledPass pass("shuffle_bottleneck_training: gradient of the pool");
-      passes_.pool_backward(sizes_, unit_.pooled_of(PlaneBatch::read(pooled)), PlaneBatch::written(gradient));
+      passes_.pool_backward(sizes_, unit_.pooled_of(PlaneBatch::read(pooled)), PlaneBatch::written(of_shortcut));
     }
     const Matrix weight = matrix_of("conv1_weight", unit_.convs[0].weight);
     Matrix turned(weight.size());  // [in_channels][rows of a group]
     transpose(weight.data(), sizes_.conv1_groups, sizes_.conv1_group_rows(), sizes_.conv1_depth(), turned.data());
     const Weights weights = weights_of(unit_.dtype(), std::move(turned), sizes_.conv1_group_rows());
     const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv1");
-    const PlaneBatch to = PlaneBatch::written(gradient);
-    passes_.pointwise(
-        {{PlaneBatch::read(y1_gradient_), weights}}, nullptr, &to, to, sizes_.conv1_groups, kNoActivation, nullptr);
-    return as_given(gradient, unit_.x);
+    // Where the layouts agree, in the shortcut's place.
+    const bool in_place = layout_of(of_shortcut) == sizes_.layout;
+    const Tensor gradient = in_place ? of_shortcut : empty_like_x(x_, of_x, sizes_.layout);
+    const PlaneBatch residual = PlaneBatch::read(of_shortcut);
+    passes_.pointwise({{PlaneBatch::read(y1_gradient_), weights}}, nullptr, &residual, PlaneBatch::written(gradient),
+                      sizes_.conv1_groups, kNoActivation, nullptr);
+    return gradient;
   }
 
  private:

@@ -8,7 +8,7 @@ Forward forward(const TrainedUnit& unit) {
   const Passes passes(unit.dtype());
   const WholeBatch whole(unit.x.size(0), unit.processes);
   const TrainedNorm &norm1 = unit.norms[0], &norm2 = unit.norms[1], &norm3 = unit.norms[2];
-  const Tensor x_tensor = as_planes(unit.x);
+  const Tensor x_tensor = dense(unit.x, sizes.layout);
   const PlaneBatch x = PlaneBatch::read(x_tensor);
   Forward done;
   Statistics& s = done.statistics;
@@ -85,7 +85,7 @@ Forward forward(const TrainedUnit& unit) {
     bias[row] = affine3.bias[row] + affine3.scale[row] * (conv3.mean_at_centre[row] - affine3.mean[row]) -
                 sum_of(unit.depth(), [&](int64_t k) { return of_v[k] * centre[k]; });
   });
-  done.result = unit.planes(sizes.result_channels(), sizes.out_height(), sizes.out_width());
+  done.result = empty_result(unit.x, sizes);
   const PlaneBatch result = PlaneBatch::written(done.result);
   {
     const ProfiledPass pass("shuffle_bottleneck_training: conv3");
