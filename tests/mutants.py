@@ -914,6 +914,20 @@ MUTANTS = [
         "test_training.py::test_a_mean_far_above_the_deviation",
     ),
     Mutant(
+        "training in channels_last: a share of an image's channels is written from the image's first one",
+        TRAINING + "passes.cpp",
+        "written + some.begin * y.pixels() * y.element",
+        "written + 0 * some.begin",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
+        "training in channels_last: the gradient's planes take the place of the result's",
+        TRAINING + "passes.cpp",
+        "memory + bytes_of_result",
+        "memory + 0 * bytes_of_result",
+        "test_training.py::test_steps",
+    ),
+    Mutant(
         "training: the running variance is the batch's own, not the unbiased one",
         TRAINING + "norm.h",
         "values / (values - 1)",
