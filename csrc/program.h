@@ -52,8 +52,9 @@ struct Program {
   std::vector<PackedUnit> units;  // all of one version
   std::optional<PackedLastConvolution> last;
   std::optional<PackedHead> head;
-  Layout layout;   // of x
-  Sizes x, sizes;  // of x, and of what the head, or else the caller, gets
+  Layout layout;              // of x
+  Sizes x, sizes;             // of x, and of what the head, or else the caller, gets
+  bool copies_parts = false;  // of one unit that is run in parts, each of which copies what it needs of x
 
   bool is_v2() const { return !units.empty() && units[0].unit.is_v2(); }
 };

@@ -10,29 +10,6 @@ Call call_of(const Tensor& x, const Tensor& result) {
   return {x.const_data_ptr(), result.mutable_data_ptr(), dtype_of("x", x), x.size(0)};
 }
 
-template <class A>
-void run_unit_as(const UnitArguments& arguments, Unit unit, const Tensor& x, const Tensor& result) {
-  unit.batch = 1;
-  const UnitData<A> data(arguments);
-  UnitPointers pointers;
-  pointers.conv1 = data.conv1.pointers;
-  pointers.conv2 = data.conv2.pointers;
-  if (data.conv3) pointers.conv3 = data.conv3->pointers;
-  pointers.x_plane = unit.height * unit.width;
-  pointers.result_plane = unit.out_height() * unit.out_width();
-  run_unit(unit, pointers, call_of(x, result));
-}
-
-Tensor run(const UnitArguments& arguments) {
-  const Unit unit = check_unit(arguments);
-  const Tensor x = dense(arguments.x, unit.layout);
-  const Tensor result = empty_result(x, unit);
-  if (unit.batch == 0) return result;
-  const bool is_double = dtype_of("x", x) == Dtype::float64;
-  (is_double ? run_unit_as<double> : run_unit_as<float>)(arguments, unit, x, result);
-  return result;
-}
-
 // Calls run(call) with what a program takes and gives.
 template <class Run>
 Tensor with_result(const Program& program, const Tensor& given_x, const Run& run) {
@@ -68,7 +45,27 @@ Tensor run_tensors(Tensor x, std::vector<std::optional<Tensor>> tensors, std::ve
   });
 }
 
-// A program of one unit.
+// Runs a unit as a program of its own.
+Tensor run_unit(const Unit& unit, const std::vector<ConvolutionArguments>& arguments, const Tensor& x) {
+  Program program;
+  program.units.push_back({unit, {}, {}, {}, {}, {}});
+  program.layout = unit.layout;
+  program.x = {x.size(0), unit.in_channels, unit.height, unit.width};
+  program.sizes = {x.size(0), unit.result_channels(), unit.out_height(), unit.out_width()};
+  program.copies_parts = !unit.is_v2();
+  return with_result(program, x, [&](const Call& call) {
+    (call.dtype == Dtype::float64 ? run_tensors_as<double> : run_tensors_as<float>)(program, arguments, call);
+  });
+}
+
+Tensor run_unit_v1(const UnitArguments& a) {
+  Unit unit = check_unit(a);
+  unit.batch = 1;
+  std::vector<ConvolutionArguments> arguments = {a.conv1, a.conv2};
+  if (a.conv3) arguments.push_back(*a.conv3);
+  return run_unit(unit, arguments, a.x);
+}
+
 Tensor run_unit_v2(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
                    std::optional<Tensor> conv2_bias, Tensor conv3_weight, std::optional<Tensor> conv3_bias,
                    std::optional<Tensor> shortcut1_weight, std::optional<Tensor> shortcut1_bias,
@@ -89,21 +86,14 @@ Tensor run_unit_v2(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bi
   const Unit unit = check_unit(a);
   std::vector<ConvolutionArguments> arguments = {a.conv1, a.conv2, a.conv3};
   if (unit.convolves_shortcut()) arguments.insert(arguments.end(), {*a.shortcut1, *a.shortcut2});
-  Program program;
-  program.units.push_back({unit, {}, {}, {}, {}, {}});
-  program.layout = unit.layout;
-  program.x = {x.size(0), unit.in_channels, unit.height, unit.width};
-  program.sizes = {x.size(0), unit.result_channels(), unit.out_height(), unit.out_width()};
-  return with_result(program, x, [&](const Call& call) {
-    (call.dtype == Dtype::float64 ? run_tensors_as<double> : run_tensors_as<float>)(program, arguments, call);
-  });
+  return run_unit(unit, arguments, x);
 }
 
 }  // namespace
 }  // namespace shufflenet::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CPU, m) {
-  shufflenet::Ops<shufflenet::cpu::run, shufflenet::cpu::run_packed>::implement(m);
+  shufflenet::Ops<shufflenet::cpu::run_unit_v1, shufflenet::cpu::run_packed>::implement(m);
   m.impl("shuffle_network_batch_norm", TORCH_BOX(&shufflenet::cpu::run_tensors));
   m.impl("shuffle_unit_v2", TORCH_BOX(&shufflenet::cpu::run_unit_v2));
 }

@@ -72,14 +72,16 @@ struct Steps {
 
 // Makes a program's steps, in the call's memory. They work on planes of the kernels' format, to which tensors are
 // converted, and back, unless they are such planes already. Channels of v2 are in any of them: x is copied ahead of a
-// unit that leaves half of it where it is, and a result is written in order by the conversion.
+// unit that leaves half of it where it is, and a result is written in order by the conversion. A unit that copies its
+// parts has no conversions around it: it works on the tensors as they are.
 Steps steps_of(const Program& program, const Kernels& kernels, const Convolution* conv, const Setup& setup,
                CallMemory& memory) {
   const auto& [dtype, images, threads, sharing] = setup;
   const Dtype accumulator = accumulator_of(dtype);
   const bool in_pairs = is_in_pairs(kernels);
-  const UnitKernel& unit_kernel = in_pairs ? kernels.unit() : isa().kernels(accumulator).unit();
-  const bool converts = in_pairs || dtype != accumulator || program.layout != Layout::contiguous;
+  const bool on_tensors = program.copies_parts;
+  const UnitKernel& unit_kernel = in_pairs || on_tensors ? kernels.unit() : isa().kernels(accumulator).unit();
+  const bool converts = !on_tensors && (in_pairs || dtype != accumulator || program.layout != Layout::contiguous);
   const bool is_named = program.is_v2() && !in_pairs;  // whether channels are in any planes
   const bool converts_x = converts || (is_named && program.units[0].unit.passes_half());
   const bool converts_result = converts || (is_named && !program.last);
@@ -113,12 +115,12 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
   ChannelPlanes channels_at(is_named ? program.units[0].unit.in_channels : 0, memory);
   for (const PackedUnit& packed : program.units) {
     Unit unit = packed.unit;
-    unit.layout = Layout::contiguous;
+    if (!on_tensors) unit.layout = Layout::contiguous;
     UnitPointers pointers;
     if (is_named) channels_at.go_through(unit, pointers);
     pointers.conv1 = *conv++;
     pointers.conv2 = *conv++;
-    pointers.conv3 = *conv++;
+    if (unit.has_conv3()) pointers.conv3 = *conv++;
     if (unit.convolves_shortcut()) {
       pointers.shortcut1 = *conv++;
       pointers.shortcut2 = *conv++;
@@ -180,18 +182,6 @@ void run_steps(const Program& program, const Kernels& kernels, const Call& call,
 }
 
 }  // namespace
-
-void run_unit(const Unit& unit, const UnitPointers& pointers, const Call& call) {
-  CallMemory memory;
-  const int64_t threads = torch::stable::get_num_threads();
-  const Images images = images_of(call.images, threads);
-  const ImageSteps steps = {memory.make<UnitStep>(unit, pointers, isa().kernels(call.dtype).unit(), threads, images)};
-  Phases phases(memory);
-  add_phases(steps,
-             {images, call.x, unit.in_channels * unit.height * unit.width * element_bytes(call.dtype), call.result},
-             phases);
-  run_phases(phases);
-}
 
 void run_program(const Program& program, const PackedWeights& weights, const Call& call) {
   const Kernels& kernels = kernels_for(program, call.dtype, weights.dtype);

@@ -67,17 +67,6 @@ class ConvolutionData {
   std::vector<std::unique_ptr<A[]>> arrays_;
 };
 
-// A unit's arrays.
-template <class A>
-struct UnitData {
-  explicit UnitData(const UnitArguments& arguments) : conv1(arguments.conv1), conv2(arguments.conv2) {
-    if (arguments.conv3) conv3.emplace(*arguments.conv3);
-  }
-
-  ConvolutionData<A> conv1, conv2;
-  std::optional<ConvolutionData<A>> conv3;
-};
-
 // The weights of a program, as it is given them; null where its steps are not run.
 struct PackedWeights {
   const void* data = nullptr;
