@@ -62,8 +62,7 @@ class FloatHead final : public HeadKernel {
   int64_t means_bytes(const Head& head, int64_t images) const override { return images * means_step(head); }
   int64_t means_step(const Head& head) const override { return head.channels * static_cast<int64_t>(sizeof(A)); }
 
-  void means(const Head& head, int64_t, const void* x, int64_t x_plane, const int64_t* x_planes, Range channels,
-             void* means) const override {
+  void means(const Head& head, int64_t, const void* x, Range channels, void* means) const override {
     using S = Simd<A>;
     // The rows of a window that is the whole plane follow each other.
     const bool whole = head.window_height == head.height && head.window_width == head.width;
@@ -71,7 +70,7 @@ class FloatHead final : public HeadKernel {
     const int64_t columns = whole ? head.height * head.width : head.window_width;
     const A pixels = static_cast<A>(head.window_height * head.window_width);
     for (int64_t c = channels.begin; c < channels.end; ++c) {
-      const A* const plane = static_cast<const A*>(x) + (x_planes ? x_planes[c] : c) * x_plane;
+      const A* const plane = static_cast<const A*>(x) + (head.x_planes ? head.x_planes[c] : c) * head.x_plane;
       typename S::V sum = {};
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t column = 0; column < columns; column += S::kLanes) {

@@ -108,7 +108,7 @@ class PairStem final : public StemKernel {
     }
   }
 
-  Tile tile(const Stem& stem) const override { return PairFormat::tile(stem.out_channels, stem.conv_width()); }
+  Tile tile(const Stem& stem, int64_t) const override { return PairFormat::tile(stem.out_channels, stem.conv_width()); }
 };
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

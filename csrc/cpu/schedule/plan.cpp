@@ -1,9 +1,8 @@
 #include "plan.h"
 
 #include "channel_planes.h"
+#include "convolution_step.h"
 #include "head_step.h"
-#include "last_convolution_step.h"
-#include "stem_step.h"
 #include "unit_step.h"
 
 namespace shufflenet::cpu {
@@ -99,15 +98,15 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
   if (program.stem) {
     const Stem& stem = program.stem->stem;
     plane = plane_of(stem.out_height() * stem.out_width(), program.units.empty() && !program.last);
-    steps.images.push_back(memory.make<StemStep>(stem, *conv++, plane, kernels.stem(), unit_kernel, threads));
+    steps.images.push_back(
+        memory.make<ConvolutionStep<Stem>>(stem, *conv++, plane, kernels.stem(), unit_kernel, threads));
   } else if (converts_x) {
     const auto [n, channels, height, width] = program.x;
     (void)n;
     const TensorImage image = {program.layout, channels, height * width};
     plane = padded_plane(image.pixels);
-    const int64_t bytes = channels / unit_kernel.channels_per_element() * plane * unit_kernel.element_bytes();
     add_channels_step(
-        {"conversion", channels, height, width, true, bytes},
+        {"conversion", channels, height, width, true, unit_kernel.image_bytes(channels, plane)},
         [=, &kernel = kernels.image()](const void* from, void* to, Range some) {
           kernel.read(image, from, some, to, plane, thread_workspace.reserve(kernel.workspace_bytes(image)));
         });
@@ -132,19 +131,20 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
   }
   const int64_t* planes = is_named ? channels_at.planes() : nullptr;  // of what the next step reads
   if (program.last) {
-    const LastConvolution& layer = program.last->layer;
-    const int64_t x_plane = plane;
-    plane = plane_of(layer.pixels(), true);
-    steps.images.push_back(memory.make<LastConvolutionStep>(
-        layer, *conv++, x_plane, planes, plane, kernels.last_convolution(), unit_kernel, threads));
-    planes = nullptr;
+    LastConvolution layer = program.last->layer;
+    layer.x_plane = std::exchange(plane, plane_of(layer.pixels(), true));
+    layer.x_planes = std::exchange(planes, nullptr);
+    steps.images.push_back(memory.make<ConvolutionStep<LastConvolution>>(
+        layer, *conv++, plane, kernels.last_convolution(), unit_kernel, threads));
   }
   if (program.head) {
-    const Head& head = program.head->head;
+    Head head = program.head->head;
+    head.x_plane = plane;
+    head.x_planes = planes;
     const HeadKernel& kernel = kernels.head();
     add_channels_step({"", head.channels, head.height, head.width, false, kernel.means_step(head)},
                       [=, &kernel, images = images](const void* from, void* to, Range channels) {
-                        kernel.means(head, images, from, plane, planes, channels, to);
+                        kernel.means(head, images, from, channels, to);
                       });
     steps.linear = memory.make<LinearStep>(head, images, *conv++, kernel, threads);
   } else if (converts_result) {

@@ -43,7 +43,7 @@ class UnitStep final : public ImageStep {
   int64_t result_bytes() const override {
     const bool planes = unit_.layout == Layout::contiguous;
     const int64_t plane = planes ? pointers_.result_plane : unit_.out_height() * unit_.out_width();
-    return unit_.result_channels() / kernel_.channels_per_element() * plane * kernel_.element_bytes();
+    return kernel_.image_bytes(unit_.result_channels(), plane);
   }
 
   int64_t shared_bytes() const override {
