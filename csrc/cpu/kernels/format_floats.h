@@ -83,7 +83,10 @@ struct FloatFormat {
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       const int64_t plane = pointers.x_planes ? pointers.x_planes[c] : c;
       const A* const above = x_above.data ? x_above.channel(plane) : nullptr;
-      copy_with_halo(unit, rows, x.channel(plane), x_row, above, in_plane.data);
+      copy_with_halo(
+          unit, rows, x.channel(plane), x_row, above,
+          [&](const A* from, int64_t pixel, int64_t n) { std::copy_n(from, n, in_plane.data + pixel); },
+          [&](int64_t pixel, int64_t n) { std::fill_n(in_plane.data + pixel, n, A{0}); });
       depthwise_channel<A>(unit, rows, pointers.shortcut1, c, masks, in_plane.data, y2.channel(c));
     }
   }

@@ -13,12 +13,8 @@ class PairLastConvolution final : public LastConvolutionKernel {
            int64_t result_plane, void*) const override {
     const RowRange range = {rows.begin, rows.count(), 0};
     Products products;
-    FinishPairs finish = {
-        static_cast<const float*>(conv.bias),
-        static_cast<float>(kRelu.lower),
-        {},
-        Planes<Pair>{static_cast<Pair*>(result), result_plane}.from(-rows.begin / 2),  // from row 0 on
-        {}};
+    const Planes<Pair> y = {static_cast<Pair*>(result), result_plane};
+    FinishPairs finish = {{conv, kRelu}, {}, y.from(-rows.begin / 2), {}};  // which counts its planes from row 0 on
     const bool has_lone = has_lone_pair(layer.pixels(), layer.pixels());
     multiply({conv, layer.in_channels / 2, &range, 1, layer.pixels(), has_lone},
              {static_cast<const Pair*>(x), layer.x_plane}, products, finish);

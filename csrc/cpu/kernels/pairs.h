@@ -29,13 +29,8 @@ struct Pairs {
 
 inline int64_t pairs_of(int64_t channels) { return ceil_div(channels, 2); }
 
-// Stores the first n pixels of a vector.
-inline void store_pixels(float* p, Simd<float>::V v, int64_t n) {
-  if (n >= Simd<float>::kLanes) return Simd<float>::store(p, v);
-  Simd<float>::store(p, v, Simd<float>::first(n));
-}
 inline void store_pairs(Pair* p, Simd<float>::V first, Simd<float>::V second, int64_t n) {
-  store_pixels(reinterpret_cast<float*>(p), Pairs::pack(first, second), n);
+  store_some(reinterpret_cast<float*>(p), Pairs::pack(first, second), n);
 }
 
 inline void pack(const float* first, const float* second, int64_t pixels, Pair* pairs) {
@@ -49,8 +44,8 @@ inline void unpack(const Pair* pairs, int64_t pixels, float* first, float* secon
   using S = Simd<float>;
   for (int64_t i = 0; i < pixels; i += S::kLanes) {
     const auto both = Pairs::load(pairs + i);
-    store_pixels(first + i, Pairs::first(both), pixels - i);
-    store_pixels(second + i, Pairs::second(both), pixels - i);
+    store_some(first + i, Pairs::first(both), pixels - i);
+    store_some(second + i, Pairs::second(both), pixels - i);
   }
 }
 

@@ -40,11 +40,12 @@ bool has_lone_pixel(int64_t plane, int64_t pixel_end) {
   return pixel_end == plane && plane > Simd<A>::kLanes && plane % Simd<A>::kLanes == 1;
 }
 
-// Copies a pixel's column through the planes, followed by zeros to the end of a vector.
-template <class A>
-void gather_column(const A* x, const int64_t* offsets, int64_t depth, A* column) {
-  for (int64_t k = 0; k < depth; ++k) column[k] = x[offsets[k]];
-  std::fill(column + depth, column + ceil_div(depth, Simd<A>::kLanes) * Simd<A>::kLanes, A{0});
+// Copies a pixel's column through the planes, followed by zeros to the end of a vector. Plane k has it at x[offset(k)].
+template <class T, class Offset>
+void gather_column(const T* x, int64_t depth, const Offset& offset, T* column) {
+  constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+  for (int64_t k = 0; k < depth; ++k) column[k] = x[offset(k)];
+  std::fill(column + depth, column + ceil_div(depth, kLanes) * kLanes, T{});
 }
 
 template <class A>
@@ -58,7 +59,7 @@ Tile tile(int64_t channels, int64_t pixels, int64_t plane) {
 }
 
 // Consecutive rows of a grouped pointwise convolution that share their inputs.
-struct RowTile {
+struct RowRange {
   int64_t row, rows, group;
 };
 
@@ -77,7 +78,7 @@ struct Pointwise {
   const Convolution& conv;
   Activation activation;
   int64_t depth;  // of a group
-  const RowTile* row_tiles;
+  const RowRange* row_tiles;
   int64_t row_tile_count;
   int64_t y_row;  // the row whose results are channel 0 of y
   int64_t pixels;
@@ -90,13 +91,13 @@ template <class A>
 struct PointwiseLists {
   PointwiseLists() = default;
   PointwiseLists(Arena& arena, int64_t rows, int64_t depth)
-      : row_tiles(arena.take<RowTile>(rows)),
+      : row_tiles(arena.take<RowRange>(rows)),
         offsets(arena.take<int64_t>(depth)),
         weight_offsets(arena.take<int64_t>(depth)),
         y_offsets(arena.take<int64_t>(depth)),
         y_rows(arena.take<int64_t>(std::max<int64_t>(rows, kTileChannels))),
         column(arena.take<A>(depth + Simd<A>::kLanes)) {}
-  RowTile* row_tiles;
+  RowRange* row_tiles;
   int64_t* offsets;  // to the pixels of each of the depth's planes
   // To lines that later tiles work on, in the order in which a tile's steps prefetch them.
   int64_t *weight_offsets, *y_offsets;
@@ -111,7 +112,7 @@ struct PointwiseLists {
       for (int64_t row = 0; row < kTileChannels; ++row) y_rows[row] = row * y_stride;
       return;
     }
-    for (const RowTile* tile = p.row_tiles; tile != p.row_tiles + p.row_tile_count; ++tile) {
+    for (const RowRange* tile = p.row_tiles; tile != p.row_tiles + p.row_tile_count; ++tile) {
       for (int64_t row = tile->row; row < tile->row + tile->rows; ++row) y_rows[row] = p.y_planes[row] * y_stride;
     }
   }
@@ -139,10 +140,12 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
                const PointwiseLists<A>& lists) {
   constexpr int64_t kLanes = Simd<A>::kLanes;
   const PixelTiles<A> tiles(has_lone_pixel ? p.pixels - 1 : p.pixels);
-  const auto weight_of = [&](const RowTile& rows) { return static_cast<const A*>(p.conv.weight) + rows.row * p.depth; };
-  const auto x_of = [&](const RowTile& rows, int64_t pixel) { return x.channel(rows.group * p.depth) + pixel; };
+  const auto weight_of = [&](const RowRange& rows) {
+    return static_cast<const A*>(p.conv.weight) + rows.row * p.depth;
+  };
+  const auto x_of = [&](const RowRange& rows, int64_t pixel) { return x.channel(rows.group * p.depth) + pixel; };
   // The first row of a tile, and from where its rows are counted.
-  const auto y_of = [&](const RowTile& rows, int64_t pixel) {
+  const auto y_of = [&](const RowRange& rows, int64_t pixel) {
     return p.y_planes ? y.data + lists.y_rows[rows.row] + pixel : y.channel(rows.row - p.y_row) + pixel;
   };
   lists.fill_y_rows(p, y.stride);
@@ -152,7 +155,7 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
   t.block = ceil_div(p.depth, ceil_div(p.depth, kMostTerms));
   t.residual_stride = residual.stride;
   t.lower = static_cast<A>(p.activation.lower);
-  const auto point_to = [&](const RowTile& rows, int64_t pixel) {
+  const auto point_to = [&](const RowRange& rows, int64_t pixel) {
     t.weight = weight_of(rows);
     t.scale = p.conv.scale ? static_cast<const A*>(p.conv.scale) + rows.row : nullptr;
     t.bias = static_cast<const A*>(p.conv.bias) + rows.row;
@@ -168,9 +171,9 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
     end = std::min(tiles.count, begin + block);
     int64_t tile_of_group = 0;
     for (int64_t i = 0; i < p.row_tile_count; ++i) {
-      const RowTile& rows = p.row_tiles[i];
+      const RowRange& rows = p.row_tiles[i];
       const bool is_last = i + 1 == p.row_tile_count;
-      const RowTile& next_rows = p.row_tiles[is_last ? 0 : i + 1];
+      const RowRange& next_rows = p.row_tiles[is_last ? 0 : i + 1];
       for (int64_t tile = begin; tile < end; ++tile) {
         t.ahead = nullptr;
         if (p.far == Far::x && tile + block < tiles.count && tile_of_group < tiles.tile_vectors(tile + block)) {
@@ -191,7 +194,8 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
       }
       if (has_lone_pixel && end == tiles.count) {  // now, while the rows' weights are in the L1 cache
         point_to(rows, tiles.pixels);
-        if (rows.group != gathered) gather_column(t.x, t.offsets, p.depth, lists.column);
+        const auto offset = [&](int64_t k) { return t.offsets[k]; };
+        if (rows.group != gathered) gather_column(t.x, p.depth, offset, lists.column);
         gathered = rows.group;
         pointwise_pixel(t, rows.rows, lists.column);
       }

@@ -207,7 +207,7 @@ class StemTaps {
 // Computes the rows of the max pool whose middle row is among rows [row, end) of the convolution, for the channels of a
 // tile. The first of them goes to `result`.
 template <class T>
-void pool_rows(const Stem& stem, const RowTile& tile, int64_t row, int64_t end, const StemWorkspace<T>& own,
+void pool_rows(const Stem& stem, const RowRange& tile, int64_t row, int64_t end, const StemWorkspace<T>& own,
                Planes<accumulator_t<T>> result) {
   using A = accumulator_t<T>;
   const int64_t width = stem.conv_width(), out_width = stem.out_width();
@@ -245,7 +245,7 @@ class FloatStem final : public StemKernel {
       const int64_t first = stem.max_pool ? ceil_div(row, 2) : row;
       const Planes<A> to = {static_cast<A*>(result) + (first - rows.begin) * stem.out_width(), result_plane};
       for (int64_t c = 0; c < stem.out_channels;) {
-        const RowTile tile = {c, next_channels(stem.out_channels - c), 0};
+        const RowRange tile = {c, next_channels(stem.out_channels - c), 0};
         pointwise<A>({conv, stem.activation(), stem.taps(), &tile, 1, c, (end - row) * stem.conv_width()},
                      read_only(own.taps), {}, stem.max_pool ? own.convolved : to.from(c), false, own.lists);
         if (stem.max_pool) pool_rows(stem, tile, row, end, own, to);

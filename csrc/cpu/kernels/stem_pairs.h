@@ -81,8 +81,7 @@ class PairStem final : public StemKernel {
     // A row of the convolution. Each call has a later row than the one before.
     const auto convolve = [&](int64_t row, Planes<Pair> y) {
       if (row * stem.stride + stem.kernel_size > end) make_taps(row * stem.stride);
-      FinishPairs finish = {
-          static_cast<const float*>(conv.bias), static_cast<float>(stem.activation().lower), {}, y, {}};
+      FinishPairs finish = {{conv, stem.activation()}, {}, y, {}};
       multiply({conv, stem.kernel_size * row_pairs, &range, 1, stem.conv_width()},
                read_only(taps_of(row * stem.stride)), products, finish);
     };
