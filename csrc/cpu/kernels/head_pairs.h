@@ -77,7 +77,7 @@ class PairImages final : public ImageKernel {
   void read(const TensorImage& image, const void* from, Range channels, void* to, int64_t plane,
             void* workspace) const override {
     const Planes<float> planes = Arena(workspace).planes<float>(kImageChannels, image.pixels);
-    image_to_planes<T>(some_channels<const T>(image, from, channels), 0, image.pixels, {0, channels.count()}, planes);
+    image_to_planes<T>(image, from, {0, image.pixels}, channels, planes);
     for (int64_t c = 0; c < channels.count(); c += 2) {
       Pair* const pairs = static_cast<Pair*>(to) + (channels.begin + c) / 2 * plane;
       pack(planes.channel(c), planes.channel(c + 1), image.pixels, pairs);
@@ -91,8 +91,7 @@ class PairImages final : public ImageKernel {
       const Pair* const pairs = static_cast<const Pair*>(from) + (channels.begin + c) / 2 * plane;
       unpack(pairs, image.pixels, planes.channel(c), planes.channel(c + 1));
     }
-    planes_to_image<T>(
-        some_channels<T>(image, to, channels), 0, image.pixels, {0, channels.count()}, read_only(planes));
+    planes_to_image<T>(planes, image, to, {0, image.pixels}, channels);
   }
 };
 

@@ -20,25 +20,38 @@
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-// Planes in which what the shortcut of a unit of v2 gives is kept for conv3.
+// What comes between the convolutions of some rows.
 template <class Format>
-int64_t kept_planes(const Unit& unit) {
-  return Format::kKeepsShortcut ? unit.shortcut_channels / Format::kChannelsPerElement : 0;
-}
+struct Between {
+  using Element = typename Format::Element;
+  Planes<Element> y2;
+  Planes<Element> shortcut_y2,
+      kept_shortcut;  // of v2: behind each of the shortcut's convolutions, the latter for conv3
+
+  // Cuts their memory, for so many pixels.
+  void take(Arena& arena, const Unit& unit, int64_t pixels) {
+    if (unit.has_conv3()) y2 = arena.planes<Element>(Format::y2_planes(unit), pixels);
+    if (!unit.convolves_shortcut()) return;
+    shortcut_y2 = arena.planes<Element>(unit.in_channels / Format::kChannelsPerElement, pixels);
+    if (!Format::kKeepsShortcut) return;
+    kept_shortcut = arena.planes<Element>(unit.shortcut_channels / Format::kChannelsPerElement, pixels);
+  }
+
+  // Where the shortcut of a unit of v2 is written: kept for conv3, or in the result.
+  Planes<Element> shortcut_result(Planes<Element> result) const {
+    return Format::kKeepsShortcut ? kept_shortcut : result;
+  }
+};
 
 // What the phases hand on to each other.
 template <class Format>
-struct UnitBuffers {
+struct UnitBuffers : Between<Format> {
   using Element = typename Format::Element;
 
   UnitBuffers(const Unit& unit, Range rows, void* memory) : in(unit, rows) {
     const int64_t out_pixels = rows.count() * unit.out_width();
     Arena arena(memory);
-    if (unit.has_conv3()) y2 = arena.planes<Element>(Format::y2_planes(unit), out_pixels);
-    if (unit.convolves_shortcut()) {
-      shortcut_y2 = arena.planes<Element>(unit.in_channels / Format::kChannelsPerElement, out_pixels);
-      kept_shortcut = arena.planes<Element>(kept_planes<Format>(unit), out_pixels);
-    }
+    this->take(arena, unit, out_pixels);
     if (Format::is_copied(unit)) {
       copied_x = arena.planes<Element>(unit.in_channels, in.image.count() * unit.width);
       if (!unit.adds_residual()) result = arena.planes<Element>(unit.result_channels(), out_pixels);
@@ -47,8 +60,7 @@ struct UnitBuffers {
   }
 
   InputRows in;
-  Planes<Element> y2, copied_x, result;
-  Planes<Element> shortcut_y2, kept_shortcut;  // of v2: behind each of the shortcut's convolutions
+  Planes<Element> copied_x, result;
   int64_t bytes;
 };
 
@@ -144,28 +156,22 @@ void borrow_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows)
 
 // A strip's second phase goes through it some rows at a time, whose y2 stays in the L2 cache.
 template <class Format>
-struct StripWorkspace {
+struct StripWorkspace : Between<Format> {
   StripWorkspace(const UnitPart& strip, void* memory) {
-    using Element = typename Format::Element;
     constexpr int64_t kMostY2Bytes = 256 * 1024;
     const Unit& unit = strip.unit;
-    const int64_t planes = Format::y2_planes(unit), width = unit.out_width();
     const int64_t shortcut_planes = unit.convolves_shortcut() ? unit.in_channels / Format::kChannelsPerElement : 0;
-    const int64_t row_bytes = (planes + shortcut_planes) * width * static_cast<int64_t>(sizeof(Element));
+    const int64_t row = (Format::y2_planes(unit) + shortcut_planes) * unit.out_width();
+    const int64_t row_bytes = row * static_cast<int64_t>(sizeof(typename Format::Element));
     at_once = std::clamp<int64_t>(kMostY2Bytes / row_bytes, 1, strip.rows.count());
     Arena arena(memory);
-    y2 = arena.planes<Element>(planes, at_once * width);
-    if (unit.convolves_shortcut()) {
-      shortcut_y2 = arena.planes<Element>(shortcut_planes, at_once * width);
-      kept_shortcut = arena.planes<Element>(kept_planes<Format>(unit), at_once * width);
-    }
+    this->take(arena, unit, at_once * unit.out_width());
     rest = memory ? static_cast<char*>(memory) + arena.bytes() : nullptr;
     const Range most = {strip.rows.begin, strip.rows.begin + at_once};
     bytes = arena.bytes() + Format({strip.unit, strip.pointers, most}, 0, nullptr).bytes;
   }
   int64_t at_once;  // rows
-  Planes<typename Format::Element> y2, shortcut_y2, kept_shortcut;
-  void* rest;  // what a worker needs for these rows
+  void* rest;       // what a worker needs for these rows
   int64_t bytes;
 };
 
@@ -228,7 +234,7 @@ class UnitOf final : public UnitKernel {
       const Format own(part, 0, workspace);
       if (unit.convolves_shortcut()) {
         const Range rows = share_with(channels, unit.out_channels, unit.shortcut_channels);
-        own.shortcut2(rows, read_only(planes.shortcut_y2), shortcut_result(planes, planes.result));
+        own.shortcut2(rows, read_only(planes.shortcut_y2), planes.shortcut_result(planes.result));
       }
       own.conv3(channels, read_only(planes.y2), planes.shortcut, conv3_result(unit, planes.result));
     }
@@ -271,7 +277,7 @@ class UnitOf final : public UnitKernel {
       Planes<const Element> shortcut = unit.stride == 1 ? x.behind(pixel) : Planes<const Element>{};
       if (unit.convolves_shortcut()) {
         own.shortcut1({0, unit.in_channels}, x, y1.own.begin, read_only(planes(strip.x_above)), work.shortcut_y2);
-        own.shortcut2({0, unit.shortcut_channels}, read_only(work.shortcut_y2), shortcut_result(work, result));
+        own.shortcut2({0, unit.shortcut_channels}, read_only(work.shortcut_y2), work.shortcut_result(result));
         shortcut = read_only(work.kept_shortcut);
       }
       own.conv3({0, unit.out_channels}, read_only(work.y2), shortcut, conv3_result(unit, result));
@@ -294,12 +300,6 @@ class UnitOf final : public UnitKernel {
       A* const end = y1.channel(c) + in.halo.count() * unit.width;
       std::fill(end - (in.halo.end - in.image.end) * unit.width, end, A{0});
     }
-  }
-
-  // Where the shortcut of a unit of v2 is written: kept for conv3, or in the result.
-  template <class Kept>
-  static Planes<Element> shortcut_result(const Kept& kept, Planes<Element> result) {
-    return Format::kKeepsShortcut ? kept.kept_shortcut : result;
   }
 
   // The channels of the shortcut that go with some of `all` others to a worker.
