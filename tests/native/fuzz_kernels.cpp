@@ -297,7 +297,7 @@ static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPoint
   });
   if (!unit.has_conv3() && !kernel.is_copied(unit)) return;
   const int64_t channels = unit.has_conv3() ? unit.out_channels : unit.mid_channels;
-  in_shares(channels, kernel.out_multiple(), [&](Range share) {
+  in_shares(channels, kernel.channels_per_element(), [&](Range share) {
     const Buffer workspace(kernel.workspace_bytes(unit, rows, 0));
     kernel.conv3(part, share, workspace.get());
   });

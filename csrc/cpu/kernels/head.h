@@ -28,9 +28,12 @@ inline void add_linear_products(const A* const* weights, const A* const* means, 
 
 // Computes classes from the first on for some images. The last class stands in for those behind it.
 template <class T, int Images>
-void linear_tile(const Head& head, const Convolution& layer, const accumulator_t<T>* x, Range classes, T* result) {
+void linear_tile(const Head& head, const Convolution& layer, const void* all_means, int64_t image, Range classes,
+                 void* all_results) {
   using A = accumulator_t<T>;
   using S = Simd<A>;
+  const A* const x = static_cast<const A*>(all_means) + image * head.channels;
+  T* const result = static_cast<T*>(all_results) + image * head.classes;
   const A* weights[kLinearClasses];
   const A* means[Images];
   for (int c = 0; c < kLinearClasses; ++c) {
@@ -85,17 +88,11 @@ class FloatHead final : public HeadKernel {
   void linear(const Head& head, int64_t images, const Convolution& layer, const void* means, Range classes,
               void* result) const override {
     for (; classes.begin < classes.end; classes.begin += kLinearClasses) {
-      for (int64_t image = 0; image < images;) {
-        const A* const x = static_cast<const A*>(means) + image * head.channels;
-        T* const to = static_cast<T*>(result) + image * head.classes;
-        if (image + kLinearImages <= images) {
-          linear_tile<T, kLinearImages>(head, layer, x, classes, to);
-          image += kLinearImages;
-        } else {
-          linear_tile<T, 1>(head, layer, x, classes, to);
-          ++image;
-        }
+      int64_t image = 0;
+      for (; image + kLinearImages <= images; image += kLinearImages) {
+        linear_tile<T, kLinearImages>(head, layer, means, image, classes, result);
       }
+      for (; image < images; ++image) linear_tile<T, 1>(head, layer, means, image, classes, result);
     }
   }
 };

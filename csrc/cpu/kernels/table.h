@@ -62,9 +62,9 @@ class UnitKernel {
     return channels / channels_per_element() * plane * element_bytes();
   }
 
-  // What the phases' channels may be split by: each share but the last is a multiple of this.
+  // What intermediate channels may be split by: each share but the last is a multiple of this. Those of the result must
+  // not be cut inside of an element.
   virtual int64_t mid_multiple(const Unit&) const = 0;
-  virtual int64_t out_multiple() const = 0;
 
   virtual int64_t buffer_bytes(const Unit&, Range rows) const = 0;
   // What a worker needs for so many intermediate channels; conv3 needs that of none.

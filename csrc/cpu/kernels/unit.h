@@ -120,38 +120,32 @@ struct StripRows {
   int64_t bytes, lent_bytes;
 };
 
+// Copies a row of y1, or fills it with zeros where there is none to copy.
 template <class A>
-void copy_row(const Unit& unit, Planes<A> to, Planes<A> from) {
-  for (int64_t c = 0; c < unit.mid_channels; ++c) std::copy_n(from.channel(c), unit.width, to.channel(c));
-}
-
-template <class A>
-void clear_row(const Unit& unit, Planes<A> row) {
-  for (int64_t c = 0; c < unit.mid_channels; ++c) std::fill_n(row.channel(c), unit.width, A{0});
+void fill_row(const Unit& unit, Planes<A> to, Planes<A> from) {
+  for (int64_t c = 0; c < unit.mid_channels; ++c) {
+    if (from.data) {
+      std::copy_n(from.channel(c), unit.width, to.channel(c));
+    } else {
+      std::fill_n(to.channel(c), unit.width, A{0});
+    }
+  }
 }
 
 // Copies what the strips above and below need of y1.
 template <class A>
 void lend_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
-  if (strip.above) copy_row(unit, rows.first_row, rows.from_row(1));
-  if (strip.below) copy_row(unit, rows.last_row, rows.from_row(rows.own.count()));
+  if (strip.above) fill_row(unit, rows.first_row, rows.from_row(1));
+  if (strip.below) fill_row(unit, rows.last_row, rows.from_row(rows.own.count()));
 }
 
 // Fills the rows around a strip's own: from where another strip has them, or with zeros outside the image.
 template <class A>
 void borrow_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
-  if (strip.above) {
-    copy_row(unit, rows.y1, StripRows<A>(unit, *strip.above).last_row);
-  } else {
-    clear_row(unit, rows.y1);
-  }
+  fill_row(unit, rows.y1, strip.above ? StripRows<A>(unit, *strip.above).last_row : Planes<A>{});
   if (rows.in.halo.end == rows.own.end) return;
-  const Planes<A> below = rows.from_row(rows.own.count() + 1);
-  if (strip.below) {
-    copy_row(unit, below, StripRows<A>(unit, *strip.below).first_row);
-  } else {
-    clear_row(unit, below);
-  }
+  const Planes<A> below = strip.below ? StripRows<A>(unit, *strip.below).first_row : Planes<A>{};
+  fill_row(unit, rows.from_row(rows.own.count() + 1), below);
 }
 
 // A strip's second phase goes through it some rows at a time, whose y2 stays in the L2 cache.
@@ -188,7 +182,6 @@ class UnitOf final : public UnitKernel {
   int64_t channels_per_element() const override { return kChannels; }
   int64_t lanes() const override { return Simd<A>::kLanes; }
   int64_t mid_multiple(const Unit& unit) const override { return Format::mid_multiple(unit); }
-  int64_t out_multiple() const override { return kChannels; }
   Tile tile(int64_t channels, int64_t pixels, int64_t plane) const override {
     return Format::tile(channels, pixels, plane);
   }

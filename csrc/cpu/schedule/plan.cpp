@@ -57,13 +57,6 @@ const Convolution* convolutions_of(const Program& program, ProgramWeights weight
   return first;
 }
 
-// What a program's steps are made for.
-struct Setup {
-  Dtype dtype;  // of x and the result
-  int64_t images, threads;
-  Images sharing;  // which ways of running a step are wanted
-};
-
 struct Steps {
   ImageSteps images;
   const LinearStep* linear = nullptr;  // behind them, where there is a head
@@ -72,11 +65,11 @@ struct Steps {
 // Makes a program's steps, in the call's memory. They work on planes of the kernels' format, to which tensors are
 // converted, and back, unless they are such planes already. Channels of v2 are in any of them: x is copied ahead of a
 // unit that leaves half of it where it is, and a result is written in order by the conversion. A unit that copies its
-// parts has no conversions around it: it works on the tensors as they are.
-Steps steps_of(const Program& program, const Kernels& kernels, const Convolution* conv, const Setup& setup,
-               CallMemory& memory) {
-  const auto& [dtype, images, threads, sharing] = setup;
-  const Dtype accumulator = accumulator_of(dtype);
+// parts has no conversions around it: it works on the tensors as they are. `sharing` says which ways of running a step
+// are wanted.
+Steps steps_of(const Program& program, const Kernels& kernels, const Convolution* conv, const Call& call,
+               int64_t threads, const Images& sharing, CallMemory& memory) {
+  const Dtype dtype = call.dtype, accumulator = accumulator_of(dtype);
   const bool in_pairs = is_in_pairs(kernels);
   const bool on_tensors = program.copies_parts;
   const UnitKernel& unit_kernel = in_pairs || on_tensors ? kernels.unit() : isa().kernels(accumulator).unit();
@@ -86,7 +79,7 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
   const bool converts_result = converts || (is_named && !program.last);
   Steps steps;
   steps.images.reserve(program.units.size() + 4);
-  const auto add_channels_step = [&, threads = threads](const ChannelsWork& work, const auto& run) {
+  const auto add_channels_step = [&](const ChannelsWork& work, const auto& run) {
     steps.images.push_back(memory.make<ChannelsStep<std::decay_t<decltype(run)>>>(work, threads, run));
   };
   // Elements from plane to plane of what a step writes: the last one may write a tensor.
@@ -143,10 +136,10 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
     head.x_planes = planes;
     const HeadKernel& kernel = kernels.head();
     add_channels_step({"", head.channels, head.height, head.width, false, kernel.means_step(head)},
-                      [=, &kernel, images = images](const void* from, void* to, Range channels) {
+                      [=, &kernel, images = call.images](const void* from, void* to, Range channels) {
                         kernel.means(head, images, from, channels, to);
                       });
-    steps.linear = memory.make<LinearStep>(head, images, *conv++, kernel, threads);
+    steps.linear = memory.make<LinearStep>(head, call.images, *conv++, kernel, threads);
   } else if (converts_result) {
     const auto [n, channels, height, width] = program.sizes;
     (void)n;
@@ -167,8 +160,7 @@ void run_steps(const Program& program, const Kernels& kernels, const Call& call,
   CallMemory memory;
   const int64_t threads = torch::stable::get_num_threads();
   const Images images = images_of(call.images, threads);
-  const Setup setup = {call.dtype, call.images, threads, images};
-  const Steps steps = steps_of(program, kernels, convolutions_in(memory), setup, memory);
+  const Steps steps = steps_of(program, kernels, convolutions_in(memory), call, threads, images, memory);
   // Zeros: a format may compute with means of images that are none.
   std::unique_ptr<char[]> means;
   if (steps.linear) means.reset(new char[steps.linear->means_bytes()]());
@@ -197,11 +189,11 @@ void run_program(const Program& program, const Convolution* convolutions, const 
 Description describe_program(const Program& program, Dtype weights, const Call& call, int64_t threads) {
   CallMemory memory;
   const Images images = images_of(call.images, threads);
-  const Setup setup = {call.dtype, call.images, threads, {1, 1}};  // so that both ways are there
   const Kernels& kernels = kernels_for(program, call.dtype, weights);
   const Convolution* const convolutions =
       convolutions_of(program, {{}, accumulator_of(call.dtype), is_in_pairs(kernels), memory}, memory);
-  const Steps steps = steps_of(program, kernels, convolutions, setup, memory);
+  const Images both_ways = {1, 1};
+  const Steps steps = steps_of(program, kernels, convolutions, call, threads, both_ways, memory);
   Description description;
   description.images_alone = images.alone;
   description.images_shared = images.shared;

@@ -198,8 +198,8 @@ class UnitStep final : public ImageStep {
     share(unit_.mid_channels, kernel_.mid_multiple(unit_),
           [=](Range mid) { kernel_.conv1_and_depthwise(part, mid, workspace(mid.count())); });
     if (!has_last_phase()) return;
-    share(
-        last_channels(), kernel_.out_multiple(), [=](Range channels) { kernel_.conv3(part, channels, workspace(0)); });
+    share(last_channels(), kernel_.channels_per_element(),
+          [=](Range channels) { kernel_.conv3(part, channels, workspace(0)); });
   }
 
   // The strips of a partition, with the memory that the i-th has of each kind.
