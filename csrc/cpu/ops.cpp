@@ -6,10 +6,6 @@
 namespace shufflenet::cpu {
 namespace {
 
-Call call_of(const Tensor& x, const Tensor& result) {
-  return {x.const_data_ptr(), result.mutable_data_ptr(), dtype_of("x", x), x.size(0)};
-}
-
 // Calls run(call) with what a program takes and gives.
 template <class Run>
 Tensor with_result(const Program& program, const Tensor& given_x, const Run& run) {
@@ -17,7 +13,7 @@ Tensor with_result(const Program& program, const Tensor& given_x, const Run& run
   const Tensor result =
       program.head ? empty_like_x<2>(x, {x.size(0), program.head->head.classes}, {program.head->head.classes, 1})
                    : empty_like_x(x, program.sizes, program.layout);
-  if (x.size(0) > 0) run(call_of(x, result));
+  if (x.size(0) > 0) run(Call{x.const_data_ptr(), result.mutable_data_ptr(), dtype_of("x", x), x.size(0)});
   return result;
 }
 
@@ -28,11 +24,17 @@ Tensor run_packed(const Tensor& x, const Tensor& weights, const Program& program
 }
 
 template <class A>
-void run_tensors_as(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Call& call) {
+void run_arguments_as(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Call& call) {
   const std::vector<ConvolutionData<A>> data(arguments.begin(), arguments.end());
   std::vector<Convolution> convolutions;
   for (const ConvolutionData<A>& each : data) convolutions.push_back(each.pointers);
   run_program(program, convolutions.data(), call);
+}
+
+Tensor run_arguments(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Tensor& x) {
+  return with_result(program, x, [&](const Call& call) {
+    (call.dtype == Dtype::float64 ? run_arguments_as<double> : run_arguments_as<float>)(program, arguments, call);
+  });
 }
 
 Tensor run_tensors(Tensor x, std::vector<std::optional<Tensor>> tensors, std::vector<double> eps,
@@ -40,9 +42,7 @@ Tensor run_tensors(Tensor x, std::vector<std::optional<Tensor>> tensors, std::ve
   const auto [arguments, elements] = network_arguments(tensors, eps);
   const Program program = ProgramReader(check_x(x), layout_of(x), elements, integers).read();
   check_network(program, arguments, x);
-  return with_result(program, x, [&, &arguments = arguments](const Call& call) {
-    (call.dtype == Dtype::float64 ? run_tensors_as<double> : run_tensors_as<float>)(program, arguments, call);
-  });
+  return run_arguments(program, arguments, x);
 }
 
 // Runs a unit as a program of its own.
@@ -53,9 +53,7 @@ Tensor run_unit(const Unit& unit, const std::vector<ConvolutionArguments>& argum
   program.x = {x.size(0), unit.in_channels, unit.height, unit.width};
   program.sizes = {x.size(0), unit.result_channels(), unit.out_height(), unit.out_width()};
   program.copies_parts = !unit.is_v2();
-  return with_result(program, x, [&](const Call& call) {
-    (call.dtype == Dtype::float64 ? run_tensors_as<double> : run_tensors_as<float>)(program, arguments, call);
-  });
+  return run_arguments(program, arguments, x);
 }
 
 Tensor run_unit_v1(const UnitArguments& a) {

@@ -28,7 +28,7 @@ template <class T>
 class PairHead final : public HeadKernel {
  public:
   int64_t means_bytes(const Head& head, int64_t images) const override {
-    return head.channels / 2 * plane(images) * means_step(head);
+    return head.channels / 2 * padded_plane(images) * means_step(head);
   }
   int64_t means_step(const Head&) const override { return sizeof(Pair); }
 
@@ -46,7 +46,7 @@ class PairHead final : public HeadKernel {
           second += Pairs::second(pairs);
         }
       }
-      store_pairs(static_cast<Pair*>(means) + pair * plane(images), S::broadcast(S::sum(first) / pixels),
+      store_pairs(static_cast<Pair*>(means) + pair * padded_plane(images), S::broadcast(S::sum(first) / pixels),
                   S::broadcast(S::sum(second) / pixels), 1);
     }
   }
@@ -56,13 +56,9 @@ class PairHead final : public HeadKernel {
     const RowRange range = {classes.begin, classes.count(), 0};
     Products products;
     FinishClasses<T> finish = {static_cast<const float*>(layer.bias), static_cast<T*>(result), head.classes};
-    multiply({layer, head.channels / 2, &range, 1, images}, {static_cast<const Pair*>(means), plane(images)}, products,
-             finish);
+    multiply({layer, head.channels / 2, &range, 1, images}, {static_cast<const Pair*>(means), padded_plane(images)},
+             products, finish);
   }
-
- private:
-  // Pairs from plane to plane: whole cache lines.
-  static int64_t plane(int64_t images) { return padded_plane(images); }
 };
 
 template <class T>

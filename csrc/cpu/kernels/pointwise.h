@@ -104,9 +104,6 @@ struct PointwiseLists {
   int64_t* y_rows;  // from y to rows of the result: all, or those of any tile where rows follow each other
   A* column;
 
-  void fill_weight_offsets(int64_t depth) const {
-    for (int64_t k = 0; k < depth; ++k) weight_offsets[k] = k * kTileChannels;
-  }
   void fill_y_rows(const Pointwise<A>& p, int64_t y_stride) const {
     if (!p.y_planes) {
       for (int64_t row = 0; row < kTileChannels; ++row) y_rows[row] = row * y_stride;
@@ -225,8 +222,10 @@ void grouped_pointwise(const GroupedPointwise& p, Range rows, Planes<const A> x,
     const int64_t group = row / p.group_rows;
     lists.row_tiles[count] = {row, next_channels(std::min(rows.end, (group + 1) * p.group_rows) - row), group};
   }
-  for (int64_t k = 0; k < p.depth; ++k) lists.offsets[k] = (p.x_planes ? p.x_planes[k] : k) * x.stride;
-  lists.fill_weight_offsets(p.depth);
+  for (int64_t k = 0; k < p.depth; ++k) {
+    lists.offsets[k] = (p.x_planes ? p.x_planes[k] : k) * x.stride;
+    lists.weight_offsets[k] = k * kTileChannels;
+  }
   if (far == Far::y) lists.fill_y_offsets(p.depth, y.stride);
   pointwise<A>({p.conv, p.activation, p.depth, lists.row_tiles, count, y_row, pixels, far, p.y_planes}, x, residual, y,
                lone_pixel, lists);

@@ -153,14 +153,12 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
   return steps;
 }
 
-// Runs a program from the convolutions that `convolutions_in` finds in a call's memory.
-template <class ConvolutionsIn>
-void run_steps(const Program& program, const Kernels& kernels, const Call& call,
-               const ConvolutionsIn& convolutions_in) {
-  CallMemory memory;
+// Runs a program from its convolutions, in their order.
+void run_steps(const Program& program, const Kernels& kernels, const Convolution* convolutions, const Call& call,
+               CallMemory& memory) {
   const int64_t threads = torch::stable::get_num_threads();
   const Images images = images_of(call.images, threads);
-  const Steps steps = steps_of(program, kernels, convolutions_in(memory), call, threads, images, memory);
+  const Steps steps = steps_of(program, kernels, convolutions, call, threads, images, memory);
   // Zeros: a format may compute with means of images that are none.
   std::unique_ptr<char[]> means;
   if (steps.linear) means.reset(new char[steps.linear->means_bytes()]());
@@ -176,14 +174,15 @@ void run_steps(const Program& program, const Kernels& kernels, const Call& call,
 }  // namespace
 
 void run_program(const Program& program, const PackedWeights& weights, const Call& call) {
+  CallMemory memory;
   const Kernels& kernels = kernels_for(program, call.dtype, weights.dtype);
-  run_steps(program, kernels, call, [&](CallMemory& memory) {
-    return convolutions_of(program, {weights, accumulator_of(call.dtype), is_in_pairs(kernels), memory}, memory);
-  });
+  const ProgramWeights of_format(weights, accumulator_of(call.dtype), is_in_pairs(kernels), memory);
+  run_steps(program, kernels, convolutions_of(program, of_format, memory), call, memory);
 }
 
 void run_program(const Program& program, const Convolution* convolutions, const Call& call) {
-  run_steps(program, isa().kernels(call.dtype), call, [=](CallMemory&) { return convolutions; });
+  CallMemory memory;
+  run_steps(program, isa().kernels(call.dtype), convolutions, call, memory);
 }
 
 Description describe_program(const Program& program, Dtype weights, const Call& call, int64_t threads) {
@@ -194,9 +193,7 @@ Description describe_program(const Program& program, Dtype weights, const Call& 
       convolutions_of(program, {{}, accumulator_of(call.dtype), is_in_pairs(kernels), memory}, memory);
   const Images both_ways = {1, 1};
   const Steps steps = steps_of(program, kernels, convolutions, call, threads, both_ways, memory);
-  Description description;
-  description.images_alone = images.alone;
-  description.images_shared = images.shared;
+  Description description = {images, {}};
   for (const Step* step : steps.images) description.steps.push_back(step->describe());
   if (steps.linear) description.steps.push_back(steps.linear->describe());
   return description;

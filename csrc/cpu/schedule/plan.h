@@ -21,7 +21,7 @@ void run_program(const Program& program, const Convolution* convolutions, const 
 
 // How a call of run_program runs, in words and numbers, for explain.
 struct Description {
-  int64_t images_alone = 0, images_shared = 0;
+  Images images;
   std::vector<StepDescription> steps;
 };
 
