@@ -73,17 +73,22 @@ bool is_far(int64_t channels, int64_t pixels) {
   return channels * pixels * static_cast<int64_t>(sizeof(A)) > kMostBytes;
 }
 
-template <class A>
-struct Pointwise {
+struct GroupedPointwise {
   const Convolution& conv;
   Activation activation;
-  int64_t depth;  // of a group
+  int64_t depth, group_rows;  // of a group
+  // Of one that has no groups: the planes of x that it reads, and of y that its rows go to. Null: in their order.
+  const int64_t* x_planes = nullptr;
+  const int64_t* y_planes = nullptr;
+};
+
+// Some of its rows, cut into tiles.
+struct Pointwise : GroupedPointwise {
   const RowRange* row_tiles;
   int64_t row_tile_count;
-  int64_t y_row;  // the row whose results are channel 0 of y
+  int64_t y_row;  // the row whose results are channel 0 of y, where rows follow each other
   int64_t pixels;
   Far far = Far::nothing;
-  const int64_t* y_planes = nullptr;  // of all rows, from y's plane 0 on; null: rows follow each other
 };
 
 // The work lists of a pointwise convolution, in a worker's memory.
@@ -104,7 +109,7 @@ struct PointwiseLists {
   int64_t* y_rows;  // from y to rows of the result: all, or those of any tile where rows follow each other
   A* column;
 
-  void fill_y_rows(const Pointwise<A>& p, int64_t y_stride) const {
+  void fill_y_rows(const Pointwise& p, int64_t y_stride) const {
     if (!p.y_planes) {
       for (int64_t row = 0; row < kTileChannels; ++row) y_rows[row] = row * y_stride;
       return;
@@ -133,7 +138,7 @@ inline constexpr int64_t kBlockBytes = 24 * 1024;
 //
 // Offsets and row tiles are in `lists`; `has_lone_pixel` says that there is one behind the other pixels.
 template <class A>
-void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residual, Planes<A> y, bool has_lone_pixel,
+void pointwise(const Pointwise& p, Planes<const A> x, Planes<const A> residual, Planes<A> y, bool has_lone_pixel,
                const PointwiseLists<A>& lists) {
   constexpr int64_t kLanes = Simd<A>::kLanes;
   const PixelTiles<A> tiles(has_lone_pixel ? p.pixels - 1 : p.pixels);
@@ -202,17 +207,7 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
   } while (begin < tiles.count);
 }
 
-// A grouped pointwise convolution, of whose rows some are computed.
-struct GroupedPointwise {
-  const Convolution& conv;
-  Activation activation;
-  int64_t depth, group_rows;  // of a group
-  // Of one that has no groups: the planes of x that it reads, and of y that its rows go to. Null: in their order.
-  const int64_t* x_planes = nullptr;
-  const int64_t* y_planes = nullptr;
-};
-
-// Computes some rows of it, the first of which goes to channel 0 of y where `y_row` names it.
+// Computes some rows, the first of which goes to channel 0 of y where `y_row` names it.
 template <class A>
 void grouped_pointwise(const GroupedPointwise& p, Range rows, Planes<const A> x, int64_t pixels,
                        Planes<const A> residual, Planes<A> y, int64_t y_row, bool lone_pixel,
@@ -227,8 +222,7 @@ void grouped_pointwise(const GroupedPointwise& p, Range rows, Planes<const A> x,
     lists.weight_offsets[k] = k * kTileChannels;
   }
   if (far == Far::y) lists.fill_y_offsets(p.depth, y.stride);
-  pointwise<A>({p.conv, p.activation, p.depth, lists.row_tiles, count, y_row, pixels, far, p.y_planes}, x, residual, y,
-               lone_pixel, lists);
+  pointwise<A>({p, lists.row_tiles, count, y_row, pixels, far}, x, residual, y, lone_pixel, lists);
 }
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

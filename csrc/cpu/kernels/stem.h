@@ -198,8 +198,9 @@ class FloatStem final : public StemKernel {
       const Planes<A> to = {static_cast<A*>(result) + (first - rows.begin) * stem.out_width(), result_plane};
       for (int64_t c = 0; c < stem.out_channels;) {
         const RowRange tile = {c, next_channels(stem.out_channels - c), 0};
-        pointwise<A>({conv, stem.activation(), stem.taps(), &tile, 1, c, (end - row) * stem.conv_width()},
-                     read_only(own.taps), {}, stem.max_pool ? own.convolved : to.from(c), false, own.lists);
+        pointwise<A>(
+            {{conv, stem.activation(), stem.taps(), stem.out_channels}, &tile, 1, c, (end - row) * stem.conv_width()},
+            read_only(own.taps), {}, stem.max_pool ? own.convolved : to.from(c), false, own.lists);
         if (stem.max_pool) pool_rows(stem, tile, row, end, own, to);
         c += tile.rows;
       }

@@ -309,22 +309,18 @@ class UnitOf final : public UnitKernel {
   }
 };
 
+template <class Kernel>
+inline constexpr Kernel kKernel{};
+
 // The kernels of a format, by their classes.
 template <class Unit, class Stem, class LastConvolution, class Head, class Image>
 class KernelsOf final : public Kernels {
  public:
-  const UnitKernel& unit() const override { return kUnit; }
-  const StemKernel& stem() const override { return kStem; }
-  const LastConvolutionKernel& last_convolution() const override { return kLastConvolution; }
-  const HeadKernel& head() const override { return kHead; }
-  const ImageKernel& image() const override { return kImage; }
-
- private:
-  static constexpr Unit kUnit{};
-  static constexpr Stem kStem{};
-  static constexpr LastConvolution kLastConvolution{};
-  static constexpr Head kHead{};
-  static constexpr Image kImage{};
+  const UnitKernel& unit() const override { return kKernel<Unit>; }
+  const StemKernel& stem() const override { return kKernel<Stem>; }
+  const LastConvolutionKernel& last_convolution() const override { return kKernel<LastConvolution>; }
+  const HeadKernel& head() const override { return kKernel<Head>; }
+  const ImageKernel& image() const override { return kKernel<Image>; }
 };
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

@@ -8,15 +8,6 @@
 namespace shufflenet::cpu {
 namespace {
 
-int64_t element_bytes(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64: return 8;
-    case Dtype::bfloat16:
-    case Dtype::float16: return 2;
-    default: return 4;
-  }
-}
-
 Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
 
 bool is_in_pairs(const Kernels& kernels) { return kernels.unit().channels_per_element() > 1; }
@@ -34,9 +25,7 @@ const Kernels& kernels_for(const Program& program, Dtype dtype, Dtype weights) {
 
 // The convolutions of a program's steps, in their order, in the call's memory.
 const Convolution* convolutions_of(const Program& program, ProgramWeights weights, CallMemory& memory) {
-  size_t count = 3;
-  for (const PackedUnit& packed : program.units) count += packed.convolutions();
-  Convolution* const first = memory.array<Convolution>(static_cast<int64_t>(count));
+  Convolution* const first = memory.array<Convolution>(program.convolutions());
   Convolution* next = first;
   if (program.stem) *next++ = weights.stem(program.stem->conv, program.stem->stem);
   for (const auto& [unit, conv1, conv2, conv3, shortcut1, shortcut2] : program.units) {
@@ -189,10 +178,9 @@ Description describe_program(const Program& program, Dtype weights, const Call& 
   CallMemory memory;
   const Images images = images_of(call.images, threads);
   const Kernels& kernels = kernels_for(program, call.dtype, weights);
-  const Convolution* const convolutions =
-      convolutions_of(program, {{}, accumulator_of(call.dtype), is_in_pairs(kernels), memory}, memory);
+  const std::vector<Convolution> none(program.convolutions());
   const Images both_ways = {1, 1};
-  const Steps steps = steps_of(program, kernels, convolutions, call, threads, both_ways, memory);
+  const Steps steps = steps_of(program, kernels, none.data(), call, threads, both_ways, memory);
   Description description = {images, {}};
   for (const Step* step : steps.images) description.steps.push_back(step->describe());
   if (steps.linear) description.steps.push_back(steps.linear->describe());
