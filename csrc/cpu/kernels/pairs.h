@@ -10,7 +10,7 @@ struct Pair {
   uint16_t first, second;
 };
 
-struct Pairs {
+struct Pairs : PairIntrinsics {
   using S = Simd<float>;
   using V = S::V;  // of bits, where it holds pairs
   using Word = Stored<BFloat16>::Word;
@@ -24,7 +24,6 @@ struct Pairs {
 
   static V first(V pairs) { return reinterpret_cast<V>(reinterpret_cast<Word>(pairs) << 16); }
   static V second(V pairs) { return reinterpret_cast<V>(reinterpret_cast<Word>(pairs) & 0xffff0000); }
-  static V pack(V first, V second) { return PairIntrinsics::pack(first, second); }
 };
 
 inline int64_t pairs_of(int64_t channels) { return ceil_div(channels, 2); }

@@ -118,12 +118,6 @@ struct PointwiseLists {
       for (int64_t row = tile->row; row < tile->row + tile->rows; ++row) y_rows[row] = p.y_planes[row] * y_stride;
     }
   }
-  void fill_y_offsets(int64_t depth, int64_t y_stride) const {
-    for (int64_t k = 0; k < depth; ++k) {
-      const int64_t line = std::min<int64_t>(k, kTileChannels * kTileVectors - 1);
-      y_offsets[k] = line % kTileChannels * y_stride + line / kTileChannels * Simd<A>::kLanes;
-    }
-  }
 };
 
 // Pixels of a group's inputs that stay in the L1 cache while all row tiles work on them: half of the cache.
@@ -220,8 +214,10 @@ void grouped_pointwise(const GroupedPointwise& p, Range rows, Planes<const A> x,
   for (int64_t k = 0; k < p.depth; ++k) {
     lists.offsets[k] = (p.x_planes ? p.x_planes[k] : k) * x.stride;
     lists.weight_offsets[k] = k * kTileChannels;
+    if (far != Far::y) continue;
+    const int64_t line = std::min<int64_t>(k, kTileChannels * kTileVectors - 1);
+    lists.y_offsets[k] = line % kTileChannels * y.stride + line / kTileChannels * Simd<A>::kLanes;
   }
-  if (far == Far::y) lists.fill_y_offsets(p.depth, y.stride);
   pointwise<A>({p, lists.row_tiles, count, y_row, pixels, far}, x, residual, y, lone_pixel, lists);
 }
 
