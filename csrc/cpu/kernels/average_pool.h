@@ -40,28 +40,30 @@ void average_pool(const Unit& unit, Range rows, Range channels, const EdgeMasks<
         const V share = one / (S::shift_in(S::broadcast(column > 0 ? 1 : 0), inside) + one + inside);
         for (int n = 1; n <= 3; ++n) shares[n - 1] = share / static_cast<A>(n);
       }
-      struct Columns {
-        V first = {}, second = {};
-        A before = 0;
+      const auto read = [&](const A* row, V& first_half, V& second_half, A& before) __attribute__((always_inline)) {
+        first_half = S::load(row + left, mask.right[0]);
+        second_half = S::load(row + second, mask.right[1]);
+        if (column > 0) before = row[left - 1];
       };
-      const auto read = [&](const A* row) __attribute__((always_inline)) {
-        Columns columns = {S::load(row + left, mask.right[0]), S::load(row + second, mask.right[1])};
-        if (column > 0) columns.before = row[left - 1];
-        return columns;
-      };
-      Columns top = above ? read(above) : Columns{};
+      V top[2] = {};
+      A top_before = 0;
+      if (above) read(above, top[0], top[1], top_before);
       const A* from = first;
       A* y = result.channel(c) + column;
       for (int64_t row = rows.begin; row < rows.end; ++row, from += 2 * width, y += out_width) {
         const bool has_bottom = 2 * row + 1 < unit.height;
-        const Columns middle = read(from), bottom = has_bottom ? read(from + width) : Columns{};
-        const V before = S::broadcast(middle.before + top.before + bottom.before);
-        const V first_half = middle.first + top.first + bottom.first;
-        const V second_half = middle.second + top.second + bottom.second;
+        V middle[2], bottom[2] = {};
+        A before = 0, bottom_before = 0;
+        read(from, middle[0], middle[1], before);
+        if (has_bottom) read(from + width, bottom[0], bottom[1], bottom_before);
+        const V first_half = middle[0] + top[0] + bottom[0], second_half = middle[1] + top[1] + bottom[1];
         const V right = S::odd(first_half, second_half);
-        const V sum = S::shift_in(before, right) + S::even(first_half, second_half) + right;
+        const V left_of_first = S::broadcast(before + top_before + bottom_before);
+        const V sum = S::shift_in(left_of_first, right) + S::even(first_half, second_half) + right;
         S::store(y, S::max(lower, sum * shares[(row > 0) + has_bottom]), stored);
-        top = bottom;
+        top[0] = bottom[0];
+        top[1] = bottom[1];
+        top_before = bottom_before;
       }
     }
   }
