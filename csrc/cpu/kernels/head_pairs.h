@@ -37,8 +37,8 @@ class PairHead final : public HeadKernel {
     const float pixels = static_cast<float>(head.window_height * head.window_width);
     for (int64_t pair = channels.begin / 2; pair < channels.end / 2; ++pair) {
       S::V first = {}, second = {};
-      for (int64_t row = 0; row < head.window_height; ++row) {
-        const Pair* const from = static_cast<const Pair*>(x) + pair * head.x_plane + row * head.width;
+      const Pair* from = static_cast<const Pair*>(x) + pair * head.x_plane;
+      for (int64_t row = 0; row < head.window_height; ++row, from += head.width) {
         for (int64_t column = 0; column < head.window_width; column += S::kLanes) {
           const auto inside = S::first(head.window_width - column);
           const auto pairs = S::keep(Pairs::load(from + column), inside);

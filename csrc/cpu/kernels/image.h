@@ -7,7 +7,7 @@ namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 // Copies some pixels of some channels of a tensor's image to planes, of which channel 0 is that of the first.
 template <class T>
-void image_to_planes(const TensorImage& image, const void* data, Range pixels, Range channels,
+void image_to_planes(TensorImage image, const void* data, Range pixels, Range channels,
                      Planes<accumulator_t<T>> planes) {
   using S = Simd<accumulator_t<T>>;
   constexpr int kLanes = S::kLanes;
@@ -34,8 +34,7 @@ void image_to_planes(const TensorImage& image, const void* data, Range pixels, R
 
 // Copies the other way. Planes are anything that has the plane of a channel.
 template <class T, class PlanesOfChannels>
-void planes_to_image(const PlanesOfChannels& planes, const TensorImage& image, void* data, Range pixels,
-                     Range channels) {
+void planes_to_image(const PlanesOfChannels& planes, TensorImage image, void* data, Range pixels, Range channels) {
   using S = Simd<accumulator_t<T>>;
   constexpr int kLanes = S::kLanes;
   T* const y = static_cast<T*>(data);

@@ -35,7 +35,7 @@ inline void store_pairs(Pair* p, Simd<float>::V first, Simd<float>::V second, in
 inline void pack(const float* first, const float* second, int64_t pixels, Pair* pairs) {
   using S = Simd<float>;
   for (int64_t i = 0; i < pixels; i += S::kLanes) {
-    store_pairs(pairs + i, load_first(first + i, pixels - i), load_first(second + i, pixels - i), pixels - i);
+    store_pairs(pairs + i, load_some(first + i, pixels - i), load_some(second + i, pixels - i), pixels - i);
   }
 }
 
