@@ -251,8 +251,8 @@ MUTANTS = [
     Mutant(
         "channels last: the last channels of a pixel are not written",
         KERNELS + "image.h",
-        "store_first(y + (pixels.begin + p + i) * image.channels + channels.begin + c, rows[i], count - c)",
-        "store_first(y + (pixels.begin + p + i) * image.channels + channels.begin + c, rows[i], count - c - 1)",
+        "store_first(y + (p + i) * image.channels + c, rows[i], left)",
+        "store_first(y + (p + i) * image.channels + c, rows[i], left - 1)",
         "test_kernels.py::test_planes",
     ),
     Mutant(

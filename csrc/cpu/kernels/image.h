@@ -5,29 +5,35 @@
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
+// Finds a pixel of a channel in a tensor's image.
+template <class T, class Data>
+T* pixel_of(const TensorImage& image, Data* data, int64_t pixel, int64_t channel) {
+  const bool in_planes = image.layout == Layout::contiguous;
+  return static_cast<T*>(data) + (in_planes ? channel * image.pixels + pixel : pixel * image.channels + channel);
+}
+
 // Copies some pixels of some channels of a tensor's image to planes, of which channel 0 is that of the first.
 template <class T>
 void image_to_planes(TensorImage image, const void* data, Range pixels, Range channels,
                      Planes<accumulator_t<T>> planes) {
   using S = Simd<accumulator_t<T>>;
   constexpr int kLanes = S::kLanes;
-  const T* const x = static_cast<const T*>(data);
-  const int64_t count = channels.count(), n = pixels.count();
+  const T* const x = pixel_of<const T>(image, data, pixels.begin, channels.begin);
+  const int64_t n = pixels.count();
   if (image.layout == Layout::contiguous) {
-    for (int64_t c = 0; c < count; ++c) {
-      const T* const from = x + (channels.begin + c) * image.pixels + pixels.begin;
+    for (int64_t c = 0; c < channels.count(); ++c) {
+      const T* const from = x + c * image.pixels;
       for (int64_t p = 0; p < n; p += kLanes) S::store(planes.channel(c) + p, load_first(from + p, n - p));
     }
     return;
   }
   for (int64_t p = 0; p < n; p += kLanes) {
-    for (int64_t c = 0; c < count; c += kLanes) {
+    for (int64_t c = 0; c < channels.count(); c += kLanes) {
+      const int64_t left = channels.count() - c;
       typename S::V rows[kLanes] = {};
-      for (int i = 0; i < kLanes && p + i < n; ++i) {
-        rows[i] = load_first(x + (pixels.begin + p + i) * image.channels + channels.begin + c, count - c);
-      }
+      for (int i = 0; i < kLanes && p + i < n; ++i) rows[i] = load_first(x + (p + i) * image.channels + c, left);
       S::transpose(rows);
-      for (int i = 0; i < kLanes && i < count - c; ++i) S::store(planes.channel(c + i) + p, rows[i]);
+      for (int i = 0; i < kLanes && i < left; ++i) S::store(planes.channel(c + i) + p, rows[i]);
     }
   }
 }
@@ -37,23 +43,22 @@ template <class T, class PlanesOfChannels>
 void planes_to_image(const PlanesOfChannels& planes, TensorImage image, void* data, Range pixels, Range channels) {
   using S = Simd<accumulator_t<T>>;
   constexpr int kLanes = S::kLanes;
-  T* const y = static_cast<T*>(data);
-  const int64_t count = channels.count(), n = pixels.count();
+  T* const y = pixel_of<T>(image, data, pixels.begin, channels.begin);
+  const int64_t n = pixels.count();
   if (image.layout == Layout::contiguous) {
-    for (int64_t c = 0; c < count; ++c) {
-      T* const to = y + (channels.begin + c) * image.pixels + pixels.begin;
+    for (int64_t c = 0; c < channels.count(); ++c) {
+      T* const to = y + c * image.pixels;
       for (int64_t p = 0; p < n; p += kLanes) store_first(to + p, S::load(planes.channel(c) + p), n - p);
     }
     return;
   }
   for (int64_t p = 0; p < n; p += kLanes) {
-    for (int64_t c = 0; c < count; c += kLanes) {
+    for (int64_t c = 0; c < channels.count(); c += kLanes) {
+      const int64_t left = channels.count() - c;
       typename S::V rows[kLanes] = {};
-      for (int i = 0; i < kLanes && i < count - c; ++i) rows[i] = S::load(planes.channel(c + i) + p);
+      for (int i = 0; i < kLanes && i < left; ++i) rows[i] = S::load(planes.channel(c + i) + p);
       S::transpose(rows);
-      for (int i = 0; i < kLanes && p + i < n; ++i) {
-        store_first(y + (pixels.begin + p + i) * image.channels + channels.begin + c, rows[i], count - c);
-      }
+      for (int i = 0; i < kLanes && p + i < n; ++i) store_first(y + (p + i) * image.channels + c, rows[i], left);
     }
   }
 }
