@@ -71,8 +71,7 @@ void fill_edge_masks(const Unit& unit, Range rows, EdgeMasks<A>* masks) {
 // Goes through a row from the left, a vector of even and one of odd columns at a time: what the taps of a 3x3 window
 // read with stride 2.
 template <class A>
-class StridedColumns {
- public:
+struct StridedColumns {
   using S = Simd<A>;
   using V = typename S::V;
 

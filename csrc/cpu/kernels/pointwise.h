@@ -48,14 +48,11 @@ void gather_column(const T* x, int64_t depth, const Offset& offset, T* column) {
   std::fill(column + depth, column + ceil_div(depth, kLanes) * kLanes, T{});
 }
 
+// The largest tile for so many channels that share their inputs, and for the last pixels of a plane, or of none.
 template <class A>
-Tile largest_tile(int64_t channels, const PixelTiles<A>& tiles) {
+Tile tile(int64_t channels, int64_t pixels, int64_t plane = 0) {
+  const PixelTiles<A> tiles(has_lone_pixel<A>(plane, plane) ? pixels - 1 : pixels);
   return {next_channels(channels), tiles.count ? ceil_div(tiles.vectors, tiles.count) : 0};
-}
-
-template <class A>
-Tile tile(int64_t channels, int64_t pixels, int64_t plane) {
-  return largest_tile(channels, PixelTiles<A>(has_lone_pixel<A>(plane, plane) ? pixels - 1 : pixels));
 }
 
 // Consecutive rows of a grouped pointwise convolution that share their inputs.

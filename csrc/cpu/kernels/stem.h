@@ -209,7 +209,7 @@ class FloatStem final : public StemKernel {
 
   Tile tile(const Stem& stem, int64_t) const override {
     const int64_t rows = std::min(rows_at_once(stem), stem.conv_height());
-    return largest_tile(stem.out_channels, PixelTiles<A>(rows * stem.conv_width()));
+    return SHUFFLENET_ISA::tile<A>(stem.out_channels, rows * stem.conv_width());
   }
 };
 
