@@ -91,7 +91,7 @@ py::dict describe(const Sizes& x, bool channels_last, const std::string& dtype, 
         py::arg("shared") = to_dict(step.shared)));
   }
   return py::dict(py::arg("images") = py::dict(
-                      py::arg("alone") = description.images_alone, py::arg("shared") = description.images_shared),
+                      py::arg("alone") = description.images.alone, py::arg("shared") = description.images.shared),
                   py::arg("steps") = steps);
 }
 

@@ -40,7 +40,12 @@ struct LastConvolution {
   int64_t height = 0;
   int64_t width = 0;
   int64_t out_channels = 0;
+  // How x lies in memory, as in UnitPointers.
+  int64_t x_plane = 0;
+  const int64_t* x_planes = nullptr;
 
+  int64_t out_height() const { return height; }
+  int64_t out_width() const { return width; }
   int64_t pixels() const { return height * width; }
   int64_t multiply_adds() const { return pixels() * in_channels * out_channels; }
   int64_t weights_and_biases() const { return out_channels * (in_channels + 1); }
@@ -54,6 +59,9 @@ struct Head {
   int64_t window_height = 0;
   int64_t window_width = 0;
   int64_t classes = 0;
+  // How x lies in memory, as in UnitPointers.
+  int64_t x_plane = 0;
+  const int64_t* x_planes = nullptr;
 };
 
 }  // namespace shufflenet

@@ -18,7 +18,7 @@ struct PackedUnit {
   PackedConvolution conv1, conv2, conv3;
   PackedConvolution shortcut1, shortcut2;  // of v2 with stride 2
 
-  size_t convolutions() const { return unit.convolves_shortcut() ? 5 : 3; }
+  int64_t convolutions() const { return unit.convolves_shortcut() ? 5 : 3; }
 };
 
 struct PackedStem {
@@ -52,9 +52,16 @@ struct Program {
   std::vector<PackedUnit> units;  // all of one version
   std::optional<PackedLastConvolution> last;
   std::optional<PackedHead> head;
-  Layout layout;   // of x
-  Sizes x, sizes;  // of x, and of what the head, or else the caller, gets
+  Layout layout;              // of x
+  Sizes x, sizes;             // of x, and of what the head, or else the caller, gets
+  bool copies_parts = false;  // of one unit that is run in parts, each of which copies what it needs of x
 
+  // Counts linear layers as well.
+  int64_t convolutions() const {
+    int64_t count = stem.has_value() + last.has_value() + head.has_value();
+    for (const PackedUnit& packed : units) count += packed.convolutions();
+    return count;
+  }
   bool is_v2() const { return !units.empty() && units[0].unit.is_v2(); }
 };
 
@@ -319,10 +326,9 @@ inline std::pair<std::vector<ConvolutionArguments>, int64_t> network_arguments(
 
 // Refuses arguments that are not those of a program's convolutions.
 inline void check_network(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Tensor& x) {
-  size_t count = program.stem.has_value() + program.last.has_value() + program.head.has_value();
-  for (const PackedUnit& packed : program.units) count += packed.convolutions();
-  if (arguments.size() != count) {
-    fail("tensors: got those of ", arguments.size(), " convolutions and linear layers, expected ", count);
+  if (static_cast<int64_t>(arguments.size()) != program.convolutions()) {
+    fail("tensors: got those of ", arguments.size(), " convolutions and linear layers, expected ",
+         program.convolutions());
   }
   const ConvolutionArguments* next = arguments.data();
   if (program.stem) {

@@ -251,8 +251,8 @@ MUTANTS = [
     Mutant(
         "channels last: the last channels of a pixel are not written",
         KERNELS + "image.h",
-        "store_first(image.data + (begin + p + i) * image.channels + c, rows[i], channels)",
-        "store_first(image.data + (begin + p + i) * image.channels + c, rows[i], channels - 1)",
+        "store_first(y + (p + i) * image.channels + c, rows[i], left)",
+        "store_first(y + (p + i) * image.channels + c, rows[i], left - 1)",
         "test_kernels.py::test_planes",
     ),
     Mutant(
@@ -577,8 +577,8 @@ MUTANTS = [
     Mutant(
         "v2's shortcut: the row above a strip is taken for one outside of the image",
         KERNELS + "depthwise.h",
-        "std::copy_n(x_above, width, to)",
-        "std::fill_n(to, width, A{0})",
+        "copy(x_above, pixel(in.image.begin), width)",
+        "clear(pixel(in.image.begin), width)",
         "test_v2.py::test_threads_change_nothing",
     ),
     Mutant(

@@ -6,33 +6,6 @@
 namespace shufflenet::cpu {
 namespace {
 
-Call call_of(const Tensor& x, const Tensor& result) {
-  return {x.const_data_ptr(), result.mutable_data_ptr(), dtype_of("x", x), x.size(0)};
-}
-
-template <class A>
-void run_unit_as(const UnitArguments& arguments, Unit unit, const Tensor& x, const Tensor& result) {
-  unit.batch = 1;
-  const UnitData<A> data(arguments);
-  UnitPointers pointers;
-  pointers.conv1 = data.conv1.pointers;
-  pointers.conv2 = data.conv2.pointers;
-  if (data.conv3) pointers.conv3 = data.conv3->pointers;
-  pointers.x_plane = unit.height * unit.width;
-  pointers.result_plane = unit.out_height() * unit.out_width();
-  run_unit(unit, pointers, call_of(x, result));
-}
-
-Tensor run(const UnitArguments& arguments) {
-  const Unit unit = check_unit(arguments);
-  const Tensor x = dense(arguments.x, unit.layout);
-  const Tensor result = empty_result(x, unit);
-  if (unit.batch == 0) return result;
-  const bool is_double = dtype_of("x", x) == Dtype::float64;
-  (is_double ? run_unit_as<double> : run_unit_as<float>)(arguments, unit, x, result);
-  return result;
-}
-
 // Calls run(call) with what a program takes and gives.
 template <class Run>
 Tensor with_result(const Program& program, const Tensor& given_x, const Run& run) {
@@ -40,7 +13,7 @@ Tensor with_result(const Program& program, const Tensor& given_x, const Run& run
   const Tensor result =
       program.head ? empty_like_x<2>(x, {x.size(0), program.head->head.classes}, {program.head->head.classes, 1})
                    : empty_like_x(x, program.sizes, program.layout);
-  if (x.size(0) > 0) run(call_of(x, result));
+  if (x.size(0) > 0) run(Call{x.const_data_ptr(), result.mutable_data_ptr(), dtype_of("x", x), x.size(0)});
   return result;
 }
 
@@ -51,11 +24,17 @@ Tensor run_packed(const Tensor& x, const Tensor& weights, const Program& program
 }
 
 template <class A>
-void run_tensors_as(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Call& call) {
+void run_arguments_as(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Call& call) {
   const std::vector<ConvolutionData<A>> data(arguments.begin(), arguments.end());
   std::vector<Convolution> convolutions;
   for (const ConvolutionData<A>& each : data) convolutions.push_back(each.pointers);
   run_program(program, convolutions.data(), call);
+}
+
+Tensor run_arguments(const Program& program, const std::vector<ConvolutionArguments>& arguments, const Tensor& x) {
+  return with_result(program, x, [&](const Call& call) {
+    (call.dtype == Dtype::float64 ? run_arguments_as<double> : run_arguments_as<float>)(program, arguments, call);
+  });
 }
 
 Tensor run_tensors(Tensor x, std::vector<std::optional<Tensor>> tensors, std::vector<double> eps,
@@ -63,12 +42,28 @@ Tensor run_tensors(Tensor x, std::vector<std::optional<Tensor>> tensors, std::ve
   const auto [arguments, elements] = network_arguments(tensors, eps);
   const Program program = ProgramReader(check_x(x), layout_of(x), elements, integers).read();
   check_network(program, arguments, x);
-  return with_result(program, x, [&, &arguments = arguments](const Call& call) {
-    (call.dtype == Dtype::float64 ? run_tensors_as<double> : run_tensors_as<float>)(program, arguments, call);
-  });
+  return run_arguments(program, arguments, x);
 }
 
-// A program of one unit.
+// Runs a unit as a program of its own.
+Tensor run_unit(const Unit& unit, const std::vector<ConvolutionArguments>& arguments, const Tensor& x) {
+  Program program;
+  program.units.push_back({unit, {}, {}, {}, {}, {}});
+  program.layout = unit.layout;
+  program.x = {x.size(0), unit.in_channels, unit.height, unit.width};
+  program.sizes = {x.size(0), unit.result_channels(), unit.out_height(), unit.out_width()};
+  program.copies_parts = !unit.is_v2();
+  return run_arguments(program, arguments, x);
+}
+
+Tensor run_unit_v1(const UnitArguments& a) {
+  Unit unit = check_unit(a);
+  unit.batch = 1;
+  std::vector<ConvolutionArguments> arguments = {a.conv1, a.conv2};
+  if (a.conv3) arguments.push_back(*a.conv3);
+  return run_unit(unit, arguments, a.x);
+}
+
 Tensor run_unit_v2(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias, Tensor conv2_weight,
                    std::optional<Tensor> conv2_bias, Tensor conv3_weight, std::optional<Tensor> conv3_bias,
                    std::optional<Tensor> shortcut1_weight, std::optional<Tensor> shortcut1_bias,
@@ -89,21 +84,14 @@ Tensor run_unit_v2(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bi
   const Unit unit = check_unit(a);
   std::vector<ConvolutionArguments> arguments = {a.conv1, a.conv2, a.conv3};
   if (unit.convolves_shortcut()) arguments.insert(arguments.end(), {*a.shortcut1, *a.shortcut2});
-  Program program;
-  program.units.push_back({unit, {}, {}, {}, {}, {}});
-  program.layout = unit.layout;
-  program.x = {x.size(0), unit.in_channels, unit.height, unit.width};
-  program.sizes = {x.size(0), unit.result_channels(), unit.out_height(), unit.out_width()};
-  return with_result(program, x, [&](const Call& call) {
-    (call.dtype == Dtype::float64 ? run_tensors_as<double> : run_tensors_as<float>)(program, arguments, call);
-  });
+  return run_unit(unit, arguments, x);
 }
 
 }  // namespace
 }  // namespace shufflenet::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CPU, m) {
-  shufflenet::Ops<shufflenet::cpu::run, shufflenet::cpu::run_packed>::implement(m);
+  shufflenet::Ops<shufflenet::cpu::run_unit_v1, shufflenet::cpu::run_packed>::implement(m);
   m.impl("shuffle_network_batch_norm", TORCH_BOX(&shufflenet::cpu::run_tensors));
   m.impl("shuffle_unit_v2", TORCH_BOX(&shufflenet::cpu::run_unit_v2));
 }

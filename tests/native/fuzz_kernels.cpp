@@ -297,7 +297,7 @@ static void run_part(const UnitKernel& kernel, const Unit& unit, const UnitPoint
   });
   if (!unit.has_conv3() && !kernel.is_copied(unit)) return;
   const int64_t channels = unit.has_conv3() ? unit.out_channels : unit.mid_channels;
-  in_shares(channels, kernel.out_multiple(), [&](Range share) {
+  in_shares(channels, kernel.channels_per_element(), [&](Range share) {
     const Buffer workspace(kernel.workspace_bytes(unit, rows, 0));
     kernel.conv3(part, share, workspace.get());
   });
@@ -801,8 +801,9 @@ static std::vector<double> expected_means(const Head& h, const std::vector<doubl
 
 template <class A>
 static void check_head(Dtype dtype, const Isa& isa) {
-  const Head h = random_head(uniform(1, 150));
+  Head h = random_head(uniform(1, 150));
   const int64_t images = uniform(1, 9), pixels = h.height * h.width, plane = pixels + uniform(0, 9);
+  h.x_plane = plane;
   const Weights w = random_weights(h.classes, h.channels);
   const Pointers<A> linear(w);
   const HeadKernel& kernel = isa.kernels(dtype).head();
@@ -813,9 +814,8 @@ static void check_head(Dtype dtype, const Isa& isa) {
     Array<A> x((h.channels - 1) * plane + pixels, std::numeric_limits<A>::quiet_NaN());
     const std::vector<double> values = random_values(h.channels * pixels);
     for (int64_t i = 0; i < h.channels * pixels; ++i) x[i / pixels * plane + i % pixels] = static_cast<A>(values[i]);
-    in_shares(h.channels, 1, [&](Range share) {
-      kernel.means(h, images, x.data(), plane, nullptr, share, means.data() + image * h.channels);
-    });
+    in_shares(h.channels, 1,
+              [&](Range share) { kernel.means(h, images, x.data(), share, means.data() + image * h.channels); });
     const std::vector<double> expected = expected_means(h, values);
     for (int64_t c = 0; c < h.channels; ++c) {
       const int64_t i = image * h.channels + c;
@@ -841,10 +841,11 @@ static void check_head(Dtype dtype, const Isa& isa) {
 
 // The head of a program in bfloat16, from planes of pairs; its means are pairs as well.
 static void check_pair_head(const Isa& isa) {
-  const Head h = random_head(2 * uniform(1, 75));
+  Head h = random_head(2 * uniform(1, 75));
   const Dtype dtype = uniform(0, 1) ? Dtype::bfloat16 : Dtype::float32;
   const HeadKernel& kernel = isa.pair_kernels(dtype)->head();
   const int64_t images = uniform(1, 9), pixels = h.height * h.width, plane = pixels + uniform(0, 9);
+  h.x_plane = plane;
   Weights w = random_weights(h.classes, h.channels);
   round_weights(w);
   const Array<char> weight = pair_weights(w, h.channels);
@@ -857,7 +858,7 @@ static void check_pair_head(const Isa& isa) {
     for (const double mean : expected_means(h, values)) exact.push_back(mean);
     const Array<char> x = pairs_of(values, h.channels, pixels, plane);
     void* const own = static_cast<char*>(means.get()) + image * kernel.means_step(h);
-    in_shares(h.channels, 2, [&](Range share) { kernel.means(h, images, x.data(), plane, nullptr, share, own); });
+    in_shares(h.channels, 2, [&](Range share) { kernel.means(h, images, x.data(), share, own); });
   }
 
   Array<char> result(images * h.classes * size_of(dtype), '\xff');

@@ -220,7 +220,9 @@ static void check_pair_unit_v2(const Isa& isa) {
 }
 
 static LastConvolution random_last(int64_t even) {
-  return {even * uniform(1, 30), uniform(1, 9), uniform(1, 20), even * uniform(1, 20)};
+  LastConvolution layer = {even * uniform(1, 30), uniform(1, 9), uniform(1, 20), even * uniform(1, 20), 0, nullptr};
+  layer.x_plane = layer.pixels() + uniform(0, 9);
+  return layer;
 }
 
 static Channels random_channels(const LastConvolution& layer) {
@@ -231,15 +233,16 @@ static Channels random_channels(const LastConvolution& layer) {
 
 template <class A>
 static void check_last_convolution(const Isa& isa) {
-  const LastConvolution layer = random_last(1);
+  LastConvolution layer = random_last(1);
   const Channels x = random_channels(layer);
   const Weights w = random_weights(layer.out_channels, layer.in_channels);
   const Channels expected = convolved(x, w, layer.out_channels, 1, false, true, 0);
   const Dtype dtype = std::is_same_v<A, double> ? Dtype::float64 : Dtype::float32;
   const LastConvolutionKernel& kernel = isa.kernels(dtype).last_convolution();
   const Pointers<A> conv(w);
-  const int64_t x_plane = layer.pixels() + uniform(0, 9), plane = layer.pixels() + uniform(0, 9);
+  const int64_t x_plane = layer.x_plane, plane = layer.pixels() + uniform(0, 9);
   const std::vector<int64_t> planes = random_planes(layer.in_channels);
+  layer.x_planes = planes.data();
   Array<A> image((layer.in_channels - 1) * x_plane + layer.pixels(), std::numeric_limits<A>::quiet_NaN());
   for (int64_t c = 0; c < layer.in_channels; ++c) {
     for (int64_t p = 0; p < layer.pixels(); ++p) image[planes[c] * x_plane + p] = static_cast<A>(x.at(c, p));
@@ -247,7 +250,8 @@ static void check_last_convolution(const Isa& isa) {
   Array<A> result((layer.out_channels - 1) * plane + layer.pixels(), std::numeric_limits<A>::quiet_NaN());
   in_shares(layer.out_channels, 1, [&](Range rows) {
     const Buffer workspace(kernel.workspace_bytes(layer));
-    kernel.run(layer, conv, image.data(), x_plane, planes.data(), rows, result.data(), plane, workspace.get());
+    A* const first = result.data() + rows.begin * plane;
+    kernel.run(layer, conv, image.data(), rows, first, plane, workspace.get());
   });
   for (int64_t i = 0; i < layer.out_channels * layer.pixels(); ++i) {
     const double got = static_cast<double>(result[i / layer.pixels() * plane + i % layer.pixels()]);
@@ -265,12 +269,12 @@ static void check_pair_last_convolution(const Isa& isa) {
   const LastConvolutionKernel& kernel = isa.pair_kernels(Dtype::bfloat16)->last_convolution();
   const Pointers<float> conv(w);
   const Array<char> weight = pair_weights(w, layer.in_channels);
-  const int64_t x_plane = layer.pixels() + uniform(0, 9), plane = layer.pixels() + uniform(0, 9);
+  const int64_t x_plane = layer.x_plane, plane = layer.pixels() + uniform(0, 9);
   const Array<char> image = pairs_of(x.value, layer.in_channels, layer.pixels(), x_plane);
   Array<uint16_t> result(2 * ((layer.out_channels / 2 - 1) * plane + layer.pixels()), 0xffff);
   in_shares(layer.out_channels, 2, [&](Range rows) {
-    kernel.run(layer, {weight.data(), nullptr, conv.bias.data()}, image.data(), x_plane, nullptr, rows, result.data(),
-               plane, nullptr);
+    uint16_t* const first = result.data() + rows.begin * plane;
+    kernel.run(layer, {weight.data(), nullptr, conv.bias.data()}, image.data(), rows, first, plane, nullptr);
   });
   for (int64_t i = 0; i < layer.out_channels * layer.pixels(); ++i) {
     const int64_t c = i / layer.pixels(), p = i % layer.pixels();

@@ -28,21 +28,17 @@
 #define SHUFFLENET_TARGET_BEGIN(isas) \
   SHUFFLENET_PRAGMA(clang attribute push(__attribute__((target(isas))), apply_to = function))
 #define SHUFFLENET_TARGET_END SHUFFLENET_PRAGMA(clang attribute pop)
-#else
-#define SHUFFLENET_TARGET_BEGIN(isas) SHUFFLENET_PRAGMA(GCC push_options) SHUFFLENET_PRAGMA(GCC target(isas))
-#define SHUFFLENET_TARGET_END SHUFFLENET_PRAGMA(GCC pop_options)
-#endif
-
-// What AVX-512 is here, and what the ISAs that build on it have as well.
-#define SHUFFLENET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
-
-// Every AArch64 compiler has NEON on; its region is there for GCC's scheduler. Before it allocates registers it moves
-// the loads of a tile's weights together, and then spills accumulators in the inner loop, of 24 multiply-adds.
-#if defined(__clang__)
 #define SHUFFLENET_UNSCHEDULED_BEGIN
 #define SHUFFLENET_UNSCHEDULED_END
 #else
+#define SHUFFLENET_TARGET_BEGIN(isas) SHUFFLENET_PRAGMA(GCC push_options) SHUFFLENET_PRAGMA(GCC target(isas))
+#define SHUFFLENET_TARGET_END SHUFFLENET_PRAGMA(GCC pop_options)
+// Every AArch64 compiler has NEON on; its region is there for GCC's scheduler. Before it allocates registers it moves
+// the loads of a tile's weights together, and then spills accumulators in the inner loop, of 24 multiply-adds.
 #define SHUFFLENET_UNSCHEDULED_BEGIN \
   SHUFFLENET_PRAGMA(GCC push_options) SHUFFLENET_PRAGMA(GCC optimize("no-schedule-insns"))
 #define SHUFFLENET_UNSCHEDULED_END SHUFFLENET_PRAGMA(GCC pop_options)
 #endif
+
+// What AVX-512 is here, and what the ISAs that build on it have as well.
+#define SHUFFLENET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"

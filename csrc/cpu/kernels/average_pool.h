@@ -40,33 +40,30 @@ void average_pool(const Unit& unit, Range rows, Range channels, const EdgeMasks<
         const V share = one / (S::shift_in(S::broadcast(column > 0 ? 1 : 0), inside) + one + inside);
         for (int n = 1; n <= 3; ++n) shares[n - 1] = share / static_cast<A>(n);
       }
+      const auto read = [&](const A* row, V& first_half, V& second_half, A& before) __attribute__((always_inline)) {
+        first_half = S::load(row + left, mask.right[0]);
+        second_half = S::load(row + second, mask.right[1]);
+        if (column > 0) before = row[left - 1];
+      };
       V top[2] = {};
       A top_before = 0;
-      if (above) {
-        top[0] = S::load(above + left, mask.right[0]);
-        top[1] = S::load(above + second, mask.right[1]);
-        if (column > 0) top_before = above[left - 1];
-      }
-      const A* middle = first;
+      if (above) read(above, top[0], top[1], top_before);
+      const A* from = first;
       A* y = result.channel(c) + column;
-      for (int64_t row = rows.begin; row < rows.end; ++row, middle += 2 * width, y += out_width) {
+      for (int64_t row = rows.begin; row < rows.end; ++row, from += 2 * width, y += out_width) {
         const bool has_bottom = 2 * row + 1 < unit.height;
-        V bottom[2] = {};
-        A before = top_before;
-        top_before = 0;
-        if (has_bottom) {
-          bottom[0] = S::load(middle + width + left, mask.right[0]);
-          bottom[1] = S::load(middle + width + second, mask.right[1]);
-          if (column > 0) top_before = middle[width + left - 1];
-        }
-        if (column > 0) before = middle[left - 1] + before + top_before;
-        const V first_half = S::load(middle + left, mask.right[0]) + top[0] + bottom[0];
-        const V second_half = S::load(middle + second, mask.right[1]) + top[1] + bottom[1];
+        V middle[2], bottom[2] = {};
+        A before = 0, bottom_before = 0;
+        read(from, middle[0], middle[1], before);
+        if (has_bottom) read(from + width, bottom[0], bottom[1], bottom_before);
+        const V first_half = middle[0] + top[0] + bottom[0], second_half = middle[1] + top[1] + bottom[1];
         const V right = S::odd(first_half, second_half);
-        const V sum = S::shift_in(S::broadcast(before), right) + S::even(first_half, second_half) + right;
+        const V left_of_first = S::broadcast(before + top_before + bottom_before);
+        const V sum = S::shift_in(left_of_first, right) + S::even(first_half, second_half) + right;
         S::store(y, S::max(lower, sum * shares[(row > 0) + has_bottom]), stored);
         top[0] = bottom[0];
         top[1] = bottom[1];
+        top_before = bottom_before;
       }
     }
   }

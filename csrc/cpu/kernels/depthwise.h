@@ -14,19 +14,18 @@ struct InputRows {
 };
 
 // Copies the rows of a plane that some rows of the result are computed from, zeros where they lie outside of the image.
-// x begins with input row x_row, and the row above that is in x_above (null: there is none).
-template <class A>
-void copy_with_halo(const Unit& unit, Range rows, const A* x, int64_t x_row, const A* x_above, A* to) {
+// x begins with input row x_row, and the row above that is in x_above (null: there is none). Calls copy(from, pixel, n)
+// for n pixels that become those from `pixel` on, and clear(pixel, n).
+template <class T, class Copy, class Clear>
+void copy_with_halo(const Unit& unit, Range rows, const T* x, int64_t x_row, const T* x_above, const Copy& copy,
+                    const Clear& clear) {
   const InputRows in(unit, rows);
-  const int64_t width = unit.width;
-  if (in.halo.begin < 0) to = std::fill_n(to, width, A{0});
-  int64_t row = in.image.begin;
-  if (row < x_row) {
-    to = std::copy_n(x_above, width, to);
-    ++row;
-  }
-  to = std::copy_n(x + (row - x_row) * width, (in.image.end - row) * width, to);
-  std::fill_n(to, (in.halo.end - in.image.end) * width, A{0});
+  const int64_t width = unit.width, first = std::max(in.image.begin, x_row);
+  const auto pixel = [&](int64_t row) { return (row - in.halo.begin) * width; };
+  clear(0, pixel(in.image.begin));
+  if (first > in.image.begin) copy(x_above, pixel(in.image.begin), width);
+  copy(x + (first - x_row) * width, pixel(first), (in.image.end - first) * width);
+  clear(pixel(in.image.end), (in.halo.end - in.image.end) * width);
 }
 
 // Lanes that lie inside the row: beyond its left and right end the taps see zeros. One entry a vector of results. With
@@ -72,8 +71,7 @@ void fill_edge_masks(const Unit& unit, Range rows, EdgeMasks<A>* masks) {
 // Goes through a row from the left, a vector of even and one of odd columns at a time: what the taps of a 3x3 window
 // read with stride 2.
 template <class A>
-class StridedColumns {
- public:
+struct StridedColumns {
   using S = Simd<A>;
   using V = typename S::V;
 

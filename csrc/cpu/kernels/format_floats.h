@@ -20,15 +20,14 @@ struct FloatFormat {
 
   static bool is_copied(const Unit& unit) { return unit.layout != Layout::contiguous || !std::is_same_v<T, A>; }
   static void copy_in(const UnitPart& part, Range pixels, Range channels, Planes<A> x) {
-    const auto& [unit, pointers, rows, buffers] = part;
-    const Image<const T> image = {static_cast<const T*>(pointers.x), unit.layout, unit.in_channels, pointers.x_plane};
-    image_to_planes<T>(image, pixels.begin, pixels.count(), channels, x);
+    const Unit& unit = part.unit;
+    const TensorImage image = {unit.layout, unit.in_channels, unit.height * unit.width};
+    image_to_planes<T>(image, part.pointers.x, pixels, channels, x.from(channels.begin));
   }
   static void copy_out(const UnitPart& part, Range pixels, Range channels, Planes<const A> result) {
-    const auto& [unit, pointers, rows, buffers] = part;
-    const Image<T> image = {
-        static_cast<T*>(pointers.result), unit.layout, unit.result_channels(), pointers.result_plane};
-    planes_to_image<T>(image, pixels.begin, pixels.count(), channels, result);
+    const Unit& unit = part.unit;
+    const TensorImage image = {unit.layout, unit.result_channels(), unit.out_height() * unit.out_width()};
+    planes_to_image<T>(result.from(channels.begin), image, part.pointers.result, pixels, channels);
   }
 
   static Tile tile(int64_t channels, int64_t pixels, int64_t plane) {
@@ -83,7 +82,10 @@ struct FloatFormat {
     for (int64_t c = channels.begin; c < channels.end; ++c) {
       const int64_t plane = pointers.x_planes ? pointers.x_planes[c] : c;
       const A* const above = x_above.data ? x_above.channel(plane) : nullptr;
-      copy_with_halo(unit, rows, x.channel(plane), x_row, above, in_plane.data);
+      copy_with_halo(
+          unit, rows, x.channel(plane), x_row, above,
+          [&](const A* from, int64_t pixel, int64_t n) { std::copy_n(from, n, in_plane.data + pixel); },
+          [&](int64_t pixel, int64_t n) { std::fill_n(in_plane.data + pixel, n, A{0}); });
       depthwise_channel<A>(unit, rows, pointers.shortcut1, c, masks, in_plane.data, y2.channel(c));
     }
   }

@@ -11,15 +11,10 @@ namespace shufflenet::cpu::SHUFFLENET_ISA {
 
 // ---- Pointwise convolution ------------------------------------------------------------------------------------------
 
-// Consecutive rows of a convolution that share their inputs, any number of them.
-struct RowRange {
-  int64_t row, rows, group;
-};
-
 struct PairConvolution {
   const Convolution& conv;
-  int64_t pairs;  // of a group's depth
-  const RowRange* ranges;
+  int64_t pairs;           // of a group's depth
+  const RowRange* ranges;  // any number of rows each
   int64_t range_count;
   int64_t pixels;
   bool has_lone_pixel = false;  // the last one: see has_lone_pixel in pointwise.h
@@ -31,12 +26,6 @@ inline constexpr int64_t kMostColumnPairs = 1024;
 // Whether the last pixel of a part of a plane is taken alone.
 inline bool has_lone_pair(int64_t plane, int64_t pixel_end) {
   return Products::kTakesLonePixels && has_lone_pixel<float>(plane, pixel_end);
-}
-
-// Copies a pixel's column through the planes of pairs, followed by zeros to the end of a vector.
-inline void gather_column(const Pair* x, int64_t x_plane, int64_t pairs, Pair* column) {
-  for (int64_t k = 0; k < pairs; ++k) column[k] = x[k * x_plane];
-  std::fill(column + pairs, column + ceil_div(pairs, Simd<float>::kLanes) * Simd<float>::kLanes, Pair{});
 }
 
 // Sums all rows, one block of pixels after the other: finish(range, row, rows, sums, pixel, n) takes those of some
@@ -71,7 +60,8 @@ void multiply(const PairConvolution& c, Planes<const Pair> x, Multiplier& produc
         if (p.vectors > 0) products.run(p);
         if constexpr (Multiplier::kTakesLonePixels) {
           if (behind > 0) {
-            if (range->group != gathered) gather_column(p.x + n, x.stride, c.pairs, column);
+            const auto offset = [&](int64_t k) { return k * x.stride; };
+            if (range->group != gathered) gather_column(p.x + n, c.pairs, offset, column);
             gathered = range->group;
             products.run_pixel(p, column, n);
           }
@@ -83,10 +73,16 @@ void multiply(const PairConvolution& c, Planes<const Pair> x, Multiplier& produc
   }
 }
 
-// Computes y = activation(sum + bias), to planes of float: those of the channels that the rows become in the shuffle.
-struct FinishPlanes {
+// What is behind the sums of a convolution.
+struct Finish {
+  Finish(const Convolution& conv, Activation activation)
+      : bias(static_cast<const float*>(conv.bias)), lower(static_cast<float>(activation.lower)) {}
   const float* bias;
   float lower;  // the activation's bound
+};
+
+// Computes y = activation(sum + bias), to planes of float: those of the channels that the rows become in the shuffle.
+struct FinishPlanes : Finish {
   const Unit& unit;
   int64_t y_channel;  // channel 0 of y
   Planes<float> y;
@@ -99,7 +95,7 @@ struct FinishPlanes {
       const auto row_bias = S::broadcast(bias[row]);
       float* const to = y.channel(channel - y_channel) + pixel;
       for (int64_t i = 0; i < n; i += S::kLanes) {
-        store_pixels(to + i, S::max(bound, S::load(sums + i) + row_bias), n - i);
+        store_some(to + i, S::max(bound, S::load(sums + i) + row_bias), n - i);
       }
     }
   }
@@ -107,9 +103,7 @@ struct FinishPlanes {
 
 // Computes y = activation(sum + bias + residual), to pairs of rows, the first of which is an even one. A row whose
 // partner is in the next tile or group, and so comes later, is kept until then.
-struct FinishPairs {
-  const float* bias;
-  float lower;  // the activation's bound
+struct FinishPairs : Finish {
   Planes<const Pair> residual;
   Planes<Pair> y;
   float kept[kSumsStride];
@@ -147,9 +141,7 @@ struct FinishPairs {
 
 // Computes y = activation(sum + bias) of a unit of v2, in the order of the shuffle by two: each row becomes a pair with
 // the channel of its number beside it, which comes first.
-struct FinishShuffled {
-  const float* bias;
-  float lower;  // the activation's bound
+struct FinishShuffled : Finish {
   Planes<const Pair> beside;
   Planes<Pair> y;
 
@@ -218,12 +210,7 @@ struct PairFormat {
   void conv1(Range mid, Planes<const Pair> x, Range x_rows, Planes<float> to) const {
     const int64_t shuffle = unit.shuffle_groups, n = unit.shuffle_rows(), group_rows = unit.conv1_group_rows();
     int64_t count = 0;
-    const auto add = [&](int64_t row, int64_t end) {
-      for (; row < end; row += ranges[count++].rows) {
-        const int64_t group = row / group_rows;
-        ranges[count] = {row, std::min(end, (group + 1) * group_rows) - row, group};
-      }
-    };
+    const auto add = [&](int64_t row, int64_t end) { count = add_ranges({row, end}, group_rows, count); };
     if (mid.count() == unit.mid_channels) {
       add(0, unit.mid_channels);
     } else {
@@ -231,8 +218,7 @@ struct PairFormat {
       for (int64_t r = 0; r < shuffle; ++r) add(first_row(r, mid.begin), first_row(r, mid.end));
     }
     Products products;
-    FinishPlanes finish = {static_cast<const float*>(pointers.conv1.bias),
-                           static_cast<float>(unit.conv1_activation().lower), unit, mid.begin, to};
+    FinishPlanes finish = {{pointers.conv1, unit.conv1_activation()}, unit, mid.begin, to};
     const bool has_lone = has_lone_pair(unit.height * unit.width, x_rows.end * unit.width);
     multiply({pointers.conv1, unit.conv1_depth() / 2, ranges, count, x_rows.count() * unit.width, has_lone},
              x.from(unit.conv1_first() / 2), products, finish);
@@ -256,75 +242,69 @@ struct PairFormat {
 
   void pool(Range channels, Planes<const Pair> x, int64_t x_row, Planes<const Pair> x_above,
             Planes<Pair> result) const {
-    const int64_t above = x_above.data ? unit.width : 0;
-    const int64_t in_pixels = (std::min(unit.height, 2 * rows.end) - x_row) * unit.width;
-    const Planes<float> in = in_planes, out = out_planes;
     for (int64_t pair = channels.begin / 2; pair < channels.end / 2; ++pair) {
-      if (above) unpack(x_above.channel(pair), above, in.channel(0), in.channel(1));
-      unpack(x.channel(pair), in_pixels, in.channel(0) + above, in.channel(1) + above);
-      average_pool<float>(unit, rows, {0, 2}, masks, read_only(in), x_row - (above ? 1 : 0), {}, out);
-      pack(out.channel(0), out.channel(1), rows.count() * unit.out_width(), result.channel(pair));
+      unpack_input(pair, x, x_row, x_above);
+      const int64_t first_row = InputRows(unit, rows).halo.begin;
+      average_pool<float>(unit, rows, {0, 2}, masks, read_only(in_planes), first_row, {}, out_planes);
+      pack(out_planes.channel(0), out_planes.channel(1), rows.count() * unit.out_width(), result.channel(pair));
     }
   }
 
   void shortcut1(Range channels, Planes<const Pair> x, int64_t x_row, Planes<const Pair> x_above,
                  Planes<Pair> y2) const {
-    const int64_t pixels = rows.count() * unit.out_width();
     for (int64_t pair = channels.begin / 2; pair < channels.end / 2; ++pair) {
-      const InputRows in(unit, rows);
-      const Range image = in.image;
-      for (int64_t i = 0; i < 2; ++i) {
-        std::fill_n(in_planes.channel(i), (image.begin - in.halo.begin) * unit.width, 0.0f);
-        std::fill_n(in_planes.channel(i) + (image.end - in.halo.begin) * unit.width,
-                    (in.halo.end - image.end) * unit.width, 0.0f);
-      }
-      for (int64_t row = image.begin, end; row < image.end; row = end) {
-        end = row < x_row ? x_row : image.end;
-        const Pair* const from = row < x_row ? x_above.channel(pair) : x.channel(pair) + (row - x_row) * unit.width;
-        const int64_t before = (row - in.halo.begin) * unit.width;
-        unpack(from, (end - row) * unit.width, in_planes.channel(0) + before, in_planes.channel(1) + before);
-      }
+      unpack_input(pair, x, x_row, x_above);
       for (int64_t i = 0; i < 2; ++i) {
         depthwise_channel<float>(
             unit, rows, pointers.shortcut1, 2 * pair + i, masks, in_planes.channel(i), out_planes.channel(i));
       }
-      pack(out_planes.channel(0), out_planes.channel(1), pixels, y2.channel(pair));
+      pack(out_planes.channel(0), out_planes.channel(1), rows.count() * unit.out_width(), y2.channel(pair));
     }
   }
   void shortcut2(Range channels, Planes<const Pair> y2, Planes<Pair> result) const {
     if (channels.count() == 0) return;
     const RowRange range = {channels.begin, channels.count(), 0};
     Products products;
-    FinishPairs finish = {
-        static_cast<const float*>(pointers.shortcut2.bias),
-        static_cast<float>(unit.conv3_activation().lower),
-        {},
-        result,
-        {}};
+    FinishPairs finish = {{pointers.shortcut2, unit.conv3_activation()}, {}, result, {}};
     multiply({pointers.shortcut2, unit.in_channels / 2, &range, 1, rows.count() * unit.out_width(), has_lone_result()},
              y2, products, finish);
   }
 
   // Computes channels from an even one on; in v2, with those of their numbers that are beside them.
   void conv3(Range channels, Planes<const Pair> y2, Planes<const Pair> shortcut, Planes<Pair> result) const {
-    const int64_t group_rows = unit.out_channels / unit.groups;
-    int64_t count = 0;
-    for (int64_t row = channels.begin; row < channels.end; row += ranges[count++].rows) {
-      const int64_t group = row / group_rows;
-      ranges[count] = {row, std::min(channels.end, (group + 1) * group_rows) - row, group};
-    }
+    const int64_t count = add_ranges(channels, unit.out_channels / unit.groups, 0);
     Products products;
-    const auto* const bias = static_cast<const float*>(pointers.conv3.bias);
-    const float lower = static_cast<float>(unit.conv3_activation().lower);
+    const Finish behind = {pointers.conv3, unit.conv3_activation()};
     const PairConvolution conv = {pointers.conv3, pairs_of(unit.slice_channels()), ranges,
                                   count,          rows.count() * unit.out_width(), has_lone_result()};
     if (unit.is_v2()) {
-      FinishShuffled finish = {bias, lower, shortcut, result};
+      FinishShuffled finish = {behind, shortcut, result};
       multiply(conv, y2, products, finish);
     } else {
-      FinishPairs finish = {bias, lower, unit.adds_residual() ? shortcut : Planes<const Pair>{}, result, {}};
+      FinishPairs finish = {behind, unit.adds_residual() ? shortcut : Planes<const Pair>{}, result, {}};
       multiply(conv, y2, products, finish);
     }
+  }
+
+  // Unpacks two channels of x to in_planes, with their halo rows.
+  void unpack_input(int64_t pair, Planes<const Pair> x, int64_t x_row, Planes<const Pair> x_above) const {
+    float *const first = in_planes.channel(0), *const second = in_planes.channel(1);
+    copy_with_halo(
+        unit, rows, x.channel(pair), x_row, x_above.data ? x_above.channel(pair) : nullptr,
+        [=](const Pair* from, int64_t pixel, int64_t n) { unpack(from, n, first + pixel, second + pixel); },
+        [=](int64_t pixel, int64_t n) {
+          std::fill_n(first + pixel, n, 0.0f);
+          std::fill_n(second + pixel, n, 0.0f);
+        });
+  }
+
+  // Adds rows to so many ranges, cut where groups end, and returns how many there are.
+  int64_t add_ranges(Range rows, int64_t group_rows, int64_t count) const {
+    for (int64_t row = rows.begin; row < rows.end; row += ranges[count++].rows) {
+      const int64_t group = row / group_rows;
+      ranges[count] = {row, std::min(rows.end, (group + 1) * group_rows) - row, group};
+    }
+    return count;
   }
 
   bool has_lone_result() const {

@@ -28,9 +28,12 @@ inline void add_linear_products(const A* const* weights, const A* const* means, 
 
 // Computes classes from the first on for some images. The last class stands in for those behind it.
 template <class T, int Images>
-void linear_tile(const Head& head, const Convolution& layer, const accumulator_t<T>* x, Range classes, T* result) {
+void linear_tile(const Head& head, const Convolution& layer, const void* all_means, int64_t image, Range classes,
+                 void* all_results) {
   using A = accumulator_t<T>;
   using S = Simd<A>;
+  const A* const x = static_cast<const A*>(all_means) + image * head.channels;
+  T* const result = static_cast<T*>(all_results) + image * head.classes;
   const A* weights[kLinearClasses];
   const A* means[Images];
   for (int c = 0; c < kLinearClasses; ++c) {
@@ -62,8 +65,7 @@ class FloatHead final : public HeadKernel {
   int64_t means_bytes(const Head& head, int64_t images) const override { return images * means_step(head); }
   int64_t means_step(const Head& head) const override { return head.channels * static_cast<int64_t>(sizeof(A)); }
 
-  void means(const Head& head, int64_t, const void* x, int64_t x_plane, const int64_t* x_planes, Range channels,
-             void* means) const override {
+  void means(const Head& head, int64_t, const void* x, Range channels, void* means) const override {
     using S = Simd<A>;
     // The rows of a window that is the whole plane follow each other.
     const bool whole = head.window_height == head.height && head.window_width == head.width;
@@ -71,7 +73,7 @@ class FloatHead final : public HeadKernel {
     const int64_t columns = whole ? head.height * head.width : head.window_width;
     const A pixels = static_cast<A>(head.window_height * head.window_width);
     for (int64_t c = channels.begin; c < channels.end; ++c) {
-      const A* const plane = static_cast<const A*>(x) + (x_planes ? x_planes[c] : c) * x_plane;
+      const A* const plane = static_cast<const A*>(x) + (head.x_planes ? head.x_planes[c] : c) * head.x_plane;
       typename S::V sum = {};
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t column = 0; column < columns; column += S::kLanes) {
@@ -86,17 +88,11 @@ class FloatHead final : public HeadKernel {
   void linear(const Head& head, int64_t images, const Convolution& layer, const void* means, Range classes,
               void* result) const override {
     for (; classes.begin < classes.end; classes.begin += kLinearClasses) {
-      for (int64_t image = 0; image < images;) {
-        const A* const x = static_cast<const A*>(means) + image * head.channels;
-        T* const to = static_cast<T*>(result) + image * head.classes;
-        if (image + kLinearImages <= images) {
-          linear_tile<T, kLinearImages>(head, layer, x, classes, to);
-          image += kLinearImages;
-        } else {
-          linear_tile<T, 1>(head, layer, x, classes, to);
-          ++image;
-        }
+      int64_t image = 0;
+      for (; image + kLinearImages <= images; image += kLinearImages) {
+        linear_tile<T, kLinearImages>(head, layer, means, image, classes, result);
       }
+      for (; image < images; ++image) linear_tile<T, 1>(head, layer, means, image, classes, result);
     }
   }
 };

@@ -28,18 +28,17 @@ template <class T>
 class PairHead final : public HeadKernel {
  public:
   int64_t means_bytes(const Head& head, int64_t images) const override {
-    return head.channels / 2 * plane(images) * means_step(head);
+    return head.channels / 2 * padded_plane(images) * means_step(head);
   }
   int64_t means_step(const Head&) const override { return sizeof(Pair); }
 
-  void means(const Head& head, int64_t images, const void* x, int64_t x_plane, const int64_t*, Range channels,
-             void* means) const override {
+  void means(const Head& head, int64_t images, const void* x, Range channels, void* means) const override {
     using S = Simd<float>;
     const float pixels = static_cast<float>(head.window_height * head.window_width);
     for (int64_t pair = channels.begin / 2; pair < channels.end / 2; ++pair) {
       S::V first = {}, second = {};
-      for (int64_t row = 0; row < head.window_height; ++row) {
-        const Pair* const from = static_cast<const Pair*>(x) + pair * x_plane + row * head.width;
+      const Pair* from = static_cast<const Pair*>(x) + pair * head.x_plane;
+      for (int64_t row = 0; row < head.window_height; ++row, from += head.width) {
         for (int64_t column = 0; column < head.window_width; column += S::kLanes) {
           const auto inside = S::first(head.window_width - column);
           const auto pairs = S::keep(Pairs::load(from + column), inside);
@@ -47,7 +46,7 @@ class PairHead final : public HeadKernel {
           second += Pairs::second(pairs);
         }
       }
-      store_pairs(static_cast<Pair*>(means) + pair * plane(images), S::broadcast(S::sum(first) / pixels),
+      store_pairs(static_cast<Pair*>(means) + pair * padded_plane(images), S::broadcast(S::sum(first) / pixels),
                   S::broadcast(S::sum(second) / pixels), 1);
     }
   }
@@ -57,13 +56,9 @@ class PairHead final : public HeadKernel {
     const RowRange range = {classes.begin, classes.count(), 0};
     Products products;
     FinishClasses<T> finish = {static_cast<const float*>(layer.bias), static_cast<T*>(result), head.classes};
-    multiply({layer, head.channels / 2, &range, 1, images}, {static_cast<const Pair*>(means), plane(images)}, products,
-             finish);
+    multiply({layer, head.channels / 2, &range, 1, images}, {static_cast<const Pair*>(means), padded_plane(images)},
+             products, finish);
   }
-
- private:
-  // Pairs from plane to plane: whole cache lines.
-  static int64_t plane(int64_t images) { return padded_plane(images); }
 };
 
 template <class T>
@@ -78,7 +73,7 @@ class PairImages final : public ImageKernel {
   void read(const TensorImage& image, const void* from, Range channels, void* to, int64_t plane,
             void* workspace) const override {
     const Planes<float> planes = Arena(workspace).planes<float>(kImageChannels, image.pixels);
-    image_to_planes<T>(some_channels<const T>(image, from, channels), 0, image.pixels, {0, channels.count()}, planes);
+    image_to_planes<T>(image, from, {0, image.pixels}, channels, planes);
     for (int64_t c = 0; c < channels.count(); c += 2) {
       Pair* const pairs = static_cast<Pair*>(to) + (channels.begin + c) / 2 * plane;
       pack(planes.channel(c), planes.channel(c + 1), image.pixels, pairs);
@@ -92,8 +87,7 @@ class PairImages final : public ImageKernel {
       const Pair* const pairs = static_cast<const Pair*>(from) + (channels.begin + c) / 2 * plane;
       unpack(pairs, image.pixels, planes.channel(c), planes.channel(c + 1));
     }
-    planes_to_image<T>(
-        some_channels<T>(image, to, channels), 0, image.pixels, {0, channels.count()}, read_only(planes));
+    planes_to_image<T>(planes, image, to, {0, image.pixels}, channels);
   }
 };
 

@@ -5,72 +5,62 @@
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-// How the pixels of an image's channels lie in a tensor of T: contiguous planes, or the channels of a pixel together.
-template <class T>
-struct Image {
-  T* data;
-  Layout layout;
-  int64_t channels;  // of the tensor
-  int64_t plane;     // elements from plane to plane
-};
+// Finds a pixel of a channel in a tensor's image.
+template <class T, class Data>
+T* pixel_of(const TensorImage& image, Data* data, int64_t pixel, int64_t channel) {
+  const bool in_planes = image.layout == Layout::contiguous;
+  return static_cast<T*>(data) + (in_planes ? channel * image.pixels + pixel : pixel * image.channels + channel);
+}
 
-// Copies pixels [begin, begin + pixels) of some channels from an image to planes.
+// Copies some pixels of some channels of a tensor's image to planes, of which channel 0 is that of the first.
 template <class T>
-void image_to_planes(const Image<const T>& image, int64_t begin, int64_t pixels, Range range,
+void image_to_planes(TensorImage image, const void* data, Range pixels, Range channels,
                      Planes<accumulator_t<T>> planes) {
   using S = Simd<accumulator_t<T>>;
   constexpr int kLanes = S::kLanes;
+  const T* const x = pixel_of<const T>(image, data, pixels.begin, channels.begin);
+  const int64_t n = pixels.count();
   if (image.layout == Layout::contiguous) {
-    for (int64_t c = range.begin; c < range.end; ++c) {
-      const T* from = image.data + c * image.plane + begin;
-      for (int64_t p = 0; p < pixels; p += kLanes) S::store(planes.channel(c) + p, load_first(from + p, pixels - p));
+    for (int64_t c = 0; c < channels.count(); ++c) {
+      const T* const from = x + c * image.pixels;
+      for (int64_t p = 0; p < n; p += kLanes) S::store(planes.channel(c) + p, load_first(from + p, n - p));
     }
     return;
   }
-  for (int64_t p = 0; p < pixels; p += kLanes) {
-    for (int64_t c = range.begin; c < range.end; c += kLanes) {
-      const int64_t channels = range.end - c;
+  for (int64_t p = 0; p < n; p += kLanes) {
+    for (int64_t c = 0; c < channels.count(); c += kLanes) {
+      const int64_t left = channels.count() - c;
       typename S::V rows[kLanes] = {};
-      for (int i = 0; i < kLanes && p + i < pixels; ++i) {
-        rows[i] = load_first(image.data + (begin + p + i) * image.channels + c, channels);
-      }
+      for (int i = 0; i < kLanes && p + i < n; ++i) rows[i] = load_first(x + (p + i) * image.channels + c, left);
       S::transpose(rows);
-      for (int i = 0; i < kLanes && i < channels; ++i) S::store(planes.channel(c + i) + p, rows[i]);
+      for (int i = 0; i < kLanes && i < left; ++i) S::store(planes.channel(c + i) + p, rows[i]);
     }
   }
 }
 
 // Copies the other way. Planes are anything that has the plane of a channel.
 template <class T, class PlanesOfChannels>
-void planes_to_image(const Image<T>& image, int64_t begin, int64_t pixels, Range range,
-                     const PlanesOfChannels& planes) {
+void planes_to_image(const PlanesOfChannels& planes, TensorImage image, void* data, Range pixels, Range channels) {
   using S = Simd<accumulator_t<T>>;
   constexpr int kLanes = S::kLanes;
+  T* const y = pixel_of<T>(image, data, pixels.begin, channels.begin);
+  const int64_t n = pixels.count();
   if (image.layout == Layout::contiguous) {
-    for (int64_t c = range.begin; c < range.end; ++c) {
-      T* to = image.data + c * image.plane + begin;
-      for (int64_t p = 0; p < pixels; p += kLanes) store_first(to + p, S::load(planes.channel(c) + p), pixels - p);
+    for (int64_t c = 0; c < channels.count(); ++c) {
+      T* const to = y + c * image.pixels;
+      for (int64_t p = 0; p < n; p += kLanes) store_first(to + p, S::load(planes.channel(c) + p), n - p);
     }
     return;
   }
-  for (int64_t p = 0; p < pixels; p += kLanes) {
-    for (int64_t c = range.begin; c < range.end; c += kLanes) {
-      const int64_t channels = range.end - c;
+  for (int64_t p = 0; p < n; p += kLanes) {
+    for (int64_t c = 0; c < channels.count(); c += kLanes) {
+      const int64_t left = channels.count() - c;
       typename S::V rows[kLanes] = {};
-      for (int i = 0; i < kLanes && i < channels; ++i) rows[i] = S::load(planes.channel(c + i) + p);
+      for (int i = 0; i < kLanes && i < left; ++i) rows[i] = S::load(planes.channel(c + i) + p);
       S::transpose(rows);
-      for (int i = 0; i < kLanes && p + i < pixels; ++i) {
-        store_first(image.data + (begin + p + i) * image.channels + c, rows[i], channels);
-      }
+      for (int i = 0; i < kLanes && p + i < n; ++i) store_first(y + (p + i) * image.channels + c, rows[i], left);
     }
   }
-}
-
-// Some channels, kImageChannels at most, of a tensor's image, as if it had no others.
-template <class U, class Data>
-Image<U> some_channels(const TensorImage& image, Data* data, Range channels) {
-  const int64_t step = image.layout == Layout::contiguous ? image.pixels : 1;
-  return {static_cast<U*>(data) + channels.begin * step, image.layout, image.channels, image.pixels};
 }
 
 // Between tensors' images and planes of floats, which are padded to whole vectors.
@@ -82,14 +72,14 @@ class FloatImages final : public ImageKernel {
   int64_t workspace_bytes(const TensorImage&) const override { return 0; }
 
   void read(const TensorImage& image, const void* from, Range channels, void* to, int64_t plane, void*) const override {
-    const Planes<A> planes = Planes<A>{static_cast<A*>(to), plane}.from(channels.begin);
-    image_to_planes<T>(some_channels<const T>(image, from, channels), 0, image.pixels, {0, channels.count()}, planes);
+    const Planes<A> planes = {static_cast<A*>(to), plane};
+    image_to_planes<T>(image, from, {0, image.pixels}, channels, planes.from(channels.begin));
   }
 
   void write(const TensorImage& image, const void* from, int64_t plane, const int64_t* planes, Range channels, void* to,
              void*) const override {
-    const OrderedPlanes all = {{static_cast<const A*>(from), plane}, planes, channels.begin};
-    planes_to_image<T>(some_channels<T>(image, to, channels), 0, image.pixels, {0, channels.count()}, all);
+    const OrderedPlanes some = {{static_cast<const A*>(from), plane}, planes, channels.begin};
+    planes_to_image<T>(some, image, to, {0, image.pixels}, channels);
   }
 
  private:

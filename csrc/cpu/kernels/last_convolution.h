@@ -16,18 +16,18 @@ class FloatLastConvolution final : public LastConvolutionKernel {
     return arena.bytes();
   }
 
-  void run(const LastConvolution& layer, const Convolution& conv, const void* x, int64_t x_plane,
-           const int64_t* x_planes, Range rows, void* result, int64_t result_plane, void* workspace) const override {
+  void run(const LastConvolution& layer, const Convolution& conv, const void* x, Range rows, void* result,
+           int64_t result_plane, void* workspace) const override {
     Arena arena(workspace);
     const PointwiseLists<A> lists(arena, layer.out_channels, layer.in_channels);
     grouped_pointwise<A>(
-        {conv, kRelu, layer.in_channels, layer.out_channels, x_planes}, rows, {static_cast<const A*>(x), x_plane},
-        layer.pixels(), {}, {static_cast<A*>(result), result_plane}, 0,
-        has_lone_pixel<A>(layer.pixels(), layer.pixels()), lists, Far::nothing);
+        {conv, kRelu, layer.in_channels, layer.out_channels, layer.x_planes}, rows,
+        {static_cast<const A*>(x), layer.x_plane}, layer.pixels(), {}, {static_cast<A*>(result), result_plane},
+        rows.begin, has_lone_pixel<A>(layer.pixels(), layer.pixels()), lists, Far::nothing);
   }
 
-  Tile tile(const LastConvolution& layer, int64_t rows) const override {
-    return SHUFFLENET_ISA::tile<A>(rows, layer.pixels(), layer.pixels());
+  Tile tile(const LastConvolution& layer, int64_t tasks) const override {
+    return SHUFFLENET_ISA::tile<A>(ceil_div(layer.out_channels, tasks), layer.pixels(), layer.pixels());
   }
 };
 

@@ -10,7 +10,7 @@ struct Pair {
   uint16_t first, second;
 };
 
-struct Pairs {
+struct Pairs : PairIntrinsics {
   using S = Simd<float>;
   using V = S::V;  // of bits, where it holds pairs
   using Word = Stored<BFloat16>::Word;
@@ -24,24 +24,18 @@ struct Pairs {
 
   static V first(V pairs) { return reinterpret_cast<V>(reinterpret_cast<Word>(pairs) << 16); }
   static V second(V pairs) { return reinterpret_cast<V>(reinterpret_cast<Word>(pairs) & 0xffff0000); }
-  static V pack(V first, V second) { return PairIntrinsics::pack(first, second); }
 };
 
 inline int64_t pairs_of(int64_t channels) { return ceil_div(channels, 2); }
 
-// Stores the first n pixels of a vector.
-inline void store_pixels(float* p, Simd<float>::V v, int64_t n) {
-  if (n >= Simd<float>::kLanes) return Simd<float>::store(p, v);
-  Simd<float>::store(p, v, Simd<float>::first(n));
-}
 inline void store_pairs(Pair* p, Simd<float>::V first, Simd<float>::V second, int64_t n) {
-  store_pixels(reinterpret_cast<float*>(p), Pairs::pack(first, second), n);
+  store_some(reinterpret_cast<float*>(p), Pairs::pack(first, second), n);
 }
 
 inline void pack(const float* first, const float* second, int64_t pixels, Pair* pairs) {
   using S = Simd<float>;
   for (int64_t i = 0; i < pixels; i += S::kLanes) {
-    store_pairs(pairs + i, load_first(first + i, pixels - i), load_first(second + i, pixels - i), pixels - i);
+    store_pairs(pairs + i, load_some(first + i, pixels - i), load_some(second + i, pixels - i), pixels - i);
   }
 }
 
@@ -49,8 +43,8 @@ inline void unpack(const Pair* pairs, int64_t pixels, float* first, float* secon
   using S = Simd<float>;
   for (int64_t i = 0; i < pixels; i += S::kLanes) {
     const auto both = Pairs::load(pairs + i);
-    store_pixels(first + i, Pairs::first(both), pixels - i);
-    store_pixels(second + i, Pairs::second(both), pixels - i);
+    store_some(first + i, Pairs::first(both), pixels - i);
+    store_some(second + i, Pairs::second(both), pixels - i);
   }
 }
 

@@ -40,25 +40,23 @@ bool has_lone_pixel(int64_t plane, int64_t pixel_end) {
   return pixel_end == plane && plane > Simd<A>::kLanes && plane % Simd<A>::kLanes == 1;
 }
 
-// Copies a pixel's column through the planes, followed by zeros to the end of a vector.
-template <class A>
-void gather_column(const A* x, const int64_t* offsets, int64_t depth, A* column) {
-  for (int64_t k = 0; k < depth; ++k) column[k] = x[offsets[k]];
-  std::fill(column + depth, column + ceil_div(depth, Simd<A>::kLanes) * Simd<A>::kLanes, A{0});
+// Copies a pixel's column through the planes, followed by zeros to the end of a vector. Plane k has it at x[offset(k)].
+template <class T, class Offset>
+void gather_column(const T* x, int64_t depth, const Offset& offset, T* column) {
+  constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+  for (int64_t k = 0; k < depth; ++k) column[k] = x[offset(k)];
+  std::fill(column + depth, column + ceil_div(depth, kLanes) * kLanes, T{});
 }
 
+// The largest tile for so many channels that share their inputs, and for the last pixels of a plane, or of none.
 template <class A>
-Tile largest_tile(int64_t channels, const PixelTiles<A>& tiles) {
+Tile tile(int64_t channels, int64_t pixels, int64_t plane = 0) {
+  const PixelTiles<A> tiles(has_lone_pixel<A>(plane, plane) ? pixels - 1 : pixels);
   return {next_channels(channels), tiles.count ? ceil_div(tiles.vectors, tiles.count) : 0};
 }
 
-template <class A>
-Tile tile(int64_t channels, int64_t pixels, int64_t plane) {
-  return largest_tile(channels, PixelTiles<A>(has_lone_pixel<A>(plane, plane) ? pixels - 1 : pixels));
-}
-
 // Consecutive rows of a grouped pointwise convolution that share their inputs.
-struct RowTile {
+struct RowRange {
   int64_t row, rows, group;
 };
 
@@ -72,17 +70,22 @@ bool is_far(int64_t channels, int64_t pixels) {
   return channels * pixels * static_cast<int64_t>(sizeof(A)) > kMostBytes;
 }
 
-template <class A>
-struct Pointwise {
+struct GroupedPointwise {
   const Convolution& conv;
   Activation activation;
-  int64_t depth;  // of a group
-  const RowTile* row_tiles;
+  int64_t depth, group_rows;  // of a group
+  // Of one that has no groups: the planes of x that it reads, and of y that its rows go to. Null: in their order.
+  const int64_t* x_planes = nullptr;
+  const int64_t* y_planes = nullptr;
+};
+
+// Some of its rows, cut into tiles.
+struct Pointwise : GroupedPointwise {
+  const RowRange* row_tiles;
   int64_t row_tile_count;
-  int64_t y_row;  // the row whose results are channel 0 of y
+  int64_t y_row;  // the row whose results are channel 0 of y, where rows follow each other
   int64_t pixels;
   Far far = Far::nothing;
-  const int64_t* y_planes = nullptr;  // of all rows, from y's plane 0 on; null: rows follow each other
 };
 
 // The work lists of a pointwise convolution, in a worker's memory.
@@ -90,35 +93,26 @@ template <class A>
 struct PointwiseLists {
   PointwiseLists() = default;
   PointwiseLists(Arena& arena, int64_t rows, int64_t depth)
-      : row_tiles(arena.take<RowTile>(rows)),
+      : row_tiles(arena.take<RowRange>(rows)),
         offsets(arena.take<int64_t>(depth)),
         weight_offsets(arena.take<int64_t>(depth)),
         y_offsets(arena.take<int64_t>(depth)),
         y_rows(arena.take<int64_t>(std::max<int64_t>(rows, kTileChannels))),
         column(arena.take<A>(depth + Simd<A>::kLanes)) {}
-  RowTile* row_tiles;
+  RowRange* row_tiles;
   int64_t* offsets;  // to the pixels of each of the depth's planes
   // To lines that later tiles work on, in the order in which a tile's steps prefetch them.
   int64_t *weight_offsets, *y_offsets;
   int64_t* y_rows;  // from y to rows of the result: all, or those of any tile where rows follow each other
   A* column;
 
-  void fill_weight_offsets(int64_t depth) const {
-    for (int64_t k = 0; k < depth; ++k) weight_offsets[k] = k * kTileChannels;
-  }
-  void fill_y_rows(const Pointwise<A>& p, int64_t y_stride) const {
+  void fill_y_rows(const Pointwise& p, int64_t y_stride) const {
     if (!p.y_planes) {
       for (int64_t row = 0; row < kTileChannels; ++row) y_rows[row] = row * y_stride;
       return;
     }
-    for (const RowTile* tile = p.row_tiles; tile != p.row_tiles + p.row_tile_count; ++tile) {
+    for (const RowRange* tile = p.row_tiles; tile != p.row_tiles + p.row_tile_count; ++tile) {
       for (int64_t row = tile->row; row < tile->row + tile->rows; ++row) y_rows[row] = p.y_planes[row] * y_stride;
-    }
-  }
-  void fill_y_offsets(int64_t depth, int64_t y_stride) const {
-    for (int64_t k = 0; k < depth; ++k) {
-      const int64_t line = std::min<int64_t>(k, kTileChannels * kTileVectors - 1);
-      y_offsets[k] = line % kTileChannels * y_stride + line / kTileChannels * Simd<A>::kLanes;
     }
   }
 };
@@ -135,14 +129,16 @@ inline constexpr int64_t kBlockBytes = 24 * 1024;
 //
 // Offsets and row tiles are in `lists`; `has_lone_pixel` says that there is one behind the other pixels.
 template <class A>
-void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residual, Planes<A> y, bool has_lone_pixel,
+void pointwise(const Pointwise& p, Planes<const A> x, Planes<const A> residual, Planes<A> y, bool has_lone_pixel,
                const PointwiseLists<A>& lists) {
   constexpr int64_t kLanes = Simd<A>::kLanes;
   const PixelTiles<A> tiles(has_lone_pixel ? p.pixels - 1 : p.pixels);
-  const auto weight_of = [&](const RowTile& rows) { return static_cast<const A*>(p.conv.weight) + rows.row * p.depth; };
-  const auto x_of = [&](const RowTile& rows, int64_t pixel) { return x.channel(rows.group * p.depth) + pixel; };
+  const auto weight_of = [&](const RowRange& rows) {
+    return static_cast<const A*>(p.conv.weight) + rows.row * p.depth;
+  };
+  const auto x_of = [&](const RowRange& rows, int64_t pixel) { return x.channel(rows.group * p.depth) + pixel; };
   // The first row of a tile, and from where its rows are counted.
-  const auto y_of = [&](const RowTile& rows, int64_t pixel) {
+  const auto y_of = [&](const RowRange& rows, int64_t pixel) {
     return p.y_planes ? y.data + lists.y_rows[rows.row] + pixel : y.channel(rows.row - p.y_row) + pixel;
   };
   lists.fill_y_rows(p, y.stride);
@@ -152,7 +148,7 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
   t.block = ceil_div(p.depth, ceil_div(p.depth, kMostTerms));
   t.residual_stride = residual.stride;
   t.lower = static_cast<A>(p.activation.lower);
-  const auto point_to = [&](const RowTile& rows, int64_t pixel) {
+  const auto point_to = [&](const RowRange& rows, int64_t pixel) {
     t.weight = weight_of(rows);
     t.scale = p.conv.scale ? static_cast<const A*>(p.conv.scale) + rows.row : nullptr;
     t.bias = static_cast<const A*>(p.conv.bias) + rows.row;
@@ -168,9 +164,9 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
     end = std::min(tiles.count, begin + block);
     int64_t tile_of_group = 0;
     for (int64_t i = 0; i < p.row_tile_count; ++i) {
-      const RowTile& rows = p.row_tiles[i];
+      const RowRange& rows = p.row_tiles[i];
       const bool is_last = i + 1 == p.row_tile_count;
-      const RowTile& next_rows = p.row_tiles[is_last ? 0 : i + 1];
+      const RowRange& next_rows = p.row_tiles[is_last ? 0 : i + 1];
       for (int64_t tile = begin; tile < end; ++tile) {
         t.ahead = nullptr;
         if (p.far == Far::x && tile + block < tiles.count && tile_of_group < tiles.tile_vectors(tile + block)) {
@@ -191,7 +187,8 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
       }
       if (has_lone_pixel && end == tiles.count) {  // now, while the rows' weights are in the L1 cache
         point_to(rows, tiles.pixels);
-        if (rows.group != gathered) gather_column(t.x, t.offsets, p.depth, lists.column);
+        const auto offset = [&](int64_t k) { return t.offsets[k]; };
+        if (rows.group != gathered) gather_column(t.x, p.depth, offset, lists.column);
         gathered = rows.group;
         pointwise_pixel(t, rows.rows, lists.column);
       }
@@ -201,17 +198,7 @@ void pointwise(const Pointwise<A>& p, Planes<const A> x, Planes<const A> residua
   } while (begin < tiles.count);
 }
 
-// A grouped pointwise convolution, of whose rows some are computed.
-struct GroupedPointwise {
-  const Convolution& conv;
-  Activation activation;
-  int64_t depth, group_rows;  // of a group
-  // Of one that has no groups: the planes of x that it reads, and of y that its rows go to. Null: in their order.
-  const int64_t* x_planes = nullptr;
-  const int64_t* y_planes = nullptr;
-};
-
-// Computes some rows of it, the first of which goes to channel 0 of y where `y_row` names it.
+// Computes some rows, the first of which goes to channel 0 of y where `y_row` names it.
 template <class A>
 void grouped_pointwise(const GroupedPointwise& p, Range rows, Planes<const A> x, int64_t pixels,
                        Planes<const A> residual, Planes<A> y, int64_t y_row, bool lone_pixel,
@@ -221,11 +208,14 @@ void grouped_pointwise(const GroupedPointwise& p, Range rows, Planes<const A> x,
     const int64_t group = row / p.group_rows;
     lists.row_tiles[count] = {row, next_channels(std::min(rows.end, (group + 1) * p.group_rows) - row), group};
   }
-  for (int64_t k = 0; k < p.depth; ++k) lists.offsets[k] = (p.x_planes ? p.x_planes[k] : k) * x.stride;
-  lists.fill_weight_offsets(p.depth);
-  if (far == Far::y) lists.fill_y_offsets(p.depth, y.stride);
-  pointwise<A>({p.conv, p.activation, p.depth, lists.row_tiles, count, y_row, pixels, far, p.y_planes}, x, residual, y,
-               lone_pixel, lists);
+  for (int64_t k = 0; k < p.depth; ++k) {
+    lists.offsets[k] = (p.x_planes ? p.x_planes[k] : k) * x.stride;
+    lists.weight_offsets[k] = k * kTileChannels;
+    if (far != Far::y) continue;
+    const int64_t line = std::min<int64_t>(k, kTileChannels * kTileVectors - 1);
+    lists.y_offsets[k] = line % kTileChannels * y.stride + line / kTileChannels * Simd<A>::kLanes;
+  }
+  pointwise<A>({p, lists.row_tiles, count, y_row, pixels, far}, x, residual, y, lone_pixel, lists);
 }
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

@@ -42,17 +42,6 @@ struct Simd : Intrinsics<A> {
     return v;
   }
   static void store(A* p, V v) { std::memcpy(p, &v, sizeof v); }
-  // Loads into a register that stays: the compiler might load again for each multiply-add, and a load from two cache
-  // lines takes as long as a multiply-add.
-  static V load_once(const A* p) {
-    V v = load(p);
-#if defined(__x86_64__)
-    asm("" : "+v"(v));
-#elif defined(__aarch64__)
-    asm("" : "+w"(v));
-#endif
-    return v;
-  }
 
   static constexpr uint32_t kAllBits = (uint64_t{1} << kLanes) - 1;
   static constexpr uint32_t first_bits(int64_t n) { return n >= kLanes ? kAllBits : (uint32_t{1} << n) - 1; }

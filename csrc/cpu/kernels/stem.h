@@ -28,6 +28,12 @@ inline int64_t sorted_pitch(const Stem& stem) { return stem.conv_width() + taps_
 // Remainders modulo the stride that the rows of a window have.
 inline int64_t row_phases(const Stem& stem) { return std::min(stem.kernel_size, stem.stride); }
 
+// Fills the planes of sorted rows with zeros.
+template <class A>
+void clear_sorted(const Stem& stem, Planes<A> sorted) {
+  for (int64_t i = 0; i < stem.in_channels * stem.stride; ++i) std::fill_n(sorted.channel(i), sorted_pitch(stem), A{0});
+}
+
 template <class T>
 struct StemWorkspace {
   using A = accumulator_t<T>;
@@ -52,92 +58,41 @@ struct StemWorkspace {
   int64_t bytes;
 };
 
-// Sorts elements 0, 2, 4, … and 1, 3, 5, … of n into two arrays, cut where these end.
+// Sorts the pixels of row y of a channel of x, with its padding, by the remainder of their columns modulo the stride,
+// into the first pixels of a plane for each: there the pixels that a tap reads follow each other. They are zeros where
+// the row lies outside of the image. The planes have zeros already where its padding goes. `own_row` has room for a row
+// of x.
 template <class T>
-void sort_even_odd(const T* from, int64_t n, accumulator_t<T>* even, int64_t evens, accumulator_t<T>* odd,
-                   int64_t odds) {
-  using S = Simd<accumulator_t<T>>;
-  constexpr int64_t kLanes = S::kLanes;
-  int64_t i = 0;
-  for (; i + kLanes <= std::min({n / 2, evens, odds}); i += kLanes) {
-    const auto first = Stored<T>::load(from + 2 * i), second = Stored<T>::load(from + 2 * i + kLanes);
-    S::store(even + i, S::even(first, second));
-    S::store(odd + i, S::odd(first, second));
+void sort_row(const Stem& stem, const T* image, int64_t c, int64_t y, T* own_row, Planes<accumulator_t<T>> planes) {
+  using A = accumulator_t<T>;
+  using S = Simd<A>;
+  if (y < 0 || y >= stem.height) {
+    for (int64_t plane = 0; plane < stem.stride; ++plane) std::fill_n(planes.channel(plane), sorted_pitch(stem), A{0});
+    return;
   }
-  for (; 2 * i < n; i += kLanes) {
-    const int64_t left = n - 2 * i;
-    const auto first = load_first(from + 2 * i, left);
-    const auto second = left > kLanes ? load_first(from + 2 * i + kLanes, left - kLanes) : typename S::V{};
-    if (evens > i) S::store(even + i, S::even(first, second), S::first(evens - i));
-    if (odds > i) S::store(odd + i, S::odd(first, second), S::first(odds - i));
+  const T* x = image + (c * stem.height + y) * stem.width;
+  if (stem.layout == Layout::channels_last) {
+    const T* const pixels = image + y * stem.width * stem.in_channels + c;
+    for (int64_t column = 0; column < stem.width; ++column) own_row[column] = pixels[column * stem.in_channels];
+    x = own_row;
+  }
+  // Whole vectors are stored: the last one ends in zeros, and reaches into the slack behind a plane.
+  const auto place_of = [&](int64_t column) {
+    return planes.channel((stem.padding + column) % stem.stride) + (stem.padding + column) / stem.stride;
+  };
+  A *const even = place_of(0), *const odd = place_of(1);
+  for (int64_t column = 0; column < stem.width; column += stem.stride * S::kLanes) {
+    const int64_t left = stem.width - column;
+    const auto first = load_first(x + column, left);
+    if (stem.stride == 1) {
+      S::store(even + column, first);
+    } else {
+      const auto second = left > S::kLanes ? load_first(x + column + S::kLanes, left - S::kLanes) : typename S::V{};
+      S::store(even + column / 2, S::even(first, second));
+      S::store(odd + column / 2, S::odd(first, second));
+    }
   }
 }
-
-// Where the columns of a row of x go that a column and every stride-th behind it are: to which of the row's planes,
-// from where on, and how many of them have room.
-struct SortedColumns {
-  SortedColumns(const Stem& stem, int64_t pitch, int64_t column)
-      : plane((stem.padding + column) % stem.stride),
-        start(std::min((stem.padding + column) / stem.stride, pitch)),
-        count(std::min(ceil_div(stem.width - column, stem.stride), pitch - start)),
-        after(pitch - start - count) {}
-
-  // Finds them in these planes, and puts zeros around them.
-  template <class A>
-  A* in(Planes<A> planes) const {
-    A* const row = planes.channel(plane);
-    std::fill_n(row, start, A{0});
-    std::fill_n(row + start + count, after, A{0});
-    return row + start;
-  }
-  int64_t plane, start, count, after;
-};
-
-// Sorts the pixels of a row of x, with its padding, by the remainder of their columns modulo the stride, into a row of
-// `pitch` pixels for each: there the pixels that a tap reads follow each other.
-template <class T>
-class RowSorter {
- public:
-  using A = accumulator_t<T>;
-  // `row` has room for a row of x.
-  RowSorter(const Stem& stem, int64_t pitch, const T* image, T* row)
-      : stem_(stem),
-        pitch_(pitch),
-        image_(image),
-        row_(row),
-        even_(stem, pitch, 0),
-        odd_(stem, pitch, std::min(stem.stride - 1, stem.width)) {}
-
-  // Sorts row y of a channel, of zeros where that lies outside of the image, to the first pixels of some planes.
-  void sort(int64_t c, int64_t y, Planes<A> planes) const {
-    using S = Simd<A>;
-    if (y < 0 || y >= stem_.height) {
-      for (int64_t plane = 0; plane < stem_.stride; ++plane) std::fill_n(planes.channel(plane), pitch_, A{0});
-      return;
-    }
-    const T* x = image_ + (c * stem_.height + y) * stem_.width;
-    if (stem_.layout == Layout::channels_last) {
-      const T* const pixels = image_ + y * stem_.width * stem_.in_channels + c;
-      for (int64_t column = 0; column < stem_.width; ++column) row_[column] = pixels[column * stem_.in_channels];
-      x = row_;
-    }
-    if (stem_.stride == 1) {
-      A* const to = even_.in(planes);
-      for (int64_t j = 0; j < even_.count; j += S::kLanes) {
-        S::store(to + j, load_first(x + j, even_.count - j), S::first(even_.count - j));
-      }
-    } else {
-      sort_even_odd<T>(x, stem_.width, even_.in(planes), even_.count, odd_.in(planes), odd_.count);
-    }
-  }
-
- private:
-  const Stem& stem_;
-  int64_t pitch_;
-  const T* image_;
-  T* row_;
-  SortedColumns even_, odd_;
-};
 
 // Copies whole vectors, the last of which may reach past the n.
 template <class A>
@@ -151,19 +106,16 @@ class StemTaps {
  public:
   using A = accumulator_t<T>;
   StemTaps(const Stem& stem, const T* image, const StemWorkspace<T>& own, int64_t first_row)
-      : stem_(stem),
-        sorter_(stem, sorted_pitch(stem), image, own.row),
-        sorted_(own.sorted),
-        taps_(own.taps),
-        begin_(first_row),
-        end_(first_row) {}
+      : stem_(stem), image_(image), own_(own), begin_(first_row), end_(first_row) {
+    clear_sorted(stem, own.sorted);
+  }
 
   // Says of each tap where in the planes its pixels for the first row of the convolution begin.
   void offsets(int64_t* offset) const {
     const int64_t k = stem_.kernel_size, s = stem_.stride;
     for (int64_t c = 0; c < stem_.in_channels; ++c) {
       for (int64_t ky = 0; ky < k; ++ky) {
-        for (int64_t kx = 0; kx < k; ++kx) *offset++ = tap(c, ky % s, kx, ky / s) - taps_.data;
+        for (int64_t kx = 0; kx < k; ++kx) *offset++ = tap(c, ky % s, kx, ky / s) - own_.taps.data;
       }
     }
   }
@@ -172,7 +124,7 @@ class StemTaps {
   void move_to(int64_t row, int64_t end) {
     const int64_t width = stem_.conv_width(), kept = end_ - row;
     for (int64_t c = 0; c < stem_.in_channels * row_phases(stem_) * stem_.kernel_size; ++c) {
-      A* const plane = taps_.channel(c);
+      A* const plane = own_.taps.channel(c);
       std::memmove(plane, plane + (row - begin_) * width, kept * width * sizeof(A));
     }
     begin_ = row;
@@ -183,31 +135,31 @@ class StemTaps {
 
  private:
   A* tap(int64_t c, int64_t remainder, int64_t kx, int64_t row) const {
-    return taps_.channel((c * row_phases(stem_) + remainder) * stem_.kernel_size + kx) + row * stem_.conv_width();
+    return own_.taps.channel((c * row_phases(stem_) + remainder) * stem_.kernel_size + kx) + row * stem_.conv_width();
   }
 
   // Makes row end_ of the taps in rows of this remainder.
   void make(int64_t remainder) const {
     const int64_t s = stem_.stride, y = end_ * s + remainder - stem_.padding;
-    for (int64_t c = 0; c < stem_.in_channels; ++c) sorter_.sort(c, y, sorted_.from(c * s));
+    for (int64_t c = 0; c < stem_.in_channels; ++c) sort_row(stem_, image_, c, y, own_.row, own_.sorted.from(c * s));
     for (int64_t c = 0; c < stem_.in_channels; ++c) {
       for (int64_t kx = 0; kx < stem_.kernel_size; ++kx) {
-        const A* const from = sorted_.channel(c * s + kx % s) + kx / s;
+        const A* const from = own_.sorted.channel(c * s + kx % s) + kx / s;
         copy_vectors(from, stem_.conv_width(), tap(c, remainder, kx, end_ - begin_));
       }
     }
   }
 
   const Stem& stem_;
-  RowSorter<T> sorter_;
-  Planes<A> sorted_, taps_;
+  const T* image_;
+  const StemWorkspace<T>& own_;
   int64_t begin_, end_;  // the rows of the planes
 };
 
 // Computes the rows of the max pool whose middle row is among rows [row, end) of the convolution, for the channels of a
 // tile. The first of them goes to `result`.
 template <class T>
-void pool_rows(const Stem& stem, const RowTile& tile, int64_t row, int64_t end, const StemWorkspace<T>& own,
+void pool_rows(const Stem& stem, const RowRange& tile, int64_t row, int64_t end, const StemWorkspace<T>& own,
                Planes<accumulator_t<T>> result) {
   using A = accumulator_t<T>;
   const int64_t width = stem.conv_width(), out_width = stem.out_width();
@@ -245,18 +197,19 @@ class FloatStem final : public StemKernel {
       const int64_t first = stem.max_pool ? ceil_div(row, 2) : row;
       const Planes<A> to = {static_cast<A*>(result) + (first - rows.begin) * stem.out_width(), result_plane};
       for (int64_t c = 0; c < stem.out_channels;) {
-        const RowTile tile = {c, next_channels(stem.out_channels - c), 0};
-        pointwise<A>({conv, stem.activation(), stem.taps(), &tile, 1, c, (end - row) * stem.conv_width()},
-                     read_only(own.taps), {}, stem.max_pool ? own.convolved : to.from(c), false, own.lists);
+        const RowRange tile = {c, next_channels(stem.out_channels - c), 0};
+        pointwise<A>(
+            {{conv, stem.activation(), stem.taps(), stem.out_channels}, &tile, 1, c, (end - row) * stem.conv_width()},
+            read_only(own.taps), {}, stem.max_pool ? own.convolved : to.from(c), false, own.lists);
         if (stem.max_pool) pool_rows(stem, tile, row, end, own, to);
         c += tile.rows;
       }
     }
   }
 
-  Tile tile(const Stem& stem) const override {
+  Tile tile(const Stem& stem, int64_t) const override {
     const int64_t rows = std::min(rows_at_once(stem), stem.conv_height());
-    return largest_tile(stem.out_channels, PixelTiles<A>(rows * stem.conv_width()));
+    return SHUFFLENET_ISA::tile<A>(stem.out_channels, rows * stem.conv_width());
   }
 };
 

@@ -36,10 +36,9 @@ struct PairStemWorkspace {
 
 // Makes the taps of row y of x.
 template <class T>
-void pair_taps(const Stem& stem, const RowSorter<T>& sorter, int64_t y, const PairStemWorkspace<T>& own,
-               Planes<Pair> taps) {
+void pair_taps(const Stem& stem, const T* image, int64_t y, const PairStemWorkspace<T>& own, Planes<Pair> taps) {
   const int64_t k = stem.kernel_size, s = stem.stride, count = stem.in_channels * k;
-  for (int64_t c = 0; c < stem.in_channels; ++c) sorter.sort(c, y, own.sorted.from(c * s));
+  for (int64_t c = 0; c < stem.in_channels; ++c) sort_row(stem, image, c, y, own.row, own.sorted.from(c * s));
   const auto tap = [&](int64_t i) -> const float* {
     return i < count ? own.sorted.channel(i / k * s + i % k % s) + i % k / s : own.zeros;
   };
@@ -56,13 +55,13 @@ class PairStem final : public StemKernel {
   void run(const Stem& stem, const Convolution& conv, const void* image, Range rows, void* result, int64_t result_plane,
            void* memory) const override {
     const PairStemWorkspace<T> own(stem, memory);
-    const RowSorter<T> sorter(stem, sorted_pitch(stem), static_cast<const T*>(image), own.row);
     const int64_t row_pairs = stem_row_pairs(stem);
     const RowRange range = {0, stem.out_channels, 0};
     Products products;
 
     const Range needed = convolved_rows(stem, rows);
     std::fill_n(own.zeros, stem.conv_width(), 0.0f);
+    clear_sorted(stem, own.sorted);
     // Rows of x, counted from the first one of its padding on: those whose taps are there.
     int64_t begin = needed.begin * stem.stride, end = begin;
     const auto taps_of = [&](int64_t row) { return own.taps.from((row - begin) * row_pairs); };
@@ -75,14 +74,13 @@ class PairStem final : public StemKernel {
       begin = row;
       const int64_t last = (needed.end - 1) * stem.stride + stem.kernel_size;
       for (end = std::max(end, row); end < std::min(begin + own.window_rows, last); ++end) {
-        pair_taps(stem, sorter, end - stem.padding, own, taps_of(end));
+        pair_taps(stem, static_cast<const T*>(image), end - stem.padding, own, taps_of(end));
       }
     };
     // A row of the convolution. Each call has a later row than the one before.
     const auto convolve = [&](int64_t row, Planes<Pair> y) {
       if (row * stem.stride + stem.kernel_size > end) make_taps(row * stem.stride);
-      FinishPairs finish = {
-          static_cast<const float*>(conv.bias), static_cast<float>(stem.activation().lower), {}, y, {}};
+      FinishPairs finish = {{conv, stem.activation()}, {}, y, {}};
       multiply({conv, stem.kernel_size * row_pairs, &range, 1, stem.conv_width()},
                read_only(taps_of(row * stem.stride)), products, finish);
     };
@@ -108,7 +106,7 @@ class PairStem final : public StemKernel {
     }
   }
 
-  Tile tile(const Stem& stem) const override { return PairFormat::tile(stem.out_channels, stem.conv_width()); }
+  Tile tile(const Stem& stem, int64_t) const override { return PairFormat::tile(stem.out_channels, stem.conv_width()); }
 };
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

@@ -57,10 +57,14 @@ class UnitKernel {
   virtual int64_t element_bytes() const = 0;         // of x and the result
   virtual int64_t channels_per_element() const = 0;  // 2 in planes of pairs
   virtual int64_t lanes() const = 0;                 // pixels of a vector
+  // Counts what an image of so many channels takes, whose planes have so many elements.
+  int64_t image_bytes(int64_t channels, int64_t plane) const {
+    return channels / channels_per_element() * plane * element_bytes();
+  }
 
-  // What the phases' channels may be split by: each share but the last is a multiple of this.
+  // What intermediate channels may be split by: each share but the last is a multiple of this. Those of the result must
+  // not be cut inside of an element.
   virtual int64_t mid_multiple(const Unit&) const = 0;
-  virtual int64_t out_multiple() const = 0;
 
   virtual int64_t buffer_bytes(const Unit&, Range rows) const = 0;
   // What a worker needs for so many intermediate channels; conv3 needs that of none.
@@ -86,34 +90,29 @@ class UnitKernel {
   virtual Tile tile(int64_t channels, int64_t pixels, int64_t plane) const = 0;
 };
 
-class StemKernel {
+// A convolution around a program's units, of whose result some rows are computed: of a stem the rows of pixels, of the
+// last convolution those that belong to rows of its weights.
+template <class Layer>
+class LayerKernel {
  public:
-  virtual int64_t workspace_bytes(const Stem&) const = 0;
+  virtual int64_t workspace_bytes(const Layer&) const = 0;
   // Computes rows of an image's result, the first of which goes to `result`; result_plane elements of the format lie
   // between its planes.
-  virtual void run(const Stem&, const Convolution&, const void* image, Range rows, void* result, int64_t result_plane,
+  virtual void run(const Layer&, const Convolution&, const void* x, Range rows, void* result, int64_t result_plane,
                    void* workspace) const = 0;
-  virtual Tile tile(const Stem&) const = 0;
+  // The largest tile where so many tasks share the rows.
+  virtual Tile tile(const Layer&, int64_t tasks) const = 0;
 };
-
-class LastConvolutionKernel {
- public:
-  virtual int64_t workspace_bytes(const LastConvolution&) const = 0;
-  // Computes rows of an image's result, planes so many elements of the format apart. `x_planes` are the planes of x's
-  // channels, null where they are in their order.
-  virtual void run(const LastConvolution&, const Convolution&, const void* x, int64_t x_plane, const int64_t* x_planes,
-                   Range rows, void* result, int64_t result_plane, void* workspace) const = 0;
-  virtual Tile tile(const LastConvolution&, int64_t rows) const = 0;
-};
+using StemKernel = LayerKernel<Stem>;
+using LastConvolutionKernel = LayerKernel<LastConvolution>;
 
 class HeadKernel {
  public:
   // The means of a batch: how many bytes they have, and how many lie between those of one image and the next.
   virtual int64_t means_bytes(const Head&, int64_t images) const = 0;
   virtual int64_t means_step(const Head&) const = 0;
-  // Computes means of an image's channels; `means` are the image's own. `x_planes` as above.
-  virtual void means(const Head&, int64_t images, const void* x, int64_t x_plane, const int64_t* x_planes,
-                     Range channels, void* means) const = 0;
+  // Computes means of an image's channels; `means` are the image's own.
+  virtual void means(const Head&, int64_t images, const void* x, Range channels, void* means) const = 0;
   virtual void linear(const Head&, int64_t images, const Convolution&, const void* means, Range classes,
                       void* result) const = 0;
 };

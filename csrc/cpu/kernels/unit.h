@@ -20,25 +20,38 @@
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-// Planes in which what the shortcut of a unit of v2 gives is kept for conv3.
+// What comes between the convolutions of some rows.
 template <class Format>
-int64_t kept_planes(const Unit& unit) {
-  return Format::kKeepsShortcut ? unit.shortcut_channels / Format::kChannelsPerElement : 0;
-}
+struct Between {
+  using Element = typename Format::Element;
+  Planes<Element> y2;
+  Planes<Element> shortcut_y2,
+      kept_shortcut;  // of v2: behind each of the shortcut's convolutions, the latter for conv3
+
+  // Cuts their memory, for so many pixels.
+  void take(Arena& arena, const Unit& unit, int64_t pixels) {
+    if (unit.has_conv3()) y2 = arena.planes<Element>(Format::y2_planes(unit), pixels);
+    if (!unit.convolves_shortcut()) return;
+    shortcut_y2 = arena.planes<Element>(unit.in_channels / Format::kChannelsPerElement, pixels);
+    if (!Format::kKeepsShortcut) return;
+    kept_shortcut = arena.planes<Element>(unit.shortcut_channels / Format::kChannelsPerElement, pixels);
+  }
+
+  // Where the shortcut of a unit of v2 is written: kept for conv3, or in the result.
+  Planes<Element> shortcut_result(Planes<Element> result) const {
+    return Format::kKeepsShortcut ? kept_shortcut : result;
+  }
+};
 
 // What the phases hand on to each other.
 template <class Format>
-struct UnitBuffers {
+struct UnitBuffers : Between<Format> {
   using Element = typename Format::Element;
 
   UnitBuffers(const Unit& unit, Range rows, void* memory) : in(unit, rows) {
     const int64_t out_pixels = rows.count() * unit.out_width();
     Arena arena(memory);
-    if (unit.has_conv3()) y2 = arena.planes<Element>(Format::y2_planes(unit), out_pixels);
-    if (unit.convolves_shortcut()) {
-      shortcut_y2 = arena.planes<Element>(unit.in_channels / Format::kChannelsPerElement, out_pixels);
-      kept_shortcut = arena.planes<Element>(kept_planes<Format>(unit), out_pixels);
-    }
+    this->take(arena, unit, out_pixels);
     if (Format::is_copied(unit)) {
       copied_x = arena.planes<Element>(unit.in_channels, in.image.count() * unit.width);
       if (!unit.adds_residual()) result = arena.planes<Element>(unit.result_channels(), out_pixels);
@@ -47,8 +60,7 @@ struct UnitBuffers {
   }
 
   InputRows in;
-  Planes<Element> y2, copied_x, result;
-  Planes<Element> shortcut_y2, kept_shortcut;  // of v2: behind each of the shortcut's convolutions
+  Planes<Element> copied_x, result;
   int64_t bytes;
 };
 
@@ -108,64 +120,52 @@ struct StripRows {
   int64_t bytes, lent_bytes;
 };
 
+// Copies a row of y1, or fills it with zeros where there is none to copy.
 template <class A>
-void copy_row(const Unit& unit, Planes<A> to, Planes<A> from) {
-  for (int64_t c = 0; c < unit.mid_channels; ++c) std::copy_n(from.channel(c), unit.width, to.channel(c));
-}
-
-template <class A>
-void clear_row(const Unit& unit, Planes<A> row) {
-  for (int64_t c = 0; c < unit.mid_channels; ++c) std::fill_n(row.channel(c), unit.width, A{0});
+void fill_row(const Unit& unit, Planes<A> to, Planes<A> from) {
+  for (int64_t c = 0; c < unit.mid_channels; ++c) {
+    if (from.data) {
+      std::copy_n(from.channel(c), unit.width, to.channel(c));
+    } else {
+      std::fill_n(to.channel(c), unit.width, A{0});
+    }
+  }
 }
 
 // Copies what the strips above and below need of y1.
 template <class A>
 void lend_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
-  if (strip.above) copy_row(unit, rows.first_row, rows.from_row(1));
-  if (strip.below) copy_row(unit, rows.last_row, rows.from_row(rows.own.count()));
+  if (strip.above) fill_row(unit, rows.first_row, rows.from_row(1));
+  if (strip.below) fill_row(unit, rows.last_row, rows.from_row(rows.own.count()));
 }
 
 // Fills the rows around a strip's own: from where another strip has them, or with zeros outside the image.
 template <class A>
 void borrow_rows(const Unit& unit, const Strip& strip, const StripRows<A>& rows) {
-  if (strip.above) {
-    copy_row(unit, rows.y1, StripRows<A>(unit, *strip.above).last_row);
-  } else {
-    clear_row(unit, rows.y1);
-  }
+  fill_row(unit, rows.y1, strip.above ? StripRows<A>(unit, *strip.above).last_row : Planes<A>{});
   if (rows.in.halo.end == rows.own.end) return;
-  const Planes<A> below = rows.from_row(rows.own.count() + 1);
-  if (strip.below) {
-    copy_row(unit, below, StripRows<A>(unit, *strip.below).first_row);
-  } else {
-    clear_row(unit, below);
-  }
+  const Planes<A> below = strip.below ? StripRows<A>(unit, *strip.below).first_row : Planes<A>{};
+  fill_row(unit, rows.from_row(rows.own.count() + 1), below);
 }
 
 // A strip's second phase goes through it some rows at a time, whose y2 stays in the L2 cache.
 template <class Format>
-struct StripWorkspace {
+struct StripWorkspace : Between<Format> {
   StripWorkspace(const UnitPart& strip, void* memory) {
-    using Element = typename Format::Element;
     constexpr int64_t kMostY2Bytes = 256 * 1024;
     const Unit& unit = strip.unit;
-    const int64_t planes = Format::y2_planes(unit), width = unit.out_width();
     const int64_t shortcut_planes = unit.convolves_shortcut() ? unit.in_channels / Format::kChannelsPerElement : 0;
-    const int64_t row_bytes = (planes + shortcut_planes) * width * static_cast<int64_t>(sizeof(Element));
+    const int64_t row = (Format::y2_planes(unit) + shortcut_planes) * unit.out_width();
+    const int64_t row_bytes = row * static_cast<int64_t>(sizeof(typename Format::Element));
     at_once = std::clamp<int64_t>(kMostY2Bytes / row_bytes, 1, strip.rows.count());
     Arena arena(memory);
-    y2 = arena.planes<Element>(planes, at_once * width);
-    if (unit.convolves_shortcut()) {
-      shortcut_y2 = arena.planes<Element>(shortcut_planes, at_once * width);
-      kept_shortcut = arena.planes<Element>(kept_planes<Format>(unit), at_once * width);
-    }
+    this->take(arena, unit, at_once * unit.out_width());
     rest = memory ? static_cast<char*>(memory) + arena.bytes() : nullptr;
     const Range most = {strip.rows.begin, strip.rows.begin + at_once};
     bytes = arena.bytes() + Format({strip.unit, strip.pointers, most}, 0, nullptr).bytes;
   }
   int64_t at_once;  // rows
-  Planes<typename Format::Element> y2, shortcut_y2, kept_shortcut;
-  void* rest;  // what a worker needs for these rows
+  void* rest;       // what a worker needs for these rows
   int64_t bytes;
 };
 
@@ -182,7 +182,6 @@ class UnitOf final : public UnitKernel {
   int64_t channels_per_element() const override { return kChannels; }
   int64_t lanes() const override { return Simd<A>::kLanes; }
   int64_t mid_multiple(const Unit& unit) const override { return Format::mid_multiple(unit); }
-  int64_t out_multiple() const override { return kChannels; }
   Tile tile(int64_t channels, int64_t pixels, int64_t plane) const override {
     return Format::tile(channels, pixels, plane);
   }
@@ -228,7 +227,7 @@ class UnitOf final : public UnitKernel {
       const Format own(part, 0, workspace);
       if (unit.convolves_shortcut()) {
         const Range rows = share_with(channels, unit.out_channels, unit.shortcut_channels);
-        own.shortcut2(rows, read_only(planes.shortcut_y2), shortcut_result(planes, planes.result));
+        own.shortcut2(rows, read_only(planes.shortcut_y2), planes.shortcut_result(planes.result));
       }
       own.conv3(channels, read_only(planes.y2), planes.shortcut, conv3_result(unit, planes.result));
     }
@@ -271,7 +270,7 @@ class UnitOf final : public UnitKernel {
       Planes<const Element> shortcut = unit.stride == 1 ? x.behind(pixel) : Planes<const Element>{};
       if (unit.convolves_shortcut()) {
         own.shortcut1({0, unit.in_channels}, x, y1.own.begin, read_only(planes(strip.x_above)), work.shortcut_y2);
-        own.shortcut2({0, unit.shortcut_channels}, read_only(work.shortcut_y2), shortcut_result(work, result));
+        own.shortcut2({0, unit.shortcut_channels}, read_only(work.shortcut_y2), work.shortcut_result(result));
         shortcut = read_only(work.kept_shortcut);
       }
       own.conv3({0, unit.out_channels}, read_only(work.y2), shortcut, conv3_result(unit, result));
@@ -296,12 +295,6 @@ class UnitOf final : public UnitKernel {
     }
   }
 
-  // Where the shortcut of a unit of v2 is written: kept for conv3, or in the result.
-  template <class Kept>
-  static Planes<Element> shortcut_result(const Kept& kept, Planes<Element> result) {
-    return Format::kKeepsShortcut ? kept.kept_shortcut : result;
-  }
-
   // The channels of the shortcut that go with some of `all` others to a worker.
   static Range share_with(Range some, int64_t all, int64_t channels) {
     const int64_t n = channels / kChannels;
@@ -316,22 +309,18 @@ class UnitOf final : public UnitKernel {
   }
 };
 
+template <class Kernel>
+inline constexpr Kernel kKernel{};
+
 // The kernels of a format, by their classes.
 template <class Unit, class Stem, class LastConvolution, class Head, class Image>
 class KernelsOf final : public Kernels {
  public:
-  const UnitKernel& unit() const override { return kUnit; }
-  const StemKernel& stem() const override { return kStem; }
-  const LastConvolutionKernel& last_convolution() const override { return kLastConvolution; }
-  const HeadKernel& head() const override { return kHead; }
-  const ImageKernel& image() const override { return kImage; }
-
- private:
-  static constexpr Unit kUnit{};
-  static constexpr Stem kStem{};
-  static constexpr LastConvolution kLastConvolution{};
-  static constexpr Head kHead{};
-  static constexpr Image kImage{};
+  const UnitKernel& unit() const override { return kKernel<Unit>; }
+  const StemKernel& stem() const override { return kKernel<Stem>; }
+  const LastConvolutionKernel& last_convolution() const override { return kKernel<LastConvolution>; }
+  const HeadKernel& head() const override { return kKernel<Head>; }
+  const ImageKernel& image() const override { return kKernel<Image>; }
 };
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

@@ -1,22 +1,12 @@
 #include "plan.h"
 
 #include "channel_planes.h"
+#include "convolution_step.h"
 #include "head_step.h"
-#include "last_convolution_step.h"
-#include "stem_step.h"
 #include "unit_step.h"
 
 namespace shufflenet::cpu {
 namespace {
-
-int64_t element_bytes(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float64: return 8;
-    case Dtype::bfloat16:
-    case Dtype::float16: return 2;
-    default: return 4;
-  }
-}
 
 Dtype accumulator_of(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
 
@@ -35,9 +25,7 @@ const Kernels& kernels_for(const Program& program, Dtype dtype, Dtype weights) {
 
 // The convolutions of a program's steps, in their order, in the call's memory.
 const Convolution* convolutions_of(const Program& program, ProgramWeights weights, CallMemory& memory) {
-  size_t count = 3;
-  for (const PackedUnit& packed : program.units) count += packed.convolutions();
-  Convolution* const first = memory.array<Convolution>(static_cast<int64_t>(count));
+  Convolution* const first = memory.array<Convolution>(program.convolutions());
   Convolution* next = first;
   if (program.stem) *next++ = weights.stem(program.stem->conv, program.stem->stem);
   for (const auto& [unit, conv1, conv2, conv3, shortcut1, shortcut2] : program.units) {
@@ -58,13 +46,6 @@ const Convolution* convolutions_of(const Program& program, ProgramWeights weight
   return first;
 }
 
-// What a program's steps are made for.
-struct Setup {
-  Dtype dtype;  // of x and the result
-  int64_t images, threads;
-  Images sharing;  // which ways of running a step are wanted
-};
-
 struct Steps {
   ImageSteps images;
   const LinearStep* linear = nullptr;  // behind them, where there is a head
@@ -72,20 +53,22 @@ struct Steps {
 
 // Makes a program's steps, in the call's memory. They work on planes of the kernels' format, to which tensors are
 // converted, and back, unless they are such planes already. Channels of v2 are in any of them: x is copied ahead of a
-// unit that leaves half of it where it is, and a result is written in order by the conversion.
-Steps steps_of(const Program& program, const Kernels& kernels, const Convolution* conv, const Setup& setup,
-               CallMemory& memory) {
-  const auto& [dtype, images, threads, sharing] = setup;
-  const Dtype accumulator = accumulator_of(dtype);
+// unit that leaves half of it where it is, and a result is written in order by the conversion. A unit that copies its
+// parts has no conversions around it: it works on the tensors as they are. `sharing` says which ways of running a step
+// are wanted.
+Steps steps_of(const Program& program, const Kernels& kernels, const Convolution* conv, const Call& call,
+               int64_t threads, const Images& sharing, CallMemory& memory) {
+  const Dtype dtype = call.dtype, accumulator = accumulator_of(dtype);
   const bool in_pairs = is_in_pairs(kernels);
-  const UnitKernel& unit_kernel = in_pairs ? kernels.unit() : isa().kernels(accumulator).unit();
-  const bool converts = in_pairs || dtype != accumulator || program.layout != Layout::contiguous;
+  const bool on_tensors = program.copies_parts;
+  const UnitKernel& unit_kernel = in_pairs || on_tensors ? kernels.unit() : isa().kernels(accumulator).unit();
+  const bool converts = !on_tensors && (in_pairs || dtype != accumulator || program.layout != Layout::contiguous);
   const bool is_named = program.is_v2() && !in_pairs;  // whether channels are in any planes
   const bool converts_x = converts || (is_named && program.units[0].unit.passes_half());
   const bool converts_result = converts || (is_named && !program.last);
   Steps steps;
   steps.images.reserve(program.units.size() + 4);
-  const auto add_channels_step = [&, threads = threads](const ChannelsWork& work, const auto& run) {
+  const auto add_channels_step = [&](const ChannelsWork& work, const auto& run) {
     steps.images.push_back(memory.make<ChannelsStep<std::decay_t<decltype(run)>>>(work, threads, run));
   };
   // Elements from plane to plane of what a step writes: the last one may write a tensor.
@@ -97,15 +80,15 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
   if (program.stem) {
     const Stem& stem = program.stem->stem;
     plane = plane_of(stem.out_height() * stem.out_width(), program.units.empty() && !program.last);
-    steps.images.push_back(memory.make<StemStep>(stem, *conv++, plane, kernels.stem(), unit_kernel, threads));
+    steps.images.push_back(
+        memory.make<ConvolutionStep<Stem>>(stem, *conv++, plane, kernels.stem(), unit_kernel, threads));
   } else if (converts_x) {
     const auto [n, channels, height, width] = program.x;
     (void)n;
     const TensorImage image = {program.layout, channels, height * width};
     plane = padded_plane(image.pixels);
-    const int64_t bytes = channels / unit_kernel.channels_per_element() * plane * unit_kernel.element_bytes();
     add_channels_step(
-        {"conversion", channels, height, width, true, bytes},
+        {"conversion", channels, height, width, true, unit_kernel.image_bytes(channels, plane)},
         [=, &kernel = kernels.image()](const void* from, void* to, Range some) {
           kernel.read(image, from, some, to, plane, thread_workspace.reserve(kernel.workspace_bytes(image)));
         });
@@ -113,12 +96,12 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
   ChannelPlanes channels_at(is_named ? program.units[0].unit.in_channels : 0, memory);
   for (const PackedUnit& packed : program.units) {
     Unit unit = packed.unit;
-    unit.layout = Layout::contiguous;
+    if (!on_tensors) unit.layout = Layout::contiguous;
     UnitPointers pointers;
     if (is_named) channels_at.go_through(unit, pointers);
     pointers.conv1 = *conv++;
     pointers.conv2 = *conv++;
-    pointers.conv3 = *conv++;
+    if (unit.has_conv3()) pointers.conv3 = *conv++;
     if (unit.convolves_shortcut()) {
       pointers.shortcut1 = *conv++;
       pointers.shortcut2 = *conv++;
@@ -130,21 +113,22 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
   }
   const int64_t* planes = is_named ? channels_at.planes() : nullptr;  // of what the next step reads
   if (program.last) {
-    const LastConvolution& layer = program.last->layer;
-    const int64_t x_plane = plane;
-    plane = plane_of(layer.pixels(), true);
-    steps.images.push_back(memory.make<LastConvolutionStep>(
-        layer, *conv++, x_plane, planes, plane, kernels.last_convolution(), unit_kernel, threads));
-    planes = nullptr;
+    LastConvolution layer = program.last->layer;
+    layer.x_plane = std::exchange(plane, plane_of(layer.pixels(), true));
+    layer.x_planes = std::exchange(planes, nullptr);
+    steps.images.push_back(memory.make<ConvolutionStep<LastConvolution>>(
+        layer, *conv++, plane, kernels.last_convolution(), unit_kernel, threads));
   }
   if (program.head) {
-    const Head& head = program.head->head;
+    Head head = program.head->head;
+    head.x_plane = plane;
+    head.x_planes = planes;
     const HeadKernel& kernel = kernels.head();
     add_channels_step({"", head.channels, head.height, head.width, false, kernel.means_step(head)},
-                      [=, &kernel, images = images](const void* from, void* to, Range channels) {
-                        kernel.means(head, images, from, plane, planes, channels, to);
+                      [=, &kernel, images = call.images](const void* from, void* to, Range channels) {
+                        kernel.means(head, images, from, channels, to);
                       });
-    steps.linear = memory.make<LinearStep>(head, images, *conv++, kernel, threads);
+    steps.linear = memory.make<LinearStep>(head, call.images, *conv++, kernel, threads);
   } else if (converts_result) {
     const auto [n, channels, height, width] = program.sizes;
     (void)n;
@@ -158,15 +142,12 @@ Steps steps_of(const Program& program, const Kernels& kernels, const Convolution
   return steps;
 }
 
-// Runs a program from the convolutions that `convolutions_in` finds in a call's memory.
-template <class ConvolutionsIn>
-void run_steps(const Program& program, const Kernels& kernels, const Call& call,
-               const ConvolutionsIn& convolutions_in) {
-  CallMemory memory;
+// Runs a program from its convolutions, in their order.
+void run_steps(const Program& program, const Kernels& kernels, const Convolution* convolutions, const Call& call,
+               CallMemory& memory) {
   const int64_t threads = torch::stable::get_num_threads();
   const Images images = images_of(call.images, threads);
-  const Setup setup = {call.dtype, call.images, threads, images};
-  const Steps steps = steps_of(program, kernels, convolutions_in(memory), setup, memory);
+  const Steps steps = steps_of(program, kernels, convolutions, call, threads, images, memory);
   // Zeros: a format may compute with means of images that are none.
   std::unique_ptr<char[]> means;
   if (steps.linear) means.reset(new char[steps.linear->means_bytes()]());
@@ -181,40 +162,26 @@ void run_steps(const Program& program, const Kernels& kernels, const Call& call,
 
 }  // namespace
 
-void run_unit(const Unit& unit, const UnitPointers& pointers, const Call& call) {
-  CallMemory memory;
-  const int64_t threads = torch::stable::get_num_threads();
-  const Images images = images_of(call.images, threads);
-  const ImageSteps steps = {memory.make<UnitStep>(unit, pointers, isa().kernels(call.dtype).unit(), threads, images)};
-  Phases phases(memory);
-  add_phases(steps,
-             {images, call.x, unit.in_channels * unit.height * unit.width * element_bytes(call.dtype), call.result},
-             phases);
-  run_phases(phases);
-}
-
 void run_program(const Program& program, const PackedWeights& weights, const Call& call) {
+  CallMemory memory;
   const Kernels& kernels = kernels_for(program, call.dtype, weights.dtype);
-  run_steps(program, kernels, call, [&](CallMemory& memory) {
-    return convolutions_of(program, {weights, accumulator_of(call.dtype), is_in_pairs(kernels), memory}, memory);
-  });
+  const ProgramWeights of_format(weights, accumulator_of(call.dtype), is_in_pairs(kernels), memory);
+  run_steps(program, kernels, convolutions_of(program, of_format, memory), call, memory);
 }
 
 void run_program(const Program& program, const Convolution* convolutions, const Call& call) {
-  run_steps(program, isa().kernels(call.dtype), call, [=](CallMemory&) { return convolutions; });
+  CallMemory memory;
+  run_steps(program, isa().kernels(call.dtype), convolutions, call, memory);
 }
 
 Description describe_program(const Program& program, Dtype weights, const Call& call, int64_t threads) {
   CallMemory memory;
   const Images images = images_of(call.images, threads);
-  const Setup setup = {call.dtype, call.images, threads, {1, 1}};  // so that both ways are there
   const Kernels& kernels = kernels_for(program, call.dtype, weights);
-  const Convolution* const convolutions =
-      convolutions_of(program, {{}, accumulator_of(call.dtype), is_in_pairs(kernels), memory}, memory);
-  const Steps steps = steps_of(program, kernels, convolutions, setup, memory);
-  Description description;
-  description.images_alone = images.alone;
-  description.images_shared = images.shared;
+  const std::vector<Convolution> none(program.convolutions());
+  const Images both_ways = {1, 1};
+  const Steps steps = steps_of(program, kernels, none.data(), call, threads, both_ways, memory);
+  Description description = {images, {}};
   for (const Step* step : steps.images) description.steps.push_back(step->describe());
   if (steps.linear) description.steps.push_back(steps.linear->describe());
   return description;

@@ -14,9 +14,6 @@ struct Call {
   int64_t images = 0;
 };
 
-// Runs a unit whose pointers' x and result are void.
-void run_unit(const Unit& unit, const UnitPointers& pointers, const Call& call);
-
 void run_program(const Program& program, const PackedWeights& weights, const Call& call);
 
 // The same with the convolutions of the steps in their order, in the accumulator type.
@@ -24,7 +21,7 @@ void run_program(const Program& program, const Convolution* convolutions, const 
 
 // How a call of run_program runs, in words and numbers, for explain.
 struct Description {
-  int64_t images_alone = 0, images_shared = 0;
+  Images images;
   std::vector<StepDescription> steps;
 };
 

@@ -10,7 +10,7 @@ namespace shufflenet::cpu {
 // that threads write no cache line together. A strip has the same memory whatever the step, which stays in its thread's
 // cache.
 struct ImageLayout {
-  int64_t planes, height, width;
+  int64_t height, width;
   int64_t plane;  // elements from plane to plane, where it is not cut
   int64_t element_bytes;
   int64_t strips;       // 1: it is not cut
@@ -18,7 +18,6 @@ struct ImageLayout {
 
   int64_t row(int64_t strip) const { return height * strip / strips; }
   int64_t strip_plane(int64_t strip) const { return padded_plane((row(strip + 1) - row(strip)) * width); }
-  int64_t bytes_of_strip(int64_t strip) const { return planes * strip_plane(strip) * element_bytes; }
 
   // Where a strip of a cut image lies, or some rows from `first` on of one that is not.
   ImageRows rows(const void* data, int64_t strip, int64_t first) const {
@@ -43,7 +42,7 @@ class UnitStep final : public ImageStep {
   int64_t result_bytes() const override {
     const bool planes = unit_.layout == Layout::contiguous;
     const int64_t plane = planes ? pointers_.result_plane : unit_.out_height() * unit_.out_width();
-    return unit_.result_channels() / kernel_.channels_per_element() * plane * kernel_.element_bytes();
+    return kernel_.image_bytes(unit_.result_channels(), plane);
   }
 
   int64_t shared_bytes() const override {
@@ -66,7 +65,9 @@ class UnitStep final : public ImageStep {
   }
 
   int64_t strip_bytes() const override {
-    return cuts_result() ? result_layout(true).bytes_of_strip(strips() - 1) : 0;  // no strip is larger than the last
+    if (!cuts_result()) return 0;
+    const int64_t plane = result_layout(true).strip_plane(strips() - 1);  // no strip is larger than the last
+    return kernel_.image_bytes(unit_.result_channels(), plane);
   }
 
   bool reads_strips(int64_t strips) const override {
@@ -155,14 +156,11 @@ class UnitStep final : public ImageStep {
 
   // Cut ones have so many bytes from strip to strip.
   ImageLayout x_layout(bool is_cut, int64_t strip_bytes = 0) const {
-    const int64_t planes = unit_.in_channels / kernel_.channels_per_element(), strips = is_cut ? this->strips() : 1;
-    return {planes, unit_.height, unit_.width, pointers_.x_plane, kernel_.element_bytes(), strips, strip_bytes};
+    return {unit_.height, unit_.width, pointers_.x_plane, kernel_.element_bytes(), is_cut ? strips() : 1, strip_bytes};
   }
   ImageLayout result_layout(bool is_cut, int64_t strip_bytes = 0) const {
-    const int64_t planes = unit_.result_channels() / kernel_.channels_per_element(),
-                  strips = is_cut ? this->strips() : 1;
-    return {planes, unit_.out_height(), unit_.out_width(), pointers_.result_plane, kernel_.element_bytes(),
-            strips, strip_bytes};
+    return {unit_.out_height(),      unit_.out_width(),     pointers_.result_plane,
+            kernel_.element_bytes(), is_cut ? strips() : 1, strip_bytes};
   }
 
   // The last phase computes conv3; where there is none, it copies the result where it must be copied.
@@ -198,8 +196,8 @@ class UnitStep final : public ImageStep {
     share(unit_.mid_channels, kernel_.mid_multiple(unit_),
           [=](Range mid) { kernel_.conv1_and_depthwise(part, mid, workspace(mid.count())); });
     if (!has_last_phase()) return;
-    share(
-        last_channels(), kernel_.out_multiple(), [=](Range channels) { kernel_.conv3(part, channels, workspace(0)); });
+    share(last_channels(), kernel_.channels_per_element(),
+          [=](Range channels) { kernel_.conv3(part, channels, workspace(0)); });
   }
 
   // The strips of a partition, with the memory that the i-th has of each kind.

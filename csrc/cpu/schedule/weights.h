@@ -67,23 +67,21 @@ class ConvolutionData {
   std::vector<std::unique_ptr<A[]>> arrays_;
 };
 
-// A unit's arrays.
-template <class A>
-struct UnitData {
-  explicit UnitData(const UnitArguments& arguments) : conv1(arguments.conv1), conv2(arguments.conv2) {
-    if (arguments.conv3) conv3.emplace(*arguments.conv3);
-  }
-
-  ConvolutionData<A> conv1, conv2;
-  std::optional<ConvolutionData<A>> conv3;
-};
-
-// The weights of a program, as it is given them; null where its steps are not run.
+// The weights of a program, as it is given them.
 struct PackedWeights {
-  const void* data = nullptr;
-  Dtype dtype = Dtype::float32;
-  int64_t elements = 0;
+  const void* data;
+  Dtype dtype;
+  int64_t elements;
 };
+
+inline int64_t element_bytes(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64: return 8;
+    case Dtype::bfloat16:
+    case Dtype::float16: return 2;
+    default: return 4;
+  }
+}
 
 inline thread_local Scratch converted_weights;
 
@@ -93,12 +91,10 @@ class ProgramWeights {
  public:
   ProgramWeights(const PackedWeights& weights, Dtype accumulator, bool in_pairs, CallMemory& memory)
       : data_(static_cast<const char*>(weights.data)),
-        element_bytes_(in_pairs                        ? 2
-                       : accumulator == Dtype::float64 ? 8
-                                                       : 4),
+        element_bytes_(element_bytes(in_pairs ? Dtype::bfloat16 : accumulator)),
         in_pairs_(in_pairs),
         memory_(memory) {
-    if (!data_ || in_pairs || weights.dtype == accumulator) return;
+    if (in_pairs || weights.dtype == accumulator) return;
     char* const converted = converted_weights.reserve(weights.elements * element_bytes_);
     isa().to_accumulator(weights.dtype, data_, converted, weights.elements);
     data_ = converted;
@@ -106,7 +102,7 @@ class ProgramWeights {
 
   // Those of a pointwise convolution or a linear layer.
   Convolution pointwise(const PackedConvolution& packed, int64_t rows, int64_t depth) {
-    if (!data_ || !in_pairs_) return find(packed);
+    if (!in_pairs_) return find(packed);
     const auto* weight = static_cast<const uint16_t*>(array(packed.weight));
     if (depth % 2 != 0) {  // a zero at the end of each row
       uint16_t* const even = memory_.array<uint16_t>(rows * (depth + 1));
@@ -119,12 +115,12 @@ class ProgramWeights {
   }
 
   Convolution depthwise(const PackedConvolution& packed, int64_t channels) {
-    if (!data_ || !in_pairs_) return find(packed);
+    if (!in_pairs_) return find(packed);
     return {widened(packed.weight, channels * 9), nullptr, widened(packed.bias, channels)};
   }
 
   Convolution stem(const PackedConvolution& packed, const Stem& stem) {
-    if (!data_ || !in_pairs_) return find(packed);
+    if (!in_pairs_) return find(packed);
     const int64_t size = stem.kernel_size, row_taps = 2 * stem_row_pairs(stem);
     uint16_t* const rows = memory_.array<uint16_t>(stem.out_channels * size * row_taps);
     std::fill_n(rows, stem.out_channels * size * row_taps, uint16_t{0});
@@ -140,7 +136,7 @@ class ProgramWeights {
   }
 
  private:
-  const void* array(int64_t offset) const { return data_ ? data_ + offset * element_bytes_ : nullptr; }
+  const void* array(int64_t offset) const { return data_ + offset * element_bytes_; }
   Convolution find(const PackedConvolution& packed) const {
     return {array(packed.weight), nullptr, array(packed.bias)};
   }
