@@ -95,7 +95,7 @@ struct FinishPlanes : Finish {
       const auto row_bias = S::broadcast(bias[row]);
       float* const to = y.channel(channel - y_channel) + pixel;
       for (int64_t i = 0; i < n; i += S::kLanes) {
-        store_some(to + i, S::max(bound, S::load(sums + i) + row_bias), n - i);
+        store_first(to + i, S::max(bound, S::load(sums + i) + row_bias), n - i);
       }
     }
   }

@@ -29,13 +29,13 @@ struct Pairs : PairIntrinsics {
 inline int64_t pairs_of(int64_t channels) { return ceil_div(channels, 2); }
 
 inline void store_pairs(Pair* p, Simd<float>::V first, Simd<float>::V second, int64_t n) {
-  store_some(reinterpret_cast<float*>(p), Pairs::pack(first, second), n);
+  store_first(reinterpret_cast<float*>(p), Pairs::pack(first, second), n);
 }
 
 inline void pack(const float* first, const float* second, int64_t pixels, Pair* pairs) {
   using S = Simd<float>;
   for (int64_t i = 0; i < pixels; i += S::kLanes) {
-    store_pairs(pairs + i, load_some(first + i, pixels - i), load_some(second + i, pixels - i), pixels - i);
+    store_pairs(pairs + i, load_first(first + i, pixels - i), load_first(second + i, pixels - i), pixels - i);
   }
 }
 
@@ -43,8 +43,8 @@ inline void unpack(const Pair* pairs, int64_t pixels, float* first, float* secon
   using S = Simd<float>;
   for (int64_t i = 0; i < pixels; i += S::kLanes) {
     const auto both = Pairs::load(pairs + i);
-    store_some(first + i, Pairs::first(both), pixels - i);
-    store_some(second + i, Pairs::second(both), pixels - i);
+    store_first(first + i, Pairs::first(both), pixels - i);
+    store_first(second + i, Pairs::second(both), pixels - i);
   }
 }
 

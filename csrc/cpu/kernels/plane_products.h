@@ -35,7 +35,7 @@ inline void interleave_block(const OffsetPlanes& p, const T* from, int64_t pixel
     if (IsWhole) {
       S::store(to + i * row, block[i]);
     } else if (i < pixels) {
-      store_some(to + i * row, block[i], left);
+      store_first(to + i * row, block[i], left);
     }
   });
 }
@@ -76,8 +76,9 @@ struct ProductsOfFloats {
 
   // Writes to[pixel][plane], and zeros behind the planes to the end of a row.
   static void interleave(const OffsetPlanes& planes, void* to, int64_t row) {
-    each_lanes<T>(planes, static_cast<A*>(to), row,
-                  [&](const OffsetPlanes& some, A* first, int64_t left) { interleave_some<T>(some, first, row, left); });
+    each_lanes<T>(planes, static_cast<A*>(to), row, [&](const OffsetPlanes& some, A* first, int64_t left) {
+      interleave_some<T>(some, first, row, left);
+    });
   }
 
   // Adds the products to the sums. Pixels go through a tile in blocks, so that the list of their places is short.

@@ -46,22 +46,4 @@ class Arena {
   int64_t bytes_ = 0;
 };
 
-// Loads n pixels, or as many as a vector holds, and zeros behind them.
-template <class A>
-typename Simd<A>::V load_some(const A* p, int64_t n) {
-  using S = Simd<A>;
-  if (n >= S::kLanes) return S::load(p);
-  return n > 0 ? S::load(p, S::first(n)) : typename S::V{};
-}
-
-template <class A>
-void store_some(A* p, typename Simd<A>::V v, int64_t n) {
-  using S = Simd<A>;
-  if (n >= S::kLanes) {
-    S::store(p, v);
-  } else if (n > 0) {
-    S::store(p, v, S::first(n));
-  }
-}
-
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

@@ -165,6 +165,7 @@ template <class T>
 typename Stored<T>::V load_first(const T* p, int64_t n) {
   using S = Simd<accumulator_t<T>>;
   if (n >= S::kLanes) return Stored<T>::load(p);
+  if (n <= 0) return typename Stored<T>::V{};
   if constexpr (std::is_same_v<T, accumulator_t<T>>) {
     return S::load(p, S::first(n));
   } else if constexpr (kMasksHalves) {
@@ -180,6 +181,7 @@ template <class T>
 void store_first(T* p, typename Stored<T>::V v, int64_t n) {
   using S = Simd<accumulator_t<T>>;
   if (n >= S::kLanes) return Stored<T>::store(p, v);
+  if (n <= 0) return;
   if constexpr (std::is_same_v<T, accumulator_t<T>>) {
     S::store(p, v, S::first(n));
   } else if constexpr (kMasksHalves) {

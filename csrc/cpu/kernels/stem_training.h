@@ -69,7 +69,7 @@ class MaxPoolBackward {
   // Some columns' values, zeros outside of the plane.
   V values(const NormAndRelu<A>& norm, const A* y, int64_t column) const {
     const int64_t n = width_ - column;
-    const V value = norm(load_some(y + column, n));
+    const V value = norm(load_first(y + column, n));
     return n >= S::kLanes ? value : S::keep(value, S::first(std::max<int64_t>(0, n)));
   }
 
@@ -89,7 +89,7 @@ class MaxPoolBackward {
   // Gives a row of the result's gradient to the rows that its windows have their largest values in.
   void hand_back(const A* result_gradient, const Row& above, const Row& middle, const Row& below) const {
     for (int64_t i = 0; i < windows_; i += S::kLanes) {
-      const V gradient = load_some(result_gradient + i, windows_ - i);
+      const V gradient = load_first(result_gradient + i, windows_ - i);
       const V first = S::load(above.largest + i), second = S::load(middle.largest + i);
       const auto is_second = is_later(first, second);
       const auto is_third = is_later(is_second ? second : first, S::load(below.largest + i));
@@ -123,8 +123,8 @@ class MaxPoolBackward {
       unrolled<2>([&](int half) {
         const int64_t column = 2 * i + half * S::kLanes, left = width_ - column;
         sum += halves[half];
-        times_y = S::fma(halves[half], load_some(y + column, left) - mean, times_y);
-        store_some(to + column, halves[half], left);
+        times_y = S::fma(halves[half], load_first(y + column, left) - mean, times_y);
+        store_first(to + column, halves[half], left);
       });
     }
   }

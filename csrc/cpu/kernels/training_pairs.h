@@ -21,7 +21,7 @@ struct FinishFloats {
       for (int64_t i = 0; i < n; i += S::kLanes) {
         auto value = S::load(sums + i) + row_bias;
         if (adds) value += S::load(to + i);
-        store_pixels(to + i, value, n - i);
+        store_first(to + i, value, n - i);
       }
     }
   }
@@ -130,7 +130,7 @@ struct ProductsOfPairs {
       }
       S::transpose(block);
       const int64_t pairs = std::min<int64_t>(S::kLanes, pairs_of(n));
-      for (int64_t i = 0; i < pairs; ++i, to += row) store_some(reinterpret_cast<float*>(to), block[i], left);
+      for (int64_t i = 0; i < pairs; ++i, to += row) store_first(reinterpret_cast<float*>(to), block[i], left);
     }
   }
 };

@@ -137,9 +137,9 @@ class PaddedPlane {
       A* const to = plane() + 2 * row * size_.width;
       const typename S::V none = {}, between = S::broadcast(factor(row, std::min<int64_t>(1, last)));
       for (int64_t i = 0; i < half.width; i += S::kLanes) {
-        const auto values = load_some(from + i, half.width - i) * between;
-        store_some(to + 2 * i, S::first_in_turn(values, none), size_.width - 2 * i);
-        store_some(to + 2 * i + S::kLanes, S::last_in_turn(values, none), size_.width - 2 * i - S::kLanes);
+        const auto values = load_first(from + i, half.width - i) * between;
+        store_first(to + 2 * i, S::first_in_turn(values, none), size_.width - 2 * i);
+        store_first(to + 2 * i + S::kLanes, S::last_in_turn(values, none), size_.width - 2 * i - S::kLanes);
       }
       to[0] = from[0] * factor(row, 0);
       to[2 * last] = from[last] * factor(row, last);
