@@ -39,7 +39,7 @@ int main(int argc, char** argv) {
     }
     run_phases(phases);
     uint64_t sum = 0;
-    for (int64_t i = 0; i < tasks; ++i) sum += arrays[phases.size() % 2][i];
+    for (int64_t i = 0; i < tasks; ++i) sum += arrays[phases.list().size() % 2][i];
     if (sum != expected) {
       std::fprintf(stderr, "round %ld: the last phase wrote %llu in all, expected %llu\n", round,
                    static_cast<unsigned long long>(sum), static_cast<unsigned long long>(expected));

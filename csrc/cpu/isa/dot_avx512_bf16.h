@@ -51,18 +51,14 @@ void product_pixel(const PairProduct& p, const Pair* column, int64_t place) {
   unrolled<Rows>([&](int row) { p.sums[row * kSumsStride + place] = S::sum(sum[row]); });
 }
 
-using ProductFunction = void (*)(const PairProduct&);
-
 template <int... I>
-constexpr std::array<ProductFunction, sizeof...(I)> product_functions(std::integer_sequence<int, I...>) {
-  return {product_tile<I / kProductVectors + 1, I % kProductVectors + 1>...};
+constexpr auto product_functions(std::integer_sequence<int, I...>) {
+  return std::array{product_tile<I / kProductVectors + 1, I % kProductVectors + 1>...};
 }
 
-using PixelFunction = void (*)(const PairProduct&, const Pair*, int64_t);
-
 template <int... I>
-constexpr std::array<PixelFunction, sizeof...(I)> pixel_functions(std::integer_sequence<int, I...>) {
-  return {product_pixel<I + 1>...};
+constexpr auto pixel_functions(std::integer_sequence<int, I...>) {
+  return std::array{product_pixel<I + 1>...};
 }
 
 class Products {

@@ -127,12 +127,10 @@ void pointwise_tile(const PointwiseTile<A>& t) {
   }
 }
 
-template <class A>
-using PointwiseFunction = void (*)(const PointwiseTile<A>&);
-
 template <class A, int... I>
-constexpr std::array<PointwiseFunction<A>, sizeof...(I)> pointwise_functions(std::integer_sequence<int, I...>) {
-  return {pointwise_tile<A, I / 4 / kTileVectors + 1, I / 4 % kTileVectors + 1, I / 2 % 2 == 1, I % 2 == 1>...};
+constexpr auto pointwise_functions(std::integer_sequence<int, I...>) {
+  return std::array{
+      pointwise_tile<A, I / 4 / kTileVectors + 1, I / 4 % kTileVectors + 1, I / 2 % 2 == 1, I % 2 == 1>...};
 }
 
 template <class A>

@@ -38,10 +38,7 @@ class Phases {
   }
 
   CallMemory& memory() const { return memory_; }
-  auto begin() const { return phases_.begin(); }
-  auto end() const { return phases_.end(); }
-  size_t size() const { return phases_.size(); }
-  const Phase& operator[](size_t i) const { return phases_[i]; }
+  const std::vector<Phase>& list() const { return phases_; }
 
  private:
   CallMemory& memory_;
@@ -90,7 +87,8 @@ inline thread_local Stopwatch* current_stopwatch = nullptr;
 // are the same ones in each phase that has as many (so that it finds its data in its caches), then what others have
 // left. It only ever waits for tasks that some running thread has claimed: so this ends even if the pool runs all of it
 // on one thread, as it does inside another parallel region. Waiting threads give up their core after a short spin.
-inline void run_phases(const Phases& phases) {
+inline void run_phases(const Phases& given) {
+  const std::vector<Phase>& phases = given.list();
   struct alignas(64) Claim {
     std::atomic<bool> taken{false};
   };
@@ -104,8 +102,8 @@ inline void run_phases(const Phases& phases) {
     tasks += phase.tasks;
     widest = std::max(widest, phase.tasks);
   }
-  Claim* const claims = phases.memory().array<Claim>(tasks);
-  Progress* const progress = phases.memory().array<Progress>(static_cast<int64_t>(phases.size()));
+  Claim* const claims = given.memory().array<Claim>(tasks);
+  Progress* const progress = given.memory().array<Progress>(static_cast<int64_t>(phases.size()));
   std::uninitialized_default_construct_n(claims, tasks);
   std::uninitialized_default_construct_n(progress, phases.size());
   const int64_t workers = std::min<int64_t>(widest, torch::stable::get_num_threads());
