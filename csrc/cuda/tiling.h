@@ -33,8 +33,8 @@ inline constexpr int kStepBytes = 32;
 // of the two.
 inline constexpr int kLines = 16;
 inline constexpr int kElements = 32;
-// Returns how many blocks a multiprocessor's 65536 registers hold. instance.cuh compiles the kernel for this limit: 128
-// registers a thread, or 255 where an accumulator takes two registers.
+// Returns how many blocks a multiprocessor's 65536 registers hold. unit_instance.cuh compiles the kernel for this
+// limit: 128 registers a thread, or 255 where an accumulator takes two registers.
 SHUFFLENET_HOST_DEVICE constexpr int blocks_by_registers(int accumulator) { return accumulator == 8 ? 1 : 2; }
 
 // The elements from one channel to the next in a tile of x that comes from contiguous planes. With this pitch, what one

@@ -278,14 +278,14 @@ SHUFFLENET_DEVICE void clear(A (&sum)[kTiles][4]) {
 // ---- The block ------------------------------------------------------------------------------------------------------
 
 template <class T, Layout kLayout>
-struct Block {
+struct UnitBlock {
   using A = accumulator_t<T>;
   using Engine = typename EngineOf<T>::Type;
   using Pair = Vector<T, 2>;
   using Sums = Vector<A, 2>;
   static constexpr bool kPlanes = kLayout == Layout::contiguous;
 
-  SHUFFLENET_DEVICE explicit Block(const KernelArguments& arguments)
+  SHUFFLENET_DEVICE explicit UnitBlock(const KernelArguments& arguments)
       : arguments(arguments),
         s(arguments.sizes),
         t(arguments.tiling),
