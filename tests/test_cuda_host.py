@@ -31,7 +31,7 @@ Case = dict[str, int | str]
 
 
 def build(*flags: str, kernel: Path = KERNEL) -> Path:
-    return compiled([SOURCES / "unit_test.cpp"], *flags, f"-I{kernel}", f"-I{KERNEL}", f"-I{SOURCES}")
+    return compiled([SOURCES / "unit_test.cpp"], *flags, f"-I{kernel}", f"-I{SOURCES}")
 
 
 def line(case: Case) -> str:
@@ -170,57 +170,73 @@ def test_thread_order_does_not_matter(programs: dict[str, Path]) -> None:
     assert failures(programs["mma"], [case | {"seed": seed} for seed in range(12)]) == []
 
 
-# What each planted bug replaces in the kernel, and how the harness must answer.
+# By name: the file, what is replaced in it and by what, and how the harness must answer.
 MUTATIONS = {
     "missing barrier": (
-        "        conv1(window, run_count);\n        barrier();\n",
-        "        conv1(window, run_count);\n",
+        "unit_kernel.cuh",
+        "(staging, window, run_count).run();\n    barrier();\n",
+        "(staging, window, run_count).run();\n",
         "race|never written",
     ),
     "missing barrier of a warp": (
+        "unit_conv1.cuh",
         "        warp_barrier();  // all lanes see the tile",
         "        // all lanes see the tile",
         "race",
     ),
-    "halo off by one": ("in_row(out_row * s.stride - 1)", "in_row(out_row * s.stride)", "wrong|outside|never written"),
+    "halo off by one": (
+        "unit_window.cuh",
+        "in_row(out_row * s.stride - 1)",
+        "in_row(out_row * s.stride)",
+        "wrong|outside|never written",
+    ),
     "fragment of the wrong lane": (
+        "unit_products.cuh",
         "8 * j + lane_index() % 4 * 2 + i % 2",
         "8 * j + lane_index() % 4 + i % 2 * 4",
         "wrong|never written",
     ),
-    "fragment transposed": ("load_matrices<false, T>(a", "load_matrices<true, T>(a", "wrong"),
-    "weights where elements are not": ("return kPlanes ? i : place(i);", "return i;", "wrong"),
+    "fragment transposed": ("unit_products.cuh", "load_matrices<false, T>(a", "load_matrices<true, T>(a", "wrong"),
+    "weights where elements are not": ("unit_conv3.cuh", "return kPlanes ? i : place(i);", "return i;", "wrong"),
     "copy not waited for": (
+        "unit_conv1.cuh",
         "        wait_copies<0>();\n        warp_barrier();",
         "        wait_copies<1>();\n        warp_barrier();",
         "copy is filling|never written",
     ),
     "barrier that some threads skip": (
-        "        barrier();  // all threads have finished reading what is overwritten now",
-        "        if (thread_index() < 96) barrier();",
+        "unit_kernel.cuh",
+        "    barrier();  // all threads have finished reading what is overwritten now",
+        "    if (thread_index() < 96) barrier();",
         "not all threads reach",
     ),
-    "padding not cleared": ("          clear_y2();", "", "never written"),
-    "one row too many": ("row < valid_rows ? depth", "row <= valid_rows ? depth", "heap-buffer-overflow|wrong"),
+    "padding not cleared": ("unit_kernel.cuh", "      staging.clear_y2();", "", "never written"),
+    "one row too many": (
+        "unit_staging.cuh",
+        "row < valid_rows ? depth",
+        "row <= valid_rows ? depth",
+        "heap-buffer-overflow|wrong",
+    ),
     "index past shared memory": (
+        "unit_conv1.cuh",
         "layout.tiles + static_cast<int64_t>(warp_index())",
         "layout.tiles + static_cast<int64_t>(warp_index() + 1)",
         "outside",
     ),
-    "operand not rounded to TF32": ("        round_operands<T>(b);\n", "", "not rounded"),
+    "operand not rounded to TF32": ("unit_products.cuh", "        round_operands<T>(b);\n", "", "not rounded"),
 }
 
 
 @pytest.fixture(scope="session")
 def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    source = (KERNEL / "unit_kernel.cuh").read_text()
     folder = tmp_path_factory.mktemp("mutants")
 
     def build_mutant(name: str) -> Path:
-        right, planted, _ = MUTATIONS[name]
-        place = folder / name.replace(" ", "_")
-        place.mkdir()
-        (place / "unit_kernel.cuh").write_text(source.replace(right, planted))
+        file, right, planted, _ = MUTATIONS[name]
+        place = folder / name.replace(" ", "_") / "cuda"
+        shutil.copytree(KERNEL, place, ignore=shutil.ignore_patterns("*.cpp", "*.cu"))
+        shutil.copy(KERNEL.parent / "unit.h", place.parent)
+        (place / file).write_text((place / file).read_text().replace(right, planted))
         flags = ["-O0", "-fsanitize=address", *([] if "TF32" in name else ["-DSHUFFLENET_TEST_DTYPE16"])]
         return build(*flags, kernel=place)
 
@@ -229,8 +245,8 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_the_bugs_to_plant_fit_the_kernel() -> None:
-    source = (KERNEL / "unit_kernel.cuh").read_text()
-    assert {name: source.count(right) for name, (right, *_) in MUTATIONS.items()} == dict.fromkeys(MUTATIONS, 1)
+    found = {name: (KERNEL / file).read_text().count(right) for name, (file, right, *_) in MUTATIONS.items()}
+    assert found == dict.fromkeys(MUTATIONS, 1)
 
 
 @pytest.mark.long  # the mutants take a minute to build
@@ -240,7 +256,7 @@ def test_a_planted_bug_is_caught(mutants: dict[str, Path], name: str) -> None:
     case: Case = {"dtype": dtype, "layout": "nhwc", "in": 24, "mid": 18, "out": 24, "h": 9, "w": 8}
     done = run(mutants[name], [case | {"tile_rows": rows} for rows in (9, 4)])
     answer = done.stdout + done.stderr
-    assert any(symptom in answer for symptom in MUTATIONS[name][2].split("|")), answer
+    assert any(symptom in answer for symptom in MUTATIONS[name][3].split("|")), answer
 
 
 # ---- The planner ----------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ IN_SOURCE_OF_STRIPS = ("swizzle of the copies alone", "tail not cleared", "the p
 FAULTS: dict[str, tuple[str, str, str, str]] = {
     **{name: ("unit", "device.cuh", *fault) for name, fault in IN_ASSEMBLY.items()},
     **{name: ("strip", "matrices.cuh", *fault) for name, fault in IN_ASSEMBLY_OF_STRIPS.items()},
-    **{name: ("unit", "unit_kernel.cuh", *MUTATIONS[name][:2]) for name in IN_SOURCE if name in MUTATIONS},
+    **{name: ("unit", *MUTATIONS[name][:3]) for name in IN_SOURCE if name in MUTATIONS},
     **{name: ("strip", *STRIP_MUTATIONS[name][:3]) for name in IN_SOURCE_OF_STRIPS if name in STRIP_MUTATIONS},
 }
 # Small cases of either kind. Of those by strips one has several tiles of conv1 a slice, one a pitch that is swizzled,

@@ -31,9 +31,9 @@ void launch_of(const KernelArguments& arguments, Layout layout, int64_t shared_b
   Machine machine(kThreads, shared_bytes, 0);
   machine.launch(arguments.tiling.windows(arguments.sizes), [&] {
     if (layout == Layout::channels_last) {
-      Block<T, Layout::channels_last>(arguments).run();
+      UnitBlock<T, Layout::channels_last>(arguments).run();
     } else {
-      Block<T, Layout::contiguous>(arguments).run();
+      UnitBlock<T, Layout::contiguous>(arguments).run();
     }
   });
 }

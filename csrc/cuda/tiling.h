@@ -28,13 +28,18 @@ inline constexpr int kRowPadding = 7;  // rows read behind the last one, as a ti
 // How many bytes of a row one mma instruction multiplies: 16 elements of 16 bits (m16n8k16) or 8 of 32 bits (m16n8k8).
 // Rows are padded to a multiple of it with zeros.
 inline constexpr int kStepBytes = 32;
+// The same in elements of T (kStep), and how many of them an access of 16 bytes has (kPerBlock).
+template <class T>
+inline constexpr int kStep = kStepBytes / static_cast<int>(sizeof(T));
+template <class T>
+inline constexpr int kPerBlock = 16 / static_cast<int>(sizeof(T));
 // A tile of conv3 has 16 lines (the M of mma.m16n8) of 32 elements (four times its N). Elements are what lies side by
 // side in the result's memory: channels where it is channels_last, pixels where it is contiguous. Lines are the other
 // of the two.
 inline constexpr int kLines = 16;
 inline constexpr int kElements = 32;
-// Returns how many blocks a multiprocessor's 65536 registers hold. instance.cuh compiles the kernel for this limit: 128
-// registers a thread, or 255 where an accumulator takes two registers.
+// Returns how many blocks a multiprocessor's 65536 registers hold. unit_instance.cuh compiles the kernel for this
+// limit: 128 registers a thread, or 255 where an accumulator takes two registers.
 SHUFFLENET_HOST_DEVICE constexpr int blocks_by_registers(int accumulator) { return accumulator == 8 ? 1 : 2; }
 
 // The elements from one channel to the next in a tile of x that comes from contiguous planes. With this pitch, what one

@@ -36,7 +36,7 @@ std::string run(const Case& c, const Unit& unit, Dtype dtype, Tiling tiling) {
   launch_ptx(c, name, blocks, kThreads, layout.bytes, arguments, result.data);
 #else
   Machine machine(kThreads, layout.bytes, c.number("seed", 0));
-  machine.launch(blocks, [&] { Block<T, kLayout>(arguments).run(); });
+  machine.launch(blocks, [&] { UnitBlock<T, kLayout>(arguments).run(); });
 #endif
 
   const Difference difference = problem.compare(result.data);

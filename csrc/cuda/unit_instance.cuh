@@ -9,7 +9,7 @@ namespace shufflenet::cuda {
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kThreads, blocks_by_registers(sizeof(accumulator_t<T>)))
     unit_kernel(const __grid_constant__ KernelArguments arguments) {
-  Block<T, kLayout>(arguments).run();
+  UnitBlock<T, kLayout>(arguments).run();
 }
 
 template <class T>
