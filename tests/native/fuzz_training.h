@@ -264,13 +264,17 @@ class TrainingFuzz {
         check(interleaved[k * row + j], j < b_planes ? of_b_at(j, k) : 0, 0, "interleaved plane", j);
       }
     }
-    kernel_.products({a.data(), plane, a_planes, interleaved.data(), b_planes, pixels, sums.data()});
+    const RandomNumbers<A> a_offset(a_planes);
+    const bool has_a_offset = kernel_.multiplies_pairs() && uniform(0, 1);
+    const void* const of_a = has_a_offset ? a_offset.data() : nullptr;
+    kernel_.products({a.data(), plane, a_planes, interleaved.data(), b_planes, pixels, of_a, sums.data()});
     kernel_.move_sums(sums.data(), a_planes, b_planes, moved.data());
     for (int64_t i = 0; i < a_planes; ++i) {
       for (int64_t j = 0; j < b_planes; ++j) {
         double sum = 2;
-        for (int64_t k = 0; k < pixels; ++k) sum += a[i * plane + k] * of_b_at(j, k);
-        check(moved[i * b_planes + j], sum, 8.0 * pixels, "product of planes", i);
+        for (int64_t k = 0; k < pixels; ++k)
+          sum += (a[i * plane + k] - (has_a_offset ? a_offset[i] : 0)) * of_b_at(j, k);
+        check(moved[i * b_planes + j], sum, 16.0 * pixels, "product of planes", i);
       }
     }
     for (const A left : sums) check(left, 0, 0, "sum that was moved", 0);

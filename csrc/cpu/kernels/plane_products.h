@@ -9,11 +9,9 @@
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
 
-// Interleaves up to kLanes planes, whose rows in `to` go on from there for `left` elements. Where all vectors are whole
-// the block stays in registers.
+// Interleaves up to kLanes planes. Where all vectors are whole the block stays in registers.
 template <class T, bool IsWhole>
-inline void interleave_block(const OffsetPlanes& p, const T* from, int64_t pixels, accumulator_t<T>* to, int64_t row,
-                             int64_t left) {
+inline void interleave_block(const OffsetPlanes& p, const T* from, int64_t pixels, accumulator_t<T>* to, int64_t row) {
   using A = accumulator_t<T>;
   using S = Simd<A>;
   const A* const offset = static_cast<const A*>(p.offset);
@@ -23,41 +21,33 @@ inline void interleave_block(const OffsetPlanes& p, const T* from, int64_t pixel
       block[i] = typename S::V{};
       return;
     }
-    if (IsWhole || pixels >= S::kLanes) {
-      block[i] = Stored<T>::load(from + i * p.plane);
-    } else {
-      block[i] = load_pixels(from + i * p.plane, pixels, std::true_type{});
-    }
+    block[i] = IsWhole ? Stored<T>::load(from + i * p.plane) : load_first(from + i * p.plane, pixels);
     if (offset) block[i] -= S::broadcast(offset[i]);
   });
   S::transpose(block);
   unrolled<S::kLanes>([&](int i) {
-    if (IsWhole) {
-      S::store(to + i * row, block[i]);
-    } else if (i < pixels) {
-      store_first(to + i * row, block[i], left);
-    }
+    if (IsWhole || i < pixels) S::store(to + i * row, block[i]);
   });
 }
 
 template <class T>
-void interleave_some(const OffsetPlanes& p, accumulator_t<T>* to, int64_t row, int64_t left) {
+void interleave_some(const OffsetPlanes& p, accumulator_t<T>* to, int64_t row) {
   constexpr int64_t kLanes = Simd<accumulator_t<T>>::kLanes;
   const T* const from = static_cast<const T*>(p.data);
   for (int64_t pixel = 0; pixel < p.pixels; pixel += kLanes) {
     const int64_t pixels = std::min(kLanes, p.pixels - pixel);
     if (pixels == kLanes && p.count == kLanes) {
-      interleave_block<T, true>(p, from + pixel, pixels, to + pixel * row, row, left);
+      interleave_block<T, true>(p, from + pixel, pixels, to + pixel * row, row);
     } else {
-      interleave_block<T, false>(p, from + pixel, pixels, to + pixel * row, row, left);
+      interleave_block<T, false>(p, from + pixel, pixels, to + pixel * row, row);
     }
   }
 }
 
-// Calls some(planes, to, left) for as many planes at a time as a vector has lanes: a part of the planes, where its rows
-// begin, and how many elements are left of a row from there on.
+// Calls some(planes, to) for as many planes at a time as a vector has lanes: a part of the planes, and where its rows
+// begin.
 template <class T, class To, class Some>
-void each_lanes(const OffsetPlanes& planes, To* to, int64_t row, const Some& some) {
+void each_lanes(const OffsetPlanes& planes, To* to, const Some& some) {
   using A = accumulator_t<T>;
   constexpr int64_t kLanes = Simd<A>::kLanes;
   for (int64_t c = 0; c < planes.count; c += kLanes) {
@@ -65,20 +55,26 @@ void each_lanes(const OffsetPlanes& planes, To* to, int64_t row, const Some& som
     part.data = static_cast<const T*>(planes.data) + c * planes.plane;
     part.count = std::min(kLanes, planes.count - c);
     if (planes.offset) part.offset = static_cast<const A*>(planes.offset) + c;
-    some(part, to + c, row - c);
+    some(part, to + c);
   }
+}
+
+// The elements of as many vectors as so many planes take.
+template <class A>
+int64_t product_row(int64_t planes) {
+  return ceil_div(planes, Simd<A>::kLanes) * Simd<A>::kLanes;
 }
 
 // Products of planes of T in its accumulator type.
 template <class T>
 struct ProductsOfFloats {
   using A = accumulator_t<T>;
+  static constexpr bool kArePairs = false;
 
   // Writes to[pixel][plane], and zeros behind the planes to the end of a row.
   static void interleave(const OffsetPlanes& planes, void* to, int64_t row) {
-    each_lanes<T>(planes, static_cast<A*>(to), row, [&](const OffsetPlanes& some, A* first, int64_t left) {
-      interleave_some<T>(some, first, row, left);
-    });
+    each_lanes<T>(
+        planes, static_cast<A*>(to), [&](const OffsetPlanes& some, A* first) { interleave_some<T>(some, first, row); });
   }
 
   // Adds the products to the sums. Pixels go through a tile in blocks, so that the list of their places is short.
@@ -88,7 +84,7 @@ struct ProductsOfFloats {
     constexpr int64_t kMostPixels = 2 * kMostTerms;
     static constexpr A zeros[kTileChannels] = {};
     alignas(kMemoryAlignment) A converted[kConverts ? kTileChannels * kMostPixels : 1];
-    const int64_t row = ceil_div(p.b_planes, S::kLanes) * S::kLanes;
+    const int64_t row = product_row<A>(p.b_planes);
     const PixelTiles<A> tiles(row);
     int64_t places[kMostPixels], y_rows[kTileChannels];
     for (int64_t i = 0; i < std::min(kMostPixels, p.pixels); ++i) places[i] = i * row;

@@ -270,9 +270,9 @@ class StemTrainingOf final : public StemTrainingKernel {
     const V scale = S::broadcast(static_cast<A>(n.scale)), slope = S::broadcast(static_cast<A>(n.slope));
     const V mean = S::broadcast(static_cast<A>(n.mean)), shift = S::broadcast(static_cast<A>(n.shift));
     const bool is_frozen = n.slope == 0;
-    each_vector<A>(pixels, [&](int64_t i, int64_t n, auto is_tail) {
-      const V deviation = is_frozen ? V{} : load_pixels(y + i, n, is_tail) - mean;
-      const V scaled = scale * load_pixels(gradient + i, n, is_tail) - shift;
+    each_vector<A>(pixels, [&](int64_t i, int64_t left, auto is_tail) {
+      const V deviation = is_frozen ? V{} : load_pixels(y + i, left, is_tail) - mean;
+      const V scaled = scale * load_pixels(gradient + i, left, is_tail) - shift;
       S::store(to + i, scaled - slope * deviation);
     });
   }

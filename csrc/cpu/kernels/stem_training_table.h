@@ -16,7 +16,7 @@ struct StemProducts {
   double* sums;  // [out_channels][taps], which are written
 };
 
-// Planes are contiguous, one behind the other.
+// Planes are contiguous, one behind the other, of the accumulator type.
 class StemTrainingKernel {
  public:
   virtual int64_t plane_bytes(const Stem&) const = 0;

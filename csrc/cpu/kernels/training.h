@@ -34,19 +34,19 @@ void fill_plane_masks(PlaneSize in, int64_t stride, EdgeMasks<A>* masks) {
   fill_edge_masks<A>(unit, {0, unit.out_height()}, masks);
 }
 
-// Pointwise is the convolution of planes of T, Products those of its planes with planes.
-template <class T, class Pointwise, class Products, bool MultipliesPairs>
+// PointwiseOfPlanes are the convolutions of planes of T, ProductsOfPlanes their products with other planes.
+template <class T, class PointwiseOfPlanes, class ProductsOfPlanes>
 class TrainingOf final : public TrainingKernel {
  public:
   using A = accumulator_t<T>;
   using S = Simd<A>;
   using V = typename S::V;
 
-  bool multiplies_pairs() const override { return MultipliesPairs; }
+  bool multiplies_pairs() const override { return ProductsOfPlanes::kArePairs; }
 
-  int64_t pointwise_bytes(const TrainingPointwise& p) const override { return Pointwise(p, nullptr).bytes(); }
+  int64_t pointwise_bytes(const TrainingPointwise& p) const override { return PointwiseOfPlanes(p, nullptr).bytes(); }
   void pointwise(const TrainingPointwise& p, Range rows, void* workspace) const override {
-    Pointwise(p, workspace).run(rows);
+    PointwiseOfPlanes(p, workspace).run(rows);
   }
 
   void moments(const void* data, int64_t pixels, int64_t count, double* means, double* squares) const override {
@@ -168,10 +168,10 @@ class TrainingOf final : public TrainingKernel {
   }
 
   void interleave(const OffsetPlanes& planes, void* to, int64_t row) const override {
-    Products::interleave(planes, to, row);
+    ProductsOfPlanes::interleave(planes, to, row);
   }
-  int64_t product_row(int64_t b_planes) const override { return ceil_div(b_planes, S::kLanes) * S::kLanes; }
-  void products(const PlaneProducts& p) const override { Products::add(p); }
+  int64_t product_row(int64_t b_planes) const override { return SHUFFLENET_ISA::product_row<A>(b_planes); }
+  void products(const PlaneProducts& p) const override { ProductsOfPlanes::add(p); }
   void move_sums(void* sums, int64_t rows, int64_t columns, double* to) const override {
     const int64_t row_size = product_row(columns);
     for (int64_t row = 0; row < rows; ++row) {
@@ -272,6 +272,6 @@ using TrainingOfFloats =
     TrainingOf<T,
                std::conditional_t<std::is_same_v<T, accumulator_t<T>>, PointwiseAsItLies<T>,
                                   ConvertedPointwise<T, ConvertedToFloats>>,
-               ProductsOfFloats<T>, false>;
+               ProductsOfFloats<T>>;
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

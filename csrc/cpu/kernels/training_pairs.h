@@ -31,7 +31,6 @@ struct FinishFloats {
 class ConvertedToPairs {
  public:
   using Element = Pair;
-  static constexpr bool kMultipliesPairs = true;
 
   ConvertedToPairs(Arena&, int64_t, int64_t) {}
 
@@ -61,11 +60,13 @@ class ConvertedToPairs {
 };
 
 struct ProductsOfPairs {
+  static constexpr bool kArePairs = true;
+
   // Writes to[pair of pixels][plane], and zeros behind the planes to the end of a row. Of an odd number of pixels the
   // last pair's second is zero.
   static void interleave(const OffsetPlanes& planes, void* to, int64_t row) {
-    each_lanes<BFloat16>(planes, static_cast<Pair*>(to), row, [&](const OffsetPlanes& some, Pair* first, int64_t left) {
-      interleave_some(some, first, row, left);
+    each_lanes<BFloat16>(planes, static_cast<Pair*>(to), [&](const OffsetPlanes& some, Pair* first) {
+      interleave_some(some, first, row);
     });
   }
 
@@ -76,7 +77,7 @@ struct ProductsOfPairs {
     constexpr int64_t kMostPairs = 128;
     alignas(kMemoryAlignment) BFloat16 a[kProductRows * 2 * kMostPairs];
     alignas(kMemoryAlignment) float sums[kProductRows * kSumsStride];
-    const int64_t vectors = ceil_div(p.b_planes, S::kLanes), row = vectors * S::kLanes;
+    const int64_t row = product_row<float>(p.b_planes), vectors = row / S::kLanes;
     PairProduct product;
     product.weight = a;
     product.x_plane = row;
@@ -90,8 +91,12 @@ struct ProductsOfPairs {
         product.pairs = pairs_of(pixels);
         for (int64_t i = 0; i < product.rows; ++i) {
           const auto* const from = static_cast<const BFloat16*>(p.a) + (plane + i) * p.a_plane + pixel;
-          BFloat16* const behind = std::copy_n(from, pixels, a + i * 2 * product.pairs);
-          if (pixels % 2 != 0) *behind = {};
+          BFloat16* const to = a + i * 2 * product.pairs;
+          to[2 * product.pairs - 1] = {};  // behind an odd number of pixels
+          const auto shift = S::broadcast(p.a_offset ? static_cast<const float*>(p.a_offset)[plane + i] : 0);
+          each_vector<float>(pixels, [&](int64_t j, int64_t n, auto is_tail) {
+            store_pixels(to + j, load_pixels(from + j, n, is_tail) - shift, n, is_tail);
+          });
         }
         products.prepare(product.rows, product.pairs);
         for (int64_t v = 0; v < vectors; v += product.vectors) {
@@ -111,7 +116,7 @@ struct ProductsOfPairs {
 
  private:
   // Up to kLanes planes, as many pairs of pixels at a time.
-  static void interleave_some(const OffsetPlanes& p, Pair* to, int64_t row, int64_t left) {
+  static void interleave_some(const OffsetPlanes& p, Pair* to, int64_t row) {
     using S = Simd<float>;
     const auto* const offset = static_cast<const float*>(p.offset);
     for (int64_t pixel = 0; pixel < p.pixels; pixel += 2 * S::kLanes) {
@@ -130,12 +135,11 @@ struct ProductsOfPairs {
       }
       S::transpose(block);
       const int64_t pairs = std::min<int64_t>(S::kLanes, pairs_of(n));
-      for (int64_t i = 0; i < pairs; ++i, to += row) store_first(reinterpret_cast<float*>(to), block[i], left);
+      for (int64_t i = 0; i < pairs; ++i, to += row) S::store(reinterpret_cast<float*>(to), block[i]);
     }
   }
 };
 
-using TrainingOfPairs = TrainingOf<BFloat16, ConvertedPointwise<BFloat16, ConvertedToPairs>, ProductsOfPairs,
-                                   ConvertedToPairs::kMultipliesPairs>;
+using TrainingOfPairs = TrainingOf<BFloat16, ConvertedPointwise<BFloat16, ConvertedToPairs>, ProductsOfPairs>;
 
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA

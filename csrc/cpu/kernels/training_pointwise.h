@@ -48,7 +48,6 @@ class PointwiseAsItLies {
 class ConvertedToFloats {
  public:
   using Element = float;
-  static constexpr bool kMultipliesPairs = false;
 
   ConvertedToFloats(Arena& arena, int64_t rows, int64_t depth) : lists_(arena, rows, depth) {}
 
@@ -72,7 +71,7 @@ class ConvertedToFloats {
   PointwiseLists<float> lists_;
 };
 
-// T: of the planes in memory, 16 bits.
+// T is the dtype of the planes in memory, of 16 bits.
 template <class T, class Converted>
 class ConvertedPointwise {
  public:
@@ -105,7 +104,8 @@ class ConvertedPointwise {
   }
 
  private:
-  static constexpr int64_t kBytesAtOnce = 128 * 1024, kRowsMultiple = 16;
+  static constexpr int64_t kBytesAtOnce = 128 * 1024;  // of results: a small part of an L2 cache
+  static constexpr int64_t kRowsMultiple = 16;         // the rows of AMX's tiles, and two tiles of AVX-512's
 
   void convert_inputs(int64_t group) const {
     for (int64_t i = 0; i < p_.input_count; ++i) {

@@ -89,6 +89,9 @@ struct PlaneProducts {
   int64_t a_plane, a_planes;  // a_plane: elements from one to the next
   const void* b;              // as interleave left them, in rows of product_row(b_planes)
   int64_t b_planes, pixels;
+  // What products of pairs take of a's planes, as was taken of b's; null: nothing. Rounded deviations so have a Gram
+  // matrix without negative eigenvalues. Products of floats need it not: b's deviations add up to zero there.
+  const void* a_offset;
   void* sums;  // [a_planes][product_row(b_planes)], to which the products are added
 };
 
@@ -130,7 +133,7 @@ class TrainingKernel {
   virtual void transpose(const MatrixRows& from, void* to, int64_t to_row) const = 0;
 
   // Writes b's planes as products take them, [pixel or pair of pixels][plane], with zeros behind the planes to the end
-  // of a row of so many elements.
+  // of a row of product_row elements.
   virtual void interleave(const OffsetPlanes&, void* to, int64_t row) const = 0;
   // The elements of as many vectors as the planes of b take.
   virtual int64_t product_row(int64_t b_planes) const = 0;

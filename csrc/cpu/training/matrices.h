@@ -71,7 +71,8 @@ class RightHandSides {
       double* const products = left + count * depth_;
       for (int64_t i = 0; i < count; ++i) fill(first + i, left + i * depth_);
       std::fill_n(products, count * row_size_, 0.0);
-      kernel_.products({left, depth_, count, data_.data() + group * depth_ * row_size_, columns_, depth_, products});
+      kernel_.products(
+          {left, depth_, count, data_.data() + group * depth_ * row_size_, columns_, depth_, nullptr, products});
       for (int64_t i = 0; i < count; ++i) take(first + i, left + i * depth_, products + i * row_size_);
     });
   }

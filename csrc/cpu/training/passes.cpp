@@ -35,12 +35,13 @@ void each_tile(const PlaneBatch& batch, const Run& run) {
   });
 }
 
-// Some channels' pixels of an image as kernels take them, in planes: as they lie, or, of channels_last, as a copy in
-// memory that a thread keeps, which is as long as its cache holds it.
-class Planes {
+// Some channels' pixels of an image of a batch, which must outlive it, as kernels take them, in planes: as they lie,
+// or, of channels_last, as a copy in memory that a thread keeps.
+class ImagePlanes {
  public:
-  Planes(const PlaneBatch& batch, Range channels, Range pixels) : batch_(batch), channels_(channels), pixels_(pixels) {}
-  static Planes of_image(const PlaneBatch& batch) { return {batch, {0, batch.channels}, {0, batch.pixels()}}; }
+  ImagePlanes(const PlaneBatch& batch, Range channels, Range pixels)
+      : batch_(batch), channels_(channels), pixels_(pixels) {}
+  static ImagePlanes of_image(const PlaneBatch& batch) { return {batch, {0, batch.channels}, {0, batch.pixels()}}; }
 
   int64_t bytes() const {
     const int64_t copied = batch_.has_planes() ? 0 : channels_.count() * pixels_.count() * batch_.element;
@@ -68,7 +69,7 @@ class Planes {
 
 // Pixels of a plane that are interleaved at once, at most: long rows are read faster than many short ones.
 constexpr int64_t kInterleavedPixels = 1024;
-// Pixels whose products are added up in the planes' dtype, about, before they are added to sums in double.
+// Pixels whose products are added up in the accumulator type, about, before they are added to sums in double.
 constexpr int64_t kPixelsOfSums = 1024;
 
 // Products of a's planes, which are cut into tiles, with b's planes of the same group.
@@ -91,6 +92,7 @@ struct GroupedProducts {
   PlaneBatch a, b;
   const Numbers* offset;  // of b's planes; null: none
   int64_t groups;
+  bool is_gram = false;  // of b's planes with themselves
 };
 
 // Adds up some tiles' products, [a's channels][columns], on one thread. Image by image and block of pixels by block it
@@ -118,7 +120,8 @@ void add_products(const GroupedProducts& p, Range tiles, const TrainingKernel& k
           kernel.interleave(p.of_b(n, p.group(tile), block), interleaved, row_size);
         }
         const auto [a, a_plane] = make(n, planes, block, own);
-        kernel.products({a, a_plane, planes.count(), interleaved, columns, block.count(), sums_of(tile)});
+        const void* const a_offset = p.is_gram && p.offset ? p.offset->from(planes.begin) : nullptr;
+        kernel.products({a, a_plane, planes.count(), interleaved, columns, block.count(), a_offset, sums_of(tile)});
       }
       in_sums += block.count();
       if (in_sums < kPixelsOfSums && (n + 1 < p.a.images || block.end < pixels)) continue;
@@ -142,7 +145,7 @@ Vector products_of(const GroupedProducts& p, const TrainingKernel& kernel, int64
 
 // What a tile of planes and a block of pixels take at most.
 int64_t bytes_of_tile(const PlaneBatch& batch) {
-  return Planes(batch, {0, kTile}, {0, std::min(kInterleavedPixels, batch.pixels())}).bytes();
+  return ImagePlanes(batch, {0, kTile}, {0, std::min(kInterleavedPixels, batch.pixels())}).bytes();
 }
 
 // The max pool of a plane of the batch, as the stem's kernels take it.
@@ -174,15 +177,15 @@ void Passes::pointwise(const std::vector<PointwiseTerm>& terms, const Numbers* b
   p.groups = groups;
   p.pixels = y.pixels();
   p.images = y.images;
-  const Planes result = Planes::of_image(y);
+  const ImagePlanes result = ImagePlanes::of_image(y);
   int64_t bytes_of_inputs = 0;
-  for (const PointwiseTerm& term : terms) bytes_of_inputs += Planes::of_image(term.x).bytes();
-  const int64_t bytes_of_residual = residual ? Planes::of_image(*residual).bytes() : 0;
+  for (const PointwiseTerm& term : terms) bytes_of_inputs += ImagePlanes::of_image(term.x).bytes();
+  const int64_t bytes_of_residual = residual ? ImagePlanes::of_image(*residual).bytes() : 0;
   const int64_t bytes = bytes_of_inputs + bytes_of_residual + result.bytes() + kernel_.pointwise_bytes(p);
   each_share_of_images(y.images, y.channels, [&](int64_t n, Range some) {
     char* memory = thread_workspace.reserve(bytes);
     const auto read = [&](const PlaneBatch& batch) {
-      const Planes planes = Planes::of_image(batch);
+      const ImagePlanes planes = ImagePlanes::of_image(batch);
       char* const own = memory;
       memory += planes.bytes();
       return planes.read(n, kernel_, own);
@@ -191,12 +194,17 @@ void Passes::pointwise(const std::vector<PointwiseTerm>& terms, const Numbers* b
     for (size_t i = 0; i < terms.size(); ++i) of_image[i].x = read(terms[i].x);
     TrainingPointwise own = p;
     own.inputs = of_image.data();
-    own.residual = residual ? read(*residual) : nullptr;
-    char* const written = memory;
-    own.y = result.at(n, written);
-    kernel_.pointwise(own, some, written + result.bytes());
-    const char* const rows = written + some.begin * y.pixels() * y.element;
-    Planes(y, some, {0, y.pixels()}).write(n, kernel_, rows);
+    // Of the residual, which may be y itself, only the share's rows: others are being written.
+    const Range all = {0, y.pixels()};
+    const int64_t first_row = some.begin * y.pixels() * y.element;
+    if (residual) {
+      ImagePlanes(*residual, some, all).read(n, kernel_, memory + first_row);
+      own.residual = ImagePlanes::of_image(*residual).at(n, memory);
+      memory += bytes_of_residual;
+    }
+    own.y = result.at(n, memory);
+    kernel_.pointwise(own, some, memory + result.bytes());
+    if (!y.has_planes()) ImagePlanes(y, some, all).write(n, kernel_, memory + first_row);
     if (!moments) return;
     kernel_.moments(y.at(n, some.begin), y.pixels(), some.count(), moments->means_of(n, some.begin),
                     moments->squares_of(n, some.begin));
@@ -273,20 +281,27 @@ Moments Passes::moments(const PlaneBatch& batch) const {
   return found;
 }
 
-Vector Passes::products(const PlaneBatch& a, const PlaneBatch& b, const Numbers* offset, int64_t groups) const {
+Vector Passes::products(const PlaneBatch& a, const PlaneBatch& b, int64_t groups) const {
   const auto read = [&](int64_t n, Range planes, Range pixels, char* memory) {
-    const Planes part(a, planes, pixels);
+    const ImagePlanes part(a, planes, pixels);
     return std::pair<const char*, int64_t>(part.read(n, kernel_, memory), part.plane());
   };
-  return products_of({a, b, offset, groups}, kernel_, bytes_of_tile(a), read);
+  return products_of({a, b, nullptr, groups}, kernel_, bytes_of_tile(a), read);
+}
+
+Vector Passes::gram_matrix(const PlaneBatch& v, const Numbers& centre, int64_t groups) const {
+  const auto as_it_lies = [&](int64_t n, Range planes, Range pixels, char*) {
+    return std::pair<const char*, int64_t>(v.at(n, planes.begin, pixels.begin), v.pixels());
+  };
+  return products_of({v, v, &centre, groups, true}, kernel_, 0, as_it_lies);
 }
 
 Vector Passes::relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient,
-                             const PlaneBatch& b, const Numbers* offset, int64_t groups, Vector& total) const {
+                             const PlaneBatch& b, const Numbers& offset, int64_t groups, Vector& total) const {
   total.assign(result.channels, 0.0);
   const int64_t bytes_of_result = bytes_of_tile(result);
   const auto make = [&](int64_t n, Range planes, Range pixels, char* memory) {
-    const Planes of_result(result, planes, pixels), of_gradient(result_gradient, planes, pixels);
+    const ImagePlanes of_result(result, planes, pixels), of_gradient(result_gradient, planes, pixels);
     const char* y = of_result.read(n, kernel_, memory);
     const char* given = of_gradient.read(n, kernel_, memory + bytes_of_result);
     for (int64_t c = planes.begin; c < planes.end; ++c) {
@@ -297,14 +312,14 @@ Vector Passes::relu_backward(const PlaneBatch& result, const PlaneBatch& result_
     return std::pair<const char*, int64_t>(gradient.at(n, planes.begin, pixels.begin), gradient.pixels());
   };
   const int64_t bytes = bytes_of_result + bytes_of_tile(result_gradient);
-  return products_of({gradient, b, offset, groups}, kernel_, bytes, make);
+  return products_of({gradient, b, &offset, groups}, kernel_, bytes, make);
 }
 
 void Passes::relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient,
                            const PlaneBatch& gradient) const {
   each_tile(result, [&](int64_t n, Range channels) {
-    const Planes of_result(result, channels, {0, result.pixels()});
-    const Planes of_gradient(result_gradient, channels, {0, result.pixels()});
+    const ImagePlanes of_result(result, channels, {0, result.pixels()});
+    const ImagePlanes of_gradient(result_gradient, channels, {0, result.pixels()});
     char* const memory = thread_workspace.reserve(of_result.bytes() + of_gradient.bytes());
     const char* const y = of_result.read(n, kernel_, memory);
     const char* const given = of_gradient.read(n, kernel_, memory + of_result.bytes());
@@ -315,7 +330,7 @@ void Passes::relu_backward(const PlaneBatch& result, const PlaneBatch& result_gr
 void Passes::pool(const Unit& unit, const PlaneBatch& x, const PlaneBatch& result) const {
   const int64_t bytes = kernel_.pool_bytes(x.size);
   each_tile(x, [&](int64_t n, Range channels) {
-    const Planes of_x(x, channels, {0, x.pixels()}), of_result(result, channels, {0, result.pixels()});
+    const ImagePlanes of_x(x, channels, {0, x.pixels()}), of_result(result, channels, {0, result.pixels()});
     char* const memory = thread_workspace.reserve(of_x.bytes() + of_result.bytes() + bytes);
     char* const written = of_result.at(n, memory + of_x.bytes());
     const char* const planes = of_x.read(n, kernel_, memory);
@@ -327,8 +342,8 @@ void Passes::pool(const Unit& unit, const PlaneBatch& x, const PlaneBatch& resul
 void Passes::pool_backward(const Unit& unit, const PlaneBatch& result_gradient, const PlaneBatch& gradient) const {
   const int64_t bytes = kernel_.pool_bytes(gradient.size);
   each_tile(gradient, [&](int64_t n, Range channels) {
-    const Planes given(result_gradient, channels, {0, result_gradient.pixels()});
-    const Planes found(gradient, channels, {0, gradient.pixels()});
+    const ImagePlanes given(result_gradient, channels, {0, result_gradient.pixels()});
+    const ImagePlanes found(gradient, channels, {0, gradient.pixels()});
     char* const memory = thread_workspace.reserve(given.bytes() + found.bytes() + bytes);
     char* const written = found.at(n, memory + given.bytes());
     const char* const planes = given.read(n, kernel_, memory);

@@ -25,6 +25,8 @@ struct PointwiseTerm {
   const Weights& weights;
 };
 
+// Batches may be in either layout where they are a unit's own tensors: x, results, and the gradients of both. What lies
+// between is planes.
 class Passes {
  public:
   // Of planes of the dtype.
@@ -53,13 +55,14 @@ class Passes {
   // The moments of a batch's planes.
   Moments moments(const PlaneBatch&) const;
 
-  // The sum over the batch and its pixels of a's channel i times b's channel j of the same group, less its offset
-  // (null: none): [channels of a][b's channels of a group].
-  Vector products(const PlaneBatch& a, const PlaneBatch& b, const Numbers* offset, int64_t groups) const;
-  // Makes the gradient of a ReLU's argument from that of its result, and its sum by channel; returns its products with
-  // b as above.
+  // The sum over the batch and its pixels of a's channel i times b's channel j of the same group: [channels of a][b's
+  // channels of a group]. The Gram matrix has v's channels, less their centres, which are their means, as both.
+  Vector products(const PlaneBatch& a, const PlaneBatch& b, int64_t groups) const;
+  Vector gram_matrix(const PlaneBatch& v, const Numbers& centre, int64_t groups) const;
+  // Makes the gradient of a ReLU's argument from that of its result, and its sum by channel; returns its products, as
+  // above, with b's planes less their offsets.
   Vector relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient,
-                       const PlaneBatch& b, const Numbers* offset, int64_t groups, Vector& total) const;
+                       const PlaneBatch& b, const Numbers& offset, int64_t groups, Vector& total) const;
   void relu_backward(const PlaneBatch& result, const PlaneBatch& result_gradient, const PlaneBatch& gradient) const;
 
   // The shortcut of a unit of stride 2, and its gradient.

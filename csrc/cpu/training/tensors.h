@@ -1,5 +1,5 @@
-// Tensors and numbers as the passes of training take them: planes that are contiguous, and numbers in the dtype that
-// sums are in.
+// Tensors and numbers as the passes of training take them: images that are dense, and numbers in the dtype that sums
+// are in.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -199,8 +199,8 @@ class Weights {
  private:
   bool is_pairs() const { return pair_depth_ > 0; }
 
-  int64_t depth_,
-      pair_depth_;  // pair_depth_: from row to row, with zeros behind the depth; 0: weights are not bfloat16
+  int64_t depth_;
+  int64_t pair_depth_;  // from row to row, with zeros behind the depth; 0: weights are not bfloat16
   Numbers numbers_;
   std::vector<uint16_t> halves_;
 };

@@ -38,7 +38,7 @@ class Backward {
       const Numbers centre(type_, s_.centre);
       products_ = passes_.relu_backward(
           unit_.main_of(PlaneBatch::read(result_)), unit_.main_of(PlaneBatch::read(result_gradient_)),
-          PlaneBatch::written(dz_), PlaneBatch::read(v_), &centre, sizes_.groups, total3_);
+          PlaneBatch::written(dz_), PlaneBatch::read(v_), centre, sizes_.groups, total3_);
     }
     unit_.processes.sum({&products_, &total3_});
     NormSums sums(unit_.rows());
@@ -117,7 +117,7 @@ class Backward {
     }
     const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv1's weight");
     // Turned about, as the planes of the first operand are read but once.
-    const Vector turned = passes_.products(PlaneBatch::read(x_), gradient, nullptr, sizes_.conv1_groups);
+    const Vector turned = passes_.products(PlaneBatch::read(x_), gradient, sizes_.conv1_groups);
     gradients.weight.resize(turned.size());
     transpose(
         turned.data(), sizes_.conv1_groups, sizes_.conv1_depth(), sizes_.conv1_group_rows(), gradients.weight.data());

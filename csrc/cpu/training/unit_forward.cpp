@@ -63,12 +63,13 @@ Forward forward(const TrainedUnit& unit) {
     {
       const ProfiledPass pass("shuffle_bottleneck_training: covariance");
       const Numbers centre(type, s.centre);
-      s.covariance = passes.products(v, v, &centre, sizes.groups);
+      s.covariance = passes.gram_matrix(v, centre, sizes.groups);
     }
     unit.processes.sum({&s.covariance});
     for (double& each : s.covariance) each /= unit.values(whole);
     conv3.times_covariance(s.covariance, [&](int64_t row, const double* of_v, const double* products) {
-      of_y3.var[row] = sum_of(unit.depth(), [&](int64_t k) { return of_v[k] * products[k]; });
+      // Rounding may leave less than zero where it is zero. NaN stays.
+      of_y3.var[row] = std::max(sum_of(unit.depth(), [&](int64_t k) { return of_v[k] * products[k]; }), 0.0);
     });
   } else {
     of_y3 = norm3.fixed_statistics(unit.rows());
