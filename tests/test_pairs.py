@@ -22,4 +22,4 @@ def test_units_stems_heads_and_images_of_pairs() -> None:
         [compiled(SOURCES, *FLAGS), "60"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert done.returncode == 0, done.stdout
-    assert done.stdout == "plain pairs: 60 units, stems, heads and images of pairs\n"
+    assert done.stdout == "plain pairs: 60 units, stems, heads, images and passes of training on pairs\n"
