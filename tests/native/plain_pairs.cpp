@@ -75,6 +75,7 @@ class Products {
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA
 
 #include "../../csrc/cpu/kernels/pair_kernels.h"
+#include "../../csrc/cpu/kernels/training_pairs.h"
 
 namespace shufflenet::cpu {
 namespace {

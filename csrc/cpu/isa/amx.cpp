@@ -40,7 +40,7 @@ class Amx final : public Avx512WithPairs {
     return (d & kBFloat16) && (d & kTiles) && tiles_are_granted();
   }
   const Kernels* pair_kernels(Dtype dtype) const override { return &amx::pair_kernels(dtype); }
-  const TrainingKernel& training_of_pairs() const override { return amx::kPairTrainingKernels; }
+  const TrainingKernel& training_of_pairs() const override { return amx_training; }
 };
 constexpr Amx kAmx;
 

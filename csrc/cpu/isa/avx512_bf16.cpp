@@ -18,7 +18,7 @@ class Avx512Bf16 final : public Avx512WithPairs {
   const char* name() const override { return "avx512_bf16"; }
   bool is_usable() const override { return avx512_isa.is_usable() && __builtin_cpu_supports("avx512bf16"); }
   const Kernels* pair_kernels(Dtype dtype) const override { return &avx512_bf16::pair_kernels(dtype); }
-  const TrainingKernel& training_of_pairs() const override { return avx512_bf16::kPairTrainingKernels; }
+  const TrainingKernel& training_of_pairs() const override { return avx512_bf16_training; }
 };
 constexpr Avx512Bf16 kAvx512Bf16;
 

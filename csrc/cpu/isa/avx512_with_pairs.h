@@ -5,6 +5,10 @@
 
 namespace shufflenet::cpu {
 
+// Of training in bfloat16.
+extern const TrainingKernel& avx512_bf16_training;
+extern const TrainingKernel& amx_training;
+
 class Avx512WithPairs : public Isa {
  public:
   const Kernels& kernels(Dtype dtype) const override { return avx512_isa.kernels(dtype); }

@@ -1,10 +1,9 @@
-// All kernels on planes of pairs. Included behind an ISA's headers of PairIntrinsics and of its Products.
+// All kernels of inference on planes of pairs. Included behind an ISA's headers of PairIntrinsics and of its Products.
 #pragma once
 
 #include "head_pairs.h"
 #include "last_convolution_pairs.h"
 #include "stem_pairs.h"
-#include "training_pairs.h"
 #include "unit.h"
 
 namespace shufflenet::cpu::SHUFFLENET_ISA {
@@ -12,8 +11,6 @@ namespace shufflenet::cpu::SHUFFLENET_ISA {
 template <class T>
 inline constexpr KernelsOf<UnitOf<PairFormat>, PairStem<T>, PairLastConvolution, PairHead<T>, PairImages<T>>
     kPairKernels{};
-
-inline constexpr TrainingOfPairs kPairTrainingKernels{};
 
 inline const Kernels& pair_kernels(Dtype dtype) {
   if (dtype == Dtype::bfloat16) return kPairKernels<BFloat16>;

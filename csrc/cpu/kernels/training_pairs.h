@@ -142,4 +142,6 @@ struct ProductsOfPairs {
 
 using TrainingOfPairs = TrainingOf<BFloat16, ConvertedPointwise<BFloat16, ConvertedToPairs>, ProductsOfPairs>;
 
+inline constexpr TrainingOfPairs kPairTrainingKernels{};
+
 }  // namespace shufflenet::cpu::SHUFFLENET_ISA
