@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DTYPES, ISAS, Network, Unit, covering, network_op, selected_isa
+from support import DTYPES, ISAS, Network, Processes, Unit, covering, network_op, selected_isa
 from torch import Tensor
 
 from shufflenet_ext import _backend, _native, use_backend
@@ -121,3 +121,10 @@ def poison(one_thread: None, poisoned: tuple[Unit, list[Tensor], tuple[Tensor, T
         network_op(*arguments)
     blocks = [torch.full((2**exponent,), torch.nan) for exponent in range(4, 13) for _ in range(4)]
     del blocks
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    processes = Processes(tmp_path_factory.mktemp("processes") / "store", 2)
+    yield processes
+    processes.close()

@@ -2,14 +2,19 @@
 
 import itertools
 import math
+import multiprocessing
+import pickle
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shufflenet_ext as se
@@ -344,3 +349,42 @@ def plain_twin(unit: se.FusedShuffleBottleneck) -> se.ShuffleBottleneck:
     for norm in ("bn1", "bn2", "bn3"):
         getattr(plain, norm).eps = getattr(unit, norm).eps
     return plain.train(unit.training)
+
+
+def _join(store: Path, rank: int, world_size: int) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(minutes=2)
+    )
+
+
+def _call(rank: int, function_and_arguments: bytes) -> bytes:
+    function, arguments = pickle.loads(function_and_arguments)
+    return pickle.dumps(function(rank, *arguments))
+
+
+class Processes:
+    """A group of processes in torch.distributed, started once for all tests that run something in them.
+
+    How they end is not looked at: PyTorch's gloo threads outlive a DistributedDataParallel, and one that frees a tensor
+    while Python shuts down aborts its process.
+    """
+
+    def __init__(self, store: Path, world_size: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._workers = [
+            ProcessPoolExecutor(1, spawn, initializer=_join, initargs=(store, rank, world_size))
+            for rank in range(world_size)
+        ]
+
+    def run(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
+        """What function(rank, *arguments) returns in each process, or the first process's error."""
+        copies = pickle.dumps((function, arguments))  # submit itself would share the tensors' memory
+        results = [worker.submit(_call, rank, copies) for rank, worker in enumerate(self._workers)]
+        for result in wait(results, timeout=150, return_when=FIRST_EXCEPTION).done:
+            result.result()  # the error, where this one failed: the others may be waiting for it
+        return [pickle.loads(result.result(timeout=0)) for result in results]
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.shutdown()

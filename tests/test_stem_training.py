@@ -614,10 +614,7 @@ def test_bad_arguments_are_named():
             op(*bad, **options)
 
 
-def train_in_processes(rank, world, store, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    module, x, gradient = torch.load(f"{folder}/data.pt", weights_only=False)
+def train_in_processes(rank, module, x, gradient):
     module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     of_rank = slice(0, 3) if rank == 0 else slice(3, 5)  # batches of other sizes
     of_x = x[of_rank].clone().requires_grad_()
@@ -627,20 +624,16 @@ def train_in_processes(rank, world, store, folder):
     gradients = {f"grad of {name}": parameter.grad for name, parameter in module.named_parameters()}
     for each in gradients.values():
         distributed.all_reduce(each)
-    state = {"result": result.detach(), "grad of x": of_x.grad, **gradients, **dict(module.named_buffers())}
-    torch.save(state, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return {"result": result.detach(), "grad of x": of_x.grad, **gradients, **dict(module.named_buffers())}
 
 
 @pytest.mark.long
-def test_two_processes_are_one_with_the_whole_batch(tmp_path):
+def test_two_processes_are_one_with_the_whole_batch(two_processes):
     module = stem(STEMS[2], torch.float64)
     x = images(module, 5)
     gradient = torch.randn_like(plain(copy.deepcopy(module), x))
-    torch.save((module, x, gradient), tmp_path / "data.pt")
-    torch.multiprocessing.spawn(train_in_processes, (2, tmp_path / "store", tmp_path), nprocs=2)
+    states = two_processes.run(train_in_processes, module, x, gradient)
     expected = step(module, x, gradient)
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in ("result", "grad of x"):
         torch.testing.assert_close(torch.cat([state.pop(name) for state in states]), expected[name])
     for state in states:

@@ -644,18 +644,7 @@ def test_statistics_of_float32_beside_convolutions_of_16_bits(dtype):
     assert not torch.equal(mean, mean.to(dtype).float())
 
 
-def load_step(configuration, folder):
-    """A unit, its input and the gradient of its result, which are the same in all processes."""
-    unit = fused(configuration, torch.float64)
-    state, x, gradient = torch.load(f"{folder}/data.pt")
-    unit.load_state_dict(state)
-    return unit, x, gradient
-
-
-def train_in_processes(rank, world, store, configuration, results):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    unit, x, gradient = load_step(configuration, results)
+def train_in_processes(rank, unit, x, gradient):
     unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit)
     of_rank = slice(0, 3) if rank == 0 else slice(3, 5)  # batches of other sizes
     of_x = x[of_rank].clone().requires_grad_()
@@ -666,46 +655,36 @@ def train_in_processes(rank, world, store, configuration, results):
     gradients = {name: parameter.grad for name, parameter in unit.named_parameters()}
     for each in gradients.values():
         distributed.all_reduce(each)
-    state = {"result": result.detach(), "x": of_x.grad, **gradients, **dict(unit.named_buffers())}
-    torch.save(state, f"{results}/{rank}.pt")
-    distributed.destroy_process_group()
+    return {"result": result.detach(), "x": of_x.grad, **gradients, **dict(unit.named_buffers())}
 
 
-def train_parallel(rank, world, store, configuration, results):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    unit, x, gradient = load_step(configuration, results)
+def train_parallel(rank, unit, x, gradient):
     parallel = nn.parallel.DistributedDataParallel(unit)
     with se.use_backend("native"):
         parallel(x[rank : rank + 1]).backward(gradient[rank : rank + 1])
-    torch.save({name: parameter.grad for name, parameter in unit.named_parameters()}, f"{results}/{rank}.pt")
-    distributed.destroy_process_group()
+    return {name: parameter.grad for name, parameter in unit.named_parameters()}
 
 
 @pytest.mark.long
-def test_data_parallel_training_is_pytorchs(tmp_path):
+def test_data_parallel_training_is_pytorchs(two_processes):
     unit = fused(UNITS[0], torch.float64)
     x, gradient = images(unit, 2), torch.randn(2, 24, 7, 9, dtype=torch.float64)
-    torch.save((unit.state_dict(), x, gradient), tmp_path / "data.pt")
-    torch.multiprocessing.spawn(train_parallel, (2, tmp_path / "store", UNITS[0], tmp_path), nprocs=2)
+    gradients = two_processes.run(train_parallel, unit, x, gradient)
     parts = [step(plain_step_unit(unit), x[i : i + 1], gradient[i : i + 1]) for i in range(2)]
-    for rank in range(2):
-        for name, value in torch.load(tmp_path / f"{rank}.pt").items():
+    for of_process in gradients:
+        for name, value in of_process.items():
             expected = sum(part[f"grad of {name}"] for part in parts) / 2
             torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-8, msg=name)
 
 
 @pytest.mark.long
 @each_unit
-def test_two_processes_are_one_with_the_whole_batch(configuration, tmp_path):
+def test_two_processes_are_one_with_the_whole_batch(configuration, two_processes):
     unit = fused(configuration, torch.float64)
     x = images(unit, 5)
     gradient = torch.randn_like(plain_step_unit(unit)(x))
-    torch.save((unit.state_dict(), x, gradient), tmp_path / "data.pt")
-    arguments = (2, tmp_path / "store", configuration, tmp_path)
-    torch.multiprocessing.spawn(train_in_processes, arguments, nprocs=2)
+    states = two_processes.run(train_in_processes, unit, x, gradient)
     expected = step(plain_step_unit(unit), x, gradient)
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, of_both in (("result", "result"), ("x", "grad of x")):
         torch.testing.assert_close(torch.cat([state[name] for state in states]), expected[of_both])
     for state in states:
@@ -714,10 +693,7 @@ def test_two_processes_are_one_with_the_whole_batch(configuration, tmp_path):
             torch.testing.assert_close(state[name], value, rtol=1e-8, atol=1e-8, msg=name)
 
 
-def train_parallel_with_shared_statistics(rank, world, store, configuration, results, is_autocast):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    unit, x, gradient = load_step(configuration, results)
+def train_parallel_with_shared_statistics(rank, unit, x, gradient, is_autocast):
     if is_autocast:
         unit, x, gradient = unit.float(), x.float(), gradient.float()
     parallel = nn.parallel.DistributedDataParallel(unit)
@@ -726,29 +702,24 @@ def train_parallel_with_shared_statistics(rank, world, store, configuration, res
         result = parallel(x[2 * rank : 2 * rank + 2])
     result.backward(gradient[2 * rank : 2 * rank + 2].to(result.dtype))
     gradients = {f"grad of {name}": parameter.grad for name, parameter in unit.named_parameters()}
-    state = {"result": result.detach(), **gradients, **dict(unit.named_buffers())}
-    torch.save(state, f"{results}/{rank}.pt")
-    distributed.destroy_process_group()
+    return {"result": result.detach(), **gradients, **dict(unit.named_buffers())}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("configuration", [UNITS[0], UNITS[1], UNITS[4]], ids=str)
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_data_parallel_training_with_shared_statistics_is_one_process_with_the_whole_batch(
-    configuration, is_autocast, tmp_path
+    configuration, is_autocast, two_processes
 ):
     unit = fused(configuration, torch.float64)
     x = images(unit, 4)
     gradient = torch.randn_like(plain_step_unit(unit)(x))
-    torch.save((unit.state_dict(), x, gradient), tmp_path / "data.pt")
-    arguments = (2, tmp_path / "store", configuration, tmp_path, is_autocast)
-    torch.multiprocessing.spawn(train_parallel_with_shared_statistics, arguments, nprocs=2)
+    states = two_processes.run(train_parallel_with_shared_statistics, unit, x, gradient, is_autocast)
     if is_autocast:
         with autocast(torch.bfloat16):
             expected = step(unit.float(), x.float(), gradient.float(), OP)
     else:
         expected = step(plain_step_unit(unit), x, gradient)
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     result = torch.cat([state["result"] for state in states])
     assert result.dtype == (torch.bfloat16 if is_autocast else torch.float64)
     # One ulp of bfloat16, where the order of float32's sums of statistics decides how a value is rounded.
