@@ -12,14 +12,18 @@ inline constexpr int kLinearClasses = kRegisters == 32 ? 4 : 2;
 inline constexpr int kLinearImages = 4;
 static_assert(kLinearClasses * kLinearImages + kLinearClasses + 1 <= kRegisters, "the sums must fit the registers");
 
-// Adds the products of a vector of channels, the first of which are at `weights` and `means`.
+// Adds the products of a vector of channels, the first of which are at `weights` and `means`. The next tile's weights
+// lie `ahead` behind them and are brought into the L2 cache: the processor's own prefetching begins anew with each row.
 template <class A, bool HasTail, int Images>
-inline void add_linear_products(const A* const* weights, const A* const* means, int64_t channel,
+inline void add_linear_products(const A* const* weights, const A* const* means, int64_t channel, int64_t ahead,
                                 typename Simd<A>::Mask tail, typename Simd<A>::V (&sums)[kLinearClasses][Images]) {
   using S = Simd<A>;
   const auto load = [&](const A* from) { return HasTail ? S::load(from + channel, tail) : S::load(from + channel); };
   typename S::V w[kLinearClasses];
-  unrolled<kLinearClasses>([&](int c) { w[c] = load(weights[c]); });
+  unrolled<kLinearClasses>([&](int c) {
+    w[c] = load(weights[c]);
+    __builtin_prefetch(weights[c] + channel + ahead, 0, 2);
+  });
   unrolled<Images>([&](int i) {
     const auto x = load(means[i]);
     unrolled<kLinearClasses>([&](int c) { sums[c][i] = S::fma(w[c], x, sums[c][i]); });
@@ -41,12 +45,13 @@ void linear_tile(const Head& head, const Convolution& layer, const void* all_mea
   }
   for (int i = 0; i < Images; ++i) means[i] = x + i * head.channels;
   typename S::V sums[kLinearClasses][Images] = {};
+  const int64_t ahead = kLinearClasses * head.channels;
   int64_t channel = 0;
   for (; channel + S::kLanes <= head.channels; channel += S::kLanes) {
-    add_linear_products<A, false>(weights, means, channel, S::first(S::kLanes), sums);
+    add_linear_products<A, false>(weights, means, channel, ahead, S::first(S::kLanes), sums);
   }
   if (channel < head.channels) {
-    add_linear_products<A, true>(weights, means, channel, S::first(head.channels - channel), sums);
+    add_linear_products<A, true>(weights, means, channel, ahead, S::first(head.channels - channel), sums);
   }
   unrolled<kLinearClasses, Images>([&](int c, int i) {
     const int64_t row = classes.begin + c;
