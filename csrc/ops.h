@@ -9,7 +9,8 @@ namespace shufflenet {
 
 // A device's run takes a unit's arguments, its run_program what shuffle_network takes.
 template <Tensor (*run)(const UnitArguments&),
-          Tensor (*run_program)(const Tensor& x, const Tensor& weights, const Program&, bool allow_tf32)>
+          Tensor (*run_program)(const Tensor& x, const Tensor& weights, const Program&,
+                                const std::optional<Tensor>& packed, bool allow_tf32)>
 struct Ops {
   static Tensor pointwise_shuffle_depthwise(Tensor x, Tensor conv1_weight, std::optional<Tensor> conv1_bias,
                                             Tensor conv2_weight, std::optional<Tensor> conv2_bias, int64_t conv1_groups,
@@ -73,8 +74,9 @@ struct Ops {
          shortcut_relu});
   }
 
-  static Tensor shuffle_network(Tensor x, Tensor weights, std::vector<int64_t> program, bool allow_tf32) {
-    return run_program(x, weights, read_program(x, weights, program), allow_tf32);
+  static Tensor shuffle_network(Tensor x, Tensor weights, std::vector<int64_t> program, std::optional<Tensor> packed,
+                                bool allow_tf32) {
+    return run_program(x, weights, read_program(x, weights, program), packed, allow_tf32);
   }
 
   static void implement(torch::stable::detail::StableLibrary& library) {

@@ -139,7 +139,7 @@ def allows_tf32(x: torch.Tensor) -> bool:
 
 def implementation(
     x: torch.Tensor, units: Callable[[], Iterable[_native.UnitSizes]], version: int = 1
-) -> tuple[Any, dict[str, bool]]:
+) -> tuple[Any, dict[str, Any]]:
     """What runs a call of ``units`` on ``x`` under the backend in use, and the keyword arguments that only it takes."""
     if runs_native(x, units, version):
         # A keyword argument takes its time in the dispatcher.

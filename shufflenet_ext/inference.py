@@ -20,6 +20,7 @@ from shufflenet_ext._fused import foldable_unit, folded, tensor_of
 from shufflenet_ext._match import AnyUnit
 from shufflenet_ext._native import UnitSizes
 from shufflenet_ext._network import Chain, Head, LastConvolution, Stem
+from shufflenet_ext._packed import PackedWeights
 from shufflenet_ext._program import program_of
 from shufflenet_ext._steps import Explanation, Explanations, explain_steps
 from shufflenet_ext.fusion import fuse
@@ -73,13 +74,17 @@ class InferenceUnits(_EvalOnly):
         self.register_buffer("weights", steps.packed())
         self.program = steps.program
         self.sizes, self.version, self.count = steps.sizes, steps.version, steps.count
+        self.packed = PackedWeights()
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy) and (node := leaf_node(self, x)) is not None:
             return node
         check_tensor("x", x)
-        return _run(x, _weights(self), self.program, self.sizes, self.version)
+        weights = _weights(self)
+        if x.is_cuda:
+            return _run_on_cuda(self, x, weights, self.program)
+        return _run(x, weights, self.program, self.sizes, self.version)
 
     def explain(self, x: Tensor) -> Explanation:
         """How each unit runs on x, on the CPU; see :meth:`InferenceModel.explain`."""
@@ -122,6 +127,7 @@ class InferenceNetwork(_EvalOnly):
         self.program = [number for part in parts for number in part.program]
         self.lengths = [0 if weights is None else len(weights) for weights in packed]
         self.sizes, self.version = parts[1].sizes, parts[1].version
+        self.packed = PackedWeights()
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +141,7 @@ class InferenceNetwork(_EvalOnly):
         if stem[1]:
             y = reference.shuffle_network(y, *stem)
         if units[1]:
-            y = _run(y, *units, self.sizes, self.version)
+            y = _run_on_cuda(self, y, *units)
         if head[1]:
             y = reference.shuffle_network(y, *head)
         return y.to(x.dtype)
@@ -161,9 +167,19 @@ def _weights(module: InferenceUnits | InferenceNetwork) -> Tensor:
 
 def _run(x: Tensor, weights: Tensor, program: list[int], sizes: list[UnitSizes], version: int) -> Tensor:
     run, settings = implementation(x, lambda: sizes, version)
-    given = _for_cuda(x, weights) if x.is_cuda else x
+    y: Tensor = run.shuffle_network(x, weights, program, **settings)
+    return y
+
+
+def _run_on_cuda(module: InferenceUnits | InferenceNetwork, x: Tensor, weights: Tensor, program: list[int]) -> Tensor:
+    """Runs units, by weights that are the module's or a part of them."""
+    run, settings = implementation(x, lambda: module.sizes, module.version)
+    given = _for_cuda(x, weights)
+    packed = module.packed.of(given, weights, program, _weights(module)) if run is torch.ops.shufflenet_ext else None
+    if packed is not None:
+        settings = {**settings, "packed": packed}
     y: Tensor = run.shuffle_network(given, weights, program, **settings)
-    return y if given is x else y.to(x.dtype)
+    return y.to(x.dtype)
 
 
 class InferenceModel(_EvalOnly):

@@ -242,7 +242,7 @@ def _plain(name: str) -> Callable[..., Tensor]:
     """An op's reference, which takes the op's own arguments."""
     run_reference: Callable[..., Tensor] = getattr(reference, name)
 
-    def plain(x: Tensor, *args: Any, allow_tf32: bool = False, **kwargs: Any) -> Tensor:
+    def plain(x: Tensor, *args: Any, allow_tf32: bool = False, packed: Tensor | None = None, **kwargs: Any) -> Tensor:
         return run_reference(x, *args, **kwargs)  # whose convolutions read torch's setting of TF32 themselves
 
     return plain

@@ -545,6 +545,34 @@ MUTANTS = [
         "difference.is_small()",
         "test_first_contact.py::test_the_driver_names_what_is_wrong",
     ),
+    Mutant(
+        "CUDA: all units of a program take the first one's packed weights",
+        CUDA + "ops.cpp",
+        "units_.back().at = packed_elements_;",
+        "units_.back().at = 0;",
+        "test_cuda_ops.py::test_networks",
+    ),
+    Mutant(
+        "CUDA: packed weights of another shape of x are taken",
+        CUDA + "ops.cpp",
+        'check_shape("packed", packed, {packed_elements_});',
+        "",
+        "test_cuda_ops.py::test_what_is_no_networks_packed_weights_is_refused",
+    ),
+    Mutant(
+        "CUDA: weights that were changed in place stay packed as they were",
+        "shufflenet_ext/_packed.py",
+        "(self.address, self.changes) == (source.data_ptr(), source._version)",
+        "self.address == source.data_ptr()",
+        "test_cuda_ops.py::test_changed_weights_are_packed_anew_into_the_same_memory",
+    ),
+    Mutant(
+        "CUDA: what is packed within a graph's capture is kept, though nothing has run yet",
+        "shufflenet_ext/_packed.py",
+        "if torch.cuda.is_current_stream_capturing():",
+        "if False:",
+        "test_cuda_ops.py::test_captures_pack_for_themselves_what_was_not_packed_ahead",
+    ),
     # ---- ShuffleNet v2
     Mutant(
         "v2's names of planes: the shuffle goes the other way",

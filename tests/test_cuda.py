@@ -209,6 +209,25 @@ def test_networks(create, size, dtype, layout):
     assert_as_accurate(optimized(images.to(dtype)), plain, exact)
 
 
+@each_layout
+def test_a_network_with_packed_weights_in_a_graph(layout):
+    optimized = se.optimize_for_inference(randomize(se.models.ShuffleNetG3().cpu()).cuda().half().eval())
+    x = torch.randn(2, 3, 32, 32).half().contiguous(memory_format=layout)
+    optimized(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = optimized(x)
+    for changed in (x.flip(0), x.flip(2)):
+        x.copy_(changed)
+        graph.replay()
+        assert torch.equal(got, optimized(changed))
+    for buffer in optimized.buffers():
+        buffer.mul_(0.5)
+    expected = optimized(x)
+    graph.replay()
+    assert torch.equal(got, expected)
+
+
 def test_a_stem_and_a_head_are_for_the_cpu():
     network = Network((Unit(groups=1),), (24, 3, 1, 1, 0), (10, 0), in_channels=3)
     with pytest.raises(RuntimeError, match="stem"):

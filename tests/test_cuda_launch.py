@@ -173,7 +173,7 @@ def test_a_first_launch_inside_of_a_capture(launch: Path) -> None:
     assert answer.calls[-1] == "0: cudaLaunchKernel"
 
 
-def test_a_unit_by_strips_is_two_launches(launch: Path) -> None:
+def test_a_unit_by_strips_is_two_kernels(launch: Path) -> None:
     answer = ask(launch, "strips")
     assert answer.said == []
     assert answer.calls.count("0: cudaLaunchKernel") == 2 * 2

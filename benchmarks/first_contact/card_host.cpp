@@ -1,22 +1,12 @@
 // card.h and csrc/cuda/kernels.h for a rehearsal: an H100 whose kernels, of float16 and float32, run on the CPU by
-// tests/cuda/host_device.h.
-#define SHUFFLENET_TEST_DEVICE "host_matrices.h"
-
+// tests/cuda/host_launch.h.
 #include "card.h"
 
 #include <chrono>
 #include <stdexcept>
 
+#include "host_launch.h"
 #include "kernels.h"
-#include "pack_kernel.cuh"
-#include "strip_kernel.cuh"
-#include "unit_kernel.cuh"
-
-// AddressSanitizer, which wants to know of fibers, is not linked.
-extern "C" {
-void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
-void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
-}
 
 namespace shufflenet::cuda {
 
@@ -25,39 +15,17 @@ const Device& device_properties(int) {
   return device;
 }
 
-namespace {
-template <class T>
-void launch_of(const KernelArguments& arguments, Layout layout, int64_t shared_bytes) {
-  Machine machine(kThreads, shared_bytes, 0);
-  machine.launch(arguments.tiling.windows(arguments.sizes), [&] {
-    if (layout == Layout::channels_last) {
-      UnitBlock<T, Layout::channels_last>(arguments).run();
-    } else {
-      UnitBlock<T, Layout::contiguous>(arguments).run();
-    }
-  });
-}
-}  // namespace
-
 void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_t shared_bytes, void*) {
-  if (dtype == Dtype::float16) return launch_of<Float16>(arguments, layout, shared_bytes);
-  if (dtype == Dtype::float32) return launch_of<float>(arguments, layout, shared_bytes);
+  if (dtype == Dtype::float16) return launch_on_host<Float16>(arguments, layout, shared_bytes);
+  if (dtype == Dtype::float32) return launch_on_host<float>(arguments, layout, shared_bytes);
   throw std::runtime_error("dtype: a rehearsal has kernels of float16 and float32 only");
 }
-
-void launch_strips(const PackArguments& pack, const StripArguments& arguments, const StripPlan& plan, Dtype dtype,
-                   void*) {
+void launch_pack(const PackArguments& arguments, const StripPlan&, Dtype dtype, void*) {
   if (dtype != Dtype::float16) throw std::runtime_error("dtype: a rehearsal has kernels of float16 and float32 only");
-  Machine packer(kPackThreads, pack_shared_bytes(pack.sizes, pack.layout), 0);
-  packer.launch(2, [&] { Packer<Float16>(pack).run(); });
-  Machine machine(32 * plan.tiling.warps, plan.shared_bytes, 0);
-  machine.launch(plan.blocks, [&] {
-    if (pack.layout.by_planes) {
-      StripBlock<Float16, Layout::contiguous>(arguments).run();
-    } else {
-      StripBlock<Float16, Layout::channels_last>(arguments).run();
-    }
-  });
+  launch_pack_on_host<Float16>(arguments);
+}
+void launch_strips(const StripArguments& arguments, const StripPlan& plan, Dtype, void*) {
+  launch_strips_on_host<Float16>(arguments, plan);
 }
 
 namespace card {

@@ -133,7 +133,8 @@ class CardConvolution {
   std::vector<std::unique_ptr<card::Memory>> kept_;
 };
 
-// A case's unit on the card, with its parameters there. `problem` may have another batch.
+// A case's unit on the card, with its parameters there, packed ahead where it runs by strips. `problem` may have
+// another batch.
 template <class T, class Norm>
 class CardUnit {
  public:
@@ -143,8 +144,13 @@ class CardUnit {
     if (!plan.by_strips) return;
     const Sizes sizes = sizes_of(unit_);
     const StripLayout layout(sizes, plan.strips.tiling, unit_.layout);
-    const int64_t fragments = int64_t{layout.packed.part} * plan.strips.tiling.parts(sizes);
-    packed_ = std::make_unique<card::Memory>(fragments * kBlockBytes);
+    const int slices = plan.strips.tiling.slices;
+    packed_ = std::make_unique<card::Memory>(layout.packed.fragments(sizes, slices) * kBlockBytes);
+    const ConvolutionPointers conv3 = conv3_ ? conv3_->pointers : ConvolutionPointers{};
+    card::run([&](void* stream) {
+      launch_pack({sizes, slices, layout.packed, conv1_.pointers, conv2_.pointers, conv3, packed_->data}, plan.strips,
+                  dtype_, stream);
+    });
   }
 
   void launch(const void* x, void* result, void* stream) const {
@@ -153,9 +159,7 @@ class CardUnit {
     const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
     if (packed_ && (address(x) | address(result)) % 16 == 0) {  // as ops.cpp does
       const StripLayout layout(sizes, plan.strips.tiling, unit_.layout);
-      launch_strips(
-          {sizes, plan.strips.tiling.slices, layout.packed, conv1_.pointers, conv2_.pointers, conv3, packed_->data},
-          {sizes, plan.strips.tiling, layout, x, packed_->data, result}, plan.strips, dtype_, stream);
+      launch_strips({sizes, plan.strips.tiling, layout, x, packed_->data, result}, plan.strips, dtype_, stream);
       return;
     }
     Tiling tiling = plan.tiling;

@@ -17,7 +17,9 @@ Tensor with_result(const Program& program, const Tensor& given_x, const Run& run
   return result;
 }
 
-Tensor run_packed(const Tensor& x, const Tensor& weights, const Program& program, bool) {
+Tensor run_packed(const Tensor& x, const Tensor& weights, const Program& program, const std::optional<Tensor>& packed,
+                  bool) {
+  if (packed) fail("packed: got a tensor, expected None on the CPU");
   return with_result(program, x, [&](const Call& call) {
     run_program(program, {weights.const_data_ptr(), dtype_of("weights", weights), weights.numel()}, call);
   });

@@ -51,8 +51,8 @@ class CurrentDevice {
 // Launches the unit on the current device in `stream` (a cudaStream_t). Throws std::runtime_error where CUDA refuses.
 void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_t shared_bytes, void* stream);
 
-// Launches the unit by strips, as planned, in the same way: a kernel that packs its weights, and the unit's.
-void launch_strips(const PackArguments& pack, const StripArguments& arguments, const StripPlan& plan, Dtype dtype,
-                   void* stream);
+// Launch, in the same way, what packs the weights of a unit that is planned to run by strips, and the unit itself.
+void launch_pack(const PackArguments& arguments, const StripPlan& plan, Dtype dtype, void* stream);
+void launch_strips(const StripArguments& arguments, const StripPlan& plan, Dtype dtype, void* stream);
 
 }  // namespace shufflenet::cuda

@@ -163,6 +163,27 @@ void prepare(const void* kernel, int64_t shared_bytes, const Blocks& blocks_on) 
   given = carveout;
 }
 
+StripKernels strip_kernels_of(Dtype dtype) {
+  return dtype == Dtype::float16 ? strip_kernels_float16() : strip_kernels_bfloat16();
+}
+
+struct Grid {
+  int64_t blocks;
+  int threads;  // of a block
+};
+
+// Launches a kernel of a unit by strips. All of them have the carveout of the strips, so that a multiprocessor need not
+// change it between them.
+void launch_planned(const void* kernel, const void* arguments, const StripPlan& plan, const Grid& grid,
+                    int64_t shared_bytes, void* stream) {
+  if (grid.blocks == 0) return;
+  prepare(kernel, plan.shared_bytes, [&](const Device&) { return plan.blocks_per_multiprocessor; });
+  void* parameters[] = {const_cast<void*>(arguments)};
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads), parameters,
+                         static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
+        "launch of the unit's kernels");
+}
+
 }  // namespace
 
 const Device& device_properties(int index) {
@@ -229,26 +250,18 @@ void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_
         "launch of the unit's kernel");
 }
 
-void launch_strips(const PackArguments& pack, const StripArguments& arguments, const StripPlan& plan, Dtype dtype,
-                   void* stream) {
-  if (plan.blocks == 0) return;
-  const StripKernels kernels = dtype == Dtype::float16 ? strip_kernels_float16() : strip_kernels_bfloat16();
-  const void* const strip = arguments.layout.packed.by_planes ? kernels.contiguous : kernels.channels_last;
-  const auto blocks = [&](const Device&) { return plan.blocks_per_multiprocessor; };
-  // Both kernels have the same carveout, so that a multiprocessor need not change it between them.
-  prepare(kernels.pack, plan.shared_bytes, blocks);
-  prepare(strip, plan.shared_bytes, blocks);
-  constexpr int64_t kMostPackBlocks = 512;
-  const int64_t fragments = int64_t{pack.layout.part} * arguments.tiling.parts(pack.sizes);
-  const int64_t pack_blocks = std::min(kMostPackBlocks, shufflenet::ceil_div(fragments, int64_t{kPackThreads}));
-  const auto start = [&](const void* kernel, int64_t grid, int threads, const void* given, int64_t shared_bytes) {
-    void* parameters[] = {const_cast<void*>(given)};
-    check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid)), dim3(threads), parameters,
-                           static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
-          "launch of the unit's kernels");
-  };
-  start(kernels.pack, pack_blocks, kPackThreads, &pack, pack_shared_bytes(pack.sizes, pack.layout));
-  start(strip, plan.blocks, 32 * plan.tiling.warps, &arguments, plan.shared_bytes);
+void launch_pack(const PackArguments& arguments, const StripPlan& plan, Dtype dtype, void* stream) {
+  constexpr int64_t kMostBlocks = 512;
+  const int64_t fragments = arguments.layout.fragments(arguments.sizes, arguments.slices);
+  const int64_t blocks = std::min(kMostBlocks, shufflenet::ceil_div(fragments, int64_t{kPackThreads}));
+  launch_planned(strip_kernels_of(dtype).pack, &arguments, plan, {blocks, kPackThreads},
+                 pack_shared_bytes(arguments.sizes, arguments.layout), stream);
+}
+
+void launch_strips(const StripArguments& arguments, const StripPlan& plan, Dtype dtype, void* stream) {
+  const StripKernels kernels = strip_kernels_of(dtype);
+  launch_planned(arguments.layout.packed.by_planes ? kernels.contiguous : kernels.channels_last, &arguments, plan,
+                 {plan.blocks, 32 * plan.tiling.warps}, plan.shared_bytes, stream);
 }
 
 }  // namespace shufflenet::cuda

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <memory>
 
 #include "../ops.h"
 #include "kernels.h"
@@ -40,11 +41,17 @@ class ConvolutionData {
   std::vector<Tensor> kept_;
 };
 
+// How a unit runs.
+struct UnitPlan {
+  Plan plan;
+  std::optional<StripLayout> strips;  // where the unit runs by strips
+};
+
 // Returns the unit's plan. Making one takes some microseconds, so each thread keeps those that it has made.
-Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
+std::shared_ptr<const UnitPlan> cached_plan(const Unit& u, Dtype dtype, int device_index) {
   using Key = std::array<int64_t, 14>;
   constexpr size_t kMost = 256;  // bounds the memory that shapes take which change with every call
-  thread_local std::map<Key, Plan> plans;
+  thread_local std::map<Key, std::shared_ptr<const UnitPlan>> plans;
   const Key key = {
       u.batch,
       u.in_channels,
@@ -63,7 +70,9 @@ Plan cached_plan(const Unit& u, Dtype dtype, int device_index) {
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMost) plans.clear();
-  return plans[key] = plan_unit(u, dtype, device_properties(device_index));
+  UnitPlan made = {plan_unit(u, dtype, device_properties(device_index)), {}};
+  if (made.plan.by_strips) made.strips.emplace(sizes_of(u), made.plan.strips.tiling, u.layout);
+  return plans[key] = std::make_shared<const UnitPlan>(std::move(made));
 }
 
 // A unit's parameters in the device's memory.
@@ -71,59 +80,79 @@ struct UnitParameters {
   ConvolutionPointers conv1, conv2, conv3;
 };
 
-// Launches the unit by strips. The weights are packed by each call into memory that torch lends: its allocator knows
-// that what is freed here is in use until the stream has come so far.
-void launch_by_strips(const Unit& unit, const StripPlan& plan, const Tensor& x, const UnitParameters& parameters,
-                      Dtype dtype, const Tensor& result, void* stream) {
-  const Sizes s = sizes_of(unit);
-  const StripLayout layout(s, plan.tiling, unit.layout);
-  const int64_t fragments = int64_t{layout.packed.part} * plan.tiling.parts(s);
-  const Tensor packed = empty_like_x<1>(x, {fragments * kBlockBytes / element_bytes(dtype)}, {1});
-  const PackArguments pack = {
-      s,
-      plan.tiling.slices,
-      layout.packed,
-      parameters.conv1,
-      parameters.conv2,
-      parameters.conv3,
-      packed.mutable_data_ptr()};
-  const StripArguments arguments = {
-      s, plan.tiling, layout, x.const_data_ptr(), packed.const_data_ptr(), result.mutable_data_ptr()};
-  launch_strips(pack, arguments, plan, dtype, stream);
-}
-
-// Launches the unit on the device of x, in that device's current stream. x must be dense.
-void launch_unit(const Unit& unit, const Tensor& x, const UnitParameters& parameters, bool allow_tf32,
-                 const Tensor& result) {
-  const int32_t device = x.get_device_index();
-  Dtype dtype = dtype_of("x", x);
-  if (dtype == Dtype::float32 && allow_tf32 && uses_mma(Dtype::tfloat32, device_properties(device))) {
-    dtype = Dtype::tfloat32;
+// A unit of a call, and how it is cut.
+class PlannedUnit {
+ public:
+  PlannedUnit(const Unit& unit, const Tensor& x, bool allow_tf32)
+      : unit_(unit), sizes_(sizes_of(unit)), device_(x.get_device_index()), dtype_(dtype_of("x", x)) {
+    if (dtype_ == Dtype::float32 && allow_tf32 && uses_mma(Dtype::tfloat32, device_properties(device_))) {
+      dtype_ = Dtype::tfloat32;
+    }
+    cut_ = cached_plan(unit, dtype_, device_);
+    if (!cut_->plan.ok) fail("x: no CUDA kernel can be planned for this unit (", cut_->plan.explanation, ")");
   }
-  const Plan plan = cached_plan(unit, dtype, device);
-  if (!plan.ok) fail("x: no CUDA kernel can be planned for this unit (", plan.explanation, ")");
 
-  const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  if (plan.by_strips && (address(x.const_data_ptr()) | address(result.const_data_ptr())) % 16 == 0) {
-    launch_by_strips(unit, plan.strips, x, parameters, dtype, result, stream);
-    return;
+  // Returns how many elements the packed weights take; none are packed where the unit does not run by strips.
+  int64_t packed_elements() const {
+    if (!cut_->strips) return 0;
+    return cut_->strips->packed.fragments(sizes_, slices()) * kBlockBytes / element_bytes(dtype_);
   }
-  KernelArguments kernel = {
-      sizes_of(unit),
-      plan.tiling,
-      SharedLayout(sizes_of(unit), plan.tiling, unit.layout, element_bytes(dtype), accumulator_bytes(dtype)),
-      x.const_data_ptr(),
-      parameters.conv1,
-      parameters.conv2,
-      parameters.conv3,
-      result.mutable_data_ptr()};
-  choose_vectors(
-      unit, dtype, kernel.tiling,
-      {address(kernel.x), address(kernel.conv1.weight), address(kernel.conv3.weight), address(kernel.result)});
-  launch(kernel, dtype, unit.layout, plan.shared_bytes, stream);
-}
+
+  // Launches what packs the weights, in the device's current stream.
+  void pack(const UnitParameters& parameters, void* packed) const {
+    if (!cut_->strips) return;
+    const PackArguments arguments = {
+        sizes_, slices(), cut_->strips->packed, parameters.conv1, parameters.conv2, parameters.conv3, packed};
+    launch_pack(arguments, cut_->plan.strips, dtype_, stream());
+  }
+
+  // Launches the unit, in the device's current stream. x must be dense. Where `packed` is null, a unit by strips has
+  // its weights packed first, into memory that torch lends: its allocator knows that what is freed here is in use until
+  // the stream has come so far.
+  void launch(const Tensor& x, const UnitParameters& parameters, const void* packed, const Tensor& result) const {
+    const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
+    if (cut_->strips && (address(x.const_data_ptr()) | address(result.const_data_ptr())) % 16 == 0) {
+      Tensor own;
+      if (packed == nullptr) {
+        own = empty_like_x<1>(x, {packed_elements()}, {1});
+        pack(parameters, own.mutable_data_ptr());
+        packed = own.const_data_ptr();
+      }
+      const StripPlan& plan = cut_->plan.strips;
+      launch_strips({sizes_, plan.tiling, *cut_->strips, x.const_data_ptr(), packed, result.mutable_data_ptr()}, plan,
+                    dtype_, stream());
+      return;
+    }
+    const Plan& plan = cut_->plan;
+    KernelArguments kernel = {
+        sizes_,
+        plan.tiling,
+        SharedLayout(sizes_, plan.tiling, unit_.layout, element_bytes(dtype_), accumulator_bytes(dtype_)),
+        x.const_data_ptr(),
+        parameters.conv1,
+        parameters.conv2,
+        parameters.conv3,
+        result.mutable_data_ptr()};
+    choose_vectors(
+        unit_, dtype_, kernel.tiling,
+        {address(kernel.x), address(kernel.conv1.weight), address(kernel.conv3.weight), address(kernel.result)});
+    cuda::launch(kernel, dtype_, unit_.layout, plan.shared_bytes, stream());
+  }
+
+ private:
+  int slices() const { return cut_->plan.strips.tiling.slices; }
+  void* stream() const {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    return stream;
+  }
+
+  Unit unit_;
+  Sizes sizes_;
+  int32_t device_;
+  Dtype dtype_;
+  std::shared_ptr<const UnitPlan> cut_;
+};
 
 Tensor run(const UnitArguments& arguments) {
   const Unit unit = check_unit(arguments);
@@ -135,41 +164,99 @@ Tensor run(const UnitArguments& arguments) {
   const ConvolutionData conv1(arguments.conv1), conv2(arguments.conv2);
   std::optional<ConvolutionData> conv3;
   if (arguments.conv3) conv3.emplace(*arguments.conv3);
-  launch_unit(unit, x, {conv1.pointers, conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{}},
-              arguments.allow_tf32, result);
+  const UnitParameters parameters = {conv1.pointers, conv2.pointers, conv3 ? conv3->pointers : ConvolutionPointers{}};
+  PlannedUnit(unit, x, arguments.allow_tf32).launch(x, parameters, nullptr, result);
   return result;
 }
 
-// Runs the units of a program, each as a launch of its own.
-Tensor run_program(const Tensor& given_x, const Tensor& weights, const Program& program, bool allow_tf32) {
-  if (program.stem || program.head) fail("program: got a ", program.stem ? "stem" : "head", ", expected units only");
-  if (program.last || program.is_v2()) fail("program: got a step of ShuffleNet v2, expected units of v1 (on CUDA)");
-  if (weights.scalar_type() != given_x.scalar_type()) {
-    fail("weights: got dtype ", dtype_name(weights.scalar_type()), ", expected x's, ",
-         dtype_name(given_x.scalar_type()), " (on CUDA)");
+// Units one behind the other, whose weights lie in one tensor, for a batch.
+class Units {
+ public:
+  Units(const Tensor& x, const Tensor& weights, const Program& program, bool allow_tf32) : weights_(weights) {
+    if (program.stem || program.head) fail("program: got a ", program.stem ? "stem" : "head", ", expected units only");
+    if (program.last || program.is_v2()) fail("program: got a step of ShuffleNet v2, expected units of v1 (on CUDA)");
+    if (weights.scalar_type() != x.scalar_type()) {
+      fail("weights: got dtype ", dtype_name(weights.scalar_type()), ", expected x's, ", dtype_name(x.scalar_type()),
+           " (on CUDA)");
+    }
+    for (const PackedUnit& packed : program.units) {
+      Unit unit = packed.unit;  // its batch is 1
+      unit.batch = x.size(0);
+      units_.push_back({unit, {pointers(packed.conv1), pointers(packed.conv2), pointers(packed.conv3)}, {}, 0});
+      if (unit.batch == 0) continue;
+      units_.back().planned.emplace(unit, x, allow_tf32);
+      units_.back().at = packed_elements_;
+      packed_elements_ += units_.back().planned->packed_elements();
+    }
   }
-  const torch::stable::accelerator::DeviceGuard guard(given_x.get_device_index());
-  const CurrentDevice current(given_x.get_device_index());
-  const char* const data = static_cast<const char*>(weights.const_data_ptr());
-  const auto pointers = [&](const PackedConvolution& packed) {
-    const int64_t bytes = static_cast<int64_t>(weights.element_size());
+
+  // Returns the packed weights of all units, one behind the other.
+  Tensor pack(const Tensor& x) const {
+    const Tensor packed = empty_like_x<1>(x, {packed_elements_}, {1});
+    for (const InBatch& unit : units_) {
+      if (unit.planned) unit.planned->pack(unit.parameters, const_cast<void*>(packed_of(unit, packed)));
+    }
+    return packed;
+  }
+
+  // Launches the units.
+  Tensor run(Tensor x, const std::optional<Tensor>& packed) const {
+    if (packed) check(*packed);
+    for (const InBatch& unit : units_) {
+      const Tensor result = empty_result(x, unit.unit);
+      if (unit.planned) {
+        unit.planned->launch(x, unit.parameters, packed ? packed_of(unit, *packed) : nullptr, result);
+      }
+      x = result;
+    }
+    return x;
+  }
+
+ private:
+  struct InBatch {
+    Unit unit;
+    UnitParameters parameters;
+    std::optional<PlannedUnit> planned;  // none of an empty batch
+    int64_t at;                          // where its packed weights begin
+  };
+
+  ConvolutionPointers pointers(const PackedConvolution& packed) const {
+    const char* const data = static_cast<const char*>(weights_.const_data_ptr());
+    const int64_t bytes = static_cast<int64_t>(weights_.element_size());
     ConvolutionPointers convolution;
     convolution.weight = data + packed.weight * bytes;
-    convolution.bias = {data + packed.bias * bytes, weights.scalar_type() == ScalarType::Float};
+    convolution.bias = {data + packed.bias * bytes, weights_.scalar_type() == ScalarType::Float};
     return convolution;
-  };
-  Tensor x = dense(given_x, program.layout);
-  for (const PackedUnit& packed : program.units) {
-    Unit unit = packed.unit;  // its batch is 1
-    unit.batch = x.size(0);
-    const Tensor result = empty_result(x, unit);
-    if (unit.batch > 0) {
-      launch_unit(
-          unit, x, {pointers(packed.conv1), pointers(packed.conv2), pointers(packed.conv3)}, allow_tf32, result);
-    }
-    x = result;
   }
-  return x;
+
+  static const void* packed_of(const InBatch& unit, const Tensor& packed) {
+    return static_cast<const char*>(packed.const_data_ptr()) + unit.at * static_cast<int64_t>(packed.element_size());
+  }
+
+  void check(const Tensor& packed) const {
+    check_like_x("packed", packed, weights_);  // whose dtype is x's
+    check_shape("packed", packed, {packed_elements_});
+    if (!packed.is_contiguous()) fail("packed: got a tensor with gaps, expected a contiguous one");
+  }
+
+  Tensor weights_;
+  std::vector<InBatch> units_;
+  int64_t packed_elements_ = 0;
+};
+
+// Runs the units of a program, each as a launch of its own, or as two where its weights are not packed ahead.
+Tensor run_program(const Tensor& x, const Tensor& weights, const Program& program, const std::optional<Tensor>& packed,
+                   bool allow_tf32) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const CurrentDevice current(x.get_device_index());
+  return Units(x, weights, program, allow_tf32).run(dense(x, program.layout), packed);
+}
+
+// Packs the weights of a program's units as calls with an x of this shape, strides and dtype read them.
+Tensor pack_network(Tensor x, Tensor weights, std::vector<int64_t> program) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const CurrentDevice current(x.get_device_index());
+  return Units(x, weights, read_program(x, weights, program), false).pack(x);
 }
 
 // Returns the unit that `sizes` describes: the shape of conv1's weight, that of conv3's (left out where the unit has no
@@ -247,6 +334,7 @@ pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& s
 
 STABLE_TORCH_LIBRARY_IMPL(shufflenet_ext, CUDA, m) {
   shufflenet::Ops<shufflenet::cuda::run, shufflenet::cuda::run_program>::implement(m);
+  m.impl("pack_network", TORCH_BOX(&shufflenet::cuda::pack_network));
 }
 
 PYBIND11_MODULE(_C_cuda, m) {

@@ -22,7 +22,7 @@ struct Packer {
   SHUFFLENET_DEVICE void run() {
     find_channels();
     barrier();
-    const int64_t all = int64_t{layout.part} * (s.groups / arguments.slices);
+    const int64_t all = layout.fragments(s, arguments.slices);
     for (int64_t i = block_index() * kPackThreads + thread_index(); i < all; i += block_count() * kPackThreads) {
       const int part = static_cast<int>(i / layout.part);
       fragments[i] = fragment(part * arguments.slices, static_cast<int>(i - int64_t{part} * layout.part));

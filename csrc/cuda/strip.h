@@ -129,6 +129,11 @@ struct PackedLayout {
     part = affine3 + slices * conv3_pairs * 2 * 4;
   }
 
+  // Returns how many there are of all parts of a unit.
+  SHUFFLENET_HOST_DEVICE int64_t fragments(const Sizes& s, int slices) const {
+    return int64_t{part} * (s.groups / slices);
+  }
+
   // Returns the channels of the largest piece.
   SHUFFLENET_HOST_DEVICE static int most_of_a_piece(const Sizes& s) {
     int most = 0;

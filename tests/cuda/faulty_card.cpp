@@ -22,9 +22,8 @@ void with_fault(void* result, const Launch& launch) {
 void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_t shared_bytes, void* stream) {
   with_fault(arguments.result, [&] { launch_right(arguments, dtype, layout, shared_bytes, stream); });
 }
-void launch_strips(const PackArguments& pack, const StripArguments& arguments, const StripPlan& plan, Dtype dtype,
-                   void* stream) {
-  with_fault(arguments.result, [&] { launch_strips_right(pack, arguments, plan, dtype, stream); });
+void launch_strips(const StripArguments& arguments, const StripPlan& plan, Dtype dtype, void* stream) {
+  with_fault(arguments.result, [&] { launch_strips_right(arguments, plan, dtype, stream); });
 }
 
 }  // namespace shufflenet::cuda

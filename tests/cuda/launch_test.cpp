@@ -44,8 +44,8 @@ void launch_strips_on(int index) {
     const Sizes s = sizes_of(c.unit());
     const StripLayout layout(s, plan.tiling, c.unit().layout);
     const CurrentDevice current(index);
-    launch_strips({s, plan.tiling.slices, layout.packed, {}, {}, {}, nullptr},
-                  {s, plan.tiling, layout, nullptr, nullptr, nullptr}, plan, c.dtype(), nullptr);
+    launch_pack({s, plan.tiling.slices, layout.packed, {}, {}, {}, nullptr}, plan, c.dtype(), nullptr);
+    launch_strips({s, plan.tiling, layout, nullptr, nullptr, nullptr}, plan, c.dtype(), nullptr);
   } catch (const std::exception& error) {
     say(error.what());
   }

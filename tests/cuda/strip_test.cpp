@@ -28,7 +28,7 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
   const StripLayout layout(s, tiling, kLayout);
   Problem<T, Norm> problem(c);
   Buffer<T> result(problem.result_elements());
-  Buffer<Fragment> fragments(layout.packed.part * int64_t{tiling.parts(s)});
+  Buffer<Fragment> fragments(layout.packed.fragments(s, tiling.slices));
   const PackArguments pack = {
       s,
       tiling.slices,
