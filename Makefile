@@ -21,7 +21,7 @@ demo: $(STAMPS)/built $(STAMPS)/extra-demo
 # The tests, in two halves side by side, as a test works on one core mostly: what the one says comes behind the other's.
 # test-all adds what is marked long: every value of each test's matrix beside every other, and what takes a minute.
 TESTS := $(wildcard tests/test_*.py)
-HALF := $(filter $(patsubst %,tests/test_%.py,cuda% fuse match compile% network norms onnx transforms chain dispatcher),$(TESTS))
+HALF := $(filter $(patsubst %,tests/test_%.py,cuda% fuse match compile% norms onnx transforms chain),$(TESTS))
 test-all: MARKS := -m "" --durations=15
 test test-all: $(STAMPS)/built $(STAMPS)/extra-test $(STAMPS)/extra-demo
 	@$(BIN)/python -m pytest $(MARKS) $(HALF) > $(STAMPS)/half.log 2>&1 & half=$$!; \

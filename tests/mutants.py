@@ -553,9 +553,9 @@ MUTANTS = [
         "test_cuda_ops.py::test_networks",
     ),
     Mutant(
-        "CUDA: packed weights of another shape of x are taken",
+        "CUDA: packed weights of another dtype are taken",
         CUDA + "ops.cpp",
-        'check_shape("packed", packed, {packed_elements_});',
+        'check_like_x("packed", packed, weights_);',
         "",
         "test_cuda_ops.py::test_what_is_no_networks_packed_weights_is_refused",
     ),

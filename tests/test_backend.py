@@ -210,8 +210,10 @@ print(se.build_info()["cpu_isa"], "shufflenet_ext::shuffle_bottleneck" in record
 
 
 @pytest.mark.covering(1)  # a new interpreter takes seconds
-@pytest.mark.parametrize("isa", ["", *_native.cpu_isas()])
-@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "isa"),
+    [*((backend, "") for backend in ("auto", "native", "reference")), *(("native", isa) for isa in _native.cpu_isas())],
+)
 def test_environment_chooses_the_backend_and_the_isa(backend, isa):
     result = python(CALL, SHUFFLENET_EXT_BACKEND=backend, SHUFFLENET_EXT_CPU_ISA=isa)
     ran_natively = str(backend != "reference")

@@ -267,8 +267,8 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "the last planes not copied": (
         "strip_planes.cuh",
-        "first + runs.planes * pitch",
-        "first + (runs.planes - 1) * pitch",
+        "runs.planes / by.together - mine",
+        "runs.planes / by.together - 1 - mine",
         "never written|wrong",
         PLANES,
     ),

@@ -150,8 +150,7 @@ struct StripPlanes : StripStaging {
   }
 
  private:
-  // How many loads are started before the first of them is stored, where there are no asynchronous copies.
-  static constexpr int kLoadsInFlight = 8;
+  static constexpr int kCopiesInARow = 8;
 
   // Returns the pixel of x, in shared memory, that the result's first one is added to.
   SHUFFLENET_DEVICE int first_pixel_of_result() const { return s.stride == 1 ? (out_row - image_row) * s.width : 0; }
@@ -165,10 +164,11 @@ struct StripPlanes : StripStaging {
   struct Runs {
     int planes, pixels, plane, pitch;
   };
-  // A thread's share of copying runs: a unit of some planes, and the same one of others.
+  // A thread's share of copying runs: a unit of some planes, and the same one of others, `count` times.
   struct CopyShare {
-    uint32_t begin, end, step;    // bytes in shared memory, from the first plane's first pixel on
+    uint32_t begin, step;         // bytes in shared memory, from the first plane's first pixel on
     int64_t global, global_step;  // the same in memory
+    int count;
   };
   // Calls copy(share) for what the thread copies in units of kBytes, as PlaneCopy shares it.
   template <int kBytes, class Copy>
@@ -178,53 +178,72 @@ struct StripPlanes : StripStaging {
     if (mine == by.side_by_side) return;
     const uint32_t pitch = runs.pitch, group_pitch = by.together * pitch;
     const int64_t group_bytes = int64_t{runs.plane} * by.together * kElementBytes;
+    const int count = ceil_div(runs.planes / by.together - mine, by.side_by_side);
     SHUFFLENET_NO_UNROLL
     for (int unit = thread - mine * by.lanes; unit < by.units; unit += by.lanes) {
       const int plane = unit / by.plane_units;
       const uint32_t first = plane * pitch + (unit - plane * by.plane_units) * kBytes;
-      copy(CopyShare{first + mine * group_pitch, first + runs.planes * pitch, by.side_by_side * group_pitch,
-                     mine * group_bytes + unit * kBytes, by.side_by_side * group_bytes});
+      copy(CopyShare{first + mine * group_pitch, by.side_by_side * group_pitch, mine * group_bytes + unit * kBytes,
+                     by.side_by_side * group_bytes, count});
     }
+  }
+  // Calls copy() `count` times, most of them without a loop's own instructions.
+  template <class Copy>
+  SHUFFLENET_DEVICE static void repeat(int count, const Copy& copy) {
+    SHUFFLENET_NO_UNROLL
+    for (; count >= kCopiesInARow; count -= kCopiesInARow) {
+      SHUFFLENET_UNROLL
+      for (int i = 0; i < kCopiesInARow; ++i) copy();
+    }
+    SHUFFLENET_NO_UNROLL
+    for (; count > 0; --count) copy();
   }
   template <int kBytes>
   SHUFFLENET_DEVICE void copy_x_in(const char* from, const Runs& runs) const {
     for_each_share<kBytes>(runs, [&](const CopyShare& share) {
       const char* source = from + share.global;
-      SHUFFLENET_NO_UNROLL
-      for (uint32_t to = base + share.begin; to < base + share.end; to += share.step) {
+      uint32_t to = base + share.begin;
+      repeat(share.count, [&] {
         copy_unit_async<kBytes>(to, source);
         source += share.global_step;
-      }
+        to += share.step;
+      });
     });
   }
+  // There are no asynchronous copies of elements: some loads are started before the first of them is stored.
   SHUFFLENET_DEVICE void copy_x_in_elements(const char* from, const Runs& runs) const {
     for_each_share<kElementBytes>(runs, [&](const CopyShare& share) {
       const char* source = from + share.global;
-      const uint32_t end = base + share.end;
-      SHUFFLENET_NO_UNROLL
-      for (uint32_t to = base + share.begin; to < end; to += kLoadsInFlight * share.step) {
-        uint16_t values[kLoadsInFlight];
+      uint32_t to = base + share.begin;
+      const auto copy_some = [&](int count, auto is_whole) {
+        uint16_t values[kCopiesInARow];
         SHUFFLENET_UNROLL
-        for (int i = 0; i < kLoadsInFlight; ++i) {
-          if (to + i * share.step < end) values[i] = *reinterpret_cast<const uint16_t*>(source);
+        for (int i = 0; i < kCopiesInARow; ++i) {
+          if (decltype(is_whole)::value || i < count) values[i] = *reinterpret_cast<const uint16_t*>(source);
           source += share.global_step;
         }
         SHUFFLENET_UNROLL
-        for (int i = 0; i < kLoadsInFlight; ++i) {
-          if (to + i * share.step < end) store_element(to + i * share.step, values[i]);
+        for (int i = 0; i < kCopiesInARow; ++i) {
+          if (decltype(is_whole)::value || i < count) store_element(to, values[i]);
+          to += share.step;
         }
-      }
+      };
+      int left = share.count;
+      SHUFFLENET_NO_UNROLL
+      for (; left >= kCopiesInARow; left -= kCopiesInARow) copy_some(left, std::true_type{});
+      if (left > 0) copy_some(left, std::false_type{});
     });
   }
   template <int kBytes>
   SHUFFLENET_DEVICE void copy_result_in(char* to, uint32_t from, const Runs& runs) const {
     for_each_share<kBytes>(runs, [&](const CopyShare& share) {
       char* target = to + share.global;
-      SHUFFLENET_NO_UNROLL
-      for (uint32_t at = from + share.begin; at < from + share.end; at += share.step) {
+      uint32_t at = from + share.begin;
+      repeat(share.count, [&] {
         store_unit<kBytes>(target, at);
         target += share.global_step;
-      }
+        at += share.step;
+      });
     });
   }
 };

@@ -46,7 +46,7 @@ struct StripInstructions {
   static constexpr double item2 = 60, block2 = 54;
   // In the contiguous layout: once a thread and once a unit that it copies of x (of less than 4 bytes, through a
   // register) and of the result; what it adds to a half of a step of conv1, and to the sums of a tile of conv3.
-  static constexpr double copies = 120, copy_in = 5, copy_element = 15, copy_out = 6, transposed = 2, in_place3 = 6;
+  static constexpr double copies = 130, copy_in = 3.6, copy_element = 5, copy_out = 4.6, transposed = 2, in_place3 = 6;
   // The pool: 16 pixels, and 16 channels of them.
   static constexpr double pool_item = 200, pool_pair = 79;
   // In the contiguous layout: a column of the result in 32 lanes, and a row of it.
