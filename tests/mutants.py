@@ -499,8 +499,8 @@ MUTANTS = [
     Mutant(
         "CUDA: strips of planes: the pool's divisor counts a row above the image",
         CUDA + "strip_plane_pool.cuh",
-        "inverse(1 + (row > 0) + has_below)",
-        "inverse(2 + has_below)",
+        "block.out_row == 0 ? at_edge : whole",
+        "whole",
         "test_cuda_strips.py::test_strips_around_the_tiles",
     ),
     Mutant(

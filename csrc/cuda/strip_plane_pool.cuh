@@ -41,43 +41,61 @@ struct PlanePool {
   // neighbouring ones share a row of taps.
   SHUFFLENET_DEVICE void run() const {
     if (s.width % 2 == 0) {
-      pool_columns<true>();
+      pool<true>();
     } else {
-      pool_columns<false>();
+      pool<false>();
     }
   }
 
  private:
   template <bool kPaired>
+  SHUFFLENET_DEVICE void pool() const {
+    if (s.pool_relu) {
+      pool_columns<kPaired, true>();
+    } else {
+      pool_columns<kPaired, false>();
+    }
+  }
+
+  template <bool kPaired, bool kRelu>
   SHUFFLENET_DEVICE void pool_columns() const {
     const int parts = t.parts(s), begin = s.in_channels * block.part / parts,
               end = s.in_channels * (block.part + 1) / parts;
     const int64_t row_bytes = s.out_width * kElementBytes;
-    const uint32_t in_row_bytes = s.width * kElementBytes;
+    const uint32_t in_row_bytes = s.width * kElementBytes, plane_bytes = block.image_rows * in_row_bytes;
     SHUFFLENET_NO_UNROLL
     for (int item = block.warp * 32 + block.lane; item < (end - begin) * s.out_width; item += t.warps * 32) {
       const int before = item / s.out_width, channel = begin + before, column = item - before * s.out_width;
       const PoolColumn<T, kPaired> taps(column, s.width);
       const float of_columns = s.pool_count_include_pad ? 1.f / 3 : inverse(taps.count());
+      const float whole = of_columns * (1.f / 3);
+      // Of the image's first row, and of a last one that has none below: they have two rows, where the image has two.
+      const float at_edge = s.pool_count_include_pad ? whole : of_columns * inverse(s.height > 1 ? 2 : 1);
       char* to = block.in_result(s.first_pooled_channel + channel, block.out_row * s.out_width + column);
       // The row above the image and the one below count as zeros.
-      uint32_t at = block.base + channel * layout.x_pitch + 2 * column * kElementBytes;
-      float above = 0;
+      const uint32_t plane = block.base + channel * layout.x_pitch + 2 * column * kElementBytes;
+      uint32_t at = plane;
+      float above = 0, scale = block.out_row == 0 ? at_edge : whole;
       if (block.in_row >= 0) {
         above = taps.sum(at);
         at += in_row_bytes;
       }
       SHUFFLENET_NO_UNROLL
-      for (int row = block.out_row; row < block.out_row + block.out_rows;
-           ++row, at += 2 * in_row_bytes, to += row_bytes) {
-        const bool has_below = 2 * row + 1 < s.height;
-        const float below = has_below ? taps.sum(at + in_row_bytes) : 0;
-        const float sum = above + taps.sum(at) + below;
-        const bool has_all = s.pool_count_include_pad || (row > 0 && has_below);
-        const float mean = sum * (of_columns * (has_all ? 1.f / 3 : inverse(1 + (row > 0) + has_below)));
-        const uint32_t rounded = s.pool_relu ? pack<true>(mean, mean, T{}) : pack<false>(mean, mean, T{});
-        *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(rounded);
+      for (int rows = block.out_rows; rows > 0; --rows) {
+        const uint32_t next = at + in_row_bytes;
+        const float middle = taps.sum(at);
+        float below = 0;
+        if (next < plane + plane_bytes) {
+          below = taps.sum(next);
+        } else {
+          scale = at_edge;
+        }
+        const float mean = (above + middle + below) * scale;
+        *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(pack<kRelu>(mean, mean, T{}));
         above = below;
+        scale = whole;
+        at = next + in_row_bytes;
+        to += row_bytes;
       }
     }
   }

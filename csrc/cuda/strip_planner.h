@@ -50,7 +50,7 @@ struct StripInstructions {
   // The pool: 16 pixels, and 16 channels of them.
   static constexpr double pool_item = 200, pool_pair = 79;
   // In the contiguous layout: a column of the result in 32 lanes, and a row of it.
-  static constexpr double pool_column = 80, pool_row = 45;
+  static constexpr double pool_column = 80, pool_row = 36;
 
   static double product(int tiles, int steps, int halves, bool is_masked) {
     return steps * (step + tiles * step_tile) + halves * (half + tiles * half_tile + (is_masked ? mask : 0));
