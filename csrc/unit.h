@@ -43,7 +43,7 @@ struct Unit {
   bool pool_count_include_pad = true;
   bool shortcut_first = false;  // the pooled shortcut comes first in the concatenation
   bool shortcut_relu = true;    // the ReLU behind the concatenation is for the pooled shortcut as well
-  // Of v2: groups of the shuffle in whose order x's channels are split in halves, and of that of the joined ones.
+  // In v2, groups of the shuffle in whose order x's channels are split in halves, and of that of the joined ones.
   int64_t split_groups = 1, join_groups = 1;
   int64_t shortcut_channels = 0;  // of v2 with stride 2: of the shortcut's pointwise convolution
   Layout layout = Layout::contiguous;
@@ -114,8 +114,8 @@ struct UnitPointers {
   void* result = nullptr;
   // How many elements lie between planes, in the contiguous layout.
   int64_t x_plane = 0, result_plane = 0;
-  // Of v2, where a channel's place has nothing to do with its number: the planes of those that conv1 reads, and those
-  // that rows of conv3 and of shortcut2 are written to. Null: in their order.
+  // The planes of the channels that conv1 reads, and those that rows of conv3 and of shortcut2 are written to: in v2 a
+  // channel's place has nothing to do with its number. Null: in their order.
   const int64_t* x_planes = nullptr;
   const int64_t* conv3_planes = nullptr;
   const int64_t* shortcut_planes = nullptr;

@@ -29,7 +29,7 @@ struct alignas(kSize * sizeof(T)) Vector {
 
 SHUFFLENET_DEVICE int least(int a, int b) { return a < b ? a : b; }
 SHUFFLENET_DEVICE int most(int a, int b) { return a > b ? a : b; }
-// Of no sign, so that dividing by a power of two is one shift.
+// Return numbers that the compiler knows to be no less than 0: dividing them by a power of two is one shift.
 SHUFFLENET_DEVICE int warp_index() { return static_cast<int>(static_cast<uint32_t>(thread_index()) / 32); }
 SHUFFLENET_DEVICE int lane_index() { return static_cast<int>(static_cast<uint32_t>(thread_index()) % 32); }
 

@@ -69,7 +69,7 @@ struct PlanePool {
       const PoolColumn<T, kPaired> taps(column, s.width);
       const float of_columns = s.pool_count_include_pad ? 1.f / 3 : inverse(taps.count());
       const float whole = of_columns * (1.f / 3);
-      // Of the image's first row, and of a last one that has none below: they have two rows, where the image has two.
+      // The image's first row, and a last one that has none below, are made of two rows, where the image has two.
       const float at_edge = s.pool_count_include_pad ? whole : of_columns * inverse(s.height > 1 ? 2 : 1);
       char* to = block.in_result(s.first_pooled_channel + channel, block.out_row * s.out_width + column);
       // The row above the image and the one below count as zeros.

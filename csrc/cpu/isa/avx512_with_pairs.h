@@ -5,7 +5,7 @@
 
 namespace shufflenet::cpu {
 
-// Of training in bfloat16.
+// Training in bfloat16.
 extern const TrainingKernel& avx512_bf16_training;
 extern const TrainingKernel& amx_training;
 

@@ -74,7 +74,7 @@ struct GroupedPointwise {
   const Convolution& conv;
   Activation activation;
   int64_t depth, group_rows;  // of a group
-  // Of one that has no groups: the planes of x that it reads, and of y that its rows go to. Null: in their order.
+  // The planes of x that it reads, and of y that its rows go to, where it has no groups. Null: in their order.
   const int64_t* x_planes = nullptr;
   const int64_t* y_planes = nullptr;
 };

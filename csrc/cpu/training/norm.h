@@ -48,7 +48,7 @@ struct WholeBatch {
   double images, count;
 };
 
-// Of each image of a batch: the mean of each channel, and the sum of squared deviations from it.
+// The mean of each channel of each image of a batch, and the sum of squared deviations from it.
 struct Moments {
   Moments(int64_t batch, int64_t planes) : images(batch), channels(planes), means(batch * planes), squares(means) {}
   double* means_of(int64_t image, int64_t channel) { return means.data() + image * channels + channel; }

@@ -194,7 +194,7 @@ void Passes::pointwise(const std::vector<PointwiseTerm>& terms, const Numbers* b
     for (size_t i = 0; i < terms.size(); ++i) of_image[i].x = read(terms[i].x);
     TrainingPointwise own = p;
     own.inputs = of_image.data();
-    // Of the residual, which may be y itself, only the share's rows: others are being written.
+    // The residual, which may be y itself, is read in the share's rows alone: others are being written.
     const Range all = {0, y.pixels()};
     const int64_t first_row = some.begin * y.pixels() * y.element;
     if (residual) {

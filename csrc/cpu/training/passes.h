@@ -29,7 +29,7 @@ struct PointwiseTerm {
 // between is planes.
 class Passes {
  public:
-  // Of planes of the dtype.
+  // Takes planes of the dtype.
   explicit Passes(Dtype dtype) : kernel_(isa().training(dtype)), of_stems_(isa().stem_training(dtype)) {}
 
   // y = activation(weight x + bias + residual), and the moments of its planes. Of several terms the sum, without an

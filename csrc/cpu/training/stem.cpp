@@ -3,7 +3,7 @@
 //     forward   y = conv(x)    result = max_pool(relu(norm(y)))
 //     backward  gradient of norm(y), from y and the result's    gradient of the weight
 //
-// Of what lies between, y alone is kept: the backward pass finds anew which of a window's values was the largest.
+// What lies between is not kept, but for y: the backward pass finds anew which of a window's values was the largest.
 // Images seldom want a gradient of their own, so that one is PyTorch's (_stem_training_op.py). An image may be of any
 // dtype and in either layout. No result depends on the threads: images are cut into strips by their size alone, and
 // what strips add up is added up in their order.

@@ -31,7 +31,7 @@ class Backward {
   }
 
   StageGradients conv3_gradients() {
-    // Of conv3's result before its norm, dy3 = scale3 * (dz - total / values - rstd3 * y3 * with_y3 / values).
+    // The gradient of conv3's result is dy3 = scale3 * (dz - total / values - rstd3 * y3 * with_y3 / values).
     dz_ = unit_.planes(unit_.rows(), sizes_.out_height(), sizes_.out_width());
     {
       const ProfiledPass pass("shuffle_bottleneck_training: gradient of conv3's weight");
@@ -236,8 +236,8 @@ class Backward {
   Affine norm1_, norm2_, norm3_;
   Conv3 conv3_;
   Tensor v_, dz_, y2_gradient_, y1_gradient_;
-  // Of dz: its sum; times the normalized y3; its products with v, then those of dy3. Of dy3, which is the gradient of
-  // conv3's own result: its sum.
+  // The sums of dz, and of dz times the normalized y3; the products of dz with v, then those of dy3; the sum of dy3,
+  // the gradient of conv3's own result.
   Vector total3_, with_y3_, products_, sum3_;
   NormSums sums1_{0}, sums2_{0};
 };
