@@ -226,7 +226,7 @@ def report(model: Model) -> Iterator[str]:
         "the card. Times in µs: of DRAM for x, the result and the parameters, once each; of L2 for the sectors that "
         "all accesses of global memory touch; of shared memory for its wavefronts, bank conflicts included; *issue*, "
         f"of the instructions. Predicted is the sum of {LAUNCH_S * 1e6:g} µs for the launch and the longest of these. "
-        "Where strips run, the launch that packs the weights before each is not in it."
+        "What packs weights for strips, once or by each call, is not in it."
     )
     yield ""
     yield "What a card must check first, as the rest stands on it:"

@@ -125,6 +125,6 @@ def poison(one_thread: None, poisoned: tuple[Unit, list[Tensor], tuple[Tensor, T
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    processes = Processes(tmp_path_factory.mktemp("processes") / "store", 2)
+    processes = Processes(tmp_path_factory.mktemp("processes"), 2)
     yield processes
     processes.close()

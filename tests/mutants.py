@@ -562,8 +562,8 @@ MUTANTS = [
     Mutant(
         "CUDA: weights that were changed in place stay packed as they were",
         "shufflenet_ext/_packed.py",
-        "(self.address, self.changes) == (source.data_ptr(), source._version)",
-        "self.address == source.data_ptr()",
+        "(self.address, self.changes) == (self.source.data_ptr(), self.source._version)",
+        "self.address == self.source.data_ptr()",
         "test_cuda_ops.py::test_changed_weights_are_packed_anew_into_the_same_memory",
     ),
     Mutant(

@@ -370,21 +370,36 @@ class Processes:
     while Python shuts down aborts its process.
     """
 
-    def __init__(self, store: Path, world_size: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._workers = [
-            ProcessPoolExecutor(1, spawn, initializer=_join, initargs=(store, rank, world_size))
-            for rank in range(world_size)
-        ]
+    def __init__(self, folder: Path, world_size: int) -> None:
+        self._folder, self._world_size = folder, world_size
+        self._groups = 0  # that were started
+        self._workers: list[ProcessPoolExecutor] = []
 
     def run(self, function: Callable[..., Any], *arguments: object) -> list[Any]:
-        """What function(rank, *arguments) returns in each process, or the first process's error."""
+        """What function(rank, *arguments) returns in each process, or the error of one that failed.
+
+        Behind an error the next call starts processes anew: the others may wait in the middle of something.
+        """
         copies = pickle.dumps((function, arguments))  # submit itself would share the tensors' memory
-        results = [worker.submit(_call, rank, copies) for rank, worker in enumerate(self._workers)]
-        for result in wait(results, timeout=150, return_when=FIRST_EXCEPTION).done:
-            result.result()  # the error, where this one failed: the others may be waiting for it
-        return [pickle.loads(result.result(timeout=0)) for result in results]
+        results = [worker.submit(_call, rank, copies) for rank, worker in enumerate(self._workers or self._start())]
+        try:
+            for result in wait(results, timeout=150, return_when=FIRST_EXCEPTION).done:
+                result.result()
+            return [pickle.loads(result.result(timeout=0)) for result in results]
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> list[ProcessPoolExecutor]:
+        self._groups += 1
+        store, spawn = self._folder / f"store{self._groups}", multiprocessing.get_context("spawn")
+        self._workers = [
+            ProcessPoolExecutor(1, spawn, initializer=_join, initargs=(store, rank, self._world_size))
+            for rank in range(self._world_size)
+        ]
+        return self._workers
 
     def close(self) -> None:
         for worker in self._workers:
-            worker.shutdown()
+            worker.shutdown(wait=False, cancel_futures=True)
+        self._workers = []

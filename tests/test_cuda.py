@@ -214,6 +214,8 @@ def test_a_network_with_packed_weights_in_a_graph(layout):
     optimized = se.optimize_for_inference(randomize(se.models.ShuffleNetG3().cpu()).cuda().half().eval())
     x = torch.randn(2, 3, 32, 32).half().contiguous(memory_format=layout)
     optimized(x)
+    (packed,) = [module.packed for module in optimized.modules() if hasattr(module, "packed")]
+    assert [entry.weights is not None for entry in packed._packed.values()] == [True]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = optimized(x)

@@ -13,6 +13,7 @@ import pickle
 import platform
 import shutil
 import sysconfig
+import threading
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +152,7 @@ def test_what_is_no_networks_packed_weights_is_refused(host: Host) -> None:
         (packed[1:], r"shape \[\d+\], expected shape \[\d+\]"),
         (packed.float(), "dtype float32, expected x's, float16"),
         (torch.stack([packed, packed], 1)[:, 0], "gaps"),
+        (torch.cat([packed[:1], packed])[1:], "an address 2 bytes behind a multiple of 16"),
     ):
         with pytest.raises(RuntimeError, match=f"packed: got .*{says}"):
             host.ops.shuffle_network(x, weights, program, packed=bad)
@@ -162,7 +164,7 @@ class Card:
     """torch.cuda's part in packing ahead, which a test looks at."""
 
     def __init__(self) -> None:
-        self.is_capturing, self.waits = False, 0
+        self.is_capturing, self.waits, self.device_waits = False, 0, 0
 
     def device(self, device: torch.device) -> Any:
         return contextlib.nullcontext()
@@ -176,6 +178,9 @@ class Card:
     def wait(self) -> None:
         self.waits += 1
 
+    def synchronize(self) -> None:
+        self.device_waits += 1
+
 
 @pytest.fixture
 def card(host: Host, monkeypatch: pytest.MonkeyPatch) -> Card:
@@ -183,7 +188,7 @@ def card(host: Host, monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
     for name in ("pack_network", "shuffle_network"):
         monkeypatch.setattr(torch.ops.shufflenet_ext, name, getattr(host.ops, name))
-    for name in ("device", "is_current_stream_capturing", "current_stream"):
+    for name in ("device", "is_current_stream_capturing", "current_stream", "synchronize"):
         monkeypatch.setattr(_packed.torch.cuda, name, getattr(card, name))
     return card
 
@@ -226,15 +231,18 @@ def test_weights_are_packed_once(host: Host, card: Card) -> None:
             run(model, kind)
 
 
+def packed_in(model: Any) -> list[Tensor]:
+    return [entry.weights for entry in model.packed._packed.values()]
+
+
 def test_changed_weights_are_packed_anew_into_the_same_memory(host: Host, card: Card) -> None:
     model, _ = units()
     x = torch.randn(2, 24, 9, 7, dtype=torch.float16)
-    run(model, x)
-    (kept,) = (entry.weights for entry in model.packed._packed.values())
-    address = kept.data_ptr()
+    with torch.inference_mode():  # which must not make what is kept a tensor of its own kind
+        run(model, x)
+    (kept,) = packed_in(model)
     for change in (
         lambda: model.weights.mul_(0.5),
-        lambda: setattr(model, "weights", model.weights.clone()),
         lambda: setattr(model.weights, "data", model.weights * 2),
         lambda: model.load_state_dict({"weights": model.weights * 2}),
     ):
@@ -244,8 +252,58 @@ def test_changed_weights_are_packed_anew_into_the_same_memory(host: Host, card: 
             assert torch.equal(run(model, x), expected)
         with host.launching(strip=2):
             assert torch.equal(run(model, x), expected)
-        (kept,) = (entry.weights for entry in model.packed._packed.values())
-        assert kept.data_ptr() == address
+        assert packed_in(model) == [kept]
+
+
+def test_other_weights_are_packed_into_memory_of_their_own(host: Host, card: Card) -> None:
+    model, _ = units()
+    x = torch.randn(2, 24, 9, 7, dtype=torch.float16)
+    first = run(model, x)
+    before = packed_in(model)[0].clone()
+    former = model.weights
+    model.weights = former * 2
+    expected = host.ops.shuffle_network(x, model.weights, model.program)
+    assert torch.equal(run(model, x), expected)
+    assert torch.equal(packed_in(model)[0], before)
+    model.weights = former
+    with host.launching(strip=2):
+        assert torch.equal(run(model, x), first)
+    for _ in range(_packed._MOST):  # the table is full at last, and forgets those that the module has no more
+        model.weights = former.clone()
+        with host.launching(pack=2, strip=4):
+            run(model, x)
+            run(model, x)
+    assert card.device_waits == 1
+    assert len(packed_in(model)) <= _packed._MOST
+
+
+def test_threads_that_come_first_together_pack_once(host: Host, card: Card) -> None:
+    model, _ = units()
+    x = torch.randn(2, 24, 9, 7, dtype=torch.float16)
+    got: list[Any] = []
+
+    def ask() -> None:
+        got.append(model.packed.of(x, model.weights, model.program, model.weights))
+
+    with host.launching(pack=2):
+        with model.packed._lock:
+            threads = [threading.Thread(target=ask) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(got) == 3
+    assert all(each is got[0] for each in got)
+
+
+def test_where_nothing_is_packed_nothing_is_kept(host: Host, card: Card) -> None:
+    model, _ = units()
+    model.float()
+    x = torch.randn(2, 24, 9, 7)
+    with host.launching(unit=4):
+        run(model, x)
+        run(model, x)
+    assert packed_in(model) == [None]
 
 
 def test_captures_pack_for_themselves_what_was_not_packed_ahead(host: Host, card: Card) -> None:

@@ -677,6 +677,20 @@ def test_data_parallel_training_is_pytorchs(two_processes):
             torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-8, msg=name)
 
 
+def fail_in_the_first(rank):
+    if rank == 0:
+        raise ValueError("failed on purpose")
+    distributed.barrier()
+
+
+@pytest.mark.long
+def test_a_process_that_fails_alone_holds_up_nobody(two_processes):
+    with pytest.raises(ValueError, match="failed on purpose"):
+        two_processes.run(fail_in_the_first)
+    unit = fused(UNITS[0], torch.float64)
+    two_processes.run(train_parallel, unit, images(unit, 2), torch.randn(2, 24, 7, 9, dtype=torch.float64))
+
+
 @pytest.mark.long
 @each_unit
 def test_two_processes_are_one_with_the_whole_batch(configuration, two_processes):

@@ -1,4 +1,4 @@
-// The ops on CUDA: they turn tensors into KernelArguments and launch one kernel in torch's current stream. Also the
+// The ops on CUDA: they turn tensors into kernels' arguments and launch these in torch's current stream. Also the
 // Python module _C_cuda, which says what is built in and how the planner cuts a unit. No tensor passes through
 // pybind11.
 #include <pybind11/pybind11.h>
@@ -88,22 +88,22 @@ class PlannedUnit {
     if (dtype_ == Dtype::float32 && allow_tf32 && uses_mma(Dtype::tfloat32, device_properties(device_))) {
       dtype_ = Dtype::tfloat32;
     }
-    cut_ = cached_plan(unit, dtype_, device_);
-    if (!cut_->plan.ok) fail("x: no CUDA kernel can be planned for this unit (", cut_->plan.explanation, ")");
+    plan_ = cached_plan(unit, dtype_, device_);
+    if (!plan_->plan.ok) fail("x: no CUDA kernel can be planned for this unit (", plan_->plan.explanation, ")");
   }
 
   // Returns how many elements the packed weights take; none are packed where the unit does not run by strips.
   int64_t packed_elements() const {
-    if (!cut_->strips) return 0;
-    return cut_->strips->packed.fragments(sizes_, slices()) * kBlockBytes / element_bytes(dtype_);
+    if (!plan_->strips) return 0;
+    return plan_->strips->packed.fragments(sizes_, slices()) * kBlockBytes / element_bytes(dtype_);
   }
 
   // Launches what packs the weights, in the device's current stream.
   void pack(const UnitParameters& parameters, void* packed) const {
-    if (!cut_->strips) return;
+    if (!plan_->strips) return;
     const PackArguments arguments = {
-        sizes_, slices(), cut_->strips->packed, parameters.conv1, parameters.conv2, parameters.conv3, packed};
-    launch_pack(arguments, cut_->plan.strips, dtype_, stream());
+        sizes_, slices(), plan_->strips->packed, parameters.conv1, parameters.conv2, parameters.conv3, packed};
+    launch_pack(arguments, plan_->plan.strips, dtype_, stream());
   }
 
   // Launches the unit, in the device's current stream. x must be dense. Where `packed` is null, a unit by strips has
@@ -111,19 +111,19 @@ class PlannedUnit {
   // the stream has come so far.
   void launch(const Tensor& x, const UnitParameters& parameters, const void* packed, const Tensor& result) const {
     const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
-    if (cut_->strips && (address(x.const_data_ptr()) | address(result.const_data_ptr())) % 16 == 0) {
+    if (plan_->strips && (address(x.const_data_ptr()) | address(result.const_data_ptr())) % 16 == 0) {
       Tensor own;
       if (packed == nullptr) {
         own = empty_like_x<1>(x, {packed_elements()}, {1});
         pack(parameters, own.mutable_data_ptr());
         packed = own.const_data_ptr();
       }
-      const StripPlan& plan = cut_->plan.strips;
-      launch_strips({sizes_, plan.tiling, *cut_->strips, x.const_data_ptr(), packed, result.mutable_data_ptr()}, plan,
+      const StripPlan& plan = plan_->plan.strips;
+      launch_strips({sizes_, plan.tiling, *plan_->strips, x.const_data_ptr(), packed, result.mutable_data_ptr()}, plan,
                     dtype_, stream());
       return;
     }
-    const Plan& plan = cut_->plan;
+    const Plan& plan = plan_->plan;
     KernelArguments kernel = {
         sizes_,
         plan.tiling,
@@ -140,7 +140,7 @@ class PlannedUnit {
   }
 
  private:
-  int slices() const { return cut_->plan.strips.tiling.slices; }
+  int slices() const { return plan_->plan.strips.tiling.slices; }
   void* stream() const {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
@@ -151,7 +151,7 @@ class PlannedUnit {
   Sizes sizes_;
   int32_t device_;
   Dtype dtype_;
-  std::shared_ptr<const UnitPlan> cut_;
+  std::shared_ptr<const UnitPlan> plan_;
 };
 
 Tensor run(const UnitArguments& arguments) {
@@ -193,7 +193,7 @@ class Units {
   // Returns the packed weights of all units, one behind the other.
   Tensor pack(const Tensor& x) const {
     const Tensor packed = empty_like_x<1>(x, {packed_elements_}, {1});
-    for (const InBatch& unit : units_) {
+    for (const Step& unit : units_) {
       if (unit.planned) unit.planned->pack(unit.parameters, const_cast<void*>(packed_of(unit, packed)));
     }
     return packed;
@@ -202,7 +202,7 @@ class Units {
   // Launches the units.
   Tensor run(Tensor x, const std::optional<Tensor>& packed) const {
     if (packed) check(*packed);
-    for (const InBatch& unit : units_) {
+    for (const Step& unit : units_) {
       const Tensor result = empty_result(x, unit.unit);
       if (unit.planned) {
         unit.planned->launch(x, unit.parameters, packed ? packed_of(unit, *packed) : nullptr, result);
@@ -213,7 +213,7 @@ class Units {
   }
 
  private:
-  struct InBatch {
+  struct Step {
     Unit unit;
     UnitParameters parameters;
     std::optional<PlannedUnit> planned;  // none of an empty batch
@@ -229,7 +229,7 @@ class Units {
     return convolution;
   }
 
-  static const void* packed_of(const InBatch& unit, const Tensor& packed) {
+  static const void* packed_of(const Step& unit, const Tensor& packed) {
     return static_cast<const char*>(packed.const_data_ptr()) + unit.at * static_cast<int64_t>(packed.element_size());
   }
 
@@ -237,10 +237,13 @@ class Units {
     check_like_x("packed", packed, weights_);  // whose dtype is x's
     check_shape("packed", packed, {packed_elements_});
     if (!packed.is_contiguous()) fail("packed: got a tensor with gaps, expected a contiguous one");
+    const auto beyond = reinterpret_cast<uint64_t>(packed.const_data_ptr()) % kBlockBytes;
+    if (beyond != 0)
+      fail("packed: got an address ", beyond, " bytes behind a multiple of ", kBlockBytes, ", expected one");
   }
 
   Tensor weights_;
-  std::vector<InBatch> units_;
+  std::vector<Step> units_;
   int64_t packed_elements_ = 0;
 };
 

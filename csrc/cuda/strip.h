@@ -129,7 +129,7 @@ struct PackedLayout {
     part = affine3 + slices * conv3_pairs * 2 * 4;
   }
 
-  // Returns how many there are of all parts of a unit.
+  // Returns how many fragments all parts of a unit take.
   SHUFFLENET_HOST_DEVICE int64_t fragments(const Sizes& s, int slices) const {
     return int64_t{part} * (s.groups / slices);
   }
