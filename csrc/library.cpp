@@ -31,8 +31,9 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "shuffle_network(Tensor x, Tensor weights, int[] program, *, Tensor? packed=None, bool allow_tf32=False) "
       "-> Tensor");
   m.def("pack_network(Tensor x, Tensor weights, int[] program) -> Tensor");
-  // shuffle_network from a model's own tensors: of each convolution weight and bias, and weight, bias, mean and variance of
-  // its batch norm in inference mode; of the linear layer weight and bias. Nothing is folded ahead of a call.
+  // shuffle_network from a model's own tensors: of each convolution weight and bias, and weight, bias, mean and
+  // variance of its batch norm in inference mode; of the linear layer weight and bias. Nothing is folded ahead of a
+  // call.
   m.def(
       "shuffle_network_batch_norm(Tensor x, Tensor?[] tensors, float[] eps, int[] program, *, bool allow_tf32=False) "
       "-> Tensor");

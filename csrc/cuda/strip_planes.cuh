@@ -150,8 +150,8 @@ struct StripPlanes : StripStaging {
   }
 
  private:
-  // How many copies follow each other without a loop's instructions, and how many loads are in flight where there are no
-  // asynchronous copies.
+  // How many copies follow each other without a loop's instructions, and how many loads are in flight where there are
+  // no asynchronous copies.
   static constexpr int kCopiesInARow = 8;
 
   // Returns the pixel of x, in shared memory, that the result's first one is added to.
