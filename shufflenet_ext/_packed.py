@@ -60,7 +60,7 @@ class PackedWeights:
                 return None
             if found is None and len(self._packed) >= _MOST:
                 torch.cuda.synchronize()  # streams may read what is forgotten
-                self._packed = {key: each for key, each in self._packed.items() if each.source is source}
+                self._packed = {other: each for other, each in self._packed.items() if each.source is source}
                 if len(self._packed) >= _MOST:
                     return None
             packed: Tensor = torch.ops.shufflenet_ext.pack_network(x, weights, program)

@@ -146,16 +146,14 @@ class CardUnit {
     const StripLayout layout(sizes, plan.strips.tiling, unit_.layout);
     const int slices = plan.strips.tiling.slices;
     packed_ = std::make_unique<card::Memory>(layout.packed.fragments(sizes, slices) * kBlockBytes);
-    const ConvolutionPointers conv3 = conv3_ ? conv3_->pointers : ConvolutionPointers{};
     card::run([&](void* stream) {
-      launch_pack({sizes, slices, layout.packed, conv1_.pointers, conv2_.pointers, conv3, packed_->data}, plan.strips,
+      launch_pack({sizes, slices, layout.packed, conv1_.pointers, conv2_.pointers, conv3(), packed_->data}, plan.strips,
                   dtype_, stream);
     });
   }
 
   void launch(const void* x, void* result, void* stream) const {
     const Sizes sizes = sizes_of(unit_);
-    const ConvolutionPointers conv3 = conv3_ ? conv3_->pointers : ConvolutionPointers{};
     const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
     if (packed_ && (address(x) | address(result)) % 16 == 0) {  // as ops.cpp does
       const StripLayout layout(sizes, plan.strips.tiling, unit_.layout);
@@ -164,15 +162,17 @@ class CardUnit {
     }
     Tiling tiling = plan.tiling;
     choose_vectors(
-        unit_, dtype_, tiling, {address(x), address(conv1_.pointers.weight), address(conv3.weight), address(result)});
+        unit_, dtype_, tiling, {address(x), address(conv1_.pointers.weight), address(conv3().weight), address(result)});
     const SharedLayout layout(sizes, tiling, unit_.layout, element_bytes(dtype_), accumulator_bytes(dtype_));
-    cuda::launch({sizes, tiling, layout, x, conv1_.pointers, conv2_.pointers, conv3, result}, dtype_, unit_.layout,
+    cuda::launch({sizes, tiling, layout, x, conv1_.pointers, conv2_.pointers, conv3(), result}, dtype_, unit_.layout,
                  plan.shared_bytes, stream);
   }
 
   Plan plan;
 
  private:
+  ConvolutionPointers conv3() const { return conv3_ ? conv3_->pointers : ConvolutionPointers{}; }
+
   Dtype dtype_;
   Unit unit_;
   CardConvolution<T, Norm> conv1_, conv2_;

@@ -163,25 +163,30 @@ void prepare(const void* kernel, int64_t shared_bytes, const Blocks& blocks_on) 
   given = carveout;
 }
 
-StripKernels strip_kernels_of(Dtype dtype) {
+StripKernels strip_kernels_for(Dtype dtype) {
   return dtype == Dtype::float16 ? strip_kernels_float16() : strip_kernels_bfloat16();
 }
 
 struct Grid {
   int64_t blocks;
-  int threads;  // of a block
+  int threads;           // of a block
+  int64_t shared_bytes;  // of a block
 };
+
+// Launches a kernel that is prepared.
+void launch_prepared(const void* kernel, const void* arguments, const Grid& grid, void* stream) {
+  void* parameters[] = {const_cast<void*>(arguments)};
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads), parameters,
+                         static_cast<size_t>(grid.shared_bytes), static_cast<cudaStream_t>(stream)),
+        "launch of the unit's kernel");
+}
 
 // Launches a kernel of a unit by strips. All of them have the carveout of the strips, so that a multiprocessor need not
 // change it between them.
-void launch_planned(const void* kernel, const void* arguments, const StripPlan& plan, const Grid& grid,
-                    int64_t shared_bytes, void* stream) {
+void launch_planned(const void* kernel, const void* arguments, const StripPlan& plan, const Grid& grid, void* stream) {
   if (grid.blocks == 0) return;
   prepare(kernel, plan.shared_bytes, [&](const Device&) { return plan.blocks_per_multiprocessor; });
-  void* parameters[] = {const_cast<void*>(arguments)};
-  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads), parameters,
-                         static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
-        "launch of the unit's kernels");
+  launch_prepared(kernel, arguments, grid, stream);
 }
 
 }  // namespace
@@ -238,30 +243,26 @@ void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_
   if (windows == 0) return;
   // A grid has at most this many blocks. Where there are more windows, each block goes on to further ones.
   constexpr int64_t kMaxGrid = 0x7fffffff;
-  const dim3 grid(static_cast<unsigned>(windows < kMaxGrid ? windows : kMaxGrid));
   const void* const kernel = kernel_for(dtype, layout);
   const auto blocks = [&](const Device& device) {
     return blocks_per_multiprocessor(shared_bytes, accumulator_bytes(dtype), device);
   };
   prepare(kernel, shared_bytes, blocks);
-  void* parameters[] = {const_cast<KernelArguments*>(&arguments)};
-  check(cudaLaunchKernel(kernel, grid, dim3(kThreads), parameters, static_cast<size_t>(shared_bytes),
-                         static_cast<cudaStream_t>(stream)),
-        "launch of the unit's kernel");
+  launch_prepared(kernel, &arguments, {std::min(windows, kMaxGrid), kThreads, shared_bytes}, stream);
 }
 
 void launch_pack(const PackArguments& arguments, const StripPlan& plan, Dtype dtype, void* stream) {
   constexpr int64_t kMostBlocks = 512;
   const int64_t fragments = arguments.layout.fragments(arguments.sizes, arguments.slices);
   const int64_t blocks = std::min(kMostBlocks, shufflenet::ceil_div(fragments, int64_t{kPackThreads}));
-  launch_planned(strip_kernels_of(dtype).pack, &arguments, plan, {blocks, kPackThreads},
-                 pack_shared_bytes(arguments.sizes, arguments.layout), stream);
+  launch_planned(strip_kernels_for(dtype).pack, &arguments, plan,
+                 {blocks, kPackThreads, pack_shared_bytes(arguments.sizes, arguments.layout)}, stream);
 }
 
 void launch_strips(const StripArguments& arguments, const StripPlan& plan, Dtype dtype, void* stream) {
-  const StripKernels kernels = strip_kernels_of(dtype);
+  const StripKernels kernels = strip_kernels_for(dtype);
   launch_planned(arguments.layout.packed.by_planes ? kernels.contiguous : kernels.channels_last, &arguments, plan,
-                 {plan.blocks, 32 * plan.tiling.warps}, plan.shared_bytes, stream);
+                 {plan.blocks, 32 * plan.tiling.warps, plan.shared_bytes}, stream);
 }
 
 }  // namespace shufflenet::cuda

@@ -11,7 +11,7 @@
 #include "avx512_with_pairs.h"
 
 #define SHUFFLENET_ISA amx
-SHUFFLENET_TARGET_BEGIN(SHUFFLENET_AVX512 ",avx512bf16,amx-tile,amx-bf16")
+SHUFFLENET_TARGET_BEGIN(SHUFFLENET_AMX)
 #include "avx512.h"
 #include "pairs_avx512.h"
 #include "dot_amx.h"

@@ -4,7 +4,7 @@
 #include "avx512_with_pairs.h"
 
 #define SHUFFLENET_ISA avx512_bf16
-SHUFFLENET_TARGET_BEGIN(SHUFFLENET_AVX512 ",avx512bf16")
+SHUFFLENET_TARGET_BEGIN(SHUFFLENET_AVX512_BF16)
 #include "avx512.h"
 #include "pairs_avx512.h"
 #include "dot_avx512_bf16.h"

@@ -40,5 +40,7 @@
 #define SHUFFLENET_UNSCHEDULED_END SHUFFLENET_PRAGMA(GCC pop_options)
 #endif
 
-// What AVX-512 is here, and what the ISAs that build on it have as well.
+// What AVX-512 is here, and what the ISAs that build on it have as well. All files of an ISA are compiled for the same.
 #define SHUFFLENET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
+#define SHUFFLENET_AVX512_BF16 SHUFFLENET_AVX512 ",avx512bf16"
+#define SHUFFLENET_AMX SHUFFLENET_AVX512_BF16 ",amx-tile,amx-bf16"
