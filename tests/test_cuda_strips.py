@@ -65,6 +65,8 @@ def random_strips(seed: int, count: int) -> list[Case]:
             case["slices"] = rng.choice([divisor for divisor in range(1, groups + 1) if groups % divisor == 0])
             case["warps"] = rng.choice([2, 4, 6, 8])
             case["gap"] = rng.choice([1, 8])
+        if rng.random() < 0.5:
+            case["blocks"] = rng.choice([1, 2, 3])
         cases.append(case)
     return cases
 
@@ -126,8 +128,8 @@ PLANES: Case = {"layout": "nchw"}
 STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     "y1 read before all of it is there": (
         "strip_kernel.cuh",
-        "    conv1();\n    barrier();\n",
-        "    conv1();\n",
+        "      conv1();\n      barrier();\n",
+        "      conv1();\n",
         "race|never written",
         {},
     ),
@@ -141,16 +143,30 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "y2 of the next pixels too early": (
         "strip_kernel.cuh",
-        "    warp_barrier();                  // all lanes have finished reading what y2 was\n",
+        "    warp_barrier();  // all lanes have finished reading what y2 was\n",
         "",
         "race",
         {"in": 168, "out": 168, "g": 1, "g1": 1, "h": 9, "w": 8, "rows": 9, "warps": 2},
     ),
-    "tail not cleared": (
+    "a pixel behind the last one stored": (
         "strip_kernel.cuh",
-        "if (mine >= pixels) clear_tiles",
-        "if (mine > pixels) clear_tiles",
-        "wrong",
+        "if (pixel >= pixels) continue;",
+        "if (pixel > pixels) continue;",
+        "race|wrong|outside|never written",
+        {},
+    ),
+    "the next task begun before the last one has ended": (
+        "strip_kernel.cuh",
+        "if (task != first) barrier();",
+        "",
+        "race|is filling",
+        {"n": 2, "blocks": 1},
+    ),
+    "rows above the image not cleared": (
+        "strip_staging.cuh",
+        "const int above = in_row < 0 ? s.width : 0,",
+        "const int above = in_row < -1 ? s.width : 0,",
+        "never written|wrong",
         {},
     ),
     "a row of the halo missing": (

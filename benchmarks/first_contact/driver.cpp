@@ -54,18 +54,12 @@ void cut_windows(const Case& c, const Unit& unit, const Device& device, Plan& pl
 
 // Cuts a case's unit into the strips that the case names.
 void cut_strips(const Case& c, const Unit& unit, const Device& device, StripPlan& plan) {
-  StripTiling& t = plan.tiling;
+  StripTiling t;
   t.rows = static_cast<int>(c.number("rows", 0));
   t.slices = static_cast<int>(c.number("slices", 0));
   t.warps = static_cast<int>(c.number("warps", 0));
   t.gap = static_cast<int>(c.number("gap", 0));
-  const Sizes s = sizes_of(unit);
-  const StripLayout layout(s, t, unit.layout);
-  plan.shared_bytes = layout.bytes;
-  plan.blocks = t.blocks(s);
-  plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout.bytes, t.warps, device);
-  plan.instructions = strip_instructions(s, t, layout);
-  plan.cycles = strip_cycles(unit, t, layout, device, plan.blocks_per_multiprocessor);
+  plan = plan_of(unit, t, StripLayout(sizes_of(unit), t, unit.layout), device);
 }
 
 // Cuts a case's unit as the planner does, or as the case says. Throws std::runtime_error where that does not fit.
@@ -94,7 +88,7 @@ std::string described(const Plan& plan) {
     const StripTiling& t = plan.strips.tiling;
     text << "\"rows\": " << t.rows << ", \"slices\": " << t.slices << ", \"warps\": " << t.warps
          << ", \"gap\": " << t.gap << ", \"shared_bytes\": " << plan.strips.shared_bytes
-         << ", \"windows\": " << plan.strips.blocks << ", \"blocks\": " << plan.strips.blocks_per_multiprocessor
+         << ", \"windows\": " << plan.strips.tasks << ", \"blocks\": " << plan.strips.blocks_per_multiprocessor
          << ", \"instructions\": " << plan.strips.instructions << ", \"cycles\": " << plan.strips.cycles;
     return text.str();
   }

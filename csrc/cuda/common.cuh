@@ -33,17 +33,6 @@ SHUFFLENET_DEVICE int most(int a, int b) { return a > b ? a : b; }
 SHUFFLENET_DEVICE int warp_index() { return static_cast<int>(static_cast<uint32_t>(thread_index()) / 32); }
 SHUFFLENET_DEVICE int lane_index() { return static_cast<int>(static_cast<uint32_t>(thread_index()) % 32); }
 
-// Divides by a number that is used often, by multiplying with its inverse. The quotient is exact while the product of
-// dividend and divisor is below 2^32. It is for the pixels of a window, as shared memory bounds their number.
-struct Divisor {
-  SHUFFLENET_DEVICE explicit Divisor(int divisor) : inverse(0xffffffffu / static_cast<uint32_t>(divisor) + 1) {}
-  SHUFFLENET_DEVICE int quotient(int n) const {
-    // The inverse of 1 does not fit in 32 bits, and is stored as 0.
-    return inverse ? static_cast<int>(static_cast<uint64_t>(n) * inverse >> 32) : n;
-  }
-  uint32_t inverse;
-};
-
 template <class T>
 SHUFFLENET_DEVICE accumulator_t<T> read(const Parameter& parameter, int i) {
   if (parameter.is_float32) return static_cast<const float*>(parameter.data)[i];

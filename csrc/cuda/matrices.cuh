@@ -130,6 +130,9 @@ SHUFFLENET_DEVICE void load_transposed(uint32_t (&to)[4], uint32_t row) {
                : "memory");
 }
 
+// Returns the value that a lane of the warp passes.
+SHUFFLENET_DEVICE uint32_t from_lane(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+
 // Stores as many matrices as there are registers, two or four, in the way that load_matrices loads them. Before sm_90
 // there is no such instruction: a lane then stores its pair of each matrix, to the row whose address it asks for.
 template <int kMatrices>
@@ -148,7 +151,7 @@ SHUFFLENET_DEVICE void store_matrices(uint32_t row, const uint32_t (&from)[kMatr
   const int lane = static_cast<int>(threadIdx.x & 31);
   SHUFFLENET_UNROLL
   for (int i = 0; i < kMatrices; ++i) {
-    const uint32_t at = __shfl_sync(0xffffffffu, row, 8 * i + lane / 4) + lane % 4 * 4;
+    const uint32_t at = from_lane(row, 8 * i + lane / 4) + lane % 4 * 4;
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(from[i]) : "memory");
   }
 #endif

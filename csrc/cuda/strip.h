@@ -1,10 +1,12 @@
 // How a unit is cut into strips: what strip_planner.h chooses on the host, and pack_kernel.cuh and strip_kernel.cuh
 // work by on the device.
 //
-// A block computes a strip of whole rows of one image, for `slices` slices of the unit; with stride 2, also for as
-// large a share of the pooled shortcut. Everything is multiplied on tensor cores, by mma instructions of 16 pixels x 8
-// columns. Their operands of weights lie in memory in the order in which lanes hold them, as pack_kernel.cuh has put
-// them there, so that one load of 16 bytes brings a lane what it needs for 32 channels.
+// A task of a block is a strip of whole rows of one image, for `slices` slices of the unit; with stride 2, also for as
+// large a share of the pooled shortcut. There are as many blocks as run at once, each of which goes on to further
+// tasks: much of what a block computes at its start is the same for all of them. Everything is multiplied on tensor
+// cores, by mma instructions of 16 pixels x 8 columns. Their operands of weights lie in memory in the order in which
+// lanes hold them, as pack_kernel.cuh has put them there, so that one load of 16 bytes brings a lane what it needs for
+// 32 channels.
 //
 // **Pieces and tiles.** Piece (h, r) is what the shuffle sends from group r of conv1 to slice h: a group of conv3 and
 // the channels that it reads. A tile of conv1 is 8 columns of one piece, and so 8 neighbouring slots of the slice. A
@@ -27,6 +29,7 @@ inline constexpr int kItemPixels = kTilesOfItem * kTilePixels;
 inline constexpr int kColumns = 8;  // of a tile; a block of y1 or y2 has as many slots, which are 16 bytes of a pixel
 inline constexpr int kElementBytes = 2;
 inline constexpr int kBlockBytes = kColumns * kElementBytes;
+inline constexpr int kPlaceBytes = 4;
 inline constexpr int kSectorBytes = 32;  // by which global memory is accessed
 // The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers.
 inline constexpr int kMostConv1Tiles = 6;
@@ -49,7 +52,7 @@ struct StripTiling {
 
   SHUFFLENET_HOST_DEVICE int strips(const Sizes& s) const { return ceil_div(s.out_height, rows); }
   SHUFFLENET_HOST_DEVICE int parts(const Sizes& s) const { return s.groups / slices; }
-  SHUFFLENET_HOST_DEVICE int64_t blocks(const Sizes& s) const { return s.batch * strips(s) * parts(s); }
+  SHUFFLENET_HOST_DEVICE int64_t tasks(const Sizes& s) const { return s.batch * strips(s) * parts(s); }
 };
 
 // How many of something are taken at a time: as few times as the most at a time allows, about equally many each time.
@@ -94,6 +97,8 @@ struct PackedLayout {
         conv1_chunks(0),
         conv3_chunk(0),
         conv3_chunks(0),
+        conv1_fragments(0),
+        conv3_fragments(0),
         affine1(0),
         taps(0),
         affine2(0),
@@ -121,6 +126,8 @@ struct PackedLayout {
     conv3_pairs = last.count * last.size;
     conv3_halves = ceil_div(blocks, 2);
     conv3_steps = ceil_div(conv3_halves, 2);
+    conv1_fragments = conv1_chunk * conv1_steps * 32;
+    conv3_fragments = 2 * conv3_chunk * conv3_steps * 32;
     affine1 = s.conv1_groups * conv1_tiles * conv1_steps * 32;
     taps = affine1 + s.conv1_groups * conv1_tiles * 4;
     affine2 = taps + slices * blocks * 3 * 32;
@@ -162,9 +169,10 @@ struct PackedLayout {
   int blocks;       // of a slice
   int conv3_pairs;  // pairs of tiles of a slice
   int conv3_halves, conv3_steps;
-  int conv1_chunk, conv1_chunks;  // tiles that are multiplied at a time, and how many times
-  int conv3_chunk, conv3_chunks;  // pairs of tiles
-  bool is_masked;                 // whether blocks of x have channels that a group does not read
+  int conv1_chunk, conv1_chunks;         // tiles that are multiplied at a time, and how many times
+  int conv3_chunk, conv3_chunks;         // pairs of tiles
+  int conv1_fragments, conv3_fragments;  // of a chunk's weights
+  bool is_masked;                        // whether blocks of x have channels that a group does not read
   int affine1, taps, affine2, conv3, affine3, part;
 };
 
@@ -186,6 +194,8 @@ struct StripLayout {
         y1(0),
         y2(0),
         y2_bytes(0),
+        places(0),
+        corners(0),
         bytes(0) {
     // Blocks of a pixel that are read: behind its own channels lie those that the last group's last step reads as well.
     const int last = GroupStart(s, s.conv1_groups - 1).block + 2 * packed.conv1_halves;
@@ -217,14 +227,7 @@ struct StripLayout {
       y1_odd = next_with_remainder(s.out_width + 1, 5, 8);
       y1_pitch = next_with_remainder(y1_odd + s.out_width, s.out_width / 2 % 4, 4);
     }
-    // The last item computes pixels behind the last one, and writes them where the rows below would be.
-    int64_t y1_rows = in_rows;
-    for (int above = 0; above < 2; ++above) {  // rows above the image
-      const int inside = in_rows - above < s.height ? in_rows - above : s.height;
-      const int64_t rows = above + (round_up(int64_t{inside} * s.width, kItemPixels) - 1) / s.width + 1;
-      y1_rows = rows > y1_rows ? rows : y1_rows;
-    }
-    const int64_t y1_all = y1_rows * y1_pitch + 1;
+    const int64_t y1_all = int64_t{in_rows} * y1_pitch + 1;
     y1_pixels = static_cast<int>(y1_all);
     // Behind the pixels lie the blocks that are read behind the last one, or with stride 2 a pixel of zeros, which is
     // the longer.
@@ -240,7 +243,11 @@ struct StripLayout {
     end += int64_t{s.conv1_groups} * packed.conv1_tiles * y1_all * kBlockBytes;
     y2 = static_cast<int>(end);
     y2_bytes = packed.conv3_halves * 2 * kItemPixels * kBlockBytes;
-    bytes = end + int64_t{t.warps} * y2_bytes;
+    end += int64_t{t.warps} * y2_bytes;
+    places = static_cast<int>(end);
+    end += pixels * kPlaceBytes;
+    corners = static_cast<int>(end);
+    bytes = end + int64_t{t.rows} * s.out_width * kPlaceBytes;
   }
 
   // Returns where in shared memory a pixel of x has its byte `at`: blocks 2i and 2i + 1 trade places in every other
@@ -261,9 +268,12 @@ struct StripLayout {
   // A row of y1 has a pixel of zeros at either end where it is read. With stride 2, the pixels in even places come
   // first, and those in odd ones y1_odd behind: what a tap reads of neighbouring pixels then lies side by side.
   int y1_pitch, y1_odd, y1_pixels;
-  int y1;            // [conv1_groups][conv1_tiles][y1_pixels] blocks
+  int y1;            // [slices][blocks of a slice][y1_pixels] blocks, and behind them those of tiles that nobody reads
   int y2, y2_bytes;  // of each warp: [2 * conv3_halves][kItemPixels] blocks
-  int64_t bytes;     // of it all; may be more than any device has, and then the other members mean nothing
+  // Where the pixels of x lie in a block of y1, in bytes, if the strip's first row is the first of y1; and where the
+  // top left taps of the result's pixels do. To compute these takes more instructions than to read them.
+  int places, corners;
+  int64_t bytes;  // of it all; may be more than any device has, and then the other members mean nothing
 };
 
 // How the threads of a block share the copying of some planes, of each `pixels` pixels of `plane`, in units of
@@ -303,10 +313,56 @@ struct PackArguments {
   void* fragments;
 };
 
+// What a warp does of a phase: of `pieces` (groups or slices), those from `first` on, `step` apart; of the pixels, the
+// items from `pixel` on, `pixel_step` pixels apart. The host computes what all warps have in common.
+struct WarpShares {
+  WarpShares(int warps, int pieces)
+      : pieces(pieces),
+        teams(warps > pieces ? warps / pieces : 1),
+        step(warps < pieces ? warps : pieces),
+        pixel_step(teams * kItemPixels),
+        by_pieces(pieces) {}
+
+  struct Share {
+    int first, step, pixel, pixel_step;
+  };
+  SHUFFLENET_HOST_DEVICE Share of(int warp) const {
+    const int team = by_pieces.quotient(warp);
+    // A warp that is left over has no piece.
+    return {team < teams ? warp - team * pieces : pieces, step, team * kItemPixels, pixel_step};
+  }
+
+  int pieces, teams, step, pixel_step;
+  Divisor by_pieces;
+};
+
+// What all tasks have in common: dividing takes a warp many instructions.
+struct StripConstants {
+  StripConstants(const Sizes& s, const StripTiling& t, const PackedLayout& packed)
+      : tasks(static_cast<int>(t.tasks(s))),
+        strips(t.strips(s)),
+        parts(t.parts(s)),
+        by_strips(strips),
+        by_parts(parts),
+        by_width(s.width),
+        by_out_width(s.out_width),
+        by_piece_tiles(packed.piece_tiles),
+        has_whole_chunks(s.group_rows == packed.conv3_pairs * 2 * kColumns),
+        conv1(t.warps, s.conv1_groups * packed.conv1_chunks),
+        conv3(t.warps, t.slices) {}
+  int tasks, strips, parts;
+  Divisor by_strips, by_parts;  // tasks: the planner sees to their range
+  Divisor by_width, by_out_width, by_piece_tiles;
+  bool has_whole_chunks;  // whether conv3's pairs of tiles have no more columns than a group has rows
+  WarpShares conv1, conv3;
+};
+
 struct StripArguments {
   Sizes sizes;
   StripTiling tiling;
-  StripLayout layout;  // computed on the host, so that the kernel reads it as constants
+  // Computed on the host, so that the kernel reads them as constants.
+  StripLayout layout;
+  StripConstants constants;
   const void* x;
   const void* fragments;
   void* result;

@@ -24,38 +24,41 @@ using StripIn = std::conditional_t<kLayout == Layout::channels_last, StripPixels
 template <class T, Layout kLayout>
 struct StripBlock : StripIn<T, kLayout> {
   using Strip = StripIn<T, kLayout>;
-  using Strip::base, Strip::by_out_width, Strip::by_width, Strip::fragments, Strip::lane, Strip::layout, Strip::my_y2,
-      Strip::packed, Strip::s, Strip::t, Strip::warp;
+  using Strip::base, Strip::constants, Strip::fragments, Strip::lane, Strip::layout, Strip::my_y2, Strip::packed,
+      Strip::s, Strip::t, Strip::warp;
+  using Share = WarpShares::Share;
+  template <int kPairs>
+  using Results = typename Strip::template Results<kPairs>;
 
   SHUFFLENET_DEVICE explicit StripBlock(const StripArguments& arguments) : Strip(arguments) {}
 
   SHUFFLENET_DEVICE void run() {
-    this->copy_x();
-    this->clear_y1_outside_the_image();
-    this->clear_unused_x();
-    this->clear_y2_without_channels();
-    wait_copies<0>();
-    barrier();
-    conv1();
-    barrier();
-    this->before_results();
-    depthwise_and_conv3();
-    this->after_results();
+    const int first = static_cast<int>(block_index()), step = static_cast<int>(block_count());
+    SHUFFLENET_NO_UNROLL
+    for (int task = first; task < constants.tasks; task += step) {
+      if (task != first) barrier();  // all warps have finished with what the last task kept in shared memory
+      this->begin(task);
+      this->copy_x();
+      if (task == first) prepare();
+      this->clear_y1_above_and_below();
+      this->clear_unused_x();
+      wait_copies<0>();
+      barrier();
+      conv1();
+      barrier();
+      this->before_results();
+      depthwise_and_conv3();
+      this->after_results();
+    }
   }
 
  private:
-  // What a warp does of a phase: of `pieces` (groups or slices), those from `first` on, `step` apart; of the pixels,
-  // the items from `pixel` on, `pixel_step` pixels apart.
-  struct Share {
-    SHUFFLENET_DEVICE Share(int warp, int warps, int pieces) {
-      const int teams = most(warps / pieces, 1), team = warp / pieces;
-      first = team < teams ? warp - team * pieces : pieces;  // a warp that is left over has none
-      step = least(warps, pieces);
-      pixel = team * kItemPixels;
-      pixel_step = teams * kItemPixels;
-    }
-    int first, step, pixel, pixel_step;
-  };
+  // Writes what stays the same for all tasks.
+  SHUFFLENET_DEVICE void prepare() const {
+    this->write_places();
+    this->clear_y1_beside_the_image();
+    this->clear_y2_without_channels();
+  }
 
   // ---- conv1 --------------------------------------------------------------------------------------------------------
 
@@ -71,9 +74,9 @@ struct StripBlock : StripIn<T, kLayout> {
   }
   template <int kTiles>
   SHUFFLENET_DEVICE void conv1_of() {
-    const Share share(warp, t.warps, s.conv1_groups * packed.conv1_chunks);
+    const Share share = constants.conv1.of(warp);
     SHUFFLENET_NO_UNROLL
-    for (int piece = share.first; piece < s.conv1_groups * packed.conv1_chunks; piece += share.step) {
+    for (int piece = share.first; piece < constants.conv1.pieces; piece += share.step) {
       if (packed.is_masked) {
         conv1_tiles<kTiles, true>(piece, share);
       } else {
@@ -89,18 +92,22 @@ struct StripBlock : StripIn<T, kLayout> {
     const int pixels = this->image_rows * s.width, group = piece / packed.conv1_chunks;
     const GroupStart start(s, group);
     const ChannelMask mask = {start.skipped, s.conv1_depth};
-    const Fragment* const weights = fragments + piece * kTiles * packed.conv1_steps * 32 + lane;
-    const Fragment* const affine = fragments + packed.affine1 + piece * kTiles * 4 + lane % 4;
-    const uint32_t two_blocks = 2 * layout.y1_pixels * kBlockBytes;
-    const uint32_t row_bytes = layout.y1_pitch * kBlockBytes, gap_bytes = row_bytes - s.width * kBlockBytes;
-    const uint32_t y1 = base + layout.y1 + piece * kTiles * (two_blocks / 2) + lane / 16 * (two_blocks / 2) +
-                        (this->image_row - this->in_row) * row_bytes;
+    const Fragment* const weights = fragments + unsigned(piece * packed.conv1_fragments + lane);
+    const Fragment* const affine = fragments + unsigned(packed.affine1 + piece * packed.conv1_chunk * 4 + lane % 4);
+    const uint32_t y1 = base + layout.y1 + (this->image_row - this->in_row) * layout.y1_pitch * kBlockBytes;
+    uint32_t blocks[kStores<kTiles>];
+    SHUFFLENET_UNROLL
+    for (int i = 0; i < kStores<kTiles>; ++i) {
+      blocks[i] = y1 + y1_block(group, (piece - group * packed.conv1_chunks) * packed.conv1_chunk + 2 * i + lane / 16);
+    }
     const uint32_t tile_step = kTilePixels * this->bytes_to_next_pixel();
     const uint32_t x_step = share.pixel_step * this->bytes_to_next_pixel();
     const int halves = packed.conv1_halves;
     uint32_t x = this->operand_row(share.pixel, start.block, share.pixel + kItemPixels);
+    uint32_t places = base + layout.places + (share.pixel + lane % 16) * kPlaceBytes;
     SHUFFLENET_NO_UNROLL
-    for (int pixel = share.pixel; pixel < pixels; pixel += share.pixel_step, x += x_step) {
+    for (int pixel = share.pixel; pixel < pixels;
+         pixel += share.pixel_step, x += x_step, places += share.pixel_step * kPlaceBytes) {
       const bool is_tail = pixel + kItemPixels > pixels;
       uint32_t row[kTilesOfItem] = {x, x + tile_step};
       if (is_tail) {
@@ -119,39 +126,56 @@ struct StripBlock : StripIn<T, kLayout> {
         SHUFFLENET_UNROLL
         for (int m = 0; m < kTilesOfItem; ++m) finish<T, true>(sums[m][n], constants, pairs[m][n]);
       });
-      SHUFFLENET_UNROLL
-      for (int m = 0; m < kTilesOfItem; ++m) {
-        const int mine = pixel + m * kTilePixels + lane % 16, in_row_of_y1 = by_width.quotient(mine);
-        uint32_t to;
-        if (s.stride == 1) {
-          to = y1 + (mine + 1) * kBlockBytes + in_row_of_y1 * gap_bytes;
-        } else {
-          to = y1 + in_row_of_y1 * row_bytes + this->y1_offset(mine - in_row_of_y1 * s.width);
-        }
-        store_tiles<kTiles>(to, two_blocks, pairs[m]);
-        // What is behind the last pixel is outside of the image, or nobody reads it.
+      for_each<0, kTilesOfItem>([&](auto index) {
+        constexpr int m = decltype(index)::value, kTile = m * kTilePixels;
         if (is_tail) {
-          warp_barrier();
-          if (mine >= pixels) clear_tiles<kTiles>(to, two_blocks);
+          store_pixels_inside<kTiles>(pixel + kTile, pixels, blocks, pairs[m]);
+        } else {
+          store_tiles<kTiles>(load_pair<kTile * kPlaceBytes>(places), blocks, pairs[m]);
         }
-      }
+      });
     }
   }
 
-  // Stores tiles of 16 pixels as blocks of y1. `to` is the address of a pixel in the first, or for lanes 16 to 31 in
-  // the second block.
+  // How many instructions store the tiles of 16 pixels.
   template <int kTiles>
-  SHUFFLENET_DEVICE static void store_tiles(uint32_t to, uint32_t two_blocks, const uint32_t (&pairs)[kTiles][2]) {
-    SHUFFLENET_UNROLL
-    for (int n = 0; n + 1 < kTiles; n += 2, to += two_blocks) {
-      store_matrices<4>(to, {pairs[n][0], pairs[n][1], pairs[n + 1][0], pairs[n + 1][1]});
-    }
-    if constexpr (kTiles % 2 != 0) store_matrices<2>(to, pairs[kTiles - 1]);
+  static constexpr int kStores = (kTiles + 1) / 2;
+
+  // Returns how far behind y1's first block that of a tile of a group of conv1 lies: slices have theirs side by side.
+  // Behind all slices' lie those of the tiles that fill up a group's last chunk.
+  SHUFFLENET_DEVICE uint32_t y1_block(int group, int tile) const {
+    const int slice = constants.by_piece_tiles.quotient(tile);
+    const int tiles_of_group =
+        slice < t.slices ? packed.piece_tiles : packed.conv1_tiles - t.slices * packed.piece_tiles;
+    const int block = tile + slice * (packed.blocks - packed.piece_tiles) + group * tiles_of_group;
+    return block * layout.y1_pixels * kBlockBytes;
   }
+  // Stores tiles of 16 pixels as blocks of y1. blocks[i] is the address of the block of tile 2 * i, or for lanes 16 to
+  // 31 of the next one; `to` is where the lane's pixel lies in a block.
   template <int kTiles>
-  SHUFFLENET_DEVICE void clear_tiles(uint32_t to, uint32_t two_blocks) const {
-    SHUFFLENET_NO_UNROLL
-    for (int n = lane / 16; n < kTiles; n += 2, to += two_blocks) clear_block(to);
+  SHUFFLENET_DEVICE static void store_tiles(uint32_t to, const uint32_t (&blocks)[kStores<kTiles>],
+                                            const uint32_t (&pairs)[kTiles][2]) {
+    SHUFFLENET_UNROLL
+    for (int n = 0; n + 1 < kTiles; n += 2) {
+      store_matrices<4>(to + blocks[n / 2], {pairs[n][0], pairs[n][1], pairs[n + 1][0], pairs[n + 1][1]});
+    }
+    if constexpr (kTiles % 2 != 0) store_matrices<2>(to + blocks[kTiles / 2], pairs[kTiles - 1]);
+  }
+  // Stores those of 16 pixels, from `first` on, that lie before the last one: a lane its pair of each tile.
+  template <int kTiles>
+  SHUFFLENET_DEVICE void store_pixels_inside(int first, int pixels, const uint32_t (&blocks)[kStores<kTiles>],
+                                             const uint32_t (&pairs)[kTiles][2]) const {
+    uint32_t block[kTiles];
+    SHUFFLENET_UNROLL
+    for (int n = 0; n < kTiles; ++n) block[n] = from_lane(blocks[n / 2], n % 2 * 16) + lane % 4 * 4;
+    SHUFFLENET_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int pixel = first + half * 8 + lane / 4;
+      if (pixel >= pixels) continue;
+      const uint32_t place = load_pair(base + layout.places + pixel * kPlaceBytes);
+      SHUFFLENET_UNROLL
+      for (int n = 0; n < kTiles; ++n) store_pair<0>(block[n] + place, pairs[n][half]);
+    }
   }
 
   // ---- The depthwise convolution and conv3 --------------------------------------------------------------------------
@@ -167,17 +191,19 @@ struct StripBlock : StripIn<T, kLayout> {
   }
   template <int kPairs>
   SHUFFLENET_DEVICE void slices_of() {
-    const Share share(warp, t.warps, t.slices);
+    const Share share = constants.conv3.of(warp);
     SHUFFLENET_NO_UNROLL
     for (int slice = share.first; slice < t.slices; slice += share.step) {
+      int pixel = share.pixel + this->first_item();
+      Results<kPairs> results(*this, pixel, slice);
       SHUFFLENET_NO_UNROLL
-      for (int pixel = share.pixel + this->first_item(); pixel < this->out_rows * s.out_width;
-           pixel += share.pixel_step) {
+      for (; pixel < this->out_rows * s.out_width; pixel += share.pixel_step) {
         make_y2_of<true>(pixel, slice);
-        if (!conv3<kPairs>(pixel, slice, true)) {
+        if (!conv3<kPairs>(results, slice, true)) {
           make_y2_of<false>(pixel, slice);
-          conv3<kPairs>(pixel, slice, false);
+          conv3<kPairs>(results, slice, false);
         }
+        results.advance(share.pixel_step);
       }
     }
   }
@@ -197,13 +223,10 @@ struct StripBlock : StripIn<T, kLayout> {
   }
 
   // Returns the address, in the first block of y1 that a slice has, of the top left tap of a pixel.
-  template <int kStride>
   SHUFFLENET_DEVICE uint32_t y1_corner(int pixel, int slice) const {
     const int inside = most(0, least(pixel, this->out_rows * s.out_width - 1));
-    const int to_next_row = kStride * layout.y1_pitch - s.out_width;  // from behind a row of the result
-    return base + layout.y1 +
-           (slice * packed.piece_tiles * layout.y1_pixels + inside + by_out_width.quotient(inside) * to_next_row) *
-               kBlockBytes;
+    return base + layout.y1 + slice * packed.blocks * (layout.y1_pixels * kBlockBytes) +
+           load_pair(base + layout.corners + inside * kPlaceBytes);
   }
 
   // Makes the warp's y2 of 32 pixels. Where kFinite, all of y1 should be finite: 0 times Inf carries NaN from one slot
@@ -212,27 +235,26 @@ struct StripBlock : StripIn<T, kLayout> {
   SHUFFLENET_DEVICE void make_y2(int first_pixel, int slice) {
     const uint32_t row_bytes = layout.y1_pitch * kBlockBytes, block_bytes = layout.y1_pixels * kBlockBytes;
     const uint32_t middle_bytes = (kStride == 1 ? 1 : layout.y1_odd) * kBlockBytes;
-    const uint32_t to_next_group = (packed.conv1_tiles - packed.piece_tiles + 1) * block_bytes;
     uint32_t corner[kTilesOfItem], bottom[kTilesOfItem], rows[kTilesOfItem][2];
     SHUFFLENET_UNROLL
     for (int m = 0; m < kTilesOfItem; ++m) {
-      const uint32_t at = y1_corner<kStride>(first_pixel + m * kTilePixels + lane % 16, slice);
+      const uint32_t at = y1_corner(first_pixel + m * kTilePixels + lane % 16, slice);
       corner[m] = at + lane / 16 * row_bytes;
       bottom[m] = at + 2 * row_bytes + lane / 16 * middle_bytes;
       if constexpr (!kFinite) {
         SHUFFLENET_UNROLL
         for (int half = 0; half < 2; ++half) {
-          rows[m][half] = y1_corner<kStride>(first_pixel + m * kTilePixels + half * 8 + lane / 4, slice);
+          rows[m][half] = y1_corner(first_pixel + m * kTilePixels + half * 8 + lane / 4, slice);
         }
       }
     }
-    const Fragment* taps = fragments + packed.taps + slice * packed.blocks * 96 + lane;
-    const Fragment* affine = fragments + packed.affine2 + slice * packed.blocks * 4 + lane % 4;
+    const Fragment* taps = fragments + unsigned(packed.taps + slice * packed.blocks * 96 + lane);
+    const Fragment* affine = fragments + unsigned(packed.affine2 + slice * packed.blocks * 4 + lane % 4);
     uint32_t to = my_y2() + lane * kBlockBytes;
-    warp_barrier();                  // all lanes have finished reading what y2 was
-    int tiles = packed.piece_tiles;  // that are left of a piece
+    const uint32_t end = to + packed.blocks * (kItemPixels * kBlockBytes);
+    warp_barrier();  // all lanes have finished reading what y2 was
     SHUFFLENET_NO_UNROLL
-    for (int block = packed.blocks; block > 0; --block) {
+    for (; to != end; to += kItemPixels * kBlockBytes) {
       Sums<1> sums;
       const Vector4 constants = load_floats<0>(affine);
       if constexpr (kFinite) {
@@ -250,19 +272,15 @@ struct StripBlock : StripIn<T, kLayout> {
         }
       }
       store_matrices<4>(to, {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
-      to += kItemPixels * kBlockBytes;
       taps += 96;
       affine += 4;
-      --tiles;
-      const uint32_t next = tiles == 0 ? to_next_group : block_bytes;
-      tiles = tiles == 0 ? packed.piece_tiles : tiles;
       SHUFFLENET_UNROLL
       for (int m = 0; m < kTilesOfItem; ++m) {
-        corner[m] += next;
-        bottom[m] += next;
+        corner[m] += block_bytes;
+        bottom[m] += block_bytes;
         if constexpr (!kFinite) {
-          rows[m][0] += next;
-          rows[m][1] += next;
+          rows[m][0] += block_bytes;
+          rows[m][1] += block_bytes;
         }
       }
     }
@@ -278,17 +296,16 @@ struct StripBlock : StripIn<T, kLayout> {
     pairs[1] &= mask;
   }
 
-  // Makes the result of 32 pixels of a slice from y2. Where `checks`, it returns false and writes nothing if a sum is
+  // Makes the results of 32 pixels of a slice from y2. Where `checks`, it returns false and writes nothing if a sum is
   // NaN. A NaN anywhere in a pixel's y2 makes all of its sums NaN, so that one of them is asked.
   template <int kPairs>
-  SHUFFLENET_DEVICE bool conv3(int first_pixel, int slice, bool checks) {
+  SHUFFLENET_DEVICE bool conv3(Results<kPairs> results, int slice, bool checks) {
     static_assert(kPairs <= kMostConv3Pairs);
     constexpr int kTiles = 2 * kPairs;
-    const int step_fragments = kTiles * packed.conv3_steps * 32, halves = packed.conv3_halves;
-    const Fragment* weights = fragments + packed.conv3 + slice * packed.conv3_chunks * step_fragments + lane;
+    const int first_chunk = slice * packed.conv3_chunks, halves = packed.conv3_halves;
+    const Fragment* weights = fragments + unsigned(packed.conv3 + first_chunk * packed.conv3_fragments + lane);
     const Fragment* affine =
-        fragments + packed.affine3 + slice * packed.conv3_chunks * kTiles * 4 + this->affine3_lane();
-    typename Strip::template Results<kPairs> results(*this, first_pixel, slice);
+        fragments + unsigned(packed.affine3 + first_chunk * packed.conv3_chunk * 8 + this->affine3_lane());
     const uint32_t y2 = my_y2() + (lane / 16 * kItemPixels + lane % 16) * kBlockBytes;
     SHUFFLENET_NO_UNROLL
     for (int chunk = 0; chunk < packed.conv3_chunks; ++chunk) {
@@ -300,7 +317,7 @@ struct StripBlock : StripIn<T, kLayout> {
         if (warp_any(any != any)) return false;
       }
       results.write(sums, affine);
-      weights += step_fragments;
+      weights += unsigned(packed.conv3_fragments);
       affine += kTiles * 4;
     }
     return true;

@@ -86,13 +86,13 @@ struct StripPixels : StripStaging {
     return sums[0][0][0] + sums[0][0][2] + (sums[1][0][0] + sums[1][0][2]);
   }
 
-  // Writes the results of 32 pixels of a slice, kPairs pairs of tiles at a time.
+  // Where the results of 32 pixels of a slice go, kPairs pairs of tiles at a time.
   template <int kPairs>
   struct Results {
     SHUFFLENET_DEVICE Results(const StripPixels& strip, int first_pixel, int slice)
         : pixel_bytes(strip.s.result_channels * kElementBytes), x_pitch(strip.layout.x_pitch) {
       const Sizes& s = strip.s;
-      const int pixels = strip.out_rows * s.out_width, pixel = first_pixel + strip.lane / 4;
+      const int pixel = first_pixel + strip.lane / 4;
       // The lane's four channels of a pair of tiles, within the slice's group, and their byte in a pixel.
       const int channel = strip.lane % 4 * 4;
       const int byte = ((strip.part * strip.t.slices + slice) * s.group_rows + channel) * kElementBytes;
@@ -100,16 +100,24 @@ struct StripPixels : StripStaging {
       to = static_cast<char*>(strip.arguments.result) +
            ((int64_t{strip.image} * s.out_height + strip.out_row) * s.out_width + pixel) * pixel_bytes + byte +
            s.first_conv3_channel * kElementBytes;
-      pixels_left = pixels - pixel;
+      pixels_left = strip.out_rows * s.out_width - first_pixel;
       channels_left = s.group_rows - channel;
       adds_residual = s.stride == 1;
-      is_whole = first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
+      has_whole_chunks = strip.constants.has_whole_chunks;
     }
 
+    // Goes on to later pixels: a multiple of 8, so that the swizzle is the same.
+    SHUFFLENET_DEVICE void advance(int pixels) {
+      from += pixels * x_pitch;
+      to += int64_t{pixels} * pixel_bytes;
+      pixels_left -= pixels;
+    }
+
+    // Writes a chunk of the channels, and goes on to the next one.
     SHUFFLENET_DEVICE void write(const Sums<2 * kPairs>& sums, const Fragment* affine) {
       if (!adds_residual) {
         write_as<false, false>(sums, affine);
-      } else if (is_whole) {
+      } else if (has_whole_chunks && pixels_left >= kItemPixels) {
         write_as<true, true>(sums, affine);
       } else {
         write_as<false, true>(sums, affine);
@@ -143,7 +151,7 @@ struct StripPixels : StripStaging {
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
             const int eight = 2 * m + half;
-            if (kWhole || (eight * 8 < pixels_left && kChannels < channels_left)) {
+            if (kWhole || (eight * 8 + lane_index() / 4 < pixels_left && kChannels < channels_left)) {
               if constexpr (kResidual) {
                 add_relu_and_store<kBytes>(out[eight], x[eight], low[half], high[half], T{});
               } else {
@@ -157,9 +165,10 @@ struct StripPixels : StripStaging {
 
     char* to;
     uint32_t from;  // the residual
-    int64_t pixel_bytes;
-    int x_pitch, pixels_left, channels_left;
-    bool adds_residual, is_whole;
+    int pixel_bytes, x_pitch;
+    int pixels_left;    // from the item's first one on
+    int channels_left;  // from the lane's first one on
+    bool adds_residual, has_whole_chunks;
   };
 
   SHUFFLENET_DEVICE void before_results() const {}

@@ -59,7 +59,7 @@ struct PlanePool {
 
   template <bool kPaired, bool kRelu>
   SHUFFLENET_DEVICE void pool_columns() const {
-    const int parts = t.parts(s), begin = s.in_channels * block.part / parts,
+    const int parts = block.constants.parts, begin = s.in_channels * block.part / parts,
               end = s.in_channels * (block.part + 1) / parts;
     const int64_t row_bytes = s.out_width * kElementBytes;
     const uint32_t in_row_bytes = s.width * kElementBytes, plane_bytes = block.image_rows * in_row_bytes;

@@ -80,25 +80,30 @@ struct StripPlanes : StripStaging {
     barrier();
   }
 
-  // Puts the results of 32 pixels of a slice in their places in shared memory, with x added if the stride is 1, kPairs
-  // pairs of tiles at a time.
+  // Where in shared memory the results of 32 pixels of a slice go, with x added if the stride is 1, kPairs pairs of
+  // tiles at a time.
   template <int kPairs>
   struct Results {
     SHUFFLENET_DEVICE Results(const StripPlanes& strip, int first_pixel, int slice) : pitch(strip.layout.result_pitch) {
       const Sizes& s = strip.s;
-      const int pixels = strip.out_rows * s.out_width, pixel = first_pixel + strip.lane % 4 * 2;
-      const int channel = strip.lane / 4;
+      const int pixel = first_pixel + strip.lane % 4 * 2, channel = strip.lane / 4;
       at = strip.result() + (slice * s.group_rows + channel) * pitch + pixel * kElementBytes;
       adds_residual = s.stride == 1;
-      pixels_left = pixels - pixel;
+      pixels_left = strip.out_rows * s.out_width - first_pixel;
       channels_left = s.group_rows - channel;
-      is_whole = first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
+      has_whole_chunks = strip.constants.has_whole_chunks;
     }
 
+    SHUFFLENET_DEVICE void advance(int pixels) {
+      at += pixels * kElementBytes;
+      pixels_left -= pixels;
+    }
+
+    // Puts a chunk of the channels in its place, and goes on to the next one.
     SHUFFLENET_DEVICE void write(const Sums<2 * kPairs>& sums, const Fragment* affine) {
       if (!adds_residual) {
         write_as<false, false>(sums, affine);
-      } else if (is_whole) {
+      } else if (has_whole_chunks && pixels_left >= kItemPixels) {
         write_as<true, true>(sums, affine);
       } else {
         write_as<false, true>(sums, affine);
@@ -122,7 +127,9 @@ struct StripPlanes : StripStaging {
           finish_transposed<T, !kResidual>(sums[kEight / 2][2 * kPair + kEight % 2], constants, pairs);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
-            if (!kWhole && (kEight * 8 >= pixels_left || (2 * kPair + half) * kColumns >= channels_left)) continue;
+            if (!kWhole &&
+                (kEight * 8 + lane_index() % 4 * 2 >= pixels_left || (2 * kPair + half) * kColumns >= channels_left))
+              continue;
             if constexpr (kResidual) pairs[half] = add_relu(pairs[half], load_pair<kBytes>(to[half]), T{});
             store_pair<kBytes>(to[half], pairs[half]);
           }
@@ -131,8 +138,10 @@ struct StripPlanes : StripStaging {
     }
 
     uint32_t at;  // of the lane's first pixel and channel
-    int pitch, pixels_left, channels_left;
-    bool adds_residual, is_whole;
+    int pitch;
+    int pixels_left;    // from the item's first one on
+    int channels_left;  // from the lane's first one on
+    bool adds_residual, has_whole_chunks;
   };
 
   // Copies the results of all warps to global memory.

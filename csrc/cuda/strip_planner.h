@@ -13,11 +13,12 @@ struct StripPlan {
   bool ok = false;
   StripTiling tiling;
   int64_t shared_bytes = 0;
-  int64_t blocks = 0;
+  int64_t tasks = 0;
+  int64_t blocks = 0;  // that share them
   int blocks_per_multiprocessor = 0;
   double instructions = 0;  // that the warps of the launch execute, as predicted
   double cycles = 0;        // predicted for the launch
-  std::string explanation;  // why there is no plan, or what it is
+  std::string explanation;  // why there is no plan, or what the best one is
 };
 
 // Says why a unit cannot be cut into strips, or nothing.
@@ -36,8 +37,8 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
 // How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for
 // sm_90 on the CPU. The sum comes within a tenth of what whole launches execute.
 struct StripInstructions {
-  // Once a warp; to copy the blocks of 32 lanes; to clear the frame of a block of y1.
-  static constexpr double warp = 360, copy = 4.4, clear = 52;
+  // Once a warp of a block; once a warp of a task; to copy the blocks of 32 lanes.
+  static constexpr double block = 400, task = 200, copy = 4.4;
   // A product, for each step, and for each half of a step: without its tiles, and for each of them. What a mask adds.
   static constexpr double step = 8, step_tile = 1, half = 2, half_tile = 2, mask = 12;
   // conv1 and conv3: an item, and what is done to the sums of each tile of it. What y1 in halves adds, with stride 2.
@@ -57,7 +58,23 @@ struct StripInstructions {
   }
 };
 
-inline double strip_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout) {
+// A strip of an image, from a row of the result on.
+struct Strip {
+  Strip(const Sizes& s, const StripTiling& t, int row) : rows(std::min(t.rows, s.out_height - row)) {
+    const int in_row = t.first_in_row(s, row);
+    in_rows = std::min(in_row + t.in_rows(s, rows), s.height) - std::max(in_row, 0);
+  }
+  int rows, in_rows;  // of the result; of x
+};
+
+// What the warps of a block execute for a task: to copy, in conv1, in the depthwise convolution and conv3, and else.
+struct TaskInstructions {
+  double copies, conv1, conv3, others;
+  double all() const { return copies + conv1 + conv3 + others; }
+};
+
+inline TaskInstructions task_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout,
+                                          const Strip& strip) {
   using Count = StripInstructions;
   const PackedLayout& p = layout.packed;
   const int conv3_tiles = 2 * p.conv3_chunk;
@@ -67,72 +84,121 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
   const double depthwise = Count::item2 + p.blocks * Count::block2;
   const double conv3 = Count::item3 + conv3_tiles * (Count::outputs3 + (p.by_planes ? Count::in_place3 : 0)) +
                        Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
-  double all = 0;
-  for (int row = 0; row < s.out_height; row += t.rows) {
-    const int rows = std::min(t.rows, s.out_height - row), in_row = t.first_in_row(s, row);
-    const int image_rows = std::min(in_row + t.in_rows(s, rows), s.height) - std::max(in_row, 0);
-    const double in_items = ceil_div(image_rows * s.width, kItemPixels),
-                 out_items = ceil_div(rows * s.out_width, kItemPixels);
-    if (s.stride == 2 && p.by_planes) {
-      const int share = ceil_div(s.in_channels, t.parts(s)) * s.out_width;
-      all += t.warps * ceil_div(share, t.warps * 32) * (Count::pool_column + rows * Count::pool_row);
-    } else if (s.stride == 2) {
-      const double tiles = ceil_div(rows * s.out_width, kTilePixels);
-      const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
-      const double shares = std::max(1.0, std::min(std::floor(t.warps / tiles), pairs));
-      all += tiles * (shares * Count::pool_item + pairs * Count::pool_pair);
-    }
-    double copies =
-        Count::copy * image_rows * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
-    if (p.by_planes) {
-      const auto of = [&](int planes, int pixels, int plane, int unit, double each) {
-        const PlaneCopy by(planes, pixels, plane, unit, t.warps * 32);
-        const int steps = ceil_div(planes / by.together, by.side_by_side);
-        return t.warps * ceil_div(by.units, by.lanes) * (Count::copies / 2 + each * steps);
-      };
-      const double in = layout.x_unit < 4 ? Count::copy_element : Count::copy_in;
-      copies = of(s.in_channels, image_rows * s.width, s.in_plane, layout.x_unit, in) +
-               of(t.slices * s.group_rows, rows * s.out_width, s.out_plane, layout.result_unit, Count::copy_out);
-    }
-    all += t.warps * Count::warp + copies + s.conv1_groups * p.conv1_tiles * Count::clear +
-           in_items * s.conv1_groups * p.conv1_chunks * conv1 +
-           out_items * t.slices * (depthwise + p.conv3_chunks * conv3);
+  double pool = 0;
+  if (s.stride == 2 && p.by_planes) {
+    const int share = ceil_div(s.in_channels, t.parts(s)) * s.out_width;
+    pool = t.warps * ceil_div(share, t.warps * 32) * (Count::pool_column + strip.rows * Count::pool_row);
+  } else if (s.stride == 2) {
+    const double tiles = ceil_div(strip.rows * s.out_width, kTilePixels);
+    const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
+    const double shares = std::max(1.0, std::min(std::floor(t.warps / tiles), pairs));
+    pool = tiles * (shares * Count::pool_item + pairs * Count::pool_pair);
   }
-  return all * static_cast<double>(s.batch) * t.parts(s);
+  double copies =
+      Count::copy * strip.in_rows * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
+  if (p.by_planes) {
+    const auto of = [&](int planes, int pixels, int plane, int unit, double each) {
+      const PlaneCopy by(planes, pixels, plane, unit, t.warps * 32);
+      const int steps = ceil_div(planes / by.together, by.side_by_side);
+      return t.warps * ceil_div(by.units, by.lanes) * (Count::copies / 2 + each * steps);
+    };
+    const double in = layout.x_unit < 4 ? Count::copy_element : Count::copy_in;
+    copies = of(s.in_channels, strip.in_rows * s.width, s.in_plane, layout.x_unit, in) +
+             of(t.slices * s.group_rows, strip.rows * s.out_width, s.out_plane, layout.result_unit, Count::copy_out);
+  }
+  return {copies, ceil_div(strip.in_rows * s.width, kItemPixels) * s.conv1_groups * p.conv1_chunks * conv1,
+          ceil_div(strip.rows * s.out_width, kItemPixels) * t.slices * (depthwise + p.conv3_chunks * conv3),
+          t.warps * Count::task + pool};
 }
 
-// Predicts the cycles of a launch, as predicted_cycles in planner.h does: blocks run in rounds, of which each takes as
-// long as its instructions or its memory traffic, and the times that a block waits for memory with nothing else to do.
+// Predicts what the warps of a launch execute, in so many blocks.
+inline double strip_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout, double blocks) {
+  double image = 0;
+  for (int row = 0; row < s.out_height; row += t.rows) image += task_instructions(s, t, layout, {s, t, row}).all();
+  return image * static_cast<double>(s.batch) * t.parts(s) + blocks * t.warps * StripInstructions::block;
+}
+
+// Predicts the cycles of a task, where its share of the memory traffic takes so many. In each phase a block waits for
+// the warps that take one item more than others.
+inline double task_cycles(const Sizes& s, const StripTiling& t, const StripLayout& layout, const Strip& strip,
+                          double side_by_side, double memory_cycles) {
+  const TaskInstructions instructions = task_instructions(s, t, layout, strip);
+  const auto cycles = [&](double all, double busy_warps) {
+    return side_by_side * all / std::min(kMostInstructions, side_by_side * busy_warps / kWarpInterval);
+  };
+  const auto busy_warps = [&](int pieces, int pixels) {
+    const WarpShares shares(t.warps, pieces);
+    const int items = ceil_div(pixels, kItemPixels);
+    const int most = ceil_div(pieces, shares.step) * ceil_div(items, shares.teams);
+    return static_cast<double>(pieces) * items / most;
+  };
+  const double computing =
+      cycles(instructions.others, t.warps) +
+      cycles(instructions.conv1, busy_warps(s.conv1_groups * layout.packed.conv1_chunks, strip.in_rows * s.width)) +
+      cycles(instructions.conv3, busy_warps(t.slices, strip.rows * s.out_width));
+  return std::max({computing, cycles(instructions.copies, t.warps), memory_cycles});
+}
+
+// Predicts the cycles of a launch, as predicted_cycles in planner.h does: in rounds, of which each takes as long as the
+// longest task and the times that a block waits for memory with nothing else to do. All tasks share the memory's
+// bandwidth.
 inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLayout& layout, const Device& device,
                            int blocks_per_multiprocessor) {
   constexpr double kWaits = 2;  // for x, and for the first operands of weights
+  // Of plans that take about as long that of the fewest instructions is the best: this part of their time counts.
+  constexpr double kOfInstructions = 0.1;
   const Sizes s = sizes_of(unit);
-  Sizes one = s;
-  one.batch = 1;
-  const double of_image = static_cast<double>(t.strips(s)) * t.parts(s);
-  const double blocks = std::max<double>(1, s.batch) * of_image;  // an empty batch is cut as one image is
-  const double instructions = strip_instructions(one, t, layout) / of_image;
-  const double rows = static_cast<double>(s.out_height) / t.strips(s);
-  const double in_rows = std::min<double>(rows * s.stride + 3 - s.stride, s.height);
-  // Each part of an image copies all of x, the first from memory and the others from the cache.
-  double values = s.in_channels * s.width * in_rows + s.result_channels * s.out_width * rows;
+  const double tasks = static_cast<double>(t.tasks(s));
+  const double side_by_side =
+      std::clamp<double>(std::ceil(tasks / device.multiprocessors), 1, blocks_per_multiprocessor);
+  double values = 0;
+  for (int row = 0; row < s.out_height; row += t.rows) {
+    const Strip strip(s, t, row);
+    // Each part of an image copies all of x, the first from memory and the others from the cache.
+    values += s.in_channels * s.width * strip.in_rows + s.result_channels * s.out_width * strip.rows;
+  }
+  values /= t.strips(s);
   if (layout.packed.by_planes && t.rows < s.out_height) {
     // The rows of a plane that do not begin at a sector take a part of one more.
     int aligned = 1;
     while (aligned < kSectorBytes && s.width * kElementBytes % (2 * aligned) == 0) aligned *= 2;
     values += (s.in_channels + s.result_channels) * static_cast<double>(kSectorBytes - aligned) / kElementBytes;
   }
-  const double bytes = kElementBytes * values / t.parts(s);
-  const double side_by_side = std::min<double>(blocks_per_multiprocessor, std::ceil(blocks / device.multiprocessors));
-  const double a_cycle = std::min(kMostInstructions, side_by_side * t.warps / kWarpInterval);
-  const double round =
-      side_by_side * std::max(instructions / a_cycle, bytes / bandwidth_of(device)) + kWaits * kLatency;
-  return std::ceil(blocks / (side_by_side * device.multiprocessors)) * round;
+  const double memory_cycles = side_by_side * kElementBytes * values / t.parts(s) / bandwidth_of(device);
+  double longest = 0, instructions = 0;
+  for (int row = 0; row < s.out_height; row += t.rows) {
+    const Strip strip(s, t, row);
+    longest = std::max(longest, task_cycles(s, t, layout, strip, side_by_side, memory_cycles));
+    instructions += task_instructions(s, t, layout, strip).all() / t.strips(s);
+  }
+  const double rounds = std::max(1.0, std::ceil(tasks / (side_by_side * device.multiprocessors)));
+  return rounds * (longest + kWaits * kLatency + kOfInstructions * side_by_side * instructions / kMostInstructions);
 }
 
 inline int strips_per_multiprocessor(int64_t shared_bytes, int warps, const Device& device) {
   const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kReservedPerBlock);
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, kMostStripWarps / warps)));
+}
+
+// Returns the most tasks of a launch, so that they can be counted and StripConstants can divide them.
+inline int64_t most_tasks(const Sizes& s, const StripTiling& t) {
+  const int64_t divided = std::numeric_limits<uint32_t>::max() / std::max(t.strips(s), t.parts(s));
+  return std::min<int64_t>(divided, std::numeric_limits<int>::max() / 2);
+}
+
+// Returns the plan to cut a unit in this way.
+inline StripPlan plan_of(const Unit& unit, const StripTiling& t, const StripLayout& layout, const Device& device) {
+  const Sizes s = sizes_of(unit);
+  StripPlan plan;
+  plan.ok = true;
+  plan.tiling = t;
+  plan.shared_bytes = layout.bytes;
+  plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout.bytes, t.warps, device);
+  plan.tasks = t.tasks(s);
+  plan.blocks = std::min(plan.tasks, int64_t{plan.blocks_per_multiprocessor} * device.multiprocessors);
+  plan.instructions = strip_instructions(s, t, layout, static_cast<double>(plan.blocks));
+  plan.cycles = strip_cycles(unit, t, layout, device, plan.blocks_per_multiprocessor);
+  return plan;
 }
 
 inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device) {
@@ -145,9 +211,7 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
     if (s.groups % slices != 0) continue;
     const PackedLayout packed(s, slices, unit.layout);  // takes longer than the rest of a layout
     if (pack_shared_bytes(s, packed) > kSharedWithoutAsking) continue;
-    for (int strips = 1, rows = 0; strips <= s.out_height; ++strips) {
-      if (ceil_div(s.out_height, strips) == rows) continue;
-      rows = ceil_div(s.out_height, strips);
+    for (int rows = s.out_height; rows >= 1; --rows) {
       if (int64_t{rows} * s.stride * s.width > 1 << 14)
         continue;  // more pixels than shared memory holds, and than fit 32 bits
       for (int warps : {8, 6, 4, 2}) {
@@ -156,11 +220,9 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
           const StripTiling t = {rows, slices, warps, gap};
           const StripLayout layout(s, t, packed);
           least_bytes = std::min(least_bytes, layout.bytes);
-          if (layout.bytes > device.shared_per_block || t.blocks(s) > std::numeric_limits<int>::max()) continue;
-          const int blocks = strips_per_multiprocessor(layout.bytes, warps, device);
-          const double cycles = strip_cycles(unit, t, layout, device, blocks);
-          if (best.ok && cycles >= best.cycles) continue;
-          best = {true, t, layout.bytes, t.blocks(s), blocks, strip_instructions(s, t, layout), cycles, {}};
+          if (layout.bytes > device.shared_per_block || t.tasks(s) > most_tasks(s, t)) continue;
+          const StripPlan plan = plan_of(unit, t, layout, device);
+          if (!best.ok || plan.cycles < best.cycles) best = plan;
         }
       }
     }
@@ -169,8 +231,9 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
   text << "sm_" << device.compute_capability << ": ";
   if (best.ok) {
     text << "strips of " << best.tiling.rows << " rows, " << best.tiling.slices << " of " << s.groups << " slices; "
-         << best.blocks << " blocks of " << best.tiling.warps * 32 << " threads, " << best.shared_bytes
-         << " bytes of shared memory, " << best.blocks_per_multiprocessor << " on a multiprocessor; x is copied once; "
+         << best.tasks << " tasks, " << best.blocks << " blocks of " << best.tiling.warps * 32 << " threads, "
+         << best.shared_bytes << " bytes of shared memory, " << best.blocks_per_multiprocessor
+         << " on a multiprocessor; x is copied once; "
          << "about " << static_cast<int64_t>(best.instructions) << " warp instructions; tensor cores";
   } else {
     text << "the smallest strip takes " << least_bytes << " bytes of shared memory, and a block has "

@@ -32,7 +32,7 @@ struct StripPool {
   }
 
   SHUFFLENET_DEVICE void run() const {
-    const int tiles = ceil_div(pixels, kTilePixels), parts = block.t.parts(s), warps = block.t.warps;
+    const int tiles = ceil_div(pixels, kTilePixels), parts = block.constants.parts, warps = block.t.warps;
     const int pairs = ceil_div(layout.own_blocks, 2);  // of blocks: 16 channels
     const int begin = pairs * block.part / parts, end = pairs * (block.part + 1) / parts;
     // Where there are fewer tiles than warps, these share the channels as well.
@@ -120,7 +120,7 @@ struct StripPool {
   // Where the taps of a pixel are: its first tap's row and column in the rows of x that are in shared memory.
   struct TapPlace {
     SHUFFLENET_DEVICE TapPlace(const StripPool& pool, int pixel) : block(pool.block) {
-      const int inside = least(pixel, pool.pixels - 1), out_row = block.by_out_width.quotient(inside);
+      const int inside = least(pixel, pool.pixels - 1), out_row = block.constants.by_out_width.quotient(inside);
       row = 2 * out_row + block.in_row - block.image_row;
       column = 2 * (inside - out_row * block.s.out_width) - 1;
     }

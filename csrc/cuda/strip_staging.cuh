@@ -22,13 +22,14 @@ struct StripStaging {
         base(shared_base()),
         warp(warp_index()),
         lane(lane_index()),
-        by_width(arguments.sizes.width),
-        by_out_width(arguments.sizes.stride == 1 ? by_width : Divisor(arguments.sizes.out_width)) {
-    const uint32_t index = static_cast<uint32_t>(block_index()), parts = t.parts(s), strips = t.strips(s);
-    const uint32_t strip = index / parts;
-    image = strip / strips;
-    part = static_cast<int>(index - strip * parts);
-    out_row = static_cast<int>(strip - static_cast<uint32_t>(image) * strips) * t.rows;
+        constants(arguments.constants) {}
+
+  // Goes on to a task.
+  SHUFFLENET_DEVICE void begin(int task) {
+    const int strip = constants.by_parts.quotient(task);
+    image = constants.by_strips.quotient(strip);
+    part = task - strip * constants.parts;
+    out_row = (strip - image * constants.strips) * t.rows;
     out_rows = least(t.rows, s.out_height - out_row);
     in_row = t.first_in_row(s, out_row);
     in_rows = t.in_rows(s, out_rows);
@@ -37,33 +38,56 @@ struct StripStaging {
     fragments = static_cast<const Fragment*>(arguments.fragments) + int64_t{part} * packed.part;
   }
 
-  // Zeroes the pixels of y1 outside of the image, as padding is zero behind conv1's bias and ReLU.
-  SHUFFLENET_DEVICE void clear_y1_outside_the_image() {
-    const int blocks = s.conv1_groups * packed.conv1_tiles, row_bytes = layout.y1_pitch * kBlockBytes;
-    const int block_bytes = layout.y1_pixels * kBlockBytes, end_bytes = y1_offset(s.width);
-    const bool is_top = in_row<0, is_bottom = in_row + in_rows> s.height;
+  // Zeroes the pixels of y1 left and right of the image, as padding is zero behind conv1's bias and ReLU. A lane goes
+  // through the blocks with a pixel of each: those left of all rows come first. Nothing overwrites them.
+  SHUFFLENET_DEVICE void clear_y1_beside_the_image() const {
+    const int rows = t.in_rows(s, t.rows), row_bytes = layout.y1_pitch * kBlockBytes;
     // With a gap of one pixel a row ends with the next one's first. With stride 2 nothing reads behind an even row.
-    const bool has_end = s.stride == 1 ? t.gap > 1 : s.width % 2 != 0;
+    const int ends = (s.stride == 1 ? t.gap > 1 : s.width % 2 != 0) ? rows : 1;
     SHUFFLENET_NO_UNROLL
-    for (int block = warp; block < blocks; block += t.warps) {
-      const uint32_t to = base + layout.y1 + block * block_bytes;
-      SHUFFLENET_NO_UNROLL
-      for (int row = lane; row < in_rows; row += 32) {
-        clear_block(to + row * row_bytes);
-        if (has_end || row == in_rows - 1) clear_block(to + row * row_bytes + end_bytes);
-      }
-      SHUFFLENET_NO_UNROLL
-      for (int column = lane; column < s.width; column += 32) {
-        const uint32_t at = to + y1_offset(column);
-        if (is_top) clear_block(at);
-        if (is_bottom) clear_block(at + (in_rows - 1) * row_bytes);
-      }
+    for (int i = lane; i < rows + ends; i += 32) {
+      clear_in_all_blocks(i < rows ? i * row_bytes : (i - ends) * row_bytes + y1_offset(s.width));
+    }
+  }
+  // Zeroes the rows of y1 above and below the image, in the same way.
+  SHUFFLENET_DEVICE void clear_y1_above_and_below() const {
+    const int above = in_row < 0 ? s.width : 0, below = in_row + in_rows > s.height ? s.width : 0;
+    SHUFFLENET_NO_UNROLL
+    for (int i = lane; i < above + below; i += 32) {
+      const int last_row = (in_rows - 1) * layout.y1_pitch * kBlockBytes;
+      clear_in_all_blocks(i < above ? y1_offset(i) : last_row + y1_offset(i - above));
+    }
+  }
+
+  // Writes where pixels lie in a block of y1.
+  SHUFFLENET_DEVICE void write_places() const {
+    const int thread = warp * 32 + lane, threads = t.warps * 32, row_bytes = layout.y1_pitch * kBlockBytes;
+    const int places = (layout.corners - layout.places) / kPlaceBytes, corners = t.rows * s.out_width;
+    SHUFFLENET_NO_UNROLL
+    for (int pixel = thread; pixel < places; pixel += threads) {
+      const int row = constants.by_width.quotient(pixel);
+      const int at = row * row_bytes + y1_offset(pixel - row * s.width);
+      store_pair<0>(base + layout.places + pixel * kPlaceBytes, at);
+    }
+    SHUFFLENET_NO_UNROLL
+    for (int pixel = thread; pixel < corners; pixel += threads) {
+      const int row = constants.by_out_width.quotient(pixel);
+      const int at = s.stride * row * row_bytes + (pixel - row * s.out_width) * kBlockBytes;
+      store_pair<0>(base + layout.corners + pixel * kPlaceBytes, at);
     }
   }
 
   // Zeroes the block of the warp's y2 that makes its number even.
-  SHUFFLENET_DEVICE void clear_y2_without_channels() {
+  SHUFFLENET_DEVICE void clear_y2_without_channels() const {
     if (packed.blocks % 2 != 0) clear_block(my_y2() + (packed.blocks * kItemPixels + lane) * kBlockBytes);
+  }
+
+  // Zeroes 16 bytes of each block of y1; the warps share the blocks.
+  SHUFFLENET_DEVICE void clear_in_all_blocks(int in_block) const {
+    const int blocks = s.conv1_groups * packed.conv1_tiles, block_bytes = layout.y1_pixels * kBlockBytes;
+    uint32_t to = base + layout.y1 + warp * block_bytes + in_block;
+    SHUFFLENET_NO_UNROLL
+    for (int block = warp; block < blocks; block += t.warps, to += t.warps * block_bytes) clear_block(to);
   }
 
   // Returns where a pixel of a row lies in y1, in bytes from the row's beginning.
@@ -87,9 +111,9 @@ struct StripStaging {
   const PackedLayout& packed;
   const uint32_t base;
   const int warp, lane;
-  const Divisor by_width, by_out_width;
-  // Where the block works: the slices of a part, rows of the result, the rows of y1 that these are made of, and those
-  // of them that are inside the image.
+  const StripConstants& constants;
+  // The task: the slices of a part, rows of the result, the rows of y1 that these are made of, and those of them that
+  // are inside the image.
   const Fragment* fragments;
   int image, part, out_row, out_rows, in_row, in_rows, image_row, image_rows;
 };

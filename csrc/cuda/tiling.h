@@ -56,6 +56,17 @@ SHUFFLENET_HOST_DEVICE inline int64_t round_up(int64_t n, int64_t multiple) {
 }
 SHUFFLENET_HOST_DEVICE inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// Divides by a number that is used often, by multiplying with its inverse. The quotient is exact while the product of
+// dividend and divisor is below 2^32: as it is for the pixels of a window, whose number shared memory bounds.
+struct Divisor {
+  SHUFFLENET_HOST_DEVICE explicit Divisor(int divisor) : inverse(0xffffffffu / static_cast<uint32_t>(divisor) + 1) {}
+  SHUFFLENET_HOST_DEVICE int quotient(int n) const {
+    // The inverse of 1 does not fit in 32 bits, and is stored as 0. Without signs, the product is one instruction.
+    return inverse ? static_cast<int>(uint64_t{static_cast<uint32_t>(n)} * inverse >> 32) : n;
+  }
+  uint32_t inverse;
+};
+
 // A unit's sizes as the kernel uses them. Offsets inside an image are counted in 32 bits, which the planner checks;
 // offsets of images in 64.
 struct Sizes {

@@ -100,6 +100,21 @@ void store_matrices(uint32_t row, const uint32_t (&from)[kMatrices], int line = 
   });
 }
 
+inline uint32_t from_lane(uint32_t value, int lane, int line = __builtin_LINE()) {
+  struct Lane {
+    uint32_t value;
+    int from;
+    uint32_t received;
+  } mine = {value, lane, 0};
+  Machine::current()->warp_wide(line, &mine, [](void** lanes) {
+    for (int i = 0; i < 32; ++i) {
+      Lane& to = *static_cast<Lane*>(lanes[i]);
+      to.received = static_cast<Lane*>(lanes[to.from])->value;
+    }
+  });
+  return mine.received;
+}
+
 inline bool warp_any(bool value, int line = __builtin_LINE()) {
   struct Lane {
     bool value;

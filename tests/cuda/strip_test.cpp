@@ -19,12 +19,14 @@ namespace shufflenet::cuda {
 namespace {
 
 template <class T, class Norm, Layout kLayout>
-std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
+std::string run(const Case& c, const Sizes& s, const StripPlan& plan) {
   // A case may cut the unit otherwise than the planner would.
+  StripTiling tiling = plan.tiling;
   tiling.rows = static_cast<int>(c.number("rows", tiling.rows));
   tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
   tiling.warps = static_cast<int>(c.number("warps", tiling.warps));
   tiling.gap = static_cast<int>(c.number("gap", tiling.gap));
+  const int64_t blocks = std::min(tiling.tasks(s), int64_t{c.number("blocks", plan.blocks)});
   const StripLayout layout(s, tiling, kLayout);
   Problem<T, Norm> problem(c);
   Buffer<T> result(problem.result_elements());
@@ -37,16 +39,17 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
       problem.conv2.pointers,
       problem.conv3->pointers,
       fragments.data};
-  const StripArguments arguments = {s, tiling, layout, problem.x.data, fragments.data, result.data};
+  const StripArguments arguments = {
+      s, tiling, layout, {s, tiling, layout.packed}, problem.x.data, fragments.data, result.data};
 #ifdef SHUFFLENET_TEST_PTX
   launch_ptx(c, "pack_kernel", 2, kPackThreads, pack_shared_bytes(s, layout.packed), pack, fragments.data);
   const std::string kernel = kLayout == Layout::channels_last ? "LayoutE1" : "LayoutE0";
-  launch_ptx(c, kernel, tiling.blocks(s), tiling.warps * 32, layout.bytes, arguments, result.data);
+  launch_ptx(c, kernel, blocks, tiling.warps * 32, layout.bytes, arguments, result.data);
 #else
   Machine packer(kPackThreads, pack_shared_bytes(s, layout.packed), c.number("seed", 0));
   packer.launch(2, [&] { Packer<T>(pack).run(); });
   Machine machine(tiling.warps * 32, layout.bytes, c.number("seed", 0));
-  machine.launch(tiling.blocks(s), [&] { StripBlock<T, kLayout>(arguments).run(); });
+  machine.launch(blocks, [&] { StripBlock<T, kLayout>(arguments).run(); });
 #endif
   const Difference difference = problem.compare(result.data);
   std::ostringstream answer;
@@ -55,11 +58,11 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
 }
 
 template <Layout kLayout>
-std::string run(const Case& c, const Sizes& s, const StripTiling& tiling) {
+std::string run(const Case& c, const Sizes& s, const StripPlan& plan) {
 #ifndef SHUFFLENET_TEST_FLOAT16_ONLY
-  if (c.dtype() == Dtype::bfloat16) return run<BFloat16, float, kLayout>(c, s, tiling);
+  if (c.dtype() == Dtype::bfloat16) return run<BFloat16, float, kLayout>(c, s, plan);
 #endif
-  return run<Float16, Float16, kLayout>(c, s, tiling);
+  return run<Float16, Float16, kLayout>(c, s, plan);
 }
 
 std::string run(const std::string& line) {
@@ -67,8 +70,8 @@ std::string run(const std::string& line) {
   const StripPlan plan = plan_strips(c.unit(), c.dtype(), c.device());
   if (!plan.ok) return "unplanned " + plan.explanation;
   const Sizes s = sizes_of(c.unit());
-  if (c.unit().layout == Layout::channels_last) return run<Layout::channels_last>(c, s, plan.tiling);
-  return run<Layout::contiguous>(c, s, plan.tiling);
+  if (c.unit().layout == Layout::channels_last) return run<Layout::channels_last>(c, s, plan);
+  return run<Layout::contiguous>(c, s, plan);
 }
 
 }  // namespace
