@@ -65,8 +65,6 @@ def random_strips(seed: int, count: int) -> list[Case]:
             case["slices"] = rng.choice([divisor for divisor in range(1, groups + 1) if groups % divisor == 0])
             case["warps"] = rng.choice([2, 4, 6, 8])
             case["gap"] = rng.choice([1, 8])
-        if rng.random() < 0.5:
-            case["blocks"] = rng.choice([1, 2, 3])
         cases.append(case)
     return cases
 
@@ -128,8 +126,8 @@ PLANES: Case = {"layout": "nchw"}
 STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     "y1 read before all of it is there": (
         "strip_kernel.cuh",
-        "      conv1();\n      barrier();\n",
-        "      conv1();\n",
+        "    conv1();\n    barrier();\n",
+        "    conv1();\n",
         "race|never written",
         {},
     ),
@@ -154,13 +152,6 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "if (pixel > pixels) continue;",
         "race|wrong|outside|never written",
         {},
-    ),
-    "the next task begun before the last one has ended": (
-        "strip_kernel.cuh",
-        "if (task != first) barrier();",
-        "",
-        "race|is filling",
-        {"n": 2, "blocks": 1},
     ),
     "rows above the image not cleared": (
         "strip_staging.cuh",

@@ -88,7 +88,7 @@ std::string described(const Plan& plan) {
     const StripTiling& t = plan.strips.tiling;
     text << "\"rows\": " << t.rows << ", \"slices\": " << t.slices << ", \"warps\": " << t.warps
          << ", \"gap\": " << t.gap << ", \"shared_bytes\": " << plan.strips.shared_bytes
-         << ", \"windows\": " << plan.strips.tasks << ", \"blocks\": " << plan.strips.blocks_per_multiprocessor
+         << ", \"windows\": " << plan.strips.blocks << ", \"blocks\": " << plan.strips.blocks_per_multiprocessor
          << ", \"instructions\": " << plan.strips.instructions << ", \"cycles\": " << plan.strips.cycles;
     return text.str();
   }

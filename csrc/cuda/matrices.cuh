@@ -21,6 +21,12 @@ struct Vector4 {
 };
 SHUFFLENET_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 
+// Returns the number in a way that the compiler cannot see through.
+SHUFFLENET_DEVICE int unknown(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 // Loads the fragment that lies kAhead fragments further on in memory that nobody writes while the kernel runs.
 template <int kAhead = 0>
 SHUFFLENET_DEVICE Fragment load_constant(const Fragment* from) {
@@ -231,21 +237,25 @@ SHUFFLENET_DEVICE uint32_t add_relu(uint32_t a, uint32_t b, BFloat16) {
   return sum;
 }
 
+// Writes an element to global memory.
+SHUFFLENET_DEVICE void store_one(void* to, uint16_t value) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(value) : "memory");
+}
+
 // Writes two pairs to global memory. The address is kOffset bytes less than meant.
 template <int kOffset>
 SHUFFLENET_DEVICE void store_pairs(void* to, uint32_t low, uint32_t high) {
   asm volatile("st.global.v2.u32 [%0+%1], {%2, %3};" ::"l"(to), "n"(kOffset), "r"(low), "r"(high) : "memory");
 }
 
-// Adds to two pairs those of shared memory at `at`, applies a ReLU, rounds once, and writes the 8 bytes to global
-// memory. Both addresses are kOffset bytes less than meant.
+// Adds to two pairs those of shared memory at `at`, applies a ReLU, and rounds once. The address is kOffset bytes less
+// than meant.
 template <int kOffset, class T>
-SHUFFLENET_DEVICE void add_relu_and_store(void* to, uint32_t at, uint32_t low, uint32_t high, T) {
-#if __CUDA_ARCH__ >= 800
+SHUFFLENET_DEVICE void add_relu_to(uint32_t at, uint32_t& low, uint32_t& high, T) {
   uint32_t x[2];
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2+%3];" : "=r"(x[0]), "=r"(x[1]) : "r"(at), "n"(kOffset) : "memory");
-  store_pairs<kOffset>(to, add_relu(low, x[0], T{}), add_relu(high, x[1], T{}));
-#endif
+  low = add_relu(low, x[0], T{});
+  high = add_relu(high, x[1], T{});
 }
 
 }  // namespace shufflenet::cuda

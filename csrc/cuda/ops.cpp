@@ -119,7 +119,7 @@ class PlannedUnit {
         packed = own.const_data_ptr();
       }
       const StripPlan& plan = plan_->plan.strips;
-      launch_strips({sizes_, plan.tiling, *plan_->strips, {sizes_, plan.tiling, plan_->strips->packed}, x.const_data_ptr(), packed, result.mutable_data_ptr()}, plan,
+      launch_strips({sizes_, plan.tiling, *plan_->strips, {sizes_, plan.tiling, *plan_->strips}, x.const_data_ptr(), packed, result.mutable_data_ptr()}, plan,
                     dtype_, stream());
       return;
     }
@@ -323,7 +323,7 @@ pybind11::dict plan(const std::vector<int64_t>& x, const std::vector<int64_t>& s
   answer["chunk"] = by_strips ? strips.tiling.slices * unit.slice_channels() : plan.tiling.chunk;
   answer["tile_depth"] = by_strips ? depth : plan.tiling.tile_depth;
   answer["shared_bytes"] = by_strips ? strips.shared_bytes : plan.shared_bytes;
-  answer["windows"] = by_strips ? strips.tasks : plan.windows;
+  answer["windows"] = by_strips ? strips.blocks : plan.windows;
   answer["blocks_per_multiprocessor"] = by_strips ? strips.blocks_per_multiprocessor : plan.blocks_per_multiprocessor;
   answer["multiprocessors"] = device.multiprocessors;
   answer["cycles"] = by_strips ? strips.cycles : plan.cycles;

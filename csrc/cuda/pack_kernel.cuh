@@ -60,9 +60,10 @@ struct Packer {
   // A lane holds the sums of columns 2 * (lane % 4) and the one behind, which in the two tiles of a pair are four
   // neighbouring channels; of the transposed product it holds one column of either tile.
   SHUFFLENET_DEVICE int conv3_channel(int slice, int tile, int column) const {
-    const int channel = layout.by_planes ? tile * kColumns + column
-                                         : tile / 2 * 2 * kColumns + column / 2 * 4 + tile % 2 * 2 + column % 2;
-    return channel < s.group_rows ? slice * s.group_rows + channel : -1;
+    const int place = layout.by_planes ? tile * kColumns + column
+                                       : tile / 2 * 2 * kColumns + column / 2 * 4 + tile % 2 * 2 + column % 2;
+    const int channel = place - layout.channels_left_out(s, slice);
+    return channel >= 0 && channel < s.group_rows ? slice * s.group_rows + channel : -1;
   }
 
   // Returns fragment `i` of the part that begins with slice `first_slice`.

@@ -1,12 +1,10 @@
 // How a unit is cut into strips: what strip_planner.h chooses on the host, and pack_kernel.cuh and strip_kernel.cuh
 // work by on the device.
 //
-// A task of a block is a strip of whole rows of one image, for `slices` slices of the unit; with stride 2, also for as
-// large a share of the pooled shortcut. There are as many blocks as run at once, each of which goes on to further
-// tasks: much of what a block computes at its start is the same for all of them. Everything is multiplied on tensor
-// cores, by mma instructions of 16 pixels x 8 columns. Their operands of weights lie in memory in the order in which
-// lanes hold them, as pack_kernel.cuh has put them there, so that one load of 16 bytes brings a lane what it needs for
-// 32 channels.
+// A block computes a strip of whole rows of one image, for `slices` slices of the unit; with stride 2, also for as
+// large a share of the pooled shortcut. Everything is multiplied on tensor cores, by mma instructions of 16 pixels x 8
+// columns. Their operands of weights lie in memory in the order in which lanes hold them, as pack_kernel.cuh has put
+// them there, so that one load of 16 bytes brings a lane what it needs for 32 channels.
 //
 // **Pieces and tiles.** Piece (h, r) is what the shuffle sends from group r of conv1 to slice h: a group of conv3 and
 // the channels that it reads. A tile of conv1 is 8 columns of one piece, and so 8 neighbouring slots of the slice. A
@@ -52,7 +50,7 @@ struct StripTiling {
 
   SHUFFLENET_HOST_DEVICE int strips(const Sizes& s) const { return ceil_div(s.out_height, rows); }
   SHUFFLENET_HOST_DEVICE int parts(const Sizes& s) const { return s.groups / slices; }
-  SHUFFLENET_HOST_DEVICE int64_t tasks(const Sizes& s) const { return s.batch * strips(s) * parts(s); }
+  SHUFFLENET_HOST_DEVICE int64_t blocks(const Sizes& s) const { return s.batch * strips(s) * parts(s); }
 };
 
 // How many of something are taken at a time: as few times as the most at a time allows, about equally many each time.
@@ -99,6 +97,7 @@ struct PackedLayout {
         conv3_chunks(0),
         conv1_fragments(0),
         conv3_fragments(0),
+        has_whole_pairs(false),
         affine1(0),
         taps(0),
         affine2(0),
@@ -120,7 +119,13 @@ struct PackedLayout {
     conv1_halves = ceil_div(skipped + s.conv1_depth, 16);
     conv1_steps = ceil_div(conv1_halves, 2);
     blocks = s.conv1_groups * piece_tiles;
-    const Chunks last(ceil_div(s.group_rows, 2 * kColumns), kMostConv3Pairs);
+    int left_out = 0;  // at most
+    for (int h = 0; h < s.groups; ++h) {
+      const int mine = channels_left_out(s, h);
+      left_out = mine > left_out ? mine : left_out;
+    }
+    has_whole_pairs = left_out == 0 && s.group_rows % (2 * kColumns) == 0;
+    const Chunks last(ceil_div(left_out + s.group_rows, 2 * kColumns), kMostConv3Pairs);
     conv3_chunk = last.size;
     conv3_chunks = last.count;
     conv3_pairs = last.count * last.size;
@@ -153,6 +158,13 @@ struct PackedLayout {
     }
     return most;
   }
+  // Returns how many channels of the result lie before a slice's own in its first pair of tiles: where a pair's
+  // channels lie side by side in memory, they begin at a sector's boundary, or where pixels do not, as far as these
+  // allow.
+  SHUFFLENET_HOST_DEVICE int channels_left_out(const Sizes& s, int slice) const {
+    const int aligned = s.result_channels % 16 == 0 ? 16 : s.result_channels % 8 == 0 ? 8 : 4;
+    return by_planes ? 0 : (s.first_conv3_channel + slice * s.group_rows) % aligned;
+  }
   // Return the row of conv1 that the shuffle makes channel `channel`, and the group of conv1 that it belongs to.
   SHUFFLENET_HOST_DEVICE static int conv1_row(const Sizes& s, int channel) {
     return channel % s.shuffle_groups * s.shuffle_rows + channel / s.shuffle_groups;
@@ -172,6 +184,7 @@ struct PackedLayout {
   int conv1_chunk, conv1_chunks;         // tiles that are multiplied at a time, and how many times
   int conv3_chunk, conv3_chunks;         // pairs of tiles
   int conv1_fragments, conv3_fragments;  // of a chunk's weights
+  bool has_whole_pairs;                  // whether conv3's pairs of tiles have no columns but a group's
   bool is_masked;                        // whether blocks of x have channels that a group does not read
   int affine1, taps, affine2, conv3, affine3, part;
 };
@@ -244,10 +257,14 @@ struct StripLayout {
     y2 = static_cast<int>(end);
     y2_bytes = packed.conv3_halves * 2 * kItemPixels * kBlockBytes;
     end += int64_t{t.warps} * y2_bytes;
-    places = static_cast<int>(end);
+    // With stride 1 the top left tap lies a pixel before the place of the pixel itself, a row further up.
+    places = corners = static_cast<int>(end);
     end += pixels * kPlaceBytes;
-    corners = static_cast<int>(end);
-    bytes = end + int64_t{t.rows} * s.out_width * kPlaceBytes;
+    if (s.stride == 2) {
+      corners = static_cast<int>(end);
+      end += int64_t{t.rows} * s.out_width * kPlaceBytes;
+    }
+    bytes = end;
   }
 
   // Returns where in shared memory a pixel of x has its byte `at`: blocks 2i and 2i + 1 trade places in every other
@@ -270,8 +287,8 @@ struct StripLayout {
   int y1_pitch, y1_odd, y1_pixels;
   int y1;            // [slices][blocks of a slice][y1_pixels] blocks, and behind them those of tiles that nobody reads
   int y2, y2_bytes;  // of each warp: [2 * conv3_halves][kItemPixels] blocks
-  // Where the pixels of x lie in a block of y1, in bytes, if the strip's first row is the first of y1; and where the
-  // top left taps of the result's pixels do. To compute these takes more instructions than to read them.
+  // Tables: where the pixels of x lie in a block of y1, in bytes, if the strip's first row of x is the first of y1; and
+  // where the top left taps of the result's pixels do. To compute these takes more instructions than to read them.
   int places, corners;
   int64_t bytes;  // of it all; may be more than any device has, and then the other members mean nothing
 };
@@ -336,24 +353,36 @@ struct WarpShares {
   Divisor by_pieces;
 };
 
-// What all tasks have in common: dividing takes a warp many instructions.
+// What all blocks have in common: dividing takes a warp many instructions.
 struct StripConstants {
-  StripConstants(const Sizes& s, const StripTiling& t, const PackedLayout& packed)
-      : tasks(static_cast<int>(t.tasks(s))),
-        strips(t.strips(s)),
+  StripConstants(const Sizes& s, const StripTiling& t, const StripLayout& layout)
+      : strips(t.strips(s)),
         parts(t.parts(s)),
+        copy_lanes(s.in_channels / kColumns < 32 ? s.in_channels / kColumns : 32),
+        copy_pixels(32 / copy_lanes * 4),
+        copy_bytes(t.warps * copy_pixels * s.in_channels * kElementBytes),
+        copy_pitch(t.warps * copy_pixels * layout.x_pitch),
+        by_copy_lanes(copy_lanes),
+        y1_corner(layout.y1 - (s.stride == 1 ? kBlockBytes : 0)),
         by_strips(strips),
         by_parts(parts),
         by_width(s.width),
         by_out_width(s.out_width),
-        by_piece_tiles(packed.piece_tiles),
-        has_whole_chunks(s.group_rows == packed.conv3_pairs * 2 * kColumns),
-        conv1(t.warps, s.conv1_groups * packed.conv1_chunks),
+        by_piece_tiles(layout.packed.piece_tiles),
+        shares_fours(s.group_rows % 4 != 0 || s.first_conv3_channel % 4 != 0),
+        has_whole_chunks(layout.packed.has_whole_pairs && s.group_rows == layout.packed.conv3_pairs * 2 * kColumns),
+        conv1(t.warps, s.conv1_groups * layout.packed.conv1_chunks),
         conv3(t.warps, t.slices) {}
-  int tasks, strips, parts;
-  Divisor by_strips, by_parts;  // tasks: the planner sees to their range
+  int strips, parts;
+  // In channels_last: how many lanes copy a pixel, each a block at a time; how many pixels a warp copies before it goes
+  // on, and by how many bytes it does in memory and in shared memory.
+  int copy_lanes, copy_pixels, copy_bytes, copy_pitch;
+  Divisor by_copy_lanes;
+  int y1_corner;                // what StripLayout::corners are counted from
+  Divisor by_strips, by_parts;  // blocks: the planner sees to their range
   Divisor by_width, by_out_width, by_piece_tiles;
-  bool has_whole_chunks;  // whether conv3's pairs of tiles have no more columns than a group has rows
+  bool shares_fours;      // whether four neighbouring channels of the result may be several slices'
+  bool has_whole_chunks;  // whether conv3's pairs of tiles have no columns but a group's
   WarpShares conv1, conv3;
 };
 

@@ -33,33 +33,22 @@ struct StripBlock : StripIn<T, kLayout> {
   SHUFFLENET_DEVICE explicit StripBlock(const StripArguments& arguments) : Strip(arguments) {}
 
   SHUFFLENET_DEVICE void run() {
-    const int first = static_cast<int>(block_index()), step = static_cast<int>(block_count());
-    SHUFFLENET_NO_UNROLL
-    for (int task = first; task < constants.tasks; task += step) {
-      if (task != first) barrier();  // all warps have finished with what the last task kept in shared memory
-      this->begin(task);
-      this->copy_x();
-      if (task == first) prepare();
-      this->clear_y1_above_and_below();
-      this->clear_unused_x();
-      wait_copies<0>();
-      barrier();
-      conv1();
-      barrier();
-      this->before_results();
-      depthwise_and_conv3();
-      this->after_results();
-    }
+    this->copy_x();
+    this->write_places();
+    this->clear_y1_beside_the_image();
+    this->clear_y1_above_and_below();
+    this->clear_unused_x();
+    this->clear_y2_without_channels();
+    wait_copies<0>();
+    barrier();
+    conv1();
+    barrier();
+    this->before_results();
+    depthwise_and_conv3();
+    this->after_results();
   }
 
  private:
-  // Writes what stays the same for all tasks.
-  SHUFFLENET_DEVICE void prepare() const {
-    this->write_places();
-    this->clear_y1_beside_the_image();
-    this->clear_y2_without_channels();
-  }
-
   // ---- conv1 --------------------------------------------------------------------------------------------------------
 
   SHUFFLENET_DEVICE void conv1() {
@@ -200,8 +189,9 @@ struct StripBlock : StripIn<T, kLayout> {
       for (; pixel < this->out_rows * s.out_width; pixel += share.pixel_step) {
         make_y2_of<true>(pixel, slice);
         if (!conv3<kPairs>(results, slice, true)) {
-          make_y2_of<false>(pixel, slice);
-          conv3<kPairs>(results, slice, false);
+          const int same = unknown(slice);  // so that nothing is computed ahead for what seldom happens
+          make_y2_of<false>(pixel, same);
+          conv3<kPairs>(results, same, false);
         }
         results.advance(share.pixel_step);
       }
@@ -225,7 +215,7 @@ struct StripBlock : StripIn<T, kLayout> {
   // Returns the address, in the first block of y1 that a slice has, of the top left tap of a pixel.
   SHUFFLENET_DEVICE uint32_t y1_corner(int pixel, int slice) const {
     const int inside = most(0, least(pixel, this->out_rows * s.out_width - 1));
-    return base + layout.y1 + slice * packed.blocks * (layout.y1_pixels * kBlockBytes) +
+    return base + constants.y1_corner + slice * packed.blocks * (layout.y1_pixels * kBlockBytes) +
            load_pair(base + layout.corners + inside * kPlaceBytes);
   }
 

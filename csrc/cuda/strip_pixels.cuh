@@ -17,12 +17,12 @@ struct StripPixels : StripStaging {
   // Starts to copy the strip's rows of x. A lane copies a block of four neighbouring pixels at a time, and as many
   // lanes as a pixel has blocks all of these pixels.
   SHUFFLENET_DEVICE void copy_x() const {
-    const int lanes = least(layout.own_blocks, 32), side_by_side = 32 / lanes, mine = lane / lanes;
-    if (mine == side_by_side) return;
-    const int pixels = image_rows * s.width, first = (warp * side_by_side + mine) * 4;
-    const int step = t.warps * side_by_side * 4;
-    const int64_t pixel_bytes = s.in_channels * int64_t{kElementBytes}, step_bytes = step * pixel_bytes;
-    const int x_pitch = layout.x_pitch, step_pitch = step * x_pitch;
+    const int lanes = constants.copy_lanes, mine = constants.by_copy_lanes.quotient(lane);
+    if (mine * 4 == constants.copy_pixels) return;  // a lane that is left over
+    const int pixels = image_rows * s.width, first = warp * constants.copy_pixels + mine * 4;
+    const int step = t.warps * constants.copy_pixels;
+    const int64_t pixel_bytes = s.in_channels * int64_t{kElementBytes};
+    const int x_pitch = layout.x_pitch;
     const char* const strip = static_cast<const char*>(arguments.x) +
                               ((int64_t{image} * s.height + image_row) * s.width + first) * pixel_bytes;
     SHUFFLENET_NO_UNROLL
@@ -36,8 +36,8 @@ struct StripPixels : StripStaging {
         copy_block_async(to + x_pitch, from + pixel_bytes);
         copy_block_async(to + 2 * x_pitch, from + 2 * pixel_bytes);
         copy_block_async(to + 3 * x_pitch, from + 3 * pixel_bytes);
-        from += step_bytes;
-        to += step_pitch;
+        from += constants.copy_bytes;
+        to += constants.copy_pitch;
       }
       SHUFFLENET_NO_UNROLL
       for (int i = 0; i < left; ++i) copy_block_async(to + i * x_pitch, from + i * pixel_bytes);
@@ -94,16 +94,18 @@ struct StripPixels : StripStaging {
       const Sizes& s = strip.s;
       const int pixel = first_pixel + strip.lane / 4;
       // The lane's four channels of a pair of tiles, within the slice's group, and their byte in a pixel.
-      const int channel = strip.lane % 4 * 4;
-      const int byte = ((strip.part * strip.t.slices + slice) * s.group_rows + channel) * kElementBytes;
+      const int group = strip.part * strip.t.slices + slice;
+      channel = strip.lane % 4 * 4 - strip.packed.channels_left_out(s, group);
+      const int byte = (group * s.group_rows + channel) * kElementBytes;
       from = strip.base + strip.layout.x_offset(pixel + (strip.out_row - strip.image_row) * s.width, byte);
       to = static_cast<char*>(strip.arguments.result) +
            ((int64_t{strip.image} * s.out_height + strip.out_row) * s.out_width + pixel) * pixel_bytes + byte +
            s.first_conv3_channel * kElementBytes;
       pixels_left = strip.out_rows * s.out_width - first_pixel;
-      channels_left = s.group_rows - channel;
+      channels = s.group_rows;
       adds_residual = s.stride == 1;
       has_whole_chunks = strip.constants.has_whole_chunks;
+      shares_fours = strip.constants.shares_fours;
     }
 
     // Goes on to later pixels: a multiple of 8, so that the swizzle is the same.
@@ -122,14 +124,14 @@ struct StripPixels : StripStaging {
       } else {
         write_as<false, true>(sums, affine);
       }
-      channels_left -= kPairs * 2 * kColumns;
+      channel += kPairs * 2 * kColumns;
       from += kPairs * 2 * kColumns * kElementBytes;
       to += kPairs * 2 * kColumns * kElementBytes;
     }
 
    private:
     // Finishes and writes the sums, behind adding x's pixels if kResidual. Unless kWhole, only pixels and channels that
-    // are there.
+    // are there: some of the lane's four may be another slice's.
     template <bool kWhole, bool kResidual>
     SHUFFLENET_DEVICE void write_as(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
       char* out[2 * kTilesOfItem];
@@ -150,25 +152,33 @@ struct StripPixels : StripStaging {
           finish<T, !kResidual>(sums[m][2 * kPair + 1], second, high);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
-            const int eight = 2 * m + half;
-            if (kWhole || (eight * 8 + lane_index() / 4 < pixels_left && kChannels < channels_left)) {
-              if constexpr (kResidual) {
-                add_relu_and_store<kBytes>(out[eight], x[eight], low[half], high[half], T{});
-              } else {
-                store_pairs<kBytes>(out[eight], low[half], high[half]);
-              }
+            const int eight = 2 * m + half, first = channel + kChannels;
+            if (!kWhole && (eight * 8 + lane_index() / 4 >= pixels_left || first <= -4 || first >= channels)) continue;
+            if constexpr (kResidual) add_relu_to<kBytes>(x[eight], low[half], high[half], T{});
+            if (kWhole || !shares_fours) {
+              store_pairs<kBytes>(out[eight], low[half], high[half]);
+            } else {
+              store_some(out[eight] + kBytes, low[half] | uint64_t{high[half]} << 32, first);
             }
           }
         }
       });
     }
 
+    // Writes those of four channels, from `first` on, that are the group's.
+    SHUFFLENET_DEVICE void store_some(char* out, uint64_t four, int first) const {
+      SHUFFLENET_NO_UNROLL
+      for (int i = 0; i < 4; ++i, four >>= 16, out += kElementBytes) {
+        if (first + i >= 0 && first + i < channels) store_one(out, static_cast<uint16_t>(four));
+      }
+    }
+
     char* to;
     uint32_t from;  // the residual
     int pixel_bytes, x_pitch;
-    int pixels_left;    // from the item's first one on
-    int channels_left;  // from the lane's first one on
-    bool adds_residual, has_whole_chunks;
+    int pixels_left;        // from the item's first one on
+    int channel, channels;  // the lane's first one in the group, which has so many
+    bool adds_residual, has_whole_chunks, shares_fours;
   };
 
   SHUFFLENET_DEVICE void before_results() const {}

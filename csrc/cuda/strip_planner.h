@@ -13,8 +13,7 @@ struct StripPlan {
   bool ok = false;
   StripTiling tiling;
   int64_t shared_bytes = 0;
-  int64_t tasks = 0;
-  int64_t blocks = 0;  // that share them
+  int64_t blocks = 0;
   int blocks_per_multiprocessor = 0;
   double instructions = 0;  // that the warps of the launch execute, as predicted
   double cycles = 0;        // predicted for the launch
@@ -28,7 +27,8 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
   if (!unit.adds_residual() && !unit.concatenates_pool()) return "strips are for whole units of v1";
   if (unit.in_channels % 8 != 0) return "strips need a multiple of 8 channels";
   if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
-  if (unit.out_channels / unit.groups % 4 != 0) return "strips need a multiple of 4 channels in a group of conv3";
+  if (unit.layout == Layout::channels_last && unit.result_channels() % 4 != 0)
+    return "strips need a multiple of 4 channels of a channels_last result";
   if (unit.mid_channels > 4096 || unit.groups * unit.conv1_groups > 256)
     return "too many channels or groups for strips";
   return "";
@@ -37,14 +37,14 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
 // How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for
 // sm_90 on the CPU. The sum comes within a tenth of what whole launches execute.
 struct StripInstructions {
-  // Once a warp of a block; once a warp of a task; to copy the blocks of 32 lanes.
-  static constexpr double block = 400, task = 200, copy = 4.4;
+  // Once a warp; to copy the blocks of 32 lanes.
+  static constexpr double warp = 600, copy = 3.8;
   // A product, for each step, and for each half of a step: without its tiles, and for each of them. What a mask adds.
   static constexpr double step = 8, step_tile = 1, half = 2, half_tile = 2, mask = 12;
-  // conv1 and conv3: an item, and what is done to the sums of each tile of it. What y1 in halves adds, with stride 2.
-  static constexpr double item1 = 45, outputs1 = 14, item3 = 30, outputs3 = 22, halves1 = 44;
+  // conv1 and conv3: an item, and what is done to the sums of each tile of it.
+  static constexpr double item1 = 32, outputs1 = 14, item3 = 27, outputs3 = 22;
   // The depthwise convolution: an item, and each block of 8 slots of it.
-  static constexpr double item2 = 60, block2 = 54;
+  static constexpr double item2 = 35, block2 = 47;
   // In the contiguous layout: once a thread and once a unit that it copies of x (of less than 4 bytes, through a
   // register) and of the result; what it adds to a half of a step of conv1, and to the sums of a tile of conv3.
   static constexpr double copies = 130, copy_in = 3.6, copy_element = 5, copy_out = 4.6, transposed = 2, in_place3 = 6;
@@ -67,20 +67,20 @@ struct Strip {
   int rows, in_rows;  // of the result; of x
 };
 
-// What the warps of a block execute for a task: to copy, in conv1, in the depthwise convolution and conv3, and else.
-struct TaskInstructions {
+// What the warps of a block execute: to copy, in conv1, in the depthwise convolution and conv3, and else.
+struct BlockInstructions {
   double copies, conv1, conv3, others;
   double all() const { return copies + conv1 + conv3 + others; }
 };
 
-inline TaskInstructions task_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout,
-                                          const Strip& strip) {
+inline BlockInstructions block_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout,
+                                            const Strip& strip) {
   using Count = StripInstructions;
   const PackedLayout& p = layout.packed;
   const int conv3_tiles = 2 * p.conv3_chunk;
-  const double conv1 = Count::item1 + (s.stride == 2 ? Count::halves1 : 0) + p.conv1_chunk * Count::outputs1 +
-                       (p.by_planes ? p.conv1_halves * Count::transposed : 0) +
-                       Count::product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, p.is_masked);
+  const double conv1 =
+      Count::item1 + p.conv1_chunk * Count::outputs1 + (p.by_planes ? p.conv1_halves * Count::transposed : 0) +
+      Count::product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, p.is_masked);
   const double depthwise = Count::item2 + p.blocks * Count::block2;
   const double conv3 = Count::item3 + conv3_tiles * (Count::outputs3 + (p.by_planes ? Count::in_place3 : 0)) +
                        Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
@@ -108,21 +108,21 @@ inline TaskInstructions task_instructions(const Sizes& s, const StripTiling& t, 
   }
   return {copies, ceil_div(strip.in_rows * s.width, kItemPixels) * s.conv1_groups * p.conv1_chunks * conv1,
           ceil_div(strip.rows * s.out_width, kItemPixels) * t.slices * (depthwise + p.conv3_chunks * conv3),
-          t.warps * Count::task + pool};
+          t.warps * Count::warp + pool};
 }
 
-// Predicts what the warps of a launch execute, in so many blocks.
-inline double strip_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout, double blocks) {
+// Predicts what the warps of a launch execute.
+inline double strip_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout) {
   double image = 0;
-  for (int row = 0; row < s.out_height; row += t.rows) image += task_instructions(s, t, layout, {s, t, row}).all();
-  return image * static_cast<double>(s.batch) * t.parts(s) + blocks * t.warps * StripInstructions::block;
+  for (int row = 0; row < s.out_height; row += t.rows) image += block_instructions(s, t, layout, {s, t, row}).all();
+  return image * static_cast<double>(s.batch) * t.parts(s);
 }
 
-// Predicts the cycles of a task, where its share of the memory traffic takes so many. In each phase a block waits for
+// Predicts the cycles of a block, where its share of the memory traffic takes so many. In each phase a block waits for
 // the warps that take one item more than others.
-inline double task_cycles(const Sizes& s, const StripTiling& t, const StripLayout& layout, const Strip& strip,
-                          double side_by_side, double memory_cycles) {
-  const TaskInstructions instructions = task_instructions(s, t, layout, strip);
+inline double block_cycles(const Sizes& s, const StripTiling& t, const StripLayout& layout, const Strip& strip,
+                           double side_by_side, double memory_cycles) {
+  const BlockInstructions instructions = block_instructions(s, t, layout, strip);
   const auto cycles = [&](double all, double busy_warps) {
     return side_by_side * all / std::min(kMostInstructions, side_by_side * busy_warps / kWarpInterval);
   };
@@ -140,7 +140,7 @@ inline double task_cycles(const Sizes& s, const StripTiling& t, const StripLayou
 }
 
 // Predicts the cycles of a launch, as predicted_cycles in planner.h does: in rounds, of which each takes as long as the
-// longest task and the times that a block waits for memory with nothing else to do. All tasks share the memory's
+// longest block and the times that one waits for memory with nothing else to do. All blocks share the memory's
 // bandwidth.
 inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLayout& layout, const Device& device,
                            int blocks_per_multiprocessor) {
@@ -148,9 +148,9 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   // Of plans that take about as long that of the fewest instructions is the best: this part of their time counts.
   constexpr double kOfInstructions = 0.1;
   const Sizes s = sizes_of(unit);
-  const double tasks = static_cast<double>(t.tasks(s));
+  const double blocks = static_cast<double>(t.blocks(s));
   const double side_by_side =
-      std::clamp<double>(std::ceil(tasks / device.multiprocessors), 1, blocks_per_multiprocessor);
+      std::clamp<double>(std::ceil(blocks / device.multiprocessors), 1, blocks_per_multiprocessor);
   double values = 0;
   for (int row = 0; row < s.out_height; row += t.rows) {
     const Strip strip(s, t, row);
@@ -168,10 +168,10 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   double longest = 0, instructions = 0;
   for (int row = 0; row < s.out_height; row += t.rows) {
     const Strip strip(s, t, row);
-    longest = std::max(longest, task_cycles(s, t, layout, strip, side_by_side, memory_cycles));
-    instructions += task_instructions(s, t, layout, strip).all() / t.strips(s);
+    longest = std::max(longest, block_cycles(s, t, layout, strip, side_by_side, memory_cycles));
+    instructions += block_instructions(s, t, layout, strip).all() / t.strips(s);
   }
-  const double rounds = std::max(1.0, std::ceil(tasks / (side_by_side * device.multiprocessors)));
+  const double rounds = std::max(1.0, std::ceil(blocks / (side_by_side * device.multiprocessors)));
   return rounds * (longest + kWaits * kLatency + kOfInstructions * side_by_side * instructions / kMostInstructions);
 }
 
@@ -180,10 +180,10 @@ inline int strips_per_multiprocessor(int64_t shared_bytes, int warps, const Devi
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, kMostStripWarps / warps)));
 }
 
-// Returns the most tasks of a launch, so that they can be counted and StripConstants can divide them.
-inline int64_t most_tasks(const Sizes& s, const StripTiling& t) {
+// Returns the most blocks of a launch: a grid's, and what StripConstants can divide.
+inline int64_t most_blocks(const Sizes& s, const StripTiling& t) {
   const int64_t divided = std::numeric_limits<uint32_t>::max() / std::max(t.strips(s), t.parts(s));
-  return std::min<int64_t>(divided, std::numeric_limits<int>::max() / 2);
+  return std::min<int64_t>(divided, std::numeric_limits<int>::max());
 }
 
 // Returns the plan to cut a unit in this way.
@@ -194,9 +194,8 @@ inline StripPlan plan_of(const Unit& unit, const StripTiling& t, const StripLayo
   plan.tiling = t;
   plan.shared_bytes = layout.bytes;
   plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout.bytes, t.warps, device);
-  plan.tasks = t.tasks(s);
-  plan.blocks = std::min(plan.tasks, int64_t{plan.blocks_per_multiprocessor} * device.multiprocessors);
-  plan.instructions = strip_instructions(s, t, layout, static_cast<double>(plan.blocks));
+  plan.blocks = t.blocks(s);
+  plan.instructions = strip_instructions(s, t, layout);
   plan.cycles = strip_cycles(unit, t, layout, device, plan.blocks_per_multiprocessor);
   return plan;
 }
@@ -220,7 +219,7 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
           const StripTiling t = {rows, slices, warps, gap};
           const StripLayout layout(s, t, packed);
           least_bytes = std::min(least_bytes, layout.bytes);
-          if (layout.bytes > device.shared_per_block || t.tasks(s) > most_tasks(s, t)) continue;
+          if (layout.bytes > device.shared_per_block || t.blocks(s) > most_blocks(s, t)) continue;
           const StripPlan plan = plan_of(unit, t, layout, device);
           if (!best.ok || plan.cycles < best.cycles) best = plan;
         }
@@ -231,9 +230,8 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
   text << "sm_" << device.compute_capability << ": ";
   if (best.ok) {
     text << "strips of " << best.tiling.rows << " rows, " << best.tiling.slices << " of " << s.groups << " slices; "
-         << best.tasks << " tasks, " << best.blocks << " blocks of " << best.tiling.warps * 32 << " threads, "
-         << best.shared_bytes << " bytes of shared memory, " << best.blocks_per_multiprocessor
-         << " on a multiprocessor; x is copied once; "
+         << best.blocks << " blocks of " << best.tiling.warps * 32 << " threads, " << best.shared_bytes
+         << " bytes of shared memory, " << best.blocks_per_multiprocessor << " on a multiprocessor; x is copied once; "
          << "about " << static_cast<int64_t>(best.instructions) << " warp instructions; tensor cores";
   } else {
     text << "the smallest strip takes " << least_bytes << " bytes of shared memory, and a block has "

@@ -22,13 +22,10 @@ struct StripStaging {
         base(shared_base()),
         warp(warp_index()),
         lane(lane_index()),
-        constants(arguments.constants) {}
-
-  // Goes on to a task.
-  SHUFFLENET_DEVICE void begin(int task) {
-    const int strip = constants.by_parts.quotient(task);
+        constants(arguments.constants) {
+    const int index = static_cast<int>(block_index()), strip = constants.by_parts.quotient(index);
     image = constants.by_strips.quotient(strip);
-    part = task - strip * constants.parts;
+    part = index - strip * constants.parts;
     out_row = (strip - image * constants.strips) * t.rows;
     out_rows = least(t.rows, s.out_height - out_row);
     in_row = t.first_in_row(s, out_row);
@@ -39,7 +36,7 @@ struct StripStaging {
   }
 
   // Zeroes the pixels of y1 left and right of the image, as padding is zero behind conv1's bias and ReLU. A lane goes
-  // through the blocks with a pixel of each: those left of all rows come first. Nothing overwrites them.
+  // through the blocks with a pixel of each: those left of all rows come first.
   SHUFFLENET_DEVICE void clear_y1_beside_the_image() const {
     const int rows = t.in_rows(s, t.rows), row_bytes = layout.y1_pitch * kBlockBytes;
     // With a gap of one pixel a row ends with the next one's first. With stride 2 nothing reads behind an even row.
@@ -62,17 +59,16 @@ struct StripStaging {
   // Writes where pixels lie in a block of y1.
   SHUFFLENET_DEVICE void write_places() const {
     const int thread = warp * 32 + lane, threads = t.warps * 32, row_bytes = layout.y1_pitch * kBlockBytes;
-    const int places = (layout.corners - layout.places) / kPlaceBytes, corners = t.rows * s.out_width;
     SHUFFLENET_NO_UNROLL
-    for (int pixel = thread; pixel < places; pixel += threads) {
+    for (int pixel = thread; pixel < image_rows * s.width; pixel += threads) {
       const int row = constants.by_width.quotient(pixel);
-      const int at = row * row_bytes + y1_offset(pixel - row * s.width);
-      store_pair<0>(base + layout.places + pixel * kPlaceBytes, at);
+      store_pair<0>(base + layout.places + pixel * kPlaceBytes, row * row_bytes + y1_offset(pixel - row * s.width));
     }
+    if (s.stride == 1) return;
     SHUFFLENET_NO_UNROLL
-    for (int pixel = thread; pixel < corners; pixel += threads) {
+    for (int pixel = thread; pixel < out_rows * s.out_width; pixel += threads) {
       const int row = constants.by_out_width.quotient(pixel);
-      const int at = s.stride * row * row_bytes + (pixel - row * s.out_width) * kBlockBytes;
+      const int at = 2 * row * row_bytes + (pixel - row * s.out_width) * kBlockBytes;
       store_pair<0>(base + layout.corners + pixel * kPlaceBytes, at);
     }
   }
@@ -112,8 +108,8 @@ struct StripStaging {
   const uint32_t base;
   const int warp, lane;
   const StripConstants& constants;
-  // The task: the slices of a part, rows of the result, the rows of y1 that these are made of, and those of them that
-  // are inside the image.
+  // Where the block works: the slices of a part, rows of the result, the rows of y1 that these are made of, and those
+  // of them that are inside the image.
   const Fragment* fragments;
   int image, part, out_row, out_rows, in_row, in_rows, image_row, image_rows;
 };

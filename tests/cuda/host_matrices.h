@@ -14,6 +14,7 @@ struct Vector4 {
   float values[4];
 };
 inline uint32_t bits_of(float value) { return bits_as<uint32_t>(value); }
+inline int unknown(int number) { return number; }
 template <int kAhead = 0>
 Fragment load_constant(const Fragment* from) {
   return from[kAhead];
@@ -159,6 +160,7 @@ template <bool kRelu, class T>
 uint32_t pack(float low, float high, T) {
   return kRelu ? detail::pair_of<T>(relu(low), relu(high)) : detail::pair_of<T>(low, high);
 }
+inline void store_one(void* to, uint16_t value) { std::memcpy(to, &value, 2); }
 template <int kOffset>
 void store_pairs(void* to, uint32_t low, uint32_t high) {
   char* const into = static_cast<char*>(to) + kOffset;
@@ -174,10 +176,10 @@ uint32_t add_relu(uint32_t a, uint32_t b, T) {
   return detail::pair_of<T>(one(0), one(1));
 }
 template <int kOffset, class T>
-void add_relu_and_store(void* to, uint32_t at, uint32_t low, uint32_t high, T) {
+void add_relu_to(uint32_t at, uint32_t& low, uint32_t& high, T) {
   const uint64_t x = detail::load_shared<uint64_t>(at + kOffset);
-  store_pairs<kOffset>(
-      to, add_relu(low, static_cast<uint32_t>(x), T{}), add_relu(high, static_cast<uint32_t>(x >> 32), T{}));
+  low = add_relu(low, static_cast<uint32_t>(x), T{});
+  high = add_relu(high, static_cast<uint32_t>(x >> 32), T{});
 }
 
 }  // namespace shufflenet::cuda

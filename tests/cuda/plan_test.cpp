@@ -16,7 +16,7 @@ int main() {
               << " result_vector=" << t.result_vector << " shared_bytes=" << plan.shared_bytes
               << " shared_per_block=" << c.device().shared_per_block << " windows=" << plan.windows
               << " blocks=" << plan.blocks_per_multiprocessor << " multiprocessors=" << c.device().multiprocessors
-              << " by_strips=" << plan.by_strips << " strips=" << plan.strips.tasks
+              << " by_strips=" << plan.by_strips << " strips=" << plan.strips.blocks
               << " strip_blocks=" << plan.strips.blocks_per_multiprocessor << " strip_rows=" << strips.rows
               << " strip_slices=" << strips.slices << " strip_warps=" << strips.warps << " strip_gap=" << strips.gap
               << " strip_instructions=" << static_cast<int64_t>(plan.strips.instructions)

@@ -26,7 +26,6 @@ std::string run(const Case& c, const Sizes& s, const StripPlan& plan) {
   tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
   tiling.warps = static_cast<int>(c.number("warps", tiling.warps));
   tiling.gap = static_cast<int>(c.number("gap", tiling.gap));
-  const int64_t blocks = std::min(tiling.tasks(s), int64_t{c.number("blocks", plan.blocks)});
   const StripLayout layout(s, tiling, kLayout);
   Problem<T, Norm> problem(c);
   Buffer<T> result(problem.result_elements());
@@ -40,16 +39,16 @@ std::string run(const Case& c, const Sizes& s, const StripPlan& plan) {
       problem.conv3->pointers,
       fragments.data};
   const StripArguments arguments = {
-      s, tiling, layout, {s, tiling, layout.packed}, problem.x.data, fragments.data, result.data};
+      s, tiling, layout, {s, tiling, layout}, problem.x.data, fragments.data, result.data};
 #ifdef SHUFFLENET_TEST_PTX
   launch_ptx(c, "pack_kernel", 2, kPackThreads, pack_shared_bytes(s, layout.packed), pack, fragments.data);
   const std::string kernel = kLayout == Layout::channels_last ? "LayoutE1" : "LayoutE0";
-  launch_ptx(c, kernel, blocks, tiling.warps * 32, layout.bytes, arguments, result.data);
+  launch_ptx(c, kernel, tiling.blocks(s), tiling.warps * 32, layout.bytes, arguments, result.data);
 #else
   Machine packer(kPackThreads, pack_shared_bytes(s, layout.packed), c.number("seed", 0));
   packer.launch(2, [&] { Packer<T>(pack).run(); });
   Machine machine(tiling.warps * 32, layout.bytes, c.number("seed", 0));
-  machine.launch(blocks, [&] { StripBlock<T, kLayout>(arguments).run(); });
+  machine.launch(tiling.blocks(s), [&] { StripBlock<T, kLayout>(arguments).run(); });
 #endif
   const Difference difference = problem.compare(result.data);
   std::ostringstream answer;
