@@ -34,9 +34,9 @@ struct StripPlanes : StripStaging {
     const int pixels = image_rows * s.width, end_pixel = ceil_div(pixels, kColumns) * kColumns;
     SHUFFLENET_NO_UNROLL
     for (int channel = warp * 32 + lane; channel < s.in_channels && pixels < end_pixel; channel += t.warps * 32) {
-      const uint32_t plane = base + channel * layout.x_pitch;
+      const uint32_t plane = base + channel * layout.x_pitch, plane_end = plane + end_pixel * kElementBytes;
       SHUFFLENET_NO_UNROLL
-      for (int pixel = pixels; pixel < end_pixel; ++pixel) store_element(plane + pixel * kElementBytes, 0);
+      for (uint32_t at = plane + pixels * kElementBytes; at < plane_end; at += kElementBytes) store_element(at, 0);
     }
     const int begin = s.in_channels * layout.x_pitch, end = layout.x_blocks * kColumns * layout.x_pitch;
     SHUFFLENET_NO_UNROLL
@@ -73,11 +73,24 @@ struct StripPlanes : StripStaging {
     return sum;
   }
 
-  // Pools x with stride 2, as conv3's results take its place.
-  SHUFFLENET_DEVICE void before_results() const {
+  // Pools the part's share of x with stride 2, as conv3's results take its place: by way of where y2 will be, as many
+  // channels at a time as it holds.
+  SHUFFLENET_DEVICE void before_results() {
     if (s.stride == 1) return;
-    PlanePool<T>(*this).run();
-    barrier();
+    const int pairs = ceil_div(s.in_channels, 2 * kColumns), parts = t.parts(s);
+    const int end = pairs * (part + 1) / parts, pair_bytes = 2 * kColumns * layout.result_pitch;
+    const int room = static_cast<int>(layout.bytes - layout.y2) / pair_bytes;
+    const PlanePool<T> pool(*this, base + layout.y2);
+    SHUFFLENET_NO_UNROLL
+    for (int pair = pairs * part / parts; pair < end; pair += room) {
+      const int last = least(pair + room, end), first_channel = pair * 2 * kColumns;
+      pool.run(pair, last);
+      barrier();
+      copy_results(s.first_pooled_channel + first_channel, least(last * 2 * kColumns, s.in_channels) - first_channel,
+                   base + layout.y2);
+      barrier();
+    }
+    clear_y2_without_channels();
   }
 
   // Puts the results of 32 pixels of a slice in their places in shared memory, with x added if the stride is 1, kPairs
@@ -138,15 +151,8 @@ struct StripPlanes : StripStaging {
   // Copies the results of all warps to global memory.
   SHUFFLENET_DEVICE void after_results() const {
     barrier();
-    char* const to = in_result(s.first_conv3_channel + part * t.slices * s.group_rows, out_row * s.out_width);
-    const uint32_t from = result();
-    const Runs runs = {t.slices * s.group_rows, out_rows * s.out_width, s.out_plane, layout.result_pitch};
-    switch (layout.result_unit) {
-      case 16: copy_result_in<16>(to, from, runs); break;
-      case 8: copy_result_in<8>(to, from, runs); break;
-      case 4: copy_result_in<4>(to, from, runs); break;
-      default: copy_result_in<2>(to, from, runs);
-    }
+    const int channels = t.slices * s.group_rows;
+    copy_results(s.first_conv3_channel + part * channels, channels, result());
   }
 
  private:
@@ -162,6 +168,18 @@ struct StripPlanes : StripStaging {
     return base + part * t.slices * s.group_rows * layout.x_pitch + first_pixel_of_result() * kElementBytes;
   }
 
+  // Copies what the strip has of some channels of the result, from `from` on in shared memory.
+  SHUFFLENET_DEVICE void copy_results(int channel, int channels, uint32_t from) const {
+    char* const to = in_result(channel, out_row * s.out_width);
+    const Runs runs = {channels, out_rows * s.out_width, s.out_plane, layout.result_pitch};
+    switch (layout.result_unit) {
+      case 16: copy_result_in<16>(to, from, runs); break;
+      case 8: copy_result_in<8>(to, from, runs); break;
+      case 4: copy_result_in<4>(to, from, runs); break;
+      default: copy_result_in<2>(to, from, runs);
+    }
+  }
+
   // The pixels that are copied of some planes, of `plane` pixels each: the first `pixels` of each.
   struct Runs {
     int planes, pixels, plane, pitch;
@@ -172,21 +190,27 @@ struct StripPlanes : StripStaging {
     int64_t global, global_step;  // the same in memory
     int count;
   };
-  // Calls copy(share) for what the thread copies in units of kBytes, as PlaneCopy shares it.
-  template <int kBytes, class Copy>
-  SHUFFLENET_DEVICE void for_each_share(const Runs& runs, const Copy& copy) const {
-    const PlaneCopy by(runs.planes, runs.pixels, runs.plane, kBytes, t.warps * 32);
+  // Calls copy(share) for what the thread copies in units of kBytes, as PlaneCopy shares it. `memory` is where the
+  // first run begins; if kFillsSectors, a thread's slots lie where sectors begin before it.
+  template <int kBytes, bool kFillsSectors, class Copy>
+  SHUFFLENET_DEVICE void for_each_share(const Runs& runs, const char* memory, const Copy& copy) const {
+    const PlaneCopy by(runs.pixels, runs.plane, kBytes, t.warps * 32, kFillsSectors);
     const int thread = warp * 32 + lane, mine = thread / by.lanes;
     if (mine == by.side_by_side) return;
-    const uint32_t pitch = runs.pitch, group_pitch = by.together * pitch;
-    const int64_t group_bytes = int64_t{runs.plane} * by.together * kElementBytes;
-    const int count = ceil_div(runs.planes / by.together - mine, by.side_by_side);
+    const int step = by.side_by_side * by.together, plane_bytes = runs.plane * kElementBytes;
     SHUFFLENET_NO_UNROLL
-    for (int unit = thread - mine * by.lanes; unit < by.units; unit += by.lanes) {
-      const int plane = unit / by.plane_units;
-      const uint32_t first = plane * pitch + (unit - plane * by.plane_units) * kBytes;
-      copy(CopyShare{first + mine * group_pitch, by.side_by_side * group_pitch, mine * group_bytes + unit * kBytes,
-                     by.side_by_side * group_bytes, count});
+    for (int slot = thread - mine * by.lanes; slot < by.slots * by.together; slot += by.lanes) {
+      const int in_group = kFillsSectors ? slot / by.slots : 0, plane = mine * by.together + in_group;
+      int unit = slot - in_group * by.slots;
+      if (kFillsSectors && !by.is_whole) {
+        const auto run = reinterpret_cast<uintptr_t>(memory) + static_cast<uint32_t>(plane * plane_bytes);
+        unit -= static_cast<int>(run % kSectorBytes) / kBytes;
+        if (static_cast<uint32_t>(unit) >= static_cast<uint32_t>(by.units)) continue;
+      }
+      const int count = ceil_div(runs.planes - plane, step);
+      copy(CopyShare{
+          static_cast<uint32_t>(plane * runs.pitch + unit * kBytes), static_cast<uint32_t>(step * runs.pitch),
+          int64_t{plane} * plane_bytes + unit * kBytes, int64_t{step} * plane_bytes, count});
     }
   }
   // Calls copy() `count` times, most of them without a loop's own instructions.
@@ -202,7 +226,7 @@ struct StripPlanes : StripStaging {
   }
   template <int kBytes>
   SHUFFLENET_DEVICE void copy_x_in(const char* from, const Runs& runs) const {
-    for_each_share<kBytes>(runs, [&](const CopyShare& share) {
+    for_each_share<kBytes, false>(runs, from, [&](const CopyShare& share) {
       const char* source = from + share.global;
       uint32_t to = base + share.begin;
       repeat(share.count, [&] {
@@ -214,7 +238,7 @@ struct StripPlanes : StripStaging {
   }
   // There are no asynchronous copies of elements: some loads are started before the first of them is stored.
   SHUFFLENET_DEVICE void copy_x_in_elements(const char* from, const Runs& runs) const {
-    for_each_share<kElementBytes>(runs, [&](const CopyShare& share) {
+    for_each_share<kElementBytes, false>(runs, from, [&](const CopyShare& share) {
       const char* source = from + share.global;
       uint32_t to = base + share.begin;
       const auto copy_some = [&](int count, auto is_whole) {
@@ -238,7 +262,7 @@ struct StripPlanes : StripStaging {
   }
   template <int kBytes>
   SHUFFLENET_DEVICE void copy_result_in(char* to, uint32_t from, const Runs& runs) const {
-    for_each_share<kBytes>(runs, [&](const CopyShare& share) {
+    for_each_share<kBytes, true>(runs, to, [&](const CopyShare& share) {
       char* target = to + share.global;
       uint32_t at = from + share.begin;
       repeat(share.count, [&] {

@@ -49,8 +49,8 @@ struct StripInstructions {
   static constexpr double copies = 130, copy_in = 3.6, copy_element = 5, copy_out = 4.6, transposed = 2, in_place3 = 6;
   // The pool: 16 pixels, and 16 channels of them.
   static constexpr double pool_item = 200, pool_pair = 79;
-  // In the contiguous layout: a column of the result in 32 lanes, and a row of it.
-  static constexpr double pool_column = 80, pool_row = 36;
+  // In the contiguous layout: 8 pixels of a row, and 16 channels of them.
+  static constexpr double plane_pool_item = 150, plane_pool_pair = 36;
 
   static double product(int tiles, int steps, int halves, bool is_masked) {
     return steps * (step + tiles * step_tile) + halves * (half + tiles * half_tile + (is_masked ? mask : 0));
@@ -73,26 +73,32 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
     const int image_rows = std::min(in_row + t.in_rows(s, rows), s.height) - std::max(in_row, 0);
     const double in_items = ceil_div(image_rows * s.width, kItemPixels),
                  out_items = ceil_div(rows * s.out_width, kItemPixels);
+    // Of the pool: pairs of blocks, and by how many warps the channels of a tile are shared.
+    const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
+    const auto shares_of_pool = [&](double tiles) {
+      return std::max(1.0, std::min(std::floor(t.warps / tiles), pairs));
+    };
     if (s.stride == 2 && p.by_planes) {
-      const int share = ceil_div(s.in_channels, t.parts(s)) * s.out_width;
-      all += t.warps * ceil_div(share, t.warps * 32) * (Count::pool_column + rows * Count::pool_row);
+      const double tiles = rows * ceil_div(s.out_width, kColumns);
+      all += tiles * (shares_of_pool(tiles) * Count::plane_pool_item + pairs * Count::plane_pool_pair);
     } else if (s.stride == 2) {
       const double tiles = ceil_div(rows * s.out_width, kTilePixels);
-      const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
-      const double shares = std::max(1.0, std::min(std::floor(t.warps / tiles), pairs));
-      all += tiles * (shares * Count::pool_item + pairs * Count::pool_pair);
+      all += tiles * (shares_of_pool(tiles) * Count::pool_item + pairs * Count::pool_pair);
     }
     double copies =
         Count::copy * image_rows * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
     if (p.by_planes) {
-      const auto of = [&](int planes, int pixels, int plane, int unit, double each) {
-        const PlaneCopy by(planes, pixels, plane, unit, t.warps * 32);
-        const int steps = ceil_div(planes / by.together, by.side_by_side);
-        return t.warps * ceil_div(by.units, by.lanes) * (Count::copies / 2 + each * steps);
+      const auto of = [&](int planes, int pixels, int plane, int unit, double each, bool is_stored) {
+        const PlaneCopy by(pixels, plane, unit, t.warps * 32, is_stored);
+        const double steps = ceil_div(planes, by.together * by.side_by_side);
+        return t.warps * ceil_div(by.slots * by.together, by.lanes) * (Count::copies / 2 + each * steps);
       };
       const double in = layout.x_unit < 4 ? Count::copy_element : Count::copy_in;
-      copies = of(s.in_channels, image_rows * s.width, s.in_plane, layout.x_unit, in) +
-               of(t.slices * s.group_rows, rows * s.out_width, s.out_plane, layout.result_unit, Count::copy_out);
+      const auto stored = [&](int planes) {
+        return of(planes, rows * s.out_width, s.out_plane, layout.result_unit, Count::copy_out, true);
+      };
+      copies = of(s.in_channels, image_rows * s.width, s.in_plane, layout.x_unit, in, false) +
+               stored(t.slices * s.group_rows) + (s.stride == 2 ? stored(ceil_div(s.in_channels, t.parts(s))) : 0);
     }
     all += t.warps * Count::warp + copies + s.conv1_groups * p.conv1_tiles * Count::clear +
            in_items * s.conv1_groups * p.conv1_chunks * conv1 +
