@@ -289,7 +289,8 @@ struct PlaneCopy {
   SHUFFLENET_HOST_DEVICE PlaneCopy(int pixels, int plane, int unit_bytes, int threads, bool fills_sectors)
       : together(1), is_whole(pixels == plane) {
     const int in_a_sector = fills_sectors ? kSectorBytes / unit_bytes : 1;
-    while (fills_sectors && plane % (kSectorBytes / kElementBytes / together) != 0) together *= 2;
+    if (fills_sectors)
+      together = plane % 16 == 0 ? 1 : plane % 8 == 0 ? 2 : plane % 4 == 0 ? 4 : plane % 2 == 0 ? 8 : 16;
     units = pixels * kElementBytes / unit_bytes;
     slots = is_whole ? units : ceil_div(units + in_a_sector - 1, in_a_sector) * in_a_sector;
     lanes = ceil_div(Chunks(slots * together, threads).size, in_a_sector) * in_a_sector;

@@ -26,7 +26,7 @@ struct PlanePool {
       const int share = item / tiles, tile = item - share * tiles, row = tile / row_tiles;
       const int first = share * share_pairs, last = least(first + share_pairs, end - begin);
       const Tile of(*this, row, (tile - row * row_tiles) * kColumns);
-      if (s.pool_relu) {
+      if (s.out_width % 2 == 0) {
         pool<true>(of, begin, first, last);
       } else {
         pool<false>(of, begin, first, last);
@@ -82,15 +82,17 @@ struct PlanePool {
     float scale[2];
   };
 
-  // Pools a tile, of the channels from 16 * (begin + pair) to 16 * (begin + end).
-  template <bool kRelu>
+  // Pools a tile, of the channels from 16 * (begin + pair) to 16 * (begin + end). If kPaired, as rows have an even
+  // number, the lane's two pixels are a word.
+  template <bool kPaired>
   SHUFFLENET_DEVICE void pool(const Tile& tile, int begin, int pair, int end) const {
     const uint32_t pair_bytes = 2 * kColumns * layout.x_pitch, half_bytes = kColumns * layout.result_pitch;
     const int pixel = tile.row * s.out_width + tile.pixel, here = s.out_width - tile.pixel;
     uint32_t at = to + (pair * 2 * kColumns + lane / 4) * layout.result_pitch + pixel * kElementBytes;
     uint32_t from = (begin + pair) * pair_bytes;
+    const uint32_t end_bytes = (begin + end) * pair_bytes;
     SHUFFLENET_NO_UNROLL
-    for (; pair < end; ++pair, from += pair_bytes) {
+    for (; from < end_bytes; from += pair_bytes, at += 2 * half_bytes) {
       float sums[4];
       for_each<0, kSteps>([&](auto index) {
         constexpr int kStep = decltype(index)::value;
@@ -101,27 +103,32 @@ struct PlanePool {
       uint32_t last[2];
       load_matrices<0>(last, tile.x[kSteps] + from);
       multiply_matrices(sums, last, tile.ones[kEights - 1], T{});
-      // 0 times Inf carries NaN from one pixel into others.
-      const float any = sums[0] + sums[1] + sums[2] + sums[3];
-      if (warp_any(any != any)) sum_by_pixels(sums, tile, (begin + pair) * 2 * kColumns + lane / 4);
+      // 0 times Inf carries NaN from one pixel into others: into all of the eight but the one or two neighbours that
+      // have it as a tap, so that some lane's first pixel shows it.
+      const float any = sums[0] + sums[2];
+      if (warp_any(any != any)) sum_by_pixels(sums, tile, from);
+      if (here <= 0) continue;
       SHUFFLENET_UNROLL
-      for (int half = 0; half < 2; ++half, at += half_bytes) {
-        const uint32_t both = pack<kRelu>(sums[2 * half] * tile.scale[0], sums[2 * half + 1] * tile.scale[1], T{});
-        if (s.out_width % 2 == 0) {
-          if (here > 0) store_pair<0>(at, both);
+      for (int half = 0; half < 2; ++half) {
+        const float low = sums[2 * half] * tile.scale[0], high = sums[2 * half + 1] * tile.scale[1];
+        const uint32_t both = s.pool_relu ? pack<true>(low, high, T{}) : pack<false>(low, high, T{});
+        const uint32_t into = at + half * half_bytes;
+        if constexpr (kPaired) {
+          store_pair<0>(into, both);
         } else {
-          if (here > 0) store_element(at, static_cast<uint16_t>(both));
-          if (here > 1) store_element(at + kElementBytes, static_cast<uint16_t>(both >> 16));
+          store_element(into, static_cast<uint16_t>(both));
+          if (here > 1) store_element(into + kElementBytes, static_cast<uint16_t>(both >> 16));
         }
       }
     }
   }
 
-  // Sums the lane's pixels one by one, of `channel` and of that 8 further.
-  SHUFFLENET_DEVICE void sum_by_pixels(float (&sums)[4], const Tile& tile, int channel) const {
+  // Sums the lane's pixels one by one, of its channel of the 16 that lie `from` bytes behind x's first, and of that 8
+  // further.
+  SHUFFLENET_DEVICE void sum_by_pixels(float (&sums)[4], const Tile& tile, uint32_t from) const {
     SHUFFLENET_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const uint32_t plane = block.base + (channel + i / 2 * kColumns) * layout.x_pitch;
+      const uint32_t plane = block.base + from + (lane / 4 + i / 2 * kColumns) * layout.x_pitch;
       const int pixel = tile.pixel + i % 2, first = first_tap(pixel);
       sums[i] = 0;
       SHUFFLENET_NO_UNROLL

@@ -105,47 +105,57 @@ struct StripPlanes : StripStaging {
       adds_residual = s.stride == 1;
       pixels_left = pixels - pixel;
       channels_left = s.group_rows - channel;
-      is_whole = first_pixel + kItemPixels <= pixels && s.group_rows % (kPairs * 2 * kColumns) == 0;
+      has_all_channels = s.group_rows % (kPairs * 2 * kColumns) == 0;
     }
 
     SHUFFLENET_DEVICE void write(const Sums<2 * kPairs>& sums, const Fragment* affine) {
-      if (!adds_residual) {
-        write_as<false, false>(sums, affine);
-      } else if (is_whole) {
-        write_as<true, true>(sums, affine);
+      if (adds_residual) {
+        write_as<true>(sums, affine);
       } else {
-        write_as<false, true>(sums, affine);
+        write_as<false>(sums, affine);
       }
       channels_left -= kPairs * 2 * kColumns;
       at += kPairs * 2 * kColumns * pitch;
     }
 
    private:
-    // Finishes the sums, and adds them to what is in their places if kResidual. Unless kWhole, only channels that are
-    // there, and pairs of which a pixel is: what the other one overwrites nobody reads any more.
-    template <bool kWhole, bool kResidual>
+    template <bool kResidual>
     SHUFFLENET_DEVICE void write_as(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
-      for_each<0, kPairs>([&](auto index) {
-        constexpr int kPair = decltype(index)::value;
-        const Vector4 constants = load_floats<kPair * 8>(affine);
-        const uint32_t to[2] = {at + 2 * kPair * kColumns * pitch, at + (2 * kPair + 1) * kColumns * pitch};
-        for_each<0, 2 * kTilesOfItem>([&](auto eighth) {
-          constexpr int kEight = decltype(eighth)::value, kBytes = kEight * kBlockBytes;
+      if (has_all_channels) {
+        write_pairs<true, kResidual>(sums, affine);
+      } else {
+        write_pairs<false, kResidual>(sums, affine);
+      }
+    }
+    // Finishes the sums, and adds them to what is in their places if kResidual. Unless kAllChannels, only channels that
+    // are there; and pairs of which a pixel is: what the other one overwrites nobody reads any more.
+    template <bool kAllChannels, bool kResidual>
+    SHUFFLENET_DEVICE void write_pairs(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
+      Vector4 constants[kPairs];
+      for_each<0, kPairs>([&](auto pair) {
+        constants[decltype(pair)::value] = load_floats<decltype(pair)::value * 8>(affine);
+      });
+      for_each<0, 2 * kTilesOfItem>([&](auto eighth) {
+        constexpr int kEight = decltype(eighth)::value, kBytes = kEight * kBlockBytes;
+        if (kEight * 8 >= pixels_left) return;
+        SHUFFLENET_UNROLL
+        for (int pair = 0; pair < kPairs; ++pair) {
           uint32_t pairs[2];
-          finish_transposed<T, !kResidual>(sums[kEight / 2][2 * kPair + kEight % 2], constants, pairs);
+          finish_transposed<T, !kResidual>(sums[kEight / 2][2 * pair + kEight % 2], constants[pair], pairs);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
-            if (!kWhole && (kEight * 8 >= pixels_left || (2 * kPair + half) * kColumns >= channels_left)) continue;
-            if constexpr (kResidual) pairs[half] = add_relu(pairs[half], load_pair<kBytes>(to[half]), T{});
-            store_pair<kBytes>(to[half], pairs[half]);
+            if (!kAllChannels && (2 * pair + half) * kColumns >= channels_left) continue;
+            const uint32_t to = at + (2 * pair + half) * kColumns * pitch;
+            if constexpr (kResidual) pairs[half] = add_relu(pairs[half], load_pair<kBytes>(to), T{});
+            store_pair<kBytes>(to, pairs[half]);
           }
-        });
+        }
       });
     }
 
     uint32_t at;  // of the lane's first pixel and channel
     int pitch, pixels_left, channels_left;
-    bool adds_residual, is_whole;
+    bool adds_residual, has_all_channels;
   };
 
   // Copies the results of all warps to global memory.
