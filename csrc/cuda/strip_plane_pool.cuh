@@ -18,18 +18,25 @@ struct PlanePool {
 
   // Pools the channels from 16 * begin to 16 * end.
   SHUFFLENET_DEVICE void run(int begin, int end) const {
-    const int row_tiles = ceil_div(s.out_width, kColumns), tiles = block.out_rows * row_tiles, warps = block.t.warps;
+    const int row_tiles = ceil_div(s.out_width, kColumns), warps = block.t.warps;
+    // A warp goes on to further rows where these begin as the first one does, at the same place in a block of x.
+    const int most_shares = s.width % 4 == 0 ? most(1, warps / row_tiles) : block.out_rows;
+    const Chunks rows(block.out_rows, ceil_div(block.out_rows, most_shares));
+    const int tiles = row_tiles * rows.count;
     // Where there are fewer tiles than warps, these share the channels as well.
     const int shares = most(1, least(warps / tiles, end - begin)), share_pairs = ceil_div(end - begin, shares);
     SHUFFLENET_NO_UNROLL
     for (int item = block.warp; item < tiles * shares; item += warps) {
-      const int share = item / tiles, tile = item - share * tiles, row = tile / row_tiles;
-      const int first = share * share_pairs, last = least(first + share_pairs, end - begin);
-      const Tile of(*this, row, (tile - row * row_tiles) * kColumns);
-      if (s.out_width % 2 == 0) {
-        pool<true>(of, begin, first, last);
-      } else {
-        pool<false>(of, begin, first, last);
+      const int share = item / tiles, tile = item - share * tiles, strip = tile / row_tiles;
+      const int first_pair = share * share_pairs, end_pair = least(first_pair + share_pairs, end - begin);
+      const int end_row = least((strip + 1) * rows.size, block.out_rows);
+      SHUFFLENET_NO_UNROLL
+      for (Tile of(*this, strip * rows.size, (tile - strip * row_tiles) * kColumns); of.row < end_row; of.next_row()) {
+        if (s.out_width % 2 == 0) {
+          pool<true>(of, begin, first_pair, end_pair);
+        } else {
+          pool<false>(of, begin, first_pair, end_pair);
+        }
       }
     }
   }
@@ -41,44 +48,49 @@ struct PlanePool {
   // Eight pixels of the result, from `column` of a row on: the operands that pick their taps out of nine blocks of 8
   // pixels of x, and the addresses that the lane loads the blocks of its channel from, two by two and the last one.
   struct Tile {
-    SHUFFLENET_DEVICE Tile(const PlanePool& pool, int row, int column) : row(row), column(column) {
-      const StripStaging& block = pool.block;
-      const Sizes& s = pool.s;
+    SHUFFLENET_DEVICE Tile(const PlanePool& pool, int row, int column)
+        : row(row),
+          pixel(column + pool.lane % 4 * 2),
+          plane(pool.block.base + pool.lane % 16 * pool.layout.x_pitch),
+          end(plane + (pool.block.image_rows * pool.s.width - 1) / kColumns * kBlockBytes),
+          two_rows(2 * pool.s.width * kElementBytes) {
+      const int width = pool.s.width;
       T one;
       narrow(1.f, one);
       const int mine = column + pool.lane / 4;  // that the lane's operands are of; may be behind the last one
-      const int first = pool.first_tap(mine), taps = most(0, pool.column_taps(mine));
-      const int end_eight = (block.image_rows * s.width - 1) / kColumns;
-      const uint32_t channel = block.base + pool.lane % 16 * pool.layout.x_pitch;
-      uint32_t eights[kEights];
+      const int first = pool.first_tap(mine);
+      const uint32_t count = most(0, pool.column_taps(mine));
+      int eights[kEights];
       SHUFFLENET_UNROLL
       for (int tap_row = 0; tap_row < 3; ++tap_row) {
-        const int x_row = pool.first_row(row) + tap_row;
-        const bool is_inside = static_cast<uint32_t>(x_row) < static_cast<uint32_t>(block.image_rows);
-        const int count = is_inside ? taps : 0, begin = x_row * s.width + 2 * column - 1;
-        const int eight = begin >> 3;  // rounded down also if it is -1
-        const int away = eight * kColumns + pool.lane % 4 * 2 - (x_row * s.width + first);
+        const int x_row = (pool.first_row(row) + tap_row) * width;
+        const int eight = (x_row + 2 * column - 1) >> 3;  // rounded down also if it is negative
+        const uint32_t away = eight * kColumns + pool.lane % 4 * 2 - (x_row + first);
         SHUFFLENET_UNROLL
         for (int i = 0; i < kRowEights; ++i) {
           const int k = tap_row * kRowEights + i;
-          // What is outside of the strip is multiplied by zeros, and replaced by what is inside.
-          eights[k] = channel + most(0, least(eight + i, end_eight)) * kBlockBytes;
+          eights[k] = plane + (eight + i) * kBlockBytes;
           const uint32_t tap = away + i * kColumns;
-          const bool is_low = tap < static_cast<uint32_t>(count), is_high = tap + 1 < static_cast<uint32_t>(count);
-          ones[k] = (is_low ? one.bits : 0u) | (is_high ? uint32_t{one.bits} << 16 : 0u);
+          ones[k] = (tap < count ? one.bits : 0u) | (tap + 1 < count ? uint32_t{one.bits} << 16 : 0u);
         }
       }
       SHUFFLENET_UNROLL
       for (int step = 0; step < kSteps; ++step) x[step] = pool.lane < 16 ? eights[2 * step] : eights[2 * step + 1];
       x[kSteps] = eights[kEights - 1];
-      pixel = column + pool.lane % 4 * 2;
       SHUFFLENET_UNROLL
-      for (int i = 0; i < 2; ++i) scale[i] = pool.scale(row, pixel + i);
+      for (int i = 0; i < 2; ++i) scale[i] = pool.scale(pool.column_taps(pixel + i));
     }
-    int row, column;
-    int pixel;  // of the row, the lane's first of two
+    // Goes on to the next row, which must begin at the same place in a block of x.
+    SHUFFLENET_DEVICE void next_row() {
+      ++row;
+      SHUFFLENET_UNROLL
+      for (int& at : x) at += two_rows;
+    }
+    int row;
+    const int pixel;                 // of the row, the lane's first of two
+    const int plane, end, two_rows;  // the addresses of the channel's first and last block, and bytes
     uint32_t ones[kEights];
-    uint32_t x[kSteps + 1];
+    int x[kSteps + 1];
     float scale[2];
   };
 
@@ -88,6 +100,18 @@ struct PlanePool {
   SHUFFLENET_DEVICE void pool(const Tile& tile, int begin, int pair, int end) const {
     const uint32_t pair_bytes = 2 * kColumns * layout.x_pitch, half_bytes = kColumns * layout.result_pitch;
     const int pixel = tile.row * s.out_width + tile.pixel, here = s.out_width - tile.pixel;
+    // The image has no row above its first one, and may have none below its last one.
+    const bool has_top = first_row(tile.row) >= 0, has_bottom = first_row(tile.row) + 2 < block.image_rows;
+    const float row_scale = scale(1 + has_top + has_bottom);
+    const float scales[2] = {tile.scale[0] * row_scale, tile.scale[1] * row_scale};
+    uint32_t ones[kEights], x[kSteps + 1];
+    // What is outside of the strip is multiplied by zeros, and replaced by what is inside.
+    SHUFFLENET_UNROLL
+    for (int step = 0; step <= kSteps; ++step) x[step] = most(tile.plane, least(tile.x[step], tile.end));
+    SHUFFLENET_UNROLL
+    for (int k = 0; k < kEights; ++k) {
+      ones[k] = (k >= kRowEights || has_top) && (k < 2 * kRowEights || has_bottom) ? tile.ones[k] : 0;
+    }
     uint32_t at = to + (pair * 2 * kColumns + lane / 4) * layout.result_pitch + pixel * kElementBytes;
     uint32_t from = (begin + pair) * pair_bytes;
     const uint32_t end_bytes = (begin + end) * pair_bytes;
@@ -97,12 +121,12 @@ struct PlanePool {
       for_each<0, kSteps>([&](auto index) {
         constexpr int kStep = decltype(index)::value;
         uint32_t a[4];
-        load_matrices<0>(a, tile.x[kStep] + from);
-        multiply_tile<T, kStep == 0>(sums, a, {tile.ones[2 * kStep], tile.ones[2 * kStep + 1]});
+        load_matrices<0>(a, x[kStep] + from);
+        multiply_tile<T, kStep == 0>(sums, a, {ones[2 * kStep], ones[2 * kStep + 1]});
       });
       uint32_t last[2];
-      load_matrices<0>(last, tile.x[kSteps] + from);
-      multiply_matrices(sums, last, tile.ones[kEights - 1], T{});
+      load_matrices<0>(last, x[kSteps] + from);
+      multiply_matrices(sums, last, ones[kEights - 1], T{});
       // 0 times Inf carries NaN from one pixel into others: into all of the eight but the one or two neighbours that
       // have it as a tap, so that some lane's first pixel shows it.
       const float any = sums[0] + sums[2];
@@ -110,7 +134,7 @@ struct PlanePool {
       if (here <= 0) continue;
       SHUFFLENET_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float low = sums[2 * half] * tile.scale[0], high = sums[2 * half + 1] * tile.scale[1];
+        const float low = sums[2 * half] * scales[0], high = sums[2 * half + 1] * scales[1];
         const uint32_t both = s.pool_relu ? pack<true>(low, high, T{}) : pack<false>(low, high, T{});
         const uint32_t into = at + half * half_bytes;
         if constexpr (kPaired) {
@@ -132,7 +156,7 @@ struct PlanePool {
       const int pixel = tile.pixel + i % 2, first = first_tap(pixel);
       sums[i] = 0;
       SHUFFLENET_NO_UNROLL
-      for (int row = most(0, first_row(tile.row)); row < end_row(tile.row); ++row) {
+      for (int row = most(0, first_row(tile.row)); row < least(first_row(tile.row) + 3, block.image_rows); ++row) {
         SHUFFLENET_NO_UNROLL
         for (int tap = 0; tap < column_taps(pixel); ++tap) {
           sums[i] += widen(T{load_element(plane + (row * s.width + first + tap) * kElementBytes)});
@@ -141,18 +165,13 @@ struct PlanePool {
     }
   }
 
-  // Return the first row of taps of a row of the result, and the row behind the last one inside of the image, among the
-  // rows of x in shared memory.
+  // Returns the first row of taps of a row of the result, among the rows of x in shared memory. May be -1.
   SHUFFLENET_DEVICE int first_row(int row) const { return 2 * row + block.in_row - block.image_row; }
-  SHUFFLENET_DEVICE int end_row(int row) const { return least(first_row(row) + 3, block.image_rows); }
   // Return the first column of taps inside of the image, and how many there are.
   SHUFFLENET_DEVICE int first_tap(int column) const { return most(0, 2 * column - 1); }
   SHUFFLENET_DEVICE int column_taps(int column) const { return least(2 * column + 2, s.width) - first_tap(column); }
-  // Returns 1 over the number of taps that count.
-  SHUFFLENET_DEVICE float scale(int row, int column) const {
-    if (s.pool_count_include_pad) return 1.f / 9;
-    return inverse(column_taps(column)) * inverse(end_row(row) - most(0, first_row(row)));
-  }
+  // Returns what a sum is multiplied by for the taps that it has in a row or a column of the image.
+  SHUFFLENET_DEVICE float scale(int taps) const { return inverse(s.pool_count_include_pad ? 3 : taps); }
 
   const StripStaging& block;
   const Sizes& s;
