@@ -78,7 +78,7 @@ struct PlanePool {
       for (int step = 0; step < kSteps; ++step) x[step] = pool.lane < 16 ? eights[2 * step] : eights[2 * step + 1];
       x[kSteps] = eights[kEights - 1];
       SHUFFLENET_UNROLL
-      for (int i = 0; i < 2; ++i) scale[i] = pool.scale(pool.column_taps(pixel + i));
+      for (int i = 0; i < 2; ++i) scale[i] = pool.scale(pool.column_taps(pixel + i)) * (1.f / 3);
     }
     // Goes on to the next row, which must begin at the same place in a block of x.
     SHUFFLENET_DEVICE void next_row() {
@@ -102,8 +102,13 @@ struct PlanePool {
     const int pixel = tile.row * s.out_width + tile.pixel, here = s.out_width - tile.pixel;
     // The image has no row above its first one, and may have none below its last one.
     const bool has_top = first_row(tile.row) >= 0, has_bottom = first_row(tile.row) + 2 < block.image_rows;
-    const float row_scale = scale(1 + has_top + has_bottom);
-    const float scales[2] = {tile.scale[0] * row_scale, tile.scale[1] * row_scale};
+    float scales[2] = {tile.scale[0], tile.scale[1]};
+    if (!has_top || !has_bottom) {
+      // They are for three rows.
+      const float more = 3 * scale(1 + has_top + has_bottom);
+      SHUFFLENET_UNROLL
+      for (float& scale : scales) scale *= more;
+    }
     uint32_t ones[kEights], x[kSteps + 1];
     // What is outside of the strip is multiplied by zeros, and replaced by what is inside.
     SHUFFLENET_UNROLL

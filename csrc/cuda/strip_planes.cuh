@@ -97,15 +97,14 @@ struct StripPlanes : StripStaging {
   // pairs of tiles at a time.
   template <int kPairs>
   struct Results {
-    SHUFFLENET_DEVICE Results(const StripPlanes& strip, int first_pixel, int slice) : pitch(strip.layout.result_pitch) {
+    SHUFFLENET_DEVICE Results(const StripPlanes& strip, int first_pixel, int slice)
+        : pitch(strip.layout.result_pitch), channel(strip.lane / 4) {
       const Sizes& s = strip.s;
       const int pixels = strip.out_rows * s.out_width, pixel = first_pixel + strip.lane % 4 * 2;
-      const int channel = strip.lane / 4;
       at = strip.result() + (slice * s.group_rows + channel) * pitch + pixel * kElementBytes;
       adds_residual = s.stride == 1;
       pixels_left = pixels - pixel;
-      channels_left = s.group_rows - channel;
-      has_all_channels = s.group_rows % (kPairs * 2 * kColumns) == 0;
+      channels_left = s.group_rows;
     }
 
     SHUFFLENET_DEVICE void write(const Sums<2 * kPairs>& sums, const Fragment* affine) {
@@ -119,17 +118,21 @@ struct StripPlanes : StripStaging {
     }
 
    private:
+    // Of one chunk, the last pair of tiles alone may have channels that are not there; of several, the last chunk.
     template <bool kResidual>
     SHUFFLENET_DEVICE void write_as(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
-      if (has_all_channels) {
-        write_pairs<true, kResidual>(sums, affine);
+      constexpr int kChannels = kPairs * 2 * kColumns;
+      if (channels_left >= kChannels) {
+        write_pairs<0, kResidual>(sums, affine);
+      } else if (channels_left > kChannels - 2 * kColumns) {
+        write_pairs<1, kResidual>(sums, affine);
       } else {
-        write_pairs<false, kResidual>(sums, affine);
+        write_pairs<kPairs, kResidual>(sums, affine);
       }
     }
-    // Finishes the sums, and adds them to what is in their places if kResidual. Unless kAllChannels, only channels that
-    // are there; and pairs of which a pixel is: what the other one overwrites nobody reads any more.
-    template <bool kAllChannels, bool kResidual>
+    // Finishes the sums, and adds them to what is in their places if kResidual. Of the last kUnsure pairs of tiles only
+    // channels that are there; and pairs of which a pixel is: what the other one overwrites nobody reads any more.
+    template <int kUnsure, bool kResidual>
     SHUFFLENET_DEVICE void write_pairs(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
       Vector4 constants[kPairs];
       for_each<0, kPairs>([&](auto pair) {
@@ -144,7 +147,7 @@ struct StripPlanes : StripStaging {
           finish_transposed<T, !kResidual>(sums[kEight / 2][2 * pair + kEight % 2], constants[pair], pairs);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
-            if (!kAllChannels && (2 * pair + half) * kColumns >= channels_left) continue;
+            if (pair >= kPairs - kUnsure && (2 * pair + half) * kColumns + channel >= channels_left) continue;
             const uint32_t to = at + (2 * pair + half) * kColumns * pitch;
             if constexpr (kResidual) pairs[half] = add_relu(pairs[half], load_pair<kBytes>(to), T{});
             store_pair<kBytes>(to, pairs[half]);
@@ -154,8 +157,8 @@ struct StripPlanes : StripStaging {
     }
 
     uint32_t at;  // of the lane's first pixel and channel
-    int pitch, pixels_left, channels_left;
-    bool adds_residual, has_all_channels;
+    int pitch, channel, pixels_left, channels_left;
+    bool adds_residual;
   };
 
   // Copies the results of all warps to global memory.
@@ -231,8 +234,12 @@ struct StripPlanes : StripStaging {
       SHUFFLENET_UNROLL
       for (int i = 0; i < kCopiesInARow; ++i) copy();
     }
-    SHUFFLENET_NO_UNROLL
-    for (; count > 0; --count) copy();
+    for_each<0, 3>([&](auto bit) {
+      constexpr int kCopies = 1 << decltype(bit)::value;
+      if ((count & kCopies) == 0) return;
+      SHUFFLENET_UNROLL
+      for (int i = 0; i < kCopies; ++i) copy();
+    });
   }
   template <int kBytes>
   SHUFFLENET_DEVICE void copy_x_in(const char* from, const Runs& runs) const {
