@@ -304,6 +304,17 @@ struct PlaneCopy {
   int side_by_side;
 };
 
+// How the pool of planes is shared: tiles of 8 columns of the result, by some rows, to which a warp goes on where they
+// begin at the same place in a block of x as the first one does.
+struct PlanePoolTiles {
+  SHUFFLENET_HOST_DEVICE PlanePoolTiles(const Sizes& s, int out_rows, int warps)
+      : in_row(ceil_div(s.out_width, kColumns)),
+        rows(out_rows,
+             s.width % 4 != 0 ? 1 : ceil_div(out_rows * in_row, warps > in_row ? warps / in_row * in_row : in_row)) {}
+  int in_row;
+  Chunks rows;
+};
+
 inline constexpr int kPackThreads = 256;
 
 // Returns the bytes of shared memory that a block of pack_kernel.cuh needs: for each slot of the unit, its channel.

@@ -18,20 +18,19 @@ struct PlanePool {
 
   // Pools the channels from 16 * begin to 16 * end.
   SHUFFLENET_DEVICE void run(int begin, int end) const {
-    const int row_tiles = ceil_div(s.out_width, kColumns), warps = block.t.warps;
-    // A warp goes on to further rows where these begin as the first one does, at the same place in a block of x.
-    const int most_shares = s.width % 4 == 0 ? most(1, warps / row_tiles) : block.out_rows;
-    const Chunks rows(block.out_rows, ceil_div(block.out_rows, most_shares));
-    const int tiles = row_tiles * rows.count;
+    const int warps = block.t.warps;
+    const PlanePoolTiles by(s, block.out_rows, warps);
+    const int tiles = by.in_row * by.rows.count;
     // Where there are fewer tiles than warps, these share the channels as well.
     const int shares = most(1, least(warps / tiles, end - begin)), share_pairs = ceil_div(end - begin, shares);
     SHUFFLENET_NO_UNROLL
     for (int item = block.warp; item < tiles * shares; item += warps) {
-      const int share = item / tiles, tile = item - share * tiles, strip = tile / row_tiles;
+      const int share = item / tiles, tile = item - share * tiles, strip = tile / by.in_row;
       const int first_pair = share * share_pairs, end_pair = least(first_pair + share_pairs, end - begin);
-      const int end_row = least((strip + 1) * rows.size, block.out_rows);
+      const int end_row = least((strip + 1) * by.rows.size, block.out_rows);
       SHUFFLENET_NO_UNROLL
-      for (Tile of(*this, strip * rows.size, (tile - strip * row_tiles) * kColumns); of.row < end_row; of.next_row()) {
+      for (Tile of(*this, strip * by.rows.size, (tile - strip * by.in_row) * kColumns); of.row < end_row;
+           of.next_row()) {
         if (s.out_width % 2 == 0) {
           pool<true>(of, begin, first_pair, end_pair);
         } else {

@@ -44,13 +44,15 @@ struct StripInstructions {
   static constexpr double item1 = 45, outputs1 = 14, item3 = 30, outputs3 = 22, halves1 = 44;
   // The depthwise convolution: an item, and each block of 8 slots of it.
   static constexpr double item2 = 60, block2 = 54;
-  // In the contiguous layout: once a thread and once a unit that it copies of x (of less than 4 bytes, through a
-  // register) and of the result; what it adds to a half of a step of conv1, and to the sums of a tile of conv3.
-  static constexpr double copies = 130, copy_in = 3.6, copy_element = 5, copy_out = 4.6, transposed = 2, in_place3 = 6;
+  // In the contiguous layout: once a warp that copies x or results, once a unit of a plane or some that it copies, and
+  // once a unit of x (of less than 4 bytes, through a register) and of the result; what it adds to a half of a step of
+  // conv1, and to the sums of a tile of conv3.
+  static constexpr double copies = 60, copies_unit = 50, copy_in = 3.6, copy_element = 5, copy_out = 4.4,
+                          transposed = 2, in_place3 = 4;
   // The pool: 16 pixels, and 16 channels of them.
   static constexpr double pool_item = 200, pool_pair = 79;
-  // In the contiguous layout: 8 pixels of a row, and 16 channels of them.
-  static constexpr double plane_pool_item = 150, plane_pool_pair = 36;
+  // In the contiguous layout: 8 columns of the result, a row of them, and 16 channels of that.
+  static constexpr double plane_pool_item = 220, plane_pool_row = 55, plane_pool_pair = 46;
 
   static double product(int tiles, int steps, int halves, bool is_masked) {
     return steps * (step + tiles * step_tile) + halves * (half + tiles * half_tile + (is_masked ? mask : 0));
@@ -79,8 +81,10 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
       return std::max(1.0, std::min(std::floor(t.warps / tiles), pairs));
     };
     if (s.stride == 2 && p.by_planes) {
-      const double tiles = rows * ceil_div(s.out_width, kColumns);
-      all += tiles * (shares_of_pool(tiles) * Count::plane_pool_item + pairs * Count::plane_pool_pair);
+      const PlanePoolTiles by(s, rows, t.warps);
+      const double tiles = by.in_row * by.rows.count, shares = shares_of_pool(tiles);
+      all += tiles * shares * Count::plane_pool_item +
+             by.in_row * rows * (shares * Count::plane_pool_row + pairs * Count::plane_pool_pair);
     } else if (s.stride == 2) {
       const double tiles = ceil_div(rows * s.out_width, kTilePixels);
       all += tiles * (shares_of_pool(tiles) * Count::pool_item + pairs * Count::pool_pair);
@@ -91,7 +95,8 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
       const auto of = [&](int planes, int pixels, int plane, int unit, double each, bool is_stored) {
         const PlaneCopy by(pixels, plane, unit, t.warps * 32, is_stored);
         const double steps = ceil_div(planes, by.together * by.side_by_side);
-        return t.warps * ceil_div(by.slots * by.together, by.lanes) * (Count::copies / 2 + each * steps);
+        const double slots = ceil_div(by.slots * by.together, by.lanes);
+        return t.warps * (Count::copies + slots * (Count::copies_unit + each * steps));
       };
       const double in = layout.x_unit < 4 ? Count::copy_element : Count::copy_in;
       const auto stored = [&](int planes) {
@@ -123,10 +128,17 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   // Each part of an image copies all of x, the first from memory and the others from the cache.
   double values = s.in_channels * s.width * in_rows + s.result_channels * s.out_width * rows;
   if (layout.packed.by_planes && t.rows < s.out_height) {
-    // The rows of a plane that do not begin at a sector take a part of one more.
-    int aligned = 1;
-    while (aligned < kSectorBytes && s.width * kElementBytes % (2 * aligned) == 0) aligned *= 2;
-    values += (s.in_channels + s.result_channels) * static_cast<double>(kSectorBytes - aligned) / kElementBytes;
+    // Runs that do not begin at a sector take a part of one more.
+    const auto beside = [](int pixels, int plane) {
+      int aligned = kElementBytes;
+      while (aligned < kSectorBytes && pixels * kElementBytes % (2 * aligned) == 0 &&
+             plane * kElementBytes % (2 * aligned) == 0) {
+        aligned *= 2;
+      }
+      return static_cast<double>(kSectorBytes - aligned) / kElementBytes;
+    };
+    values +=
+        s.in_channels * beside(s.width, s.in_plane) + s.result_channels * beside(t.rows * s.out_width, s.out_plane);
   }
   const double bytes = kElementBytes * values / t.parts(s);
   const double side_by_side = std::min<double>(blocks_per_multiprocessor, std::ceil(blocks / device.multiprocessors));
