@@ -197,11 +197,12 @@ struct StripPlanes : StripStaging {
   struct Runs {
     int planes, pixels, plane, pitch;
   };
-  // A thread's share of copying runs: a unit of some planes, and the same one of others, `count` times.
+  // A thread's share of copying runs: a slot's units of some planes, and the same ones of others, `count` times.
   struct CopyShare {
     uint32_t begin, step;         // bytes in shared memory, from the first plane's first pixel on
     int64_t global, global_step;  // the same in memory
     int count;
+    bool has[kSectorsInARow];  // which of the units there are
   };
   // Calls copy(share) for what the thread copies in units of kBytes, as PlaneCopy shares it. `memory` is where the
   // first run begins; if kFillsSectors, a thread's slots lie where sectors begin before it.
@@ -215,15 +216,27 @@ struct StripPlanes : StripStaging {
     for (int slot = thread - mine * by.lanes; slot < by.slots * by.together; slot += by.lanes) {
       const int in_group = kFillsSectors ? slot / by.slots : 0, plane = mine * by.together + in_group;
       int unit = slot - in_group * by.slots;
+      CopyShare share = {};
+      share.has[0] = true;
       if (kFillsSectors && !by.is_whole) {
+        constexpr int kInASector = kSectorBytes / kBytes;
         const auto run = reinterpret_cast<uintptr_t>(memory) + static_cast<uint32_t>(plane * plane_bytes);
+        if (kBytes == kElementBytes) unit += unit / kInASector * (kSectorsInARow - 1) * kInASector;
         unit -= static_cast<int>(run % kSectorBytes) / kBytes;
-        if (static_cast<uint32_t>(unit) >= static_cast<uint32_t>(by.units)) continue;
+        bool any = false;
+        SHUFFLENET_UNROLL
+        for (int i = 0; i < (kBytes == kElementBytes ? kSectorsInARow : 1); ++i) {
+          share.has[i] = static_cast<uint32_t>(unit + i * kInASector) < static_cast<uint32_t>(by.units);
+          any = any || share.has[i];
+        }
+        if (!any) continue;
       }
-      const int count = ceil_div(runs.planes - plane, step);
-      copy(CopyShare{
-          static_cast<uint32_t>(plane * runs.pitch + unit * kBytes), static_cast<uint32_t>(step * runs.pitch),
-          int64_t{plane} * plane_bytes + unit * kBytes, int64_t{step} * plane_bytes, count});
+      share.count = ceil_div(runs.planes - plane, step);
+      share.begin = plane * runs.pitch + unit * kBytes;
+      share.step = step * runs.pitch;
+      share.global = int64_t{plane} * plane_bytes + unit * kBytes;
+      share.global_step = int64_t{step} * plane_bytes;
+      copy(share);
     }
   }
   // Calls copy() `count` times, most of them without a loop's own instructions.
@@ -283,7 +296,16 @@ struct StripPlanes : StripStaging {
       char* target = to + share.global;
       uint32_t at = from + share.begin;
       repeat(share.count, [&] {
-        store_unit<kBytes>(target, at);
+        if constexpr (kBytes == kElementBytes) {
+          for_each<0, kSectorsInARow>([&](auto index) {
+            constexpr int kOffset = decltype(index)::value * kSectorBytes;
+            if (share.has[decltype(index)::value]) {
+              *reinterpret_cast<uint16_t*>(target + kOffset) = load_element<kOffset>(at);
+            }
+          });
+        } else {
+          store_unit<kBytes>(target, at);
+        }
         target += share.global_step;
         at += share.step;
       });

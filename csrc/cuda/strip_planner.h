@@ -45,9 +45,9 @@ struct StripInstructions {
   // The depthwise convolution: an item, and each block of 8 slots of it.
   static constexpr double item2 = 60, block2 = 54;
   // In the contiguous layout: once a warp that copies x or results, once a unit of a plane or some that it copies, and
-  // once a unit of x (of less than 4 bytes, through a register) and of the result; what it adds to a half of a step of
-  // conv1, and to the sums of a tile of conv3.
-  static constexpr double copies = 60, copies_unit = 50, copy_in = 3.6, copy_element = 5, copy_out = 4.4,
+  // once a unit of x (of less than 4 bytes, through a register) and of the result (of elements, some at a time); what
+  // it adds to a half of a step of conv1, and to the sums of a tile of conv3.
+  static constexpr double copies = 60, copies_unit = 50, copy_in = 3.6, copy_element = 5, copy_out = 4.4, copy_row = 10,
                           transposed = 2, in_place3 = 4;
   // The pool: 16 pixels, and 16 channels of them.
   static constexpr double pool_item = 200, pool_pair = 79;
@@ -83,8 +83,9 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
     if (s.stride == 2 && p.by_planes) {
       const PlanePoolTiles by(s, rows, t.warps);
       const double tiles = by.in_row * by.rows.count, shares = shares_of_pool(tiles);
-      all += tiles * shares * Count::plane_pool_item +
-             by.in_row * rows * (shares * Count::plane_pool_row + pairs * Count::plane_pool_pair);
+      const double pools = std::min(1.0, pairs);  // the share of the parts that have any
+      all += pools * shares * (tiles * Count::plane_pool_item + by.in_row * rows * Count::plane_pool_row) +
+             by.in_row * rows * pairs * Count::plane_pool_pair;
     } else if (s.stride == 2) {
       const double tiles = ceil_div(rows * s.out_width, kTilePixels);
       all += tiles * (shares_of_pool(tiles) * Count::pool_item + pairs * Count::pool_pair);
@@ -96,7 +97,8 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
         const PlaneCopy by(pixels, plane, unit, t.warps * 32, is_stored);
         const double steps = ceil_div(planes, by.together * by.side_by_side);
         const double slots = ceil_div(by.slots * by.together, by.lanes);
-        return t.warps * (Count::copies + slots * (Count::copies_unit + each * steps));
+        const double one = by.in_a_row > 1 ? Count::copy_row : each;
+        return t.warps * (Count::copies + slots * (Count::copies_unit + one * steps));
       };
       const double in = layout.x_unit < 4 ? Count::copy_element : Count::copy_in;
       const auto stored = [&](int planes) {
