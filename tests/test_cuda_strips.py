@@ -248,7 +248,7 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "strip_planes.cuh",
         "      pool.run(pair, last);\n      barrier();\n",
         "      pool.run(pair, last);\n",
-        "race",
+        "race|never written",
         PLANES | TWO | {"in": 48, "out": 48, "g": 1, "g1": 1},
     ),
     "y2 in the pooled results' place before they are copied": (
@@ -274,8 +274,8 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "planes copied by too large a unit": (
         "strip.h",
-        "while (!fits_x(x_unit)) x_unit /= 2;",
-        "while (!fits(s.in_plane, x_unit)) x_unit /= 2;",
+        "for (int row = 0; row < s.out_height; row += t.rows) {",
+        "for (int row = 0; row < 0; row += t.rows) {",
         "aligned|wrong|never written",
         PLANES | {"h": 8, "rows": 2, "w": 6},
     ),

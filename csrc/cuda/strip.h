@@ -280,19 +280,22 @@ struct StripLayout {
   int64_t bytes;     // of it all; may be more than any device has, and then the other members mean nothing
 };
 
+// How many elements of a part of a plane a lane copies at a time, each of another sector: what 4 rows of 7 pixels take.
+inline constexpr int kSectorsInARow = 3;
+
 // How the threads of a block share the copying of some planes, of each `pixels` pixels of `plane`, in units of
 // unit_bytes. They stand side by side over as many planes as they can, so that they go from plane to plane without
 // dividing. Whole planes lie one behind the other in memory. Where sectors are to be filled, a warp's units begin at
 // one: as many planes are taken together as begin at one again, and of parts of planes each has as many slots as its
 // units take in sectors wherever it begins, or where units are elements, a slot for some of them. Slots without a unit
 // are left out.
-inline constexpr int kSectorsInARow = 3;
 struct PlaneCopy {
   SHUFFLENET_HOST_DEVICE PlaneCopy(int pixels, int plane, int unit_bytes, int threads, bool fills_sectors)
       : together(1), is_whole(pixels == plane) {
     const int in_a_sector = fills_sectors ? kSectorBytes / unit_bytes : 1;
-    if (fills_sectors)
+    if (fills_sectors) {
       together = plane % 16 == 0 ? 1 : plane % 8 == 0 ? 2 : plane % 4 == 0 ? 4 : plane % 2 == 0 ? 8 : 16;
+    }
     units = pixels * kElementBytes / unit_bytes;
     in_a_row = fills_sectors && !is_whole && unit_bytes == kElementBytes ? kSectorsInARow : 1;
     slots = is_whole ? units : ceil_div(ceil_div(units + in_a_sector - 1, in_a_sector), in_a_row) * in_a_sector;
@@ -300,8 +303,8 @@ struct PlaneCopy {
     lanes = lanes < slots * together ? lanes : slots * together;
     side_by_side = threads / lanes;
   }
-  int together;  // planes
-  bool is_whole;
+  int together;      // planes
+  bool is_whole;     // whether all pixels of a plane are copied
   int units, slots;  // of a plane
   int in_a_row;      // units of a slot, which lie a sector apart
   int lanes;         // threads that share the slots of planes taken together: one each, or every so many
