@@ -491,16 +491,16 @@ MUTANTS = [
     ),
     Mutant(
         "CUDA: strips of planes: more planes are taken together than are left",
-        CUDA + "strip.h",
-        "if (pixels != plane || planes % together != 0) together = 1;",
-        "if (pixels != plane && planes > 0) together = 1;",
+        CUDA + "strip_planes.cuh",
+        "ceil_div(runs.planes - plane, step)",
+        "ceil_div(runs.planes, step)",
         "test_cuda_strips.py::test_copies_of_planes",
     ),
     Mutant(
         "CUDA: strips of planes: the pool's divisor counts a row above the image",
         CUDA + "strip_plane_pool.cuh",
-        "block.out_row == 0 ? at_edge : whole",
-        "whole",
+        "scale(1 + has_top + has_bottom)",
+        "scale(2 + has_bottom)",
         "test_cuda_strips.py::test_strips_around_the_tiles",
     ),
     Mutant(

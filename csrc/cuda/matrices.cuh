@@ -79,21 +79,20 @@ template <int kOffset>
 SHUFFLENET_DEVICE void store_pair(uint32_t at, uint32_t pair) {
   asm volatile("st.shared.u32 [%0+%1], %2;" ::"r"(at), "n"(kOffset), "r"(pair) : "memory");
 }
+template <int kOffset = 0>
 SHUFFLENET_DEVICE uint16_t load_element(uint32_t at) {
   uint16_t value;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at) : "memory");
+  asm volatile("ld.shared.u16 %0, [%1+%2];" : "=h"(value) : "r"(at), "n"(kOffset) : "memory");
   return value;
 }
 SHUFFLENET_DEVICE void store_element(uint32_t at, uint16_t value) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(value) : "memory");
 }
 
-// Copies 2, 4, 8 or 16 bytes of shared memory to global memory.
+// Copies 4, 8 or 16 bytes of shared memory to global memory.
 template <int kBytes>
 SHUFFLENET_DEVICE void store_unit(void* to, uint32_t from) {
-  if constexpr (kBytes == 2) {
-    *static_cast<uint16_t*>(to) = load_element(from);
-  } else if constexpr (kBytes == 4) {
+  if constexpr (kBytes == 4) {
     *static_cast<uint32_t*>(to) = load_pair(from);
   } else {
     uint32_t words[4];

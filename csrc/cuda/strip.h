@@ -221,12 +221,21 @@ struct StripLayout {
       const int64_t out_pixels = int64_t{t.rows} * s.out_width;
       result_pitch =
           s.stride == 1 ? x_pitch : static_cast<int>((out_pixels + kColumns - 1) / kColumns | 1) * kBlockBytes;
-      const bool is_whole = t.rows >= s.out_height;
-      const auto fits = [&](int64_t row, int plane, int unit) {
-        return (is_whole ? plane : row) * kElementBytes % unit == 0 && int64_t{plane} * kElementBytes % unit == 0;
+      const auto fits = [](int64_t pixels, int unit) { return pixels * kElementBytes % unit == 0; };
+      // Each strip of x begins and ends at a multiple of its unit.
+      const auto fits_x = [&](int unit) {
+        bool all = fits(s.in_plane, unit);
+        for (int row = 0; row < s.out_height; row += t.rows) {
+          const int first = StripTiling::first_in_row(s, row), end = first + StripTiling::in_rows(s, t.rows);
+          all = all && (first < 0 || fits(int64_t{first} * s.width, unit)) &&
+                (end >= s.height || fits(int64_t{end} * s.width, unit));
+        }
+        return all;
       };
-      while (!fits(s.width, s.in_plane, x_unit)) x_unit /= 2;
-      while (!fits(s.stride == 1 ? s.width : out_pixels, s.out_plane, result_unit)) result_unit /= 2;
+      while (!fits_x(x_unit)) x_unit /= 2;
+      // Results with a residual begin at a row of x in shared memory, unless they are of the whole image.
+      const int64_t row = t.rows >= s.out_height ? s.out_plane : s.stride == 1 ? s.width : out_pixels;
+      while (!fits(row, result_unit) || !fits(s.out_plane, result_unit)) result_unit /= 2;
     } else {
       // An odd number of 32 bytes: with the swizzle of x_swizzle, eight neighbouring pixels' blocks lie in different
       // banks.
@@ -254,15 +263,20 @@ struct StripLayout {
     end = round_up(end, 32);
     y1 = static_cast<int>(end);
     end += int64_t{s.conv1_groups} * packed.conv1_tiles * y1_all * kBlockBytes;
+    // With stride 1 the top left tap lies a pixel before the place of the pixel itself, a row further up.
+    places = corners = static_cast<int>(end);
+    end += round_up(pixels * kPlaceBytes, kBlockBytes);
+    if (s.stride == 2) {
+      corners = static_cast<int>(end);
+      end += round_up(int64_t{t.rows} * s.out_width * kPlaceBytes, kBlockBytes);
+    }
     y2 = static_cast<int>(end);
     y2_bytes = packed.conv3_halves * 2 * kItemPixels * kBlockBytes;
     end += int64_t{t.warps} * y2_bytes;
-    // With stride 1 the top left tap lies a pixel before the place of the pixel itself, a row further up.
-    places = corners = static_cast<int>(end);
-    end += pixels * kPlaceBytes;
-    if (s.stride == 2) {
-      corners = static_cast<int>(end);
-      end += int64_t{t.rows} * s.out_width * kPlaceBytes;
+    if (packed.by_planes && s.stride == 2) {
+      // Before it is made, the pool takes y2's place, with 16 channels at a time or more.
+      const int64_t pooled = y2 + int64_t{2 * kColumns} * result_pitch;
+      end = pooled > end ? pooled : end;
     }
     bytes = end;
   }
@@ -293,26 +307,46 @@ struct StripLayout {
   int64_t bytes;  // of it all; may be more than any device has, and then the other members mean nothing
 };
 
+// How many elements of a part of a plane a lane copies at a time, each of another sector: what 4 rows of 7 pixels take.
+inline constexpr int kSectorsInARow = 3;
+
 // How the threads of a block share the copying of some planes, of each `pixels` pixels of `plane`, in units of
 // unit_bytes. They stand side by side over as many planes as they can, so that they go from plane to plane without
-// dividing. Whole planes lie one behind the other in memory: where a warp's units are too small to fill sectors from
-// any unit on, as many planes are taken together as begin at one.
+// dividing. Whole planes lie one behind the other in memory. Where sectors are to be filled, a warp's units begin at
+// one: as many planes are taken together as begin at one again, and of parts of planes each has as many slots as its
+// units take in sectors wherever it begins, or where units are elements, a slot for some of them. Slots without a unit
+// are left out.
 struct PlaneCopy {
-  SHUFFLENET_HOST_DEVICE PlaneCopy(int planes, int pixels, int plane, int unit_bytes, int threads)
-      : together(unit_bytes < 8 ? kSectorBytes / unit_bytes : 1) {
-    const int in_a_sector = together;
-    if (pixels != plane || planes % together != 0) together = 1;
-    plane_units = pixels * kElementBytes / unit_bytes;
-    units = plane_units * together;
-    lanes = ceil_div(Chunks(units, threads).size, in_a_sector) * in_a_sector;
-    lanes = lanes < units ? lanes : units;
+  SHUFFLENET_HOST_DEVICE PlaneCopy(int pixels, int plane, int unit_bytes, int threads, bool fills_sectors)
+      : together(1), is_whole(pixels == plane) {
+    const int in_a_sector = fills_sectors ? kSectorBytes / unit_bytes : 1;
+    if (fills_sectors) {
+      together = plane % 16 == 0 ? 1 : plane % 8 == 0 ? 2 : plane % 4 == 0 ? 4 : plane % 2 == 0 ? 8 : 16;
+    }
+    units = pixels * kElementBytes / unit_bytes;
+    in_a_row = fills_sectors && !is_whole && unit_bytes == kElementBytes ? kSectorsInARow : 1;
+    slots = is_whole ? units : ceil_div(ceil_div(units + in_a_sector - 1, in_a_sector), in_a_row) * in_a_sector;
+    lanes = ceil_div(Chunks(slots * together, threads).size, in_a_sector) * in_a_sector;
+    lanes = lanes < slots * together ? lanes : slots * together;
     side_by_side = threads / lanes;
   }
-  int together;     // planes
-  int plane_units;  // of a plane
-  int units;        // of planes taken together
-  int lanes;        // threads that share these units: a unit each, or every so many
+  int together;      // planes
+  bool is_whole;     // whether all pixels of a plane are copied
+  int units, slots;  // of a plane
+  int in_a_row;      // units of a slot, which lie a sector apart
+  int lanes;         // threads that share the slots of planes taken together: one each, or every so many
   int side_by_side;
+};
+
+// How the pool of planes is shared: tiles of 8 columns of the result, by some rows, to which a warp goes on where they
+// begin at the same place in a block of x as the first one does.
+struct PlanePoolTiles {
+  SHUFFLENET_HOST_DEVICE PlanePoolTiles(const Sizes& s, int out_rows, int warps)
+      : in_row(ceil_div(s.out_width, kColumns)),
+        rows(out_rows,
+             s.width % 4 != 0 ? 1 : ceil_div(out_rows * in_row, warps > in_row ? warps / in_row * in_row : in_row)) {}
+  int in_row;
+  Chunks rows;
 };
 
 inline constexpr int kPackThreads = 256;

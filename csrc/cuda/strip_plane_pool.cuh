@@ -1,5 +1,8 @@
 // The shortcut of a unit of stride 2 by strips in the contiguous layout: avg_pool2d(x, 3, 2, 1), with or without a
-// ReLU, of what is in shared memory of x. It goes to global memory as it is made.
+// ReLU, of what is in shared memory of x. The result goes to shared memory too, so that it is copied as conv3's is.
+//
+// A warp sums 8 pixels of a row of the result on tensor cores, 16 channels at a time: it multiplies their pixels of x
+// by ones, where a pixel is a tap of the result's, and by zeros.
 #pragma once
 
 #include "strip_products.cuh"
@@ -7,103 +10,178 @@
 
 namespace shufflenet::cuda {
 
-// The three columns of x that a column of the pooled result is made of. If kPaired, as rows have an even number, the
-// middle one and the right one are a word.
-template <class T, bool kPaired>
-struct PoolColumn {
-  SHUFFLENET_DEVICE PoolColumn(int column, int width)
-      : has_left(column > 0),
-        has_right(kPaired || 2 * column + 1 < width),
-        left_bytes(has_left ? -kElementBytes : 0),
-        right_bytes(has_right ? kElementBytes : 0) {}
-  SHUFFLENET_DEVICE int count() const { return 1 + has_left + has_right; }
-  // Returns the sum of a row, of which `at` is the middle one.
-  SHUFFLENET_DEVICE float sum(uint32_t at) const {
-    const float loaded = widen(T{load_element(at + left_bytes)}), left = has_left ? loaded : 0;
-    if constexpr (kPaired) {
-      const uint32_t pair = load_pair(at);
-      return left + number_of<T>(pair, 0) + number_of<T>(pair, 1);
-    } else {
-      const float middle = widen(T{load_element(at)}), last = widen(T{load_element(at + right_bytes)});
-      return left + middle + (has_right ? last : 0);
-    }
-  }
-  bool has_left, has_right;
-  int left_bytes, right_bytes;  // from the middle column to where the others are loaded
-};
-
 template <class T>
 struct PlanePool {
-  SHUFFLENET_DEVICE explicit PlanePool(const StripStaging& block)
-      : block(block), s(block.s), t(block.t), layout(block.layout) {}
+  // `to` is where the result is put: planes of layout.result_pitch bytes, from channel 16 * begin on.
+  SHUFFLENET_DEVICE PlanePool(const StripStaging& block, uint32_t to)
+      : block(block), s(block.s), layout(block.layout), lane(block.lane), to(to) {}
 
-  // Pools the part's share of x's channels: a lane a column of a channel at a time, from row to row, of which two
-  // neighbouring ones share a row of taps.
-  SHUFFLENET_DEVICE void run() const {
-    if (s.width % 2 == 0) {
-      pool<true>();
-    } else {
-      pool<false>();
+  // Pools the channels from 16 * begin to 16 * end.
+  SHUFFLENET_DEVICE void run(int begin, int end) const {
+    const int warps = block.t.warps;
+    const PlanePoolTiles by(s, block.out_rows, warps);
+    const int tiles = by.in_row * by.rows.count;
+    // Where there are fewer tiles than warps, these share the channels as well.
+    const int shares = most(1, least(warps / tiles, end - begin)), share_pairs = ceil_div(end - begin, shares);
+    SHUFFLENET_NO_UNROLL
+    for (int item = block.warp; item < tiles * shares; item += warps) {
+      const int share = item / tiles, tile = item - share * tiles, strip = tile / by.in_row;
+      const int first_pair = share * share_pairs, end_pair = least(first_pair + share_pairs, end - begin);
+      const int end_row = least((strip + 1) * by.rows.size, block.out_rows);
+      SHUFFLENET_NO_UNROLL
+      for (Tile of(*this, strip * by.rows.size, (tile - strip * by.in_row) * kColumns); of.row < end_row;
+           of.next_row()) {
+        if (s.out_width % 2 == 0) {
+          pool<true>(of, begin, first_pair, end_pair);
+        } else {
+          pool<false>(of, begin, first_pair, end_pair);
+        }
+      }
     }
   }
 
  private:
+  // The taps of 8 pixels in a row of x lie in three blocks of 8 of its pixels, wherever the first of these begins.
+  static constexpr int kRowEights = 3, kEights = 3 * kRowEights, kSteps = kEights / 2;
+
+  // Eight pixels of the result, from `column` of a row on: the operands that pick their taps out of nine blocks of 8
+  // pixels of x, and the addresses that the lane loads the blocks of its channel from, two by two and the last one.
+  struct Tile {
+    SHUFFLENET_DEVICE Tile(const PlanePool& pool, int row, int column)
+        : row(row),
+          pixel(column + pool.lane % 4 * 2),
+          plane(pool.block.base + pool.lane % 16 * pool.layout.x_pitch),
+          end(plane + (pool.block.image_rows * pool.s.width - 1) / kColumns * kBlockBytes),
+          two_rows(2 * pool.s.width * kElementBytes) {
+      const int width = pool.s.width;
+      T one;
+      narrow(1.f, one);
+      const int mine = column + pool.lane / 4;  // that the lane's operands are of; may be behind the last one
+      const int first = pool.first_tap(mine);
+      const uint32_t count = most(0, pool.column_taps(mine));
+      int eights[kEights];
+      SHUFFLENET_UNROLL
+      for (int tap_row = 0; tap_row < 3; ++tap_row) {
+        const int x_row = (pool.first_row(row) + tap_row) * width;
+        const int eight = (x_row + 2 * column - 1) >> 3;  // rounded down also if it is negative
+        const uint32_t away = eight * kColumns + pool.lane % 4 * 2 - (x_row + first);
+        SHUFFLENET_UNROLL
+        for (int i = 0; i < kRowEights; ++i) {
+          const int k = tap_row * kRowEights + i;
+          eights[k] = plane + (eight + i) * kBlockBytes;
+          const uint32_t tap = away + i * kColumns;
+          ones[k] = (tap < count ? one.bits : 0u) | (tap + 1 < count ? uint32_t{one.bits} << 16 : 0u);
+        }
+      }
+      SHUFFLENET_UNROLL
+      for (int step = 0; step < kSteps; ++step) x[step] = pool.lane < 16 ? eights[2 * step] : eights[2 * step + 1];
+      x[kSteps] = eights[kEights - 1];
+      SHUFFLENET_UNROLL
+      for (int i = 0; i < 2; ++i) scale[i] = pool.scale(pool.column_taps(pixel + i)) * (1.f / 3);
+    }
+    // Goes on to the next row, which must begin at the same place in a block of x.
+    SHUFFLENET_DEVICE void next_row() {
+      ++row;
+      SHUFFLENET_UNROLL
+      for (int& at : x) at += two_rows;
+    }
+    int row;
+    const int pixel;                 // of the row, the lane's first of two
+    const int plane, end, two_rows;  // the addresses of the channel's first and last block, and bytes
+    uint32_t ones[kEights];
+    int x[kSteps + 1];
+    float scale[2];
+  };
+
+  // Pools a tile, of the channels from 16 * (begin + pair) to 16 * (begin + end). If kPaired, as rows have an even
+  // number, the lane's two pixels are a word.
   template <bool kPaired>
-  SHUFFLENET_DEVICE void pool() const {
-    if (s.pool_relu) {
-      pool_columns<kPaired, true>();
-    } else {
-      pool_columns<kPaired, false>();
+  SHUFFLENET_DEVICE void pool(const Tile& tile, int begin, int pair, int end) const {
+    const uint32_t pair_bytes = 2 * kColumns * layout.x_pitch, half_bytes = kColumns * layout.result_pitch;
+    const int pixel = tile.row * s.out_width + tile.pixel, here = s.out_width - tile.pixel;
+    // The image has no row above its first one, and may have none below its last one.
+    const bool has_top = first_row(tile.row) >= 0, has_bottom = first_row(tile.row) + 2 < block.image_rows;
+    float scales[2] = {tile.scale[0], tile.scale[1]};
+    if (!has_top || !has_bottom) {
+      // They are for three rows.
+      const float more = 3 * scale(1 + has_top + has_bottom);
+      SHUFFLENET_UNROLL
+      for (float& scale : scales) scale *= more;
+    }
+    uint32_t ones[kEights], x[kSteps + 1];
+    // What is outside of the strip is multiplied by zeros, and replaced by what is inside.
+    SHUFFLENET_UNROLL
+    for (int step = 0; step <= kSteps; ++step) x[step] = most(tile.plane, least(tile.x[step], tile.end));
+    SHUFFLENET_UNROLL
+    for (int k = 0; k < kEights; ++k) {
+      ones[k] = (k >= kRowEights || has_top) && (k < 2 * kRowEights || has_bottom) ? tile.ones[k] : 0;
+    }
+    uint32_t at = to + (pair * 2 * kColumns + lane / 4) * layout.result_pitch + pixel * kElementBytes;
+    uint32_t from = (begin + pair) * pair_bytes;
+    const uint32_t end_bytes = (begin + end) * pair_bytes;
+    SHUFFLENET_NO_UNROLL
+    for (; from < end_bytes; from += pair_bytes, at += 2 * half_bytes) {
+      float sums[4];
+      for_each<0, kSteps>([&](auto index) {
+        constexpr int kStep = decltype(index)::value;
+        uint32_t a[4];
+        load_matrices<0>(a, x[kStep] + from);
+        multiply_tile<T, kStep == 0>(sums, a, {ones[2 * kStep], ones[2 * kStep + 1]});
+      });
+      uint32_t last[2];
+      load_matrices<0>(last, x[kSteps] + from);
+      multiply_matrices(sums, last, ones[kEights - 1], T{});
+      // 0 times Inf carries NaN from one pixel into others: into all of the eight but the one or two neighbours that
+      // have it as a tap, so that some lane's first pixel shows it.
+      const float any = sums[0] + sums[2];
+      if (warp_any(any != any)) sum_by_pixels(sums, tile, from);
+      if (here <= 0) continue;
+      SHUFFLENET_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float low = sums[2 * half] * scales[0], high = sums[2 * half + 1] * scales[1];
+        const uint32_t both = s.pool_relu ? pack<true>(low, high, T{}) : pack<false>(low, high, T{});
+        const uint32_t into = at + half * half_bytes;
+        if constexpr (kPaired) {
+          store_pair<0>(into, both);
+        } else {
+          store_element(into, static_cast<uint16_t>(both));
+          if (here > 1) store_element(into + kElementBytes, static_cast<uint16_t>(both >> 16));
+        }
+      }
     }
   }
 
-  template <bool kPaired, bool kRelu>
-  SHUFFLENET_DEVICE void pool_columns() const {
-    const int parts = block.constants.parts, begin = s.in_channels * block.part / parts,
-              end = s.in_channels * (block.part + 1) / parts;
-    const int64_t row_bytes = s.out_width * kElementBytes;
-    const uint32_t in_row_bytes = s.width * kElementBytes, plane_bytes = block.image_rows * in_row_bytes;
-    SHUFFLENET_NO_UNROLL
-    for (int item = block.warp * 32 + block.lane; item < (end - begin) * s.out_width; item += t.warps * 32) {
-      const int before = item / s.out_width, channel = begin + before, column = item - before * s.out_width;
-      const PoolColumn<T, kPaired> taps(column, s.width);
-      const float of_columns = s.pool_count_include_pad ? 1.f / 3 : inverse(taps.count());
-      const float whole = of_columns * (1.f / 3);
-      // The image's first row, and a last one that has none below, are made of two rows, where the image has two.
-      const float at_edge = s.pool_count_include_pad ? whole : of_columns * inverse(s.height > 1 ? 2 : 1);
-      char* to = block.in_result(s.first_pooled_channel + channel, block.out_row * s.out_width + column);
-      // The row above the image and the one below count as zeros.
-      const uint32_t plane = block.base + channel * layout.x_pitch + 2 * column * kElementBytes;
-      uint32_t at = plane;
-      float above = 0, scale = block.out_row == 0 ? at_edge : whole;
-      if (block.in_row >= 0) {
-        above = taps.sum(at);
-        at += in_row_bytes;
-      }
+  // Sums the lane's pixels one by one, of its channel of the 16 that lie `from` bytes behind x's first, and of that 8
+  // further.
+  SHUFFLENET_DEVICE void sum_by_pixels(float (&sums)[4], const Tile& tile, uint32_t from) const {
+    SHUFFLENET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t plane = block.base + from + (lane / 4 + i / 2 * kColumns) * layout.x_pitch;
+      const int pixel = tile.pixel + i % 2, first = first_tap(pixel);
+      sums[i] = 0;
       SHUFFLENET_NO_UNROLL
-      for (int rows = block.out_rows; rows > 0; --rows) {
-        const uint32_t next = at + in_row_bytes;
-        const float middle = taps.sum(at);
-        float below = 0;
-        if (next < plane + plane_bytes) {
-          below = taps.sum(next);
-        } else {
-          scale = at_edge;
+      for (int row = most(0, first_row(tile.row)); row < least(first_row(tile.row) + 3, block.image_rows); ++row) {
+        SHUFFLENET_NO_UNROLL
+        for (int tap = 0; tap < column_taps(pixel); ++tap) {
+          sums[i] += widen(T{load_element(plane + (row * s.width + first + tap) * kElementBytes)});
         }
-        const float mean = (above + middle + below) * scale;
-        *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(pack<kRelu>(mean, mean, T{}));
-        above = below;
-        scale = whole;
-        at = next + in_row_bytes;
-        to += row_bytes;
       }
     }
   }
+
+  // Returns the first row of taps of a row of the result, among the rows of x in shared memory. May be -1.
+  SHUFFLENET_DEVICE int first_row(int row) const { return 2 * row + block.in_row - block.image_row; }
+  // Return the first column of taps inside of the image, and how many there are.
+  SHUFFLENET_DEVICE int first_tap(int column) const { return most(0, 2 * column - 1); }
+  SHUFFLENET_DEVICE int column_taps(int column) const { return least(2 * column + 2, s.width) - first_tap(column); }
+  // Returns what a sum is multiplied by for the taps that it has in a row or a column of the image.
+  SHUFFLENET_DEVICE float scale(int taps) const { return inverse(s.pool_count_include_pad ? 3 : taps); }
 
   const StripStaging& block;
   const Sizes& s;
-  const StripTiling& t;
   const StripLayout& layout;
+  const int lane;
+  const uint32_t to;
 };
 
 }  // namespace shufflenet::cuda

@@ -34,9 +34,9 @@ struct StripPlanes : StripStaging {
     const int pixels = image_rows * s.width, end_pixel = ceil_div(pixels, kColumns) * kColumns;
     SHUFFLENET_NO_UNROLL
     for (int channel = warp * 32 + lane; channel < s.in_channels && pixels < end_pixel; channel += t.warps * 32) {
-      const uint32_t plane = base + channel * layout.x_pitch;
+      const uint32_t plane = base + channel * layout.x_pitch, plane_end = plane + end_pixel * kElementBytes;
       SHUFFLENET_NO_UNROLL
-      for (int pixel = pixels; pixel < end_pixel; ++pixel) store_element(plane + pixel * kElementBytes, 0);
+      for (uint32_t at = plane + pixels * kElementBytes; at < plane_end; at += kElementBytes) store_element(at, 0);
     }
     const int begin = s.in_channels * layout.x_pitch, end = layout.x_blocks * kColumns * layout.x_pitch;
     SHUFFLENET_NO_UNROLL
@@ -73,25 +73,38 @@ struct StripPlanes : StripStaging {
     return sum;
   }
 
-  // Pools x with stride 2, as conv3's results take its place.
-  SHUFFLENET_DEVICE void before_results() const {
+  // Pools the part's share of x with stride 2, as conv3's results take its place: by way of where y2 will be, as many
+  // channels at a time as it holds.
+  SHUFFLENET_DEVICE void before_results() {
     if (s.stride == 1) return;
-    PlanePool<T>(*this).run();
-    barrier();
+    const int pairs = ceil_div(s.in_channels, 2 * kColumns), parts = constants.parts;
+    const int end = pairs * (part + 1) / parts, pair_bytes = 2 * kColumns * layout.result_pitch;
+    const int room = static_cast<int>(layout.bytes - layout.y2) / pair_bytes;
+    const PlanePool<T> pool(*this, base + layout.y2);
+    SHUFFLENET_NO_UNROLL
+    for (int pair = pairs * part / parts; pair < end; pair += room) {
+      const int last = least(pair + room, end), first_channel = pair * 2 * kColumns;
+      pool.run(pair, last);
+      barrier();
+      copy_results(s.first_pooled_channel + first_channel, least(last * 2 * kColumns, s.in_channels) - first_channel,
+                   base + layout.y2);
+      barrier();
+    }
+    clear_y2_without_channels();
   }
 
   // Where in shared memory the results of 32 pixels of a slice go, with x added if the stride is 1, kPairs pairs of
   // tiles at a time.
   template <int kPairs>
   struct Results {
-    SHUFFLENET_DEVICE Results(const StripPlanes& strip, int first_pixel, int slice) : pitch(strip.layout.result_pitch) {
+    SHUFFLENET_DEVICE Results(const StripPlanes& strip, int first_pixel, int slice)
+        : pitch(strip.layout.result_pitch), channel(strip.lane / 4) {
       const Sizes& s = strip.s;
-      const int pixel = first_pixel + strip.lane % 4 * 2, channel = strip.lane / 4;
+      const int pixel = first_pixel + strip.lane % 4 * 2;
       at = strip.result() + (slice * s.group_rows + channel) * pitch + pixel * kElementBytes;
       adds_residual = s.stride == 1;
-      pixels_left = strip.out_rows * s.out_width - first_pixel;
-      channels_left = s.group_rows - channel;
-      has_whole_chunks = strip.constants.has_whole_chunks;
+      pixels_left = strip.out_rows * s.out_width - pixel;
+      channels_left = s.group_rows;
     }
 
     SHUFFLENET_DEVICE void advance(int pixels) {
@@ -101,61 +114,65 @@ struct StripPlanes : StripStaging {
 
     // Puts a chunk of the channels in its place, and goes on to the next one.
     SHUFFLENET_DEVICE void write(const Sums<2 * kPairs>& sums, const Fragment* affine) {
-      if (!adds_residual) {
-        write_as<false, false>(sums, affine);
-      } else if (has_whole_chunks && pixels_left >= kItemPixels) {
-        write_as<true, true>(sums, affine);
+      if (adds_residual) {
+        write_as<true>(sums, affine);
       } else {
-        write_as<false, true>(sums, affine);
+        write_as<false>(sums, affine);
       }
       channels_left -= kPairs * 2 * kColumns;
       at += kPairs * 2 * kColumns * pitch;
     }
 
    private:
-    // Finishes the sums, and adds them to what is in their places if kResidual. Unless kWhole, only channels that are
-    // there, and pairs of which a pixel is: what the other one overwrites nobody reads any more.
-    template <bool kWhole, bool kResidual>
+    // Of one chunk, the last pair of tiles alone may have channels that are not there; of several, the last chunk.
+    template <bool kResidual>
     SHUFFLENET_DEVICE void write_as(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
-      for_each<0, kPairs>([&](auto index) {
-        constexpr int kPair = decltype(index)::value;
-        const Vector4 constants = load_floats<kPair * 8>(affine);
-        const uint32_t to[2] = {at + 2 * kPair * kColumns * pitch, at + (2 * kPair + 1) * kColumns * pitch};
-        for_each<0, 2 * kTilesOfItem>([&](auto eighth) {
-          constexpr int kEight = decltype(eighth)::value, kBytes = kEight * kBlockBytes;
+      constexpr int kChannels = kPairs * 2 * kColumns;
+      if (channels_left >= kChannels) {
+        write_pairs<0, kResidual>(sums, affine);
+      } else if (channels_left > kChannels - 2 * kColumns) {
+        write_pairs<1, kResidual>(sums, affine);
+      } else {
+        write_pairs<kPairs, kResidual>(sums, affine);
+      }
+    }
+    // Finishes the sums, and adds them to what is in their places if kResidual. Of the last kUnsure pairs of tiles only
+    // channels that are there; and pairs of which a pixel is: what the other one overwrites nobody reads any more.
+    template <int kUnsure, bool kResidual>
+    SHUFFLENET_DEVICE void write_pairs(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
+      Vector4 constants[kPairs];
+      for_each<0, kPairs>([&](auto pair) {
+        constants[decltype(pair)::value] = load_floats<decltype(pair)::value * 8>(affine);
+      });
+      for_each<0, 2 * kTilesOfItem>([&](auto eighth) {
+        constexpr int kEight = decltype(eighth)::value, kBytes = kEight * kBlockBytes;
+        if (kEight * 8 >= pixels_left) return;
+        SHUFFLENET_UNROLL
+        for (int pair = 0; pair < kPairs; ++pair) {
           uint32_t pairs[2];
-          finish_transposed<T, !kResidual>(sums[kEight / 2][2 * kPair + kEight % 2], constants, pairs);
+          finish_transposed<T, !kResidual>(sums[kEight / 2][2 * pair + kEight % 2], constants[pair], pairs);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
-            if (!kWhole &&
-                (kEight * 8 + lane_index() % 4 * 2 >= pixels_left || (2 * kPair + half) * kColumns >= channels_left))
-              continue;
-            if constexpr (kResidual) pairs[half] = add_relu(pairs[half], load_pair<kBytes>(to[half]), T{});
-            store_pair<kBytes>(to[half], pairs[half]);
+            if (pair >= kPairs - kUnsure && (2 * pair + half) * kColumns + channel >= channels_left) continue;
+            const uint32_t to = at + (2 * pair + half) * kColumns * pitch;
+            if constexpr (kResidual) pairs[half] = add_relu(pairs[half], load_pair<kBytes>(to), T{});
+            store_pair<kBytes>(to, pairs[half]);
           }
-        });
+        }
       });
     }
 
     uint32_t at;  // of the lane's first pixel and channel
-    int pitch;
-    int pixels_left;    // from the item's first one on
-    int channels_left;  // from the lane's first one on
-    bool adds_residual, has_whole_chunks;
+    int pitch, channel;
+    int pixels_left, channels_left;  // from the lane's first pixel on, from the chunk's first channel on
+    bool adds_residual;
   };
 
   // Copies the results of all warps to global memory.
   SHUFFLENET_DEVICE void after_results() const {
     barrier();
-    char* const to = in_result(s.first_conv3_channel + part * t.slices * s.group_rows, out_row * s.out_width);
-    const uint32_t from = result();
-    const Runs runs = {t.slices * s.group_rows, out_rows * s.out_width, s.out_plane, layout.result_pitch};
-    switch (layout.result_unit) {
-      case 16: copy_result_in<16>(to, from, runs); break;
-      case 8: copy_result_in<8>(to, from, runs); break;
-      case 4: copy_result_in<4>(to, from, runs); break;
-      default: copy_result_in<2>(to, from, runs);
-    }
+    const int channels = t.slices * s.group_rows;
+    copy_results(s.first_conv3_channel + part * channels, channels, result());
   }
 
  private:
@@ -171,31 +188,62 @@ struct StripPlanes : StripStaging {
     return base + part * t.slices * s.group_rows * layout.x_pitch + first_pixel_of_result() * kElementBytes;
   }
 
+  // Copies what the strip has of some channels of the result, from `from` on in shared memory.
+  SHUFFLENET_DEVICE void copy_results(int channel, int channels, uint32_t from) const {
+    char* const to = in_result(channel, out_row * s.out_width);
+    const Runs runs = {channels, out_rows * s.out_width, s.out_plane, layout.result_pitch};
+    switch (layout.result_unit) {
+      case 16: copy_result_in<16>(to, from, runs); break;
+      case 8: copy_result_in<8>(to, from, runs); break;
+      case 4: copy_result_in<4>(to, from, runs); break;
+      default: copy_result_in<2>(to, from, runs);
+    }
+  }
+
   // The pixels that are copied of some planes, of `plane` pixels each: the first `pixels` of each.
   struct Runs {
     int planes, pixels, plane, pitch;
   };
-  // A thread's share of copying runs: a unit of some planes, and the same one of others, `count` times.
+  // A thread's share of copying runs: a slot's units of some planes, and the same ones of others, `count` times.
   struct CopyShare {
     uint32_t begin, step;         // bytes in shared memory, from the first plane's first pixel on
     int64_t global, global_step;  // the same in memory
     int count;
+    bool has[kSectorsInARow];  // which of the units there are
   };
-  // Calls copy(share) for what the thread copies in units of kBytes, as PlaneCopy shares it.
-  template <int kBytes, class Copy>
-  SHUFFLENET_DEVICE void for_each_share(const Runs& runs, const Copy& copy) const {
-    const PlaneCopy by(runs.planes, runs.pixels, runs.plane, kBytes, t.warps * 32);
+  // Calls copy(share) for what the thread copies in units of kBytes, as PlaneCopy shares it. `memory` is where the
+  // first run begins; if kFillsSectors, a thread's slots lie where sectors begin before it.
+  template <int kBytes, bool kFillsSectors, class Copy>
+  SHUFFLENET_DEVICE void for_each_share(const Runs& runs, const char* memory, const Copy& copy) const {
+    const PlaneCopy by(runs.pixels, runs.plane, kBytes, t.warps * 32, kFillsSectors);
     const int thread = warp * 32 + lane, mine = thread / by.lanes;
     if (mine == by.side_by_side) return;
-    const uint32_t pitch = runs.pitch, group_pitch = by.together * pitch;
-    const int64_t group_bytes = int64_t{runs.plane} * by.together * kElementBytes;
-    const int count = ceil_div(runs.planes / by.together - mine, by.side_by_side);
+    const int step = by.side_by_side * by.together, plane_bytes = runs.plane * kElementBytes;
     SHUFFLENET_NO_UNROLL
-    for (int unit = thread - mine * by.lanes; unit < by.units; unit += by.lanes) {
-      const int plane = unit / by.plane_units;
-      const uint32_t first = plane * pitch + (unit - plane * by.plane_units) * kBytes;
-      copy(CopyShare{first + mine * group_pitch, by.side_by_side * group_pitch, mine * group_bytes + unit * kBytes,
-                     by.side_by_side * group_bytes, count});
+    for (int slot = thread - mine * by.lanes; slot < by.slots * by.together; slot += by.lanes) {
+      const int in_group = kFillsSectors ? slot / by.slots : 0, plane = mine * by.together + in_group;
+      int unit = slot - in_group * by.slots;
+      CopyShare share = {};
+      share.has[0] = true;
+      if (kFillsSectors && !by.is_whole) {
+        constexpr int kInASector = kSectorBytes / kBytes;
+        const auto run = reinterpret_cast<uintptr_t>(memory) + static_cast<uint32_t>(plane * plane_bytes);
+        if (kBytes == kElementBytes) unit += unit / kInASector * (kSectorsInARow - 1) * kInASector;
+        unit -= static_cast<int>(run % kSectorBytes) / kBytes;
+        bool any = false;
+        SHUFFLENET_UNROLL
+        for (int i = 0; i < (kBytes == kElementBytes ? kSectorsInARow : 1); ++i) {
+          share.has[i] = static_cast<uint32_t>(unit + i * kInASector) < static_cast<uint32_t>(by.units);
+          any = any || share.has[i];
+        }
+        if (!any) continue;
+      }
+      share.count = ceil_div(runs.planes - plane, step);
+      share.begin = plane * runs.pitch + unit * kBytes;
+      share.step = step * runs.pitch;
+      share.global = int64_t{plane} * plane_bytes + unit * kBytes;
+      share.global_step = int64_t{step} * plane_bytes;
+      copy(share);
     }
   }
   // Calls copy() `count` times, most of them without a loop's own instructions.
@@ -206,12 +254,16 @@ struct StripPlanes : StripStaging {
       SHUFFLENET_UNROLL
       for (int i = 0; i < kCopiesInARow; ++i) copy();
     }
-    SHUFFLENET_NO_UNROLL
-    for (; count > 0; --count) copy();
+    for_each<0, 3>([&](auto bit) {
+      constexpr int kCopies = 1 << decltype(bit)::value;
+      if ((count & kCopies) == 0) return;
+      SHUFFLENET_UNROLL
+      for (int i = 0; i < kCopies; ++i) copy();
+    });
   }
   template <int kBytes>
   SHUFFLENET_DEVICE void copy_x_in(const char* from, const Runs& runs) const {
-    for_each_share<kBytes>(runs, [&](const CopyShare& share) {
+    for_each_share<kBytes, false>(runs, from, [&](const CopyShare& share) {
       const char* source = from + share.global;
       uint32_t to = base + share.begin;
       repeat(share.count, [&] {
@@ -223,7 +275,7 @@ struct StripPlanes : StripStaging {
   }
   // There are no asynchronous copies of elements: some loads are started before the first of them is stored.
   SHUFFLENET_DEVICE void copy_x_in_elements(const char* from, const Runs& runs) const {
-    for_each_share<kElementBytes>(runs, [&](const CopyShare& share) {
+    for_each_share<kElementBytes, false>(runs, from, [&](const CopyShare& share) {
       const char* source = from + share.global;
       uint32_t to = base + share.begin;
       const auto copy_some = [&](int count, auto is_whole) {
@@ -247,11 +299,20 @@ struct StripPlanes : StripStaging {
   }
   template <int kBytes>
   SHUFFLENET_DEVICE void copy_result_in(char* to, uint32_t from, const Runs& runs) const {
-    for_each_share<kBytes>(runs, [&](const CopyShare& share) {
+    for_each_share<kBytes, true>(runs, to, [&](const CopyShare& share) {
       char* target = to + share.global;
       uint32_t at = from + share.begin;
       repeat(share.count, [&] {
-        store_unit<kBytes>(target, at);
+        if constexpr (kBytes == kElementBytes) {
+          for_each<0, kSectorsInARow>([&](auto index) {
+            constexpr int kOffset = decltype(index)::value * kSectorBytes;
+            if (share.has[decltype(index)::value]) {
+              *reinterpret_cast<uint16_t*>(target + kOffset) = load_element<kOffset>(at);
+            }
+          });
+        } else {
+          store_unit<kBytes>(target, at);
+        }
         target += share.global_step;
         at += share.step;
       });

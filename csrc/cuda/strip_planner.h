@@ -45,13 +45,15 @@ struct StripInstructions {
   static constexpr double item1 = 32, outputs1 = 14, item3 = 27, outputs3 = 22;
   // The depthwise convolution: an item, and each block of 8 slots of it.
   static constexpr double item2 = 35, block2 = 47;
-  // In the contiguous layout: once a thread and once a unit that it copies of x (of less than 4 bytes, through a
-  // register) and of the result; what it adds to a half of a step of conv1, and to the sums of a tile of conv3.
-  static constexpr double copies = 130, copy_in = 3.6, copy_element = 5, copy_out = 4.6, transposed = 2, in_place3 = 6;
+  // In the contiguous layout: once a warp that copies x or results, once a unit of a plane or some that it copies, and
+  // once a unit of x (of less than 4 bytes, through a register) and of the result (of elements, some at a time); what
+  // it adds to a half of a step of conv1, and to the sums of a tile of conv3.
+  static constexpr double copies = 60, copies_unit = 50, copy_in = 3.6, copy_element = 5, copy_out = 4.4, copy_row = 10,
+                          transposed = 2, in_place3 = 4;
   // The pool: 16 pixels, and 16 channels of them.
   static constexpr double pool_item = 200, pool_pair = 79;
-  // In the contiguous layout: a column of the result in 32 lanes, and a row of it.
-  static constexpr double pool_column = 80, pool_row = 36;
+  // In the contiguous layout: 8 columns of the result, a row of them, and 16 channels of that.
+  static constexpr double plane_pool_item = 220, plane_pool_row = 55, plane_pool_pair = 46;
 
   static double product(int tiles, int steps, int halves, bool is_masked) {
     return steps * (step + tiles * step_tile) + halves * (half + tiles * half_tile + (is_masked ? mask : 0));
@@ -84,27 +86,36 @@ inline BlockInstructions block_instructions(const Sizes& s, const StripTiling& t
   const double depthwise = Count::item2 + p.blocks * Count::block2;
   const double conv3 = Count::item3 + conv3_tiles * (Count::outputs3 + (p.by_planes ? Count::in_place3 : 0)) +
                        Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
+  // Of the pool: pairs of blocks, and by how many warps the channels of a tile are shared.
+  const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
+  const auto shares_of_pool = [&](double tiles) { return std::max(1.0, std::min(std::floor(t.warps / tiles), pairs)); };
   double pool = 0;
   if (s.stride == 2 && p.by_planes) {
-    const int share = ceil_div(s.in_channels, t.parts(s)) * s.out_width;
-    pool = t.warps * ceil_div(share, t.warps * 32) * (Count::pool_column + strip.rows * Count::pool_row);
+    const PlanePoolTiles by(s, strip.rows, t.warps);
+    const double tiles = by.in_row * by.rows.count, shares = shares_of_pool(tiles);
+    const double pools = std::min(1.0, pairs);  // the share of the parts that have any
+    pool = pools * shares * (tiles * Count::plane_pool_item + by.in_row * strip.rows * Count::plane_pool_row) +
+           by.in_row * strip.rows * pairs * Count::plane_pool_pair;
   } else if (s.stride == 2) {
     const double tiles = ceil_div(strip.rows * s.out_width, kTilePixels);
-    const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
-    const double shares = std::max(1.0, std::min(std::floor(t.warps / tiles), pairs));
-    pool = tiles * (shares * Count::pool_item + pairs * Count::pool_pair);
+    pool = tiles * (shares_of_pool(tiles) * Count::pool_item + pairs * Count::pool_pair);
   }
   double copies =
       Count::copy * strip.in_rows * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
   if (p.by_planes) {
-    const auto of = [&](int planes, int pixels, int plane, int unit, double each) {
-      const PlaneCopy by(planes, pixels, plane, unit, t.warps * 32);
-      const int steps = ceil_div(planes / by.together, by.side_by_side);
-      return t.warps * ceil_div(by.units, by.lanes) * (Count::copies / 2 + each * steps);
+    const auto of = [&](int planes, int pixels, int plane, int unit, double each, bool is_stored) {
+      const PlaneCopy by(pixels, plane, unit, t.warps * 32, is_stored);
+      const double steps = ceil_div(planes, by.together * by.side_by_side);
+      const double slots = ceil_div(by.slots * by.together, by.lanes);
+      const double one = by.in_a_row > 1 ? Count::copy_row : each;
+      return t.warps * (Count::copies + slots * (Count::copies_unit + one * steps));
     };
     const double in = layout.x_unit < 4 ? Count::copy_element : Count::copy_in;
-    copies = of(s.in_channels, strip.in_rows * s.width, s.in_plane, layout.x_unit, in) +
-             of(t.slices * s.group_rows, strip.rows * s.out_width, s.out_plane, layout.result_unit, Count::copy_out);
+    const auto stored = [&](int planes) {
+      return of(planes, strip.rows * s.out_width, s.out_plane, layout.result_unit, Count::copy_out, true);
+    };
+    copies = of(s.in_channels, strip.in_rows * s.width, s.in_plane, layout.x_unit, in, false) +
+             stored(t.slices * s.group_rows) + (s.stride == 2 ? stored(ceil_div(s.in_channels, t.parts(s))) : 0);
   }
   return {copies, ceil_div(strip.in_rows * s.width, kItemPixels) * s.conv1_groups * p.conv1_chunks * conv1,
           ceil_div(strip.rows * s.out_width, kItemPixels) * t.slices * (depthwise + p.conv3_chunks * conv3),
@@ -159,10 +170,17 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   }
   values /= t.strips(s);
   if (layout.packed.by_planes && t.rows < s.out_height) {
-    // The rows of a plane that do not begin at a sector take a part of one more.
-    int aligned = 1;
-    while (aligned < kSectorBytes && s.width * kElementBytes % (2 * aligned) == 0) aligned *= 2;
-    values += (s.in_channels + s.result_channels) * static_cast<double>(kSectorBytes - aligned) / kElementBytes;
+    // Runs that do not begin at a sector take a part of one more.
+    const auto beside = [](int pixels, int plane) {
+      int aligned = kElementBytes;
+      while (aligned < kSectorBytes && pixels * kElementBytes % (2 * aligned) == 0 &&
+             plane * kElementBytes % (2 * aligned) == 0) {
+        aligned *= 2;
+      }
+      return static_cast<double>(kSectorBytes - aligned) / kElementBytes;
+    };
+    values +=
+        s.in_channels * beside(s.width, s.in_plane) + s.result_channels * beside(t.rows * s.out_width, s.out_plane);
   }
   const double memory_cycles = side_by_side * kElementBytes * values / t.parts(s) / bandwidth_of(device);
   double longest = 0, instructions = 0;

@@ -72,7 +72,10 @@ template <int kOffset>
 void store_pair(uint32_t at, uint32_t pair) {
   detail::store_shared(at + kOffset, pair);
 }
-inline uint16_t load_element(uint32_t at) { return detail::load_shared<uint16_t>(at); }
+template <int kOffset = 0>
+uint16_t load_element(uint32_t at) {
+  return detail::load_shared<uint16_t>(at + kOffset);
+}
 inline void store_element(uint32_t at, uint16_t value) { detail::store_shared(at, value); }
 
 template <int kOffset, int kMatrices>
