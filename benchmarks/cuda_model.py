@@ -63,6 +63,7 @@ class Cut:
     by_strips: bool
     blocks: int
     warps: int
+    busy: float  # the share of the warps that work at a time
     side_by_side: int  # blocks on a multiprocessor
     tiling: Mapping[str, int]  # by the names of a case
 
@@ -72,9 +73,10 @@ class Cut:
         if not number["by_strips"]:
             names = ("tile_rows", "tile_columns", "slices", "chunk", "tile_depth")
             tiling = {name: number[name] for name in names}
-            return cls(False, number["windows"], _WINDOW_WARPS, number["blocks"], tiling)
+            return cls(False, number["windows"], _WINDOW_WARPS, 1, number["blocks"], tiling)
         tiling = {name: number[f"strip_{name}"] for name in ("rows", "slices", "warps", "gap")}
-        return cls(True, number["strips"], tiling["warps"], number["strip_blocks"], tiling)
+        busy = number["strip_busy_percent"] / 100
+        return cls(True, number["strips"], tiling["warps"], busy, number["strip_blocks"], tiling)
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,12 @@ def predict(unit: Unit, element_bytes: int, card: Card, cut: Cut, count: Count) 
     """Predicts one launch, of which each image of the batch executes ``count``.
 
     Blocks run in rounds of as many as the card has room for. In a round a multiprocessor issues the instructions of its
-    blocks, each warp one in so many cycles, and each block waits for memory some times with nothing else to do.
+    blocks, each warp that has work one in so many cycles, and each block waits for memory some times with nothing else
+    to do.
     """
     rounds = math.ceil(cut.blocks / (cut.side_by_side * card.multiprocessors))
-    a_cycle = min(_ASSUMED["kMostInstructions"], cut.side_by_side * cut.warps / _ASSUMED["kWarpInterval"])
+    busy_warps = cut.side_by_side * cut.warps * cut.busy
+    a_cycle = min(_ASSUMED["kMostInstructions"], busy_warps / _ASSUMED["kWarpInterval"])
     of_round = cut.side_by_side * unit.batch / cut.blocks  # images, or parts of them
     issue = rounds * (of_round * count.executed / a_cycle + _WAITS * _ASSUMED["kLatency"])
     dram_bytes = element_bytes * unit.elements

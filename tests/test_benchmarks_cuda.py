@@ -121,12 +121,12 @@ def test_without_a_gpu_it_says_so(capsys):
 
 CARD = Card("a card", multiprocessors=10, clock=1e9, dram=1e12, l2_per_cycle=1000, source="")
 DTYPES = ("float16", "float32")  # by strips, by windows
-CUT = Cut(by_strips=True, blocks=20, warps=6, side_by_side=1, tiling={})
+CUT = Cut(by_strips=True, blocks=20, warps=8, busy=0.75, side_by_side=1, tiling={})
 ONE = Unit(10, 8, 4, 4, mid_channels=8, out_channels=8, conv1_groups=1, groups=1, stride=1)
 
 
 def test_a_prediction_is_made_of_counts():
-    # Two blocks an image, two rounds of 10 blocks; six warps issue an instruction a cycle.
+    # Two blocks an image, two rounds of 10 blocks; six of eight warps have work, and issue an instruction a cycle.
     count = Count(executed=4000, shared_wavefronts=600, global_sectors=100)
     p = predict(ONE, 2, CARD, CUT, count)
     assert p.instructions == 40_000
@@ -154,6 +154,7 @@ def test_cuts_are_the_planners(tmp_path):
     by_strips, by_windows = Cut.of(half), Cut.of(single)
     assert by_strips.by_strips
     assert by_strips.tiling.keys() == {"rows", "slices", "warps", "gap"}
+    assert 0.5 < by_strips.busy <= 1
     assert by_strips.blocks * by_strips.tiling["rows"] * by_strips.tiling["slices"] >= 64 * 28 * 3
     assert not by_windows.by_strips
     assert by_windows.warps == 8

@@ -105,7 +105,9 @@ def test_strips_fit_their_registers(kernels: dict[str, Compiled], dtype: str, ar
     assert {kernel.layout for kernel in found} == {"contiguous", "channels_last"}
     for kernel in found:
         assert kernel.spilled_bytes == 0, kernel
-        assert kernel.registers <= 255  # 256 threads, kMostStripWarps in strip.h, then fit a multiprocessor
+        # So many threads, most_strip_warps in strip.h, then fit a multiprocessor.
+        threads = 384 if int(arch) >= 90 and kernel.layout == "channels_last" else 256
+        assert kernel.registers * threads <= 65536
         assert kernel.static_shared_bytes == 0, "all shared memory is dynamic: StripLayout counts it"
     if int(arch) < 80 or cuobjdump() is None:
         return

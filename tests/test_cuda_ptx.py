@@ -164,7 +164,11 @@ IN_ASSEMBLY_OF_STRIPS = {
 }
 # Those of test_cuda_host.py and test_cuda_strips.py that are compiled here as well, which takes seconds each.
 IN_SOURCE = ("missing barrier", "missing barrier of a warp", "halo off by one", "one row too many")
-IN_SOURCE_OF_STRIPS = ("swizzle of the copies alone", "a pixel behind the last one stored", "the pool takes the row below")
+IN_SOURCE_OF_STRIPS = (
+    "swizzle of the copies alone",
+    "a pixel behind the last one stored",
+    "the pool takes the row below",
+)
 # By name: the kind of kernel, the file, what is replaced in it and by what.
 FAULTS: dict[str, tuple[str, str, str, str]] = {
     **{name: ("unit", "device.cuh", *fault) for name, fault in IN_ASSEMBLY.items()},

@@ -12,7 +12,7 @@ DTYPES = ("float16", "bfloat16", "float32", "tfloat32", "float64")
 TIMED_DTYPES = DTYPES[:-1]
 LAYOUTS = {"channels_last": "nhwc", "contiguous": "nchw"}
 _TILE_DEPTH_BYTES = (160, 64, 32)  # kTileDepthBytes in planner.h
-_STRIP_WARPS, _STRIP_GAPS = (8, 6, 4, 2), (8, 1)  # as in strip_planner.h
+_STRIP_WARPS, _STRIP_GAPS = (12, 10, 8, 6, 4, 2), (8, 1)  # as in strip_planner.h, of the cards that have most
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,11 @@ inline constexpr int kSectorBytes = 32;  // by which global memory is accessed
 // The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers.
 inline constexpr int kMostConv1Tiles = 6;
 inline constexpr int kMostConv3Pairs = 5;
-inline constexpr int kMostStripWarps = 8;  // so that a thread may have 255 registers
+// Returns the most warps of a block. The more there are, the less time passes without any that has work; but a quarter
+// of a multiprocessor's registers are 255 a thread for two warps, and 168 for three, which not all kernels do with.
+SHUFFLENET_HOST_DEVICE constexpr int most_strip_warps(int compute_capability, Layout layout) {
+  return compute_capability >= 90 && layout == Layout::channels_last ? 12 : 8;
+}
 
 struct StripTiling {
   int rows = 0;    // of the result

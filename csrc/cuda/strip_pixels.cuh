@@ -117,12 +117,10 @@ struct StripPixels : StripStaging {
 
     // Writes a chunk of the channels, and goes on to the next one.
     SHUFFLENET_DEVICE void write(const Sums<2 * kPairs>& sums, const Fragment* affine) {
-      if (!adds_residual) {
-        write_as<false, false>(sums, affine);
-      } else if (has_whole_chunks && pixels_left >= kItemPixels) {
-        write_as<true, true>(sums, affine);
+      if (adds_residual) {
+        write_as<true>(sums, affine);
       } else {
-        write_as<false, true>(sums, affine);
+        write_as<false>(sums, affine);
       }
       channel += kPairs * 2 * kColumns;
       from += kPairs * 2 * kColumns * kElementBytes;
@@ -130,10 +128,27 @@ struct StripPixels : StripStaging {
     }
 
    private:
-    // Finishes and writes the sums, behind adding x's pixels if kResidual. Unless kWhole, only pixels and channels that
-    // are there: some of the lane's four may be another slice's.
-    template <bool kWhole, bool kResidual>
+    // Which of an item's pixels, and of a pair's channels, are written.
+    enum class Places {
+      all,
+      some,   // those that are there: a lane has four channels, or none
+      parts,  // of a lane's four channels some may be another slice's
+    };
+
+    template <bool kResidual>
     SHUFFLENET_DEVICE void write_as(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
+      if (shares_fours) {
+        write_places<kResidual, Places::parts>(sums, affine);
+      } else if (kResidual && has_whole_chunks && pixels_left >= kItemPixels) {
+        write_places<kResidual, Places::all>(sums, affine);
+      } else {
+        write_places<kResidual, Places::some>(sums, affine);
+      }
+    }
+
+    // Finishes and writes the sums, behind adding x's pixels if kResidual.
+    template <bool kResidual, Places kPlaces>
+    SHUFFLENET_DEVICE void write_places(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
       char* out[2 * kTilesOfItem];
       uint32_t x[2 * kTilesOfItem];  // the swizzle is the same every eight pixels
       SHUFFLENET_UNROLL
@@ -152,13 +167,15 @@ struct StripPixels : StripStaging {
           finish<T, !kResidual>(sums[m][2 * kPair + 1], second, high);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
-            const int eight = 2 * m + half, first = channel + kChannels;
-            if (!kWhole && (eight * 8 + lane_index() / 4 >= pixels_left || first <= -4 || first >= channels)) continue;
+            const int eight = 2 * m + half, four = channel + kChannels;
+            if (kPlaces != Places::all &&
+                (eight * 8 + lane_index() / 4 >= pixels_left || four <= -4 || four >= channels))
+              continue;
             if constexpr (kResidual) add_relu_to<kBytes>(x[eight], low[half], high[half], T{});
-            if (kWhole || !shares_fours) {
+            if (kPlaces != Places::parts || (four >= 0 && four + 4 <= channels)) {
               store_pairs<kBytes>(out[eight], low[half], high[half]);
             } else {
-              store_some(out[eight] + kBytes, low[half] | uint64_t{high[half]} << 32, first);
+              store_some(out[eight] + kBytes, low[half] | uint64_t{high[half]} << 32, four);
             }
           }
         }

@@ -15,6 +15,7 @@ struct StripPlan {
   int64_t shared_bytes = 0;
   int64_t blocks = 0;
   int blocks_per_multiprocessor = 0;
+  double busy_warps = 0;    // of a block, on average
   double instructions = 0;  // that the warps of the launch execute, as predicted
   double cycles = 0;        // predicted for the launch
   std::string explanation;  // why there is no plan, or what the best one is
@@ -129,25 +130,44 @@ inline double strip_instructions(const Sizes& s, const StripTiling& t, const Str
   return image * static_cast<double>(s.batch) * t.parts(s);
 }
 
-// Predicts the cycles of a block, where its share of the memory traffic takes so many. In each phase a block waits for
-// the warps that take one item more than others.
+// How many warps work at a time in a phase: a block waits for those that take one item more than others.
+struct BusyWarps {
+  BusyWarps(const Sizes& s, const StripTiling& t, const StripLayout& layout, const Strip& strip)
+      : conv1(of(t, s.conv1_groups * layout.packed.conv1_chunks, strip.in_rows * s.width)),
+        conv3(of(t, t.slices, strip.rows * s.out_width)) {}
+  static double of(const StripTiling& t, int pieces, int pixels) {
+    const WarpShares shares(t.warps, pieces);
+    const int items = ceil_div(pixels, kItemPixels);
+    return static_cast<double>(pieces) * items / (ceil_div(pieces, shares.step) * ceil_div(items, shares.teams));
+  }
+  double conv1, conv3;
+};
+
+// Predicts the cycles of a block, where its share of the memory traffic takes so many.
 inline double block_cycles(const Sizes& s, const StripTiling& t, const StripLayout& layout, const Strip& strip,
                            double side_by_side, double memory_cycles) {
   const BlockInstructions instructions = block_instructions(s, t, layout, strip);
   const auto cycles = [&](double all, double busy_warps) {
     return side_by_side * all / std::min(kMostInstructions, side_by_side * busy_warps / kWarpInterval);
   };
-  const auto busy_warps = [&](int pieces, int pixels) {
-    const WarpShares shares(t.warps, pieces);
-    const int items = ceil_div(pixels, kItemPixels);
-    const int most = ceil_div(pieces, shares.step) * ceil_div(items, shares.teams);
-    return static_cast<double>(pieces) * items / most;
-  };
-  const double computing =
-      cycles(instructions.others, t.warps) +
-      cycles(instructions.conv1, busy_warps(s.conv1_groups * layout.packed.conv1_chunks, strip.in_rows * s.width)) +
-      cycles(instructions.conv3, busy_warps(t.slices, strip.rows * s.out_width));
+  const BusyWarps busy(s, t, layout, strip);
+  const double computing = cycles(instructions.others, t.warps) + cycles(instructions.conv1, busy.conv1) +
+                           cycles(instructions.conv3, busy.conv3);
   return std::max({computing, cycles(instructions.copies, t.warps), memory_cycles});
+}
+
+// Returns how many of a block's warps work at a time, on the average of all instructions.
+inline double busy_warps(const Sizes& s, const StripTiling& t, const StripLayout& layout) {
+  double all = 0, longest = 0;
+  for (int row = 0; row < s.out_height; row += t.rows) {
+    const Strip strip(s, t, row);
+    const BlockInstructions instructions = block_instructions(s, t, layout, strip);
+    const BusyWarps busy(s, t, layout, strip);
+    all += instructions.all();
+    longest += (instructions.copies + instructions.others) / t.warps + instructions.conv1 / busy.conv1 +
+               instructions.conv3 / busy.conv3;
+  }
+  return all / longest;
 }
 
 // Predicts the cycles of a launch, as predicted_cycles in planner.h does: in rounds, of which each takes as long as the
@@ -193,9 +213,10 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   return rounds * (longest + kWaits * kLatency + kOfInstructions * side_by_side * instructions / kMostInstructions);
 }
 
-inline int strips_per_multiprocessor(int64_t shared_bytes, int warps, const Device& device) {
+inline int strips_per_multiprocessor(int64_t shared_bytes, int warps, Layout layout, const Device& device) {
   const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kReservedPerBlock);
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(by_shared, kMostStripWarps / warps)));
+  const int64_t by_registers = most_strip_warps(device.compute_capability, layout) / warps;
+  return static_cast<int>(std::max<int64_t>(1, std::min(by_shared, by_registers)));
 }
 
 // Returns the most blocks of a launch: a grid's, and what StripConstants can divide.
@@ -211,8 +232,9 @@ inline StripPlan plan_of(const Unit& unit, const StripTiling& t, const StripLayo
   plan.ok = true;
   plan.tiling = t;
   plan.shared_bytes = layout.bytes;
-  plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout.bytes, t.warps, device);
+  plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout.bytes, t.warps, unit.layout, device);
   plan.blocks = t.blocks(s);
+  plan.busy_warps = busy_warps(s, t, layout);
   plan.instructions = strip_instructions(s, t, layout);
   plan.cycles = strip_cycles(unit, t, layout, device, plan.blocks_per_multiprocessor);
   return plan;
@@ -231,7 +253,7 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
     for (int rows = s.out_height; rows >= 1; --rows) {
       if (int64_t{rows} * s.stride * s.width > 1 << 14)
         continue;  // more pixels than shared memory holds, and than fit 32 bits
-      for (int warps : {8, 6, 4, 2}) {
+      for (int warps = most_strip_warps(device.compute_capability, unit.layout); warps > 0; warps -= 2) {
         for (int gap : {8, 1}) {
           if (s.stride == 2 && gap != 1) continue;  // which then has no meaning
           const StripTiling t = {rows, slices, warps, gap};

@@ -19,6 +19,8 @@ int main() {
               << " by_strips=" << plan.by_strips << " strips=" << plan.strips.blocks
               << " strip_blocks=" << plan.strips.blocks_per_multiprocessor << " strip_rows=" << strips.rows
               << " strip_slices=" << strips.slices << " strip_warps=" << strips.warps << " strip_gap=" << strips.gap
+              << " strip_busy_percent="
+              << static_cast<int64_t>(100 * plan.strips.busy_warps / std::max(1, strips.warps))
               << " strip_instructions=" << static_cast<int64_t>(plan.strips.instructions)
               << " cycles=" << static_cast<int64_t>(plan.cycles) << " explanation=" << plan.explanation << "\n";
   }
