@@ -63,7 +63,8 @@ def random_strips(seed: int, count: int) -> list[Case]:
         if rng.random() < 0.7:
             case["rows"] = rng.randint(1, (int(case["h"]) - 1) // stride + 1)
             case["slices"] = rng.choice([divisor for divisor in range(1, groups + 1) if groups % divisor == 0])
-            case["warps"] = rng.choice([2, 4, 6, 8, 12])
+            most = 12 if case["layout"] == "nhwc" and case["sm"] == 90 else 8  # as most_strip_warps in strip.h
+            case["warps"] = rng.choice([2, 4, 6, 8, most])
             case["gap"] = rng.choice([1, 8])
         cases.append(case)
     return cases

@@ -119,7 +119,7 @@ class PlannedUnit {
         packed = own.const_data_ptr();
       }
       const StripPlan& plan = plan_->plan.strips;
-      launch_strips({sizes_, plan.tiling, *plan_->strips, {sizes_, plan.tiling, *plan_->strips}, x.const_data_ptr(), packed, result.mutable_data_ptr()}, plan,
+      launch_strips({sizes_, plan.tiling, *plan_->strips, x.const_data_ptr(), packed, result.mutable_data_ptr()}, plan,
                     dtype_, stream());
       return;
     }

@@ -425,6 +425,16 @@ struct StripConstants {
 };
 
 struct StripArguments {
+  StripArguments(const Sizes& sizes, const StripTiling& tiling, const StripLayout& layout, const void* x,
+                 const void* fragments, void* result)
+      : sizes(sizes),
+        tiling(tiling),
+        layout(layout),
+        constants(sizes, tiling, layout),
+        x(x),
+        fragments(fragments),
+        result(result) {}
+
   Sizes sizes;
   StripTiling tiling;
   // Computed on the host, so that the kernel reads them as constants.

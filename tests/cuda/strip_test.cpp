@@ -38,8 +38,7 @@ std::string run(const Case& c, const Sizes& s, const StripPlan& plan) {
       problem.conv2.pointers,
       problem.conv3->pointers,
       fragments.data};
-  const StripArguments arguments = {
-      s, tiling, layout, {s, tiling, layout}, problem.x.data, fragments.data, result.data};
+  const StripArguments arguments(s, tiling, layout, problem.x.data, fragments.data, result.data);
 #ifdef SHUFFLENET_TEST_PTX
   launch_ptx(c, "pack_kernel", 2, kPackThreads, pack_shared_bytes(s, layout.packed), pack, fragments.data);
   const std::string kernel = kLayout == Layout::channels_last ? "LayoutE1" : "LayoutE0";
