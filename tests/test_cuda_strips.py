@@ -171,7 +171,7 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "{pairs[n][0], pairs[n][1], pairs[n + 1][0], pairs[n + 1][1]}",
         "{pairs[n][0], pairs[n + 1][0], pairs[n][1], pairs[n + 1][1]}",
         "wrong",
-        {"mid": 48, "g": 1, "g1": 1},
+        {"mid": 48, "g": 1, "g1": 1, "h": 9, "w": 8, "rows": 9},  # whole items, which are stored by matrices
     ),
     "half a step of y2 left over": (
         "strip_staging.cuh",

@@ -27,7 +27,7 @@ inline constexpr int kItemPixels = kTilesOfItem * kTilePixels;
 inline constexpr int kColumns = 8;  // of a tile; a block of y1 or y2 has as many slots, which are 16 bytes of a pixel
 inline constexpr int kElementBytes = 2;
 inline constexpr int kBlockBytes = kColumns * kElementBytes;
-inline constexpr int kPlaceBytes = 4;
+inline constexpr int kPlaceBytes = 4;    // of an entry of StripLayout's tables
 inline constexpr int kSectorBytes = 32;  // by which global memory is accessed
 // The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers.
 inline constexpr int kMostConv1Tiles = 6;

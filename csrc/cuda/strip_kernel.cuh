@@ -111,9 +111,9 @@ struct StripBlock : StripIn<T, kLayout> {
       uint32_t pairs[kTilesOfItem][kTiles][2];
       for_each<0, kTiles>([&](auto index) {
         constexpr int n = decltype(index)::value;
-        const Vector4 constants = load_floats<n * 4>(affine);
+        const Vector4 scales = load_floats<n * 4>(affine);
         SHUFFLENET_UNROLL
-        for (int m = 0; m < kTilesOfItem; ++m) finish<T, true>(sums[m][n], constants, pairs[m][n]);
+        for (int m = 0; m < kTilesOfItem; ++m) finish<T, true>(sums[m][n], scales, pairs[m][n]);
       });
       for_each<0, kTilesOfItem>([&](auto index) {
         constexpr int m = decltype(index)::value, kTile = m * kTilePixels;
@@ -246,7 +246,7 @@ struct StripBlock : StripIn<T, kLayout> {
     SHUFFLENET_NO_UNROLL
     for (; to != end; to += kItemPixels * kBlockBytes) {
       Sums<1> sums;
-      const Vector4 constants = load_floats<0>(affine);
+      const Vector4 scales = load_floats<0>(affine);
       if constexpr (kFinite) {
         depthwise<T, kStride>(sums, corner, bottom, middle_bytes, taps);
       } else {
@@ -255,10 +255,10 @@ struct StripBlock : StripIn<T, kLayout> {
       uint32_t pairs[kTilesOfItem][2];
       SHUFFLENET_UNROLL
       for (int m = 0; m < kTilesOfItem; ++m) {
-        finish<T, kRelu>(sums[m][0], constants, pairs[m]);
+        finish<T, kRelu>(sums[m][0], scales, pairs[m]);
         if constexpr (!kFinite) {
-          if (s.conv2_relu) finish<T, true>(sums[m][0], constants, pairs[m]);
-          clear_empty_slots(pairs[m], constants);
+          if (s.conv2_relu) finish<T, true>(sums[m][0], scales, pairs[m]);
+          clear_empty_slots(pairs[m], scales);
         }
       }
       store_matrices<4>(to, {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
@@ -278,10 +278,10 @@ struct StripBlock : StripIn<T, kLayout> {
   }
 
   // Zeroes the slots that no channel has: 0 times Inf may have made them NaN.
-  SHUFFLENET_DEVICE static void clear_empty_slots(uint32_t (&pairs)[2], const Vector4& constants) {
+  SHUFFLENET_DEVICE static void clear_empty_slots(uint32_t (&pairs)[2], const Vector4& scales) {
     constexpr uint32_t kEmpty = 0x80000000u;  // -0
-    const uint32_t mask = (bits_of(constants.values[0]) == kEmpty ? 0 : 0xffffu) |
-                          (bits_of(constants.values[1]) == kEmpty ? 0 : 0xffff0000u);
+    const uint32_t mask =
+        (bits_of(scales.values[0]) == kEmpty ? 0 : 0xffffu) | (bits_of(scales.values[1]) == kEmpty ? 0 : 0xffff0000u);
     pairs[0] &= mask;
     pairs[1] &= mask;
   }
