@@ -231,11 +231,13 @@ def test_the_driver_names_what_is_wrong(program: Path, monkeypatch: pytest.Monke
         assert not row["ok"]
         assert re.fullmatch(where, row["where"])
     wide = f"{case} tile_rows=3 slices=3 tile_depth=100000"
-    rows = list(map(json.loads, driver.answers(command, [f"{case} dtype=float64", "nonsense", wide], 10)))
-    assert [row["ok"] for row in rows] == [False] * 3
+    crowded = f"{case} rows=3 slices=3 warps=12 gap=1"  # as many as kernels of channels_last have
+    rows = list(map(json.loads, driver.answers(command, [f"{case} dtype=float64", "nonsense", wide, crowded], 10)))
+    assert [row["ok"] for row in rows] == [False] * 4
     assert rows[0]["what"] == "dtype: a rehearsal has kernels of float16 and float32 only"
     assert rows[1]["what"] == "not key=value: nonsense"
     assert re.fullmatch(r"does not fit: \d+ bytes of shared memory", rows[2]["what"])
+    assert rows[3]["what"] == "does not fit: 12 warps, a block has 8"
 
 
 def test_the_table_names_what_is_wrong() -> None:

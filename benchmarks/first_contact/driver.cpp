@@ -52,13 +52,18 @@ void cut_windows(const Case& c, const Unit& unit, const Device& device, Plan& pl
   plan.cycles = predicted_cycles(unit, t, c.dtype(), device, plan.blocks_per_multiprocessor, layout);
 }
 
-// Cuts a case's unit into the strips that the case names.
+// Cuts a case's unit into the strips that the case names. Throws std::runtime_error where the kernel has fewer warps.
 void cut_strips(const Case& c, const Unit& unit, const Device& device, StripPlan& plan) {
   StripTiling t;
   t.rows = static_cast<int>(c.number("rows", 0));
   t.slices = static_cast<int>(c.number("slices", 0));
   t.warps = static_cast<int>(c.number("warps", 0));
   t.gap = static_cast<int>(c.number("gap", 0));
+  const int most = most_strip_warps(device.compute_capability, unit.layout);
+  if (t.warps > most) {
+    throw std::runtime_error(
+        "does not fit: " + std::to_string(t.warps) + " warps, a block has " + std::to_string(most));
+  }
   plan = plan_of(unit, t, StripLayout(sizes_of(unit), t, unit.layout), device);
 }
 

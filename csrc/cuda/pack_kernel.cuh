@@ -6,7 +6,7 @@
 #ifndef SHUFFLENET_TEST_DEVICE
 #include "matrices.cuh"
 #endif
-#include "strip.h"
+#include "strip_shares.h"
 
 namespace shufflenet::cuda {
 

@@ -101,7 +101,7 @@ struct PackedLayout {
         conv3_chunks(0),
         conv1_fragments(0),
         conv3_fragments(0),
-        has_whole_pairs(false),
+        has_whole_chunks(false),
         affine1(0),
         taps(0),
         affine2(0),
@@ -128,11 +128,11 @@ struct PackedLayout {
       const int mine = channels_left_out(s, h);
       left_out = mine > left_out ? mine : left_out;
     }
-    has_whole_pairs = left_out == 0 && s.group_rows % (2 * kColumns) == 0;
     const Chunks last(ceil_div(left_out + s.group_rows, 2 * kColumns), kMostConv3Pairs);
     conv3_chunk = last.size;
     conv3_chunks = last.count;
     conv3_pairs = last.count * last.size;
+    has_whole_chunks = left_out == 0 && s.group_rows == conv3_pairs * 2 * kColumns;
     conv3_halves = ceil_div(blocks, 2);
     conv3_steps = ceil_div(conv3_halves, 2);
     conv1_fragments = conv1_chunk * conv1_steps * 32;
@@ -188,7 +188,7 @@ struct PackedLayout {
   int conv1_chunk, conv1_chunks;         // tiles that are multiplied at a time, and how many times
   int conv3_chunk, conv3_chunks;         // pairs of tiles
   int conv1_fragments, conv3_fragments;  // of a chunk's weights
-  bool has_whole_pairs;                  // whether conv3's pairs of tiles have no columns but a group's
+  bool has_whole_chunks;                 // whether conv3's pairs of tiles have no columns but a group's
   bool is_masked;                        // whether blocks of x have channels that a group does not read
   int affine1, taps, affine2, conv3, affine3, part;
 };
@@ -309,140 +309,6 @@ struct StripLayout {
   // where the top left taps of the result's pixels do. To compute these takes more instructions than to read them.
   int places, corners;
   int64_t bytes;  // of it all; may be more than any device has, and then the other members mean nothing
-};
-
-// How many elements of a part of a plane a lane copies at a time, each of another sector: what 4 rows of 7 pixels take.
-inline constexpr int kSectorsInARow = 3;
-
-// How the threads of a block share the copying of some planes, of each `pixels` pixels of `plane`, in units of
-// unit_bytes. They stand side by side over as many planes as they can, so that they go from plane to plane without
-// dividing. Whole planes lie one behind the other in memory. Where sectors are to be filled, a warp's units begin at
-// one: as many planes are taken together as begin at one again, and of parts of planes each has as many slots as its
-// units take in sectors wherever it begins, or where units are elements, a slot for some of them. Slots without a unit
-// are left out.
-struct PlaneCopy {
-  SHUFFLENET_HOST_DEVICE PlaneCopy(int pixels, int plane, int unit_bytes, int threads, bool fills_sectors)
-      : together(1), is_whole(pixels == plane) {
-    const int in_a_sector = fills_sectors ? kSectorBytes / unit_bytes : 1;
-    if (fills_sectors) {
-      together = plane % 16 == 0 ? 1 : plane % 8 == 0 ? 2 : plane % 4 == 0 ? 4 : plane % 2 == 0 ? 8 : 16;
-    }
-    units = pixels * kElementBytes / unit_bytes;
-    in_a_row = fills_sectors && !is_whole && unit_bytes == kElementBytes ? kSectorsInARow : 1;
-    slots = is_whole ? units : ceil_div(ceil_div(units + in_a_sector - 1, in_a_sector), in_a_row) * in_a_sector;
-    lanes = ceil_div(Chunks(slots * together, threads).size, in_a_sector) * in_a_sector;
-    lanes = lanes < slots * together ? lanes : slots * together;
-    side_by_side = threads / lanes;
-  }
-  int together;      // planes
-  bool is_whole;     // whether all pixels of a plane are copied
-  int units, slots;  // of a plane
-  int in_a_row;      // units of a slot, which lie a sector apart
-  int lanes;         // threads that share the slots of planes taken together: one each, or every so many
-  int side_by_side;
-};
-
-// How the pool of planes is shared: tiles of 8 columns of the result, by some rows, to which a warp goes on where they
-// begin at the same place in a block of x as the first one does.
-struct PlanePoolTiles {
-  SHUFFLENET_HOST_DEVICE PlanePoolTiles(const Sizes& s, int out_rows, int warps)
-      : in_row(ceil_div(s.out_width, kColumns)),
-        rows(out_rows,
-             s.width % 4 != 0 ? 1 : ceil_div(out_rows * in_row, warps > in_row ? warps / in_row * in_row : in_row)) {}
-  int in_row;
-  Chunks rows;
-};
-
-inline constexpr int kPackThreads = 256;
-
-// Returns the bytes of shared memory that a block of pack_kernel.cuh needs: for each slot of the unit, its channel.
-SHUFFLENET_HOST_DEVICE inline int64_t pack_shared_bytes(const Sizes& s, const PackedLayout& layout) {
-  return int64_t{s.groups} * layout.blocks * kColumns * static_cast<int64_t>(sizeof(int));
-}
-
-struct PackArguments {
-  Sizes sizes;
-  int slices;
-  PackedLayout layout;
-  ConvolutionPointers conv1, conv2, conv3;
-  void* fragments;
-};
-
-// What a warp does of a phase: of `pieces` (groups or slices), those from `first` on, `step` apart; of the pixels, the
-// items from `pixel` on, `pixel_step` pixels apart. The host computes what all warps have in common.
-struct WarpShares {
-  WarpShares(int warps, int pieces)
-      : pieces(pieces),
-        teams(warps > pieces ? warps / pieces : 1),
-        step(warps < pieces ? warps : pieces),
-        pixel_step(teams * kItemPixels),
-        by_pieces(pieces) {}
-
-  struct Share {
-    int first, step, pixel, pixel_step;
-  };
-  SHUFFLENET_HOST_DEVICE Share of(int warp) const {
-    const int team = by_pieces.quotient(warp);
-    // A warp that is left over has no piece.
-    return {team < teams ? warp - team * pieces : pieces, step, team * kItemPixels, pixel_step};
-  }
-
-  int pieces, teams, step, pixel_step;
-  Divisor by_pieces;
-};
-
-// What all blocks have in common: dividing takes a warp many instructions.
-struct StripConstants {
-  StripConstants(const Sizes& s, const StripTiling& t, const StripLayout& layout)
-      : strips(t.strips(s)),
-        parts(t.parts(s)),
-        copy_lanes(s.in_channels / kColumns < 32 ? s.in_channels / kColumns : 32),
-        copy_pixels(32 / copy_lanes * 4),
-        copy_bytes(t.warps * copy_pixels * s.in_channels * kElementBytes),
-        copy_pitch(t.warps * copy_pixels * layout.x_pitch),
-        by_copy_lanes(copy_lanes),
-        y1_corner(layout.y1 - (s.stride == 1 ? kBlockBytes : 0)),
-        by_strips(strips),
-        by_parts(parts),
-        by_width(s.width),
-        by_out_width(s.out_width),
-        by_piece_tiles(layout.packed.piece_tiles),
-        shares_fours(s.group_rows % 4 != 0 || s.first_conv3_channel % 4 != 0),
-        has_whole_chunks(layout.packed.has_whole_pairs && s.group_rows == layout.packed.conv3_pairs * 2 * kColumns),
-        conv1(t.warps, s.conv1_groups * layout.packed.conv1_chunks),
-        conv3(t.warps, t.slices) {}
-  int strips, parts;
-  // In channels_last: how many lanes copy a pixel, each a block at a time; how many pixels a warp copies before it goes
-  // on, and by how many bytes it does in memory and in shared memory.
-  int copy_lanes, copy_pixels, copy_bytes, copy_pitch;
-  Divisor by_copy_lanes;
-  int y1_corner;                // what StripLayout::corners are counted from
-  Divisor by_strips, by_parts;  // blocks: the planner sees to their range
-  Divisor by_width, by_out_width, by_piece_tiles;
-  bool shares_fours;      // whether four neighbouring channels of the result may be several slices'
-  bool has_whole_chunks;  // whether conv3's pairs of tiles have no columns but a group's
-  WarpShares conv1, conv3;
-};
-
-struct StripArguments {
-  StripArguments(const Sizes& sizes, const StripTiling& tiling, const StripLayout& layout, const void* x,
-                 const void* fragments, void* result)
-      : sizes(sizes),
-        tiling(tiling),
-        layout(layout),
-        constants(sizes, tiling, layout),
-        x(x),
-        fragments(fragments),
-        result(result) {}
-
-  Sizes sizes;
-  StripTiling tiling;
-  // Computed on the host, so that the kernel reads them as constants.
-  StripLayout layout;
-  StripConstants constants;
-  const void* x;
-  const void* fragments;
-  void* result;
 };
 
 }  // namespace shufflenet::cuda

@@ -104,7 +104,7 @@ struct StripPixels : StripStaging {
       pixels_left = strip.out_rows * s.out_width - first_pixel;
       channels = s.group_rows;
       adds_residual = s.stride == 1;
-      has_whole_chunks = strip.constants.has_whole_chunks;
+      has_whole_chunks = strip.packed.has_whole_chunks;
       shares_fours = strip.constants.shares_fours;
     }
 

@@ -5,7 +5,7 @@
 #include <sstream>
 
 #include "device.h"
-#include "strip.h"
+#include "strip_shares.h"
 
 namespace shufflenet::cuda {
 
@@ -144,16 +144,14 @@ struct BusyWarps {
 };
 
 // Predicts the cycles of a block, where its share of the memory traffic takes so many.
-inline double block_cycles(const Sizes& s, const StripTiling& t, const StripLayout& layout, const Strip& strip,
-                           double side_by_side, double memory_cycles) {
-  const BlockInstructions instructions = block_instructions(s, t, layout, strip);
+inline double block_cycles(const BlockInstructions& instructions, const BusyWarps& busy, int warps, double side_by_side,
+                           double memory_cycles) {
   const auto cycles = [&](double all, double busy_warps) {
     return side_by_side * all / std::min(kMostInstructions, side_by_side * busy_warps / kWarpInterval);
   };
-  const BusyWarps busy(s, t, layout, strip);
-  const double computing = cycles(instructions.others, t.warps) + cycles(instructions.conv1, busy.conv1) +
+  const double computing = cycles(instructions.others, warps) + cycles(instructions.conv1, busy.conv1) +
                            cycles(instructions.conv3, busy.conv3);
-  return std::max({computing, cycles(instructions.copies, t.warps), memory_cycles});
+  return std::max({computing, cycles(instructions.copies, warps), memory_cycles});
 }
 
 // Returns how many of a block's warps work at a time, on the average of all instructions.
@@ -206,8 +204,10 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   double longest = 0, instructions = 0;
   for (int row = 0; row < s.out_height; row += t.rows) {
     const Strip strip(s, t, row);
-    longest = std::max(longest, block_cycles(s, t, layout, strip, side_by_side, memory_cycles));
-    instructions += block_instructions(s, t, layout, strip).all() / t.strips(s);
+    const BlockInstructions of_block = block_instructions(s, t, layout, strip);
+    const BusyWarps busy(s, t, layout, strip);
+    longest = std::max(longest, block_cycles(of_block, busy, t.warps, side_by_side, memory_cycles));
+    instructions += of_block.all() / t.strips(s);
   }
   const double rounds = std::max(1.0, std::ceil(blocks / (side_by_side * device.multiprocessors)));
   return rounds * (longest + kWaits * kLatency + kOfInstructions * side_by_side * instructions / kMostInstructions);
@@ -260,8 +260,9 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
           const StripLayout layout(s, t, packed);
           least_bytes = std::min(least_bytes, layout.bytes);
           if (layout.bytes > device.shared_per_block || t.blocks(s) > most_blocks(s, t)) continue;
-          const StripPlan plan = plan_of(unit, t, layout, device);
-          if (!best.ok || plan.cycles < best.cycles) best = plan;
+          const int blocks = strips_per_multiprocessor(layout.bytes, warps, unit.layout, device);
+          if (best.ok && strip_cycles(unit, t, layout, device, blocks) >= best.cycles) continue;
+          best = plan_of(unit, t, layout, device);
         }
       }
     }

@@ -19,9 +19,8 @@ namespace shufflenet::cuda {
 namespace {
 
 template <class T, class Norm, Layout kLayout>
-std::string run(const Case& c, const Sizes& s, const StripPlan& plan) {
+std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
   // A case may cut the unit otherwise than the planner would.
-  StripTiling tiling = plan.tiling;
   tiling.rows = static_cast<int>(c.number("rows", tiling.rows));
   tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
   tiling.warps = static_cast<int>(c.number("warps", tiling.warps));
@@ -56,11 +55,11 @@ std::string run(const Case& c, const Sizes& s, const StripPlan& plan) {
 }
 
 template <Layout kLayout>
-std::string run(const Case& c, const Sizes& s, const StripPlan& plan) {
+std::string run(const Case& c, const Sizes& s, const StripTiling& tiling) {
 #ifndef SHUFFLENET_TEST_FLOAT16_ONLY
-  if (c.dtype() == Dtype::bfloat16) return run<BFloat16, float, kLayout>(c, s, plan);
+  if (c.dtype() == Dtype::bfloat16) return run<BFloat16, float, kLayout>(c, s, tiling);
 #endif
-  return run<Float16, Float16, kLayout>(c, s, plan);
+  return run<Float16, Float16, kLayout>(c, s, tiling);
 }
 
 std::string run(const std::string& line) {
@@ -68,8 +67,8 @@ std::string run(const std::string& line) {
   const StripPlan plan = plan_strips(c.unit(), c.dtype(), c.device());
   if (!plan.ok) return "unplanned " + plan.explanation;
   const Sizes s = sizes_of(c.unit());
-  if (c.unit().layout == Layout::channels_last) return run<Layout::channels_last>(c, s, plan);
-  return run<Layout::contiguous>(c, s, plan);
+  if (c.unit().layout == Layout::channels_last) return run<Layout::channels_last>(c, s, plan.tiling);
+  return run<Layout::contiguous>(c, s, plan.tiling);
 }
 
 }  // namespace
