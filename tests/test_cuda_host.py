@@ -132,10 +132,9 @@ def random_cases(program: str, seed: int, count: int) -> list[Case]:
 
 
 @pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.long) for first in range(12, 60, 12))])
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("program", DTYPES)
-def test_units_of_all_kinds(programs: dict[str, Path], program: str, seed: int, first: int) -> None:
-    assert failures(programs[program], random_cases(program, 100 * seed, 60)[first : first + 12]) == []
+def test_units_of_all_kinds(programs: dict[str, Path], program: str, first: int) -> None:
+    assert failures(programs[program], random_cases(program, 0, 60)[first : first + 12]) == []
 
 
 @pytest.mark.parametrize("program", DTYPES)

@@ -5,4 +5,4 @@ set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 FLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
-  BUILD_DIR=${BUILD_DIR:-build/sanitize} sh "$here/run_fuzz.sh" "$@"
+  BUILD_DIR=${BUILD_DIR:-build/sanitize} sh "$here/run_fuzz.sh" "${1:-600}" "${2:-0}"
