@@ -68,11 +68,11 @@ class Unit:
         }
 
 
-def paper_units(batch: int) -> dict[str, Unit]:
+def paper_units(batch: int, groups: int = GROUPS) -> dict[str, Unit]:
     """The distinct units of the paper's network, by label."""
     units = {}
     with torch.device("meta"):
-        network = se.models.shufflenet_v1(GROUPS)
+        network = se.models.shufflenet_v1(groups)
         for stage, stride in product((2, 3, 4), (2, 1)):
             module = getattr(network, f"layer{stage - 1}")[0 if stride == 2 else 1]
             size = IMAGE_SIZE // 2**stage // (1 if stride == 2 else 2)

@@ -121,6 +121,7 @@ def test_units_of_the_paper_by_strips(program: Path, groups: int) -> None:
 
 TWO: Case = {"stride": 2, "h": 7, "rows": 2}
 PLANES: Case = {"layout": "nchw"}
+SCATTERED: Case = {"g": 8, "g1": 8, "in": 64, "mid": 96, "out": 64}
 # What each planted bug replaces in a file, and how the harness must answer; what the case has beside STRIP.
 STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     "y1 read before all of it is there": (
@@ -150,7 +151,14 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "if (pixel >= pixels) continue;",
         "if (pixel > pixels) continue;",
         "race|wrong|outside|never written",
-        {},
+        {"g": 1, "g1": 1},
+    ),
+    "a pixel behind the last one scattered": (
+        "strip_kernel.cuh",
+        "if (pixel < pixels) {",
+        "if (pixel <= pixels) {",
+        "race|wrong|outside|never written",
+        SCATTERED,
     ),
     "rows above the image not cleared": (
         "strip_staging.cuh",
@@ -305,6 +313,27 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "return 2 * column - 1;",
         "wrong|outside|never written",
         PLANES | TWO | {"w": 6},
+    ),
+    "empty columns that share a slot": (
+        "pack_kernel.cuh",
+        "= -1 - empty++;",
+        "= -1 - empty;",
+        "race|never written",
+        SCATTERED,
+    ),
+    "the columns of a pair in each other's slots": (
+        "strip_kernel.cuh",
+        "store_element(to[n][1] + place, static_cast<uint16_t>(pair >> 16));",
+        "store_element(to[n][1] + place, static_cast<uint16_t>(pair));",
+        "wrong",
+        SCATTERED,
+    ),
+    "blocks turned on one side only": (
+        "strip.h",
+        "(slot + (kColumns - 2) * block) % kColumns;",
+        "(slot + kColumns * block) % kColumns;",
+        "wrong",
+        SCATTERED,
     ),
     "taps in the wrong order": (
         "pack_kernel.cuh",

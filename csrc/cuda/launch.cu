@@ -255,8 +255,9 @@ void launch_pack(const PackArguments& arguments, const StripPlan& plan, Dtype dt
   constexpr int64_t kMostBlocks = 512;
   const int64_t fragments = arguments.layout.fragments(arguments.sizes, arguments.slices);
   const int64_t blocks = std::min(kMostBlocks, shufflenet::ceil_div(fragments, int64_t{kPackThreads}));
-  launch_planned(strip_kernels_for(dtype).pack, &arguments, plan,
-                 {blocks, kPackThreads, pack_shared_bytes(arguments.sizes, arguments.layout)}, stream);
+  launch_planned(
+      strip_kernels_for(dtype).pack, &arguments, plan,
+      {blocks, kPackThreads, pack_shared_bytes(arguments.sizes, arguments.slices, arguments.layout)}, stream);
 }
 
 void launch_strips(const StripArguments& arguments, const StripPlan& plan, Dtype dtype, void* stream) {

@@ -20,7 +20,11 @@ struct Packer {
         fragments(static_cast<Fragment*>(arguments.fragments)) {}
 
   SHUFFLENET_DEVICE void run() {
-    find_channels();
+    if (layout.scatters) {
+      find_columns();
+    } else {
+      find_channels();
+    }
     barrier();
     const int64_t all = layout.fragments(s, arguments.slices);
     for (int64_t i = block_index() * kPackThreads + thread_index(); i < all; i += block_count() * kPackThreads) {
@@ -43,19 +47,45 @@ struct Packer {
     }
   }
 
+  // Writes which channel each column of a group has in a part, in the channels' order: a thread a group's. The empty
+  // columns of a part are numbered from -1 down.
+  SHUFFLENET_DEVICE void find_columns() {
+    const int columns = layout.conv1_tiles * kColumns, part_channels = arguments.slices * s.slice_channels;
+    for (int i = thread_index(); i < s.groups / arguments.slices * s.conv1_groups; i += kPackThreads) {
+      const int group = i % s.conv1_groups, first = i / s.conv1_groups * part_channels;
+      int found = 0, of_groups_before = 0;
+      for (int channel = first; channel < first + part_channels; ++channel) {
+        const int its_group = PackedLayout::conv1_group(s, channel);
+        of_groups_before += its_group < group;
+        if (its_group == group) channels[i * columns + found++] = channel;
+      }
+      int empty = group * columns - of_groups_before;
+      for (; found < columns; ++found) channels[i * columns + found] = -1 - empty++;
+    }
+  }
+  SHUFFLENET_DEVICE int column(int first_slice, int group, int i) const {
+    const int part = first_slice / arguments.slices;
+    return channels[(part * s.conv1_groups + group) * layout.conv1_tiles * kColumns + i];
+  }
+
   // Returns the channel of y1 that a slot of a slice has, or -1.
   SHUFFLENET_DEVICE int channel_of(int slice, int slot) const {
+    if (layout.scatters) {
+      const int i = PackedLayout::scattered_channel(slot);
+      return i < s.slice_channels ? slice * s.slice_channels + i : -1;
+    }
     if (slot >= layout.blocks * kColumns) return -1;
     const int i = channels[slice * layout.blocks * kColumns + slot];
     return i < 0 ? -1 : slice * s.slice_channels + i;
   }
 
   // Return the channel whose sum is in a column of a tile of conv1, or of conv3; -1 if there is none.
-  SHUFFLENET_DEVICE int conv1_channel(int first_slice, int group, int tile, int column) const {
+  SHUFFLENET_DEVICE int conv1_channel(int first_slice, int group, int tile, int column_of_tile) const {
+    if (layout.scatters) return most(-1, column(first_slice, group, tile * kColumns + column_of_tile));
     const int slice = tile / layout.piece_tiles;
     if (slice >= arguments.slices) return -1;
     return channel_of(
-        first_slice + slice, (group * layout.piece_tiles + tile % layout.piece_tiles) * kColumns + column);
+        first_slice + slice, (group * layout.piece_tiles + tile % layout.piece_tiles) * kColumns + column_of_tile);
   }
   // A lane holds the sums of columns 2 * (lane % 4) and the one behind, which in the two tiles of a pair are four
   // neighbouring channels; of the transposed product it holds one column of either tile.
@@ -69,7 +99,7 @@ struct Packer {
   // Returns fragment `i` of the part that begins with slice `first_slice`.
   SHUFFLENET_DEVICE Fragment fragment(int first_slice, int i) const {
     if (i < layout.affine1) return conv1_fragment(first_slice, i);
-    if (i < layout.taps) {
+    if (i < layout.slots) {
       i -= layout.affine1;
       const int group = i / 4 / layout.conv1_tiles, tile = i / 4 % layout.conv1_tiles;
       return affine_fragment(arguments.conv1, [&](int odd) {
@@ -77,6 +107,7 @@ struct Packer {
         return channel < 0 ? -1 : PackedLayout::conv1_row(s, channel);
       });
     }
+    if (i < layout.taps) return slots_fragment(first_slice, i - layout.slots);
     if (i < layout.affine2) return taps_fragment(first_slice, i - layout.taps);
     if (i < layout.conv3) {
       i -= layout.affine2;
@@ -91,6 +122,30 @@ struct Packer {
       return layout.by_planes ? conv3_channel(slice, tile / 2 * 2 + odd, i % 8)
                               : conv3_channel(slice, tile, i % 4 * 2 + odd);
     });
+  }
+
+  // Returns the blocks of y1, and the bytes of a block's pixel, of the slots of two columns.
+  SHUFFLENET_DEVICE Fragment slots_fragment(int first_slice, int fragment) const {
+    const int group = fragment / 4 / layout.conv1_tiles, tile = fragment / 4 % layout.conv1_tiles;
+    const int empty_slots = layout.blocks * kColumns - s.slice_channels;  // of a slice
+    Fragment f;
+    SHUFFLENET_UNROLL
+    for (int odd = 0; odd < 2; ++odd) {
+      const int channel = column(first_slice, group, tile * kColumns + fragment % 4 * 2 + odd);
+      const int empty = -1 - channel, behind = empty - arguments.slices * empty_slots;
+      int slice = channel / s.slice_channels - first_slice, i = channel % s.slice_channels;
+      if (channel < 0 && behind < 0) {
+        slice = empty / empty_slots;
+        i = s.slice_channels + empty % empty_slots;
+      } else if (channel < 0) {
+        slice = arguments.slices;
+        i = behind;
+      }
+      const int slot = PackedLayout::scattered_slot(i);
+      f.words[2 * odd] = slice * layout.blocks + slot / kColumns;
+      f.words[2 * odd + 1] = slot % kColumns * kElementBytes;
+    }
+    return f;
   }
 
   // Returns the scales and the biases of two channels. Empty slots have -0, by which the kernel knows them, and 0.

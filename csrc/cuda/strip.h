@@ -12,6 +12,11 @@
 // slots are empty, and hold zeros. This is how the shuffle costs nothing: a whole tile of conv1's result is a whole
 // block of y1.
 //
+// **Scattered.** Where pieces have few channels, as with eight groups, most of their tiles would be empty. A tile of
+// conv1 is then 8 columns of a group, side by side, and each of them is stored to a slot of its own, two bytes at a
+// time: a slice's channels lie in order, but for a turn of each block. There are as many columns as slots or more, so
+// that each empty slot is an empty column's, and what is left over goes to blocks that nobody reads.
+//
 // **Layouts.** In channels_last a pixel's channels lie side by side in shared memory, as in x. In the contiguous layout
 // a channel's pixels do, x's planes being copied as they are: conv1 transposes its operands as it loads them, and conv3
 // computes the transposed product, of which a lane holds neighbouring pixels of a channel.
@@ -78,6 +83,7 @@ struct GroupStart {
 //
 //   conv1     [conv1_groups][chunks][steps][tiles of the chunk][lane 32]: the operand of 32 channels
 //   affine1   [conv1_groups][tiles][lane % 4]: scale, scale, bias, bias of the two columns that the lane holds sums of
+//   slots     [conv1_groups][tiles][lane % 4], if scattered: block, byte, block, byte of the slots of the two columns
 //   taps      [slices][blocks][3][lane 32]: diagonal operands of the taps 0 3, 1 4, 2 5, 6 7 and 8
 //   affine2   [slices][blocks][lane % 4]
 //   conv3     [slices][chunks][steps][tiles of the chunk][lane 32]
@@ -87,6 +93,7 @@ struct GroupStart {
 struct PackedLayout {
   SHUFFLENET_HOST_DEVICE PackedLayout(const Sizes& s, int slices, Layout layout)
       : by_planes(layout == Layout::contiguous),
+        scatters(false),
         piece_tiles(0),
         conv1_tiles(0),
         conv1_halves(0),
@@ -103,14 +110,26 @@ struct PackedLayout {
         conv3_fragments(0),
         has_whole_chunks(false),
         affine1(0),
+        slots(0),
         taps(0),
         affine2(0),
         conv3(0),
         affine3(0),
         part(0) {
     // A group of conv1 has conv1_group_rows rows, of which a piece has at most the greatest number of multiples.
-    piece_tiles = ceil_div(most_of_a_piece(s), kColumns);
-    const Chunks first(slices * piece_tiles, kMostConv1Tiles);
+    piece_tiles = ceil_div(most_of_a_piece(s, 1), kColumns);
+    blocks = s.conv1_groups * piece_tiles;
+    // To scatter a tile takes about as long again as to multiply it.
+    const int own_blocks = ceil_div(s.slice_channels, kColumns);
+    scatters = 3 * own_blocks < 2 * blocks;
+    int group_tiles = slices * piece_tiles;
+    if (scatters) {
+      blocks = own_blocks;
+      const int of_columns = ceil_div(most_of_a_piece(s, slices), kColumns);
+      const int of_slots = ceil_div(slices * blocks, s.conv1_groups);
+      group_tiles = of_columns > of_slots ? of_columns : of_slots;
+    }
+    const Chunks first(group_tiles, kMostConv1Tiles);
     conv1_chunk = first.size;
     conv1_chunks = first.count;
     conv1_tiles = first.count * first.size;
@@ -122,7 +141,6 @@ struct PackedLayout {
     is_masked = s.conv1_groups > 1 && (skipped > 0 || s.conv1_depth % 16 != 0);
     conv1_halves = ceil_div(skipped + s.conv1_depth, 16);
     conv1_steps = ceil_div(conv1_halves, 2);
-    blocks = s.conv1_groups * piece_tiles;
     int left_out = 0;  // at most
     for (int h = 0; h < s.groups; ++h) {
       const int mine = channels_left_out(s, h);
@@ -138,7 +156,8 @@ struct PackedLayout {
     conv1_fragments = conv1_chunk * conv1_steps * 32;
     conv3_fragments = 2 * conv3_chunk * conv3_steps * 32;
     affine1 = s.conv1_groups * conv1_tiles * conv1_steps * 32;
-    taps = affine1 + s.conv1_groups * conv1_tiles * 4;
+    slots = affine1 + s.conv1_groups * conv1_tiles * 4;
+    taps = scatters ? slots + s.conv1_groups * conv1_tiles * 4 : slots;
     affine2 = taps + slices * blocks * 3 * 32;
     conv3 = affine2 + slices * blocks * 4;
     affine3 = conv3 + slices * conv3_pairs * 2 * conv3_steps * 32;
@@ -150,13 +169,14 @@ struct PackedLayout {
     return int64_t{part} * (s.groups / slices);
   }
 
-  // Returns the channels of the largest piece.
-  SHUFFLENET_HOST_DEVICE static int most_of_a_piece(const Sizes& s) {
+  // Returns the most channels that a group of conv1 has in a part of `slices` slices: with one, the largest piece's.
+  SHUFFLENET_HOST_DEVICE static int most_of_a_piece(const Sizes& s, int slices) {
+    const int channels = slices * s.slice_channels;
     int most = 0;
-    for (int h = 0; h < s.groups; ++h) {
+    for (int first = 0; first < s.mid_channels; first += channels) {
       for (int r = 0; r < s.conv1_groups; ++r) {
         int count = 0;
-        for (int i = 0; i < s.slice_channels; ++i) count += conv1_group(s, h * s.slice_channels + i) == r;
+        for (int i = 0; i < channels; ++i) count += conv1_group(s, first + i) == r;
         most = count > most ? count : most;
       }
     }
@@ -169,6 +189,16 @@ struct PackedLayout {
     const int aligned = s.result_channels % 16 == 0 ? 16 : s.result_channels % 8 == 0 ? 8 : 4;
     return by_planes ? 0 : (s.first_conv3_channel + slice * s.group_rows) % aligned;
   }
+  // Return the slot of a slice's channel where they are scattered, and the channel of a slot. Block i is turned by i
+  // words, so that fewer of the columns that lanes store at a time lie in the same bank.
+  SHUFFLENET_HOST_DEVICE static int scattered_slot(int channel) {
+    const int block = channel / kColumns;
+    return block * kColumns + (channel + 2 * block) % kColumns;
+  }
+  SHUFFLENET_HOST_DEVICE static int scattered_channel(int slot) {
+    const int block = slot / kColumns;
+    return block * kColumns + (slot + (kColumns - 2) * block) % kColumns;
+  }
   // Return the row of conv1 that the shuffle makes channel `channel`, and the group of conv1 that it belongs to.
   SHUFFLENET_HOST_DEVICE static int conv1_row(const Sizes& s, int channel) {
     return channel % s.shuffle_groups * s.shuffle_rows + channel / s.shuffle_groups;
@@ -178,6 +208,7 @@ struct PackedLayout {
   }
 
   bool by_planes;    // whether conv3's product is transposed
+  bool scatters;     // whether conv1's columns are stored one by one
   int piece_tiles;   // tiles of a piece
   int conv1_tiles;   // of a group of conv1 in a part
   int conv1_halves;  // blocks of 16 channels that a group of conv1 multiplies; a step has two
@@ -190,7 +221,7 @@ struct PackedLayout {
   int conv1_fragments, conv3_fragments;  // of a chunk's weights
   bool has_whole_chunks;                 // whether conv3's pairs of tiles have no columns but a group's
   bool is_masked;                        // whether blocks of x have channels that a group does not read
-  int affine1, taps, affine2, conv3, affine3, part;
+  int affine1, slots, taps, affine2, conv3, affine3, part;
 };
 
 // A block's shared memory, as byte offsets.

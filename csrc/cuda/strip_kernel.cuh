@@ -84,6 +84,7 @@ struct StripBlock : StripIn<T, kLayout> {
     const Fragment* const weights = fragments + unsigned(piece * packed.conv1_fragments + lane);
     const Fragment* const affine = fragments + unsigned(packed.affine1 + piece * packed.conv1_chunk * 4 + lane % 4);
     const uint32_t y1 = base + layout.y1 + (this->image_row - this->in_row) * layout.y1_pitch * kBlockBytes;
+    const Fragment* const slots = affine + unsigned(packed.slots - packed.affine1);
     uint32_t blocks[kStores<kTiles>];
     SHUFFLENET_UNROLL
     for (int i = 0; i < kStores<kTiles>; ++i) {
@@ -115,6 +116,10 @@ struct StripBlock : StripIn<T, kLayout> {
         SHUFFLENET_UNROLL
         for (int m = 0; m < kTilesOfItem; ++m) finish<T, true>(sums[m][n], scales, pairs[m][n]);
       });
+      if (packed.scatters) {
+        scatter_tiles<kTiles>(pixel, pixels, y1, slots, pairs);
+        continue;
+      }
       for_each<0, kTilesOfItem>([&](auto index) {
         constexpr int m = decltype(index)::value, kTile = m * kTilePixels;
         if (is_tail) {
@@ -164,6 +169,33 @@ struct StripBlock : StripIn<T, kLayout> {
       const uint32_t place = load_pair(base + layout.places + pixel * kPlaceBytes);
       SHUFFLENET_UNROLL
       for (int n = 0; n < kTiles; ++n) store_pair<0>(block[n] + place, pairs[n][half]);
+    }
+  }
+
+  // Stores those of the 32 pixels from `first` on that lie before the last one, each column to its slot.
+  template <int kTiles>
+  SHUFFLENET_DEVICE void scatter_tiles(int first, int pixels, uint32_t y1, const Fragment* slots,
+                                       const uint32_t (&pairs)[kTilesOfItem][kTiles][2]) const {
+    const uint32_t block_bytes = layout.y1_pixels * kBlockBytes;
+    uint32_t to[kTiles][2];
+    for_each<0, kTiles>([&](auto index) {
+      constexpr int n = decltype(index)::value;
+      const Fragment slot = load_constant<n * 4>(slots);
+      SHUFFLENET_UNROLL
+      for (int odd = 0; odd < 2; ++odd) to[n][odd] = y1 + slot.words[2 * odd] * block_bytes + slot.words[2 * odd + 1];
+    });
+    SHUFFLENET_UNROLL
+    for (int i = 0; i < 2 * kTilesOfItem; ++i) {
+      const int pixel = first + i * 8 + lane / 4;
+      if (pixel < pixels) {
+        const uint32_t place = load_pair(base + layout.places + pixel * kPlaceBytes);
+        SHUFFLENET_UNROLL
+        for (int n = 0; n < kTiles; ++n) {
+          const uint32_t pair = pairs[i / 2][n][i % 2];
+          store_element(to[n][0] + place, static_cast<uint16_t>(pair));
+          store_element(to[n][1] + place, static_cast<uint16_t>(pair >> 16));
+        }
+      }
     }
   }
 

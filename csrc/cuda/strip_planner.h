@@ -42,8 +42,8 @@ struct StripInstructions {
   static constexpr double warp = 600, copy = 3.8;
   // A product, for each step, and for each half of a step: without its tiles, and for each of them. What a mask adds.
   static constexpr double step = 8, step_tile = 1, half = 2, half_tile = 2, mask = 12;
-  // conv1 and conv3: an item, and what is done to the sums of each tile of it.
-  static constexpr double item1 = 32, outputs1 = 14, item3 = 27, outputs3 = 22;
+  // conv1 and conv3: an item, and what is done to the sums of each tile of it; what it adds to scatter one.
+  static constexpr double item1 = 32, outputs1 = 14, scattered1 = 26, item3 = 27, outputs3 = 22;
   // The depthwise convolution: an item, and each block of 8 slots of it.
   static constexpr double item2 = 35, block2 = 47;
   // In the contiguous layout: once a warp that copies x or results, once a unit of a plane or some that it copies, and
@@ -81,9 +81,9 @@ inline BlockInstructions block_instructions(const Sizes& s, const StripTiling& t
   using Count = StripInstructions;
   const PackedLayout& p = layout.packed;
   const int conv3_tiles = 2 * p.conv3_chunk;
-  const double conv1 =
-      Count::item1 + p.conv1_chunk * Count::outputs1 + (p.by_planes ? p.conv1_halves * Count::transposed : 0) +
-      Count::product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, p.is_masked);
+  const double conv1 = Count::item1 + p.conv1_chunk * (Count::outputs1 + (p.scatters ? Count::scattered1 : 0)) +
+                       (p.by_planes ? p.conv1_halves * Count::transposed : 0) +
+                       Count::product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, p.is_masked);
   const double depthwise = Count::item2 + p.blocks * Count::block2;
   const double conv3 = Count::item3 + conv3_tiles * (Count::outputs3 + (p.by_planes ? Count::in_place3 : 0)) +
                        Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
@@ -249,7 +249,7 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
   for (int slices = s.groups; slices >= 1; --slices) {
     if (s.groups % slices != 0) continue;
     const PackedLayout packed(s, slices, unit.layout);  // takes longer than the rest of a layout
-    if (pack_shared_bytes(s, packed) > kSharedWithoutAsking) continue;
+    if (pack_shared_bytes(s, slices, packed) > kSharedWithoutAsking) continue;
     for (int rows = s.out_height; rows >= 1; --rows) {
       if (int64_t{rows} * s.stride * s.width > 1 << 14)
         continue;  // more pixels than shared memory holds, and than fit 32 bits

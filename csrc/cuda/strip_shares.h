@@ -49,9 +49,12 @@ struct PlanePoolTiles {
 
 inline constexpr int kPackThreads = 256;
 
-// Returns the bytes of shared memory that a block of pack_kernel.cuh needs: for each slot of the unit, its channel.
-SHUFFLENET_HOST_DEVICE inline int64_t pack_shared_bytes(const Sizes& s, const PackedLayout& layout) {
-  return int64_t{s.groups} * layout.blocks * kColumns * static_cast<int64_t>(sizeof(int));
+// Returns the bytes of shared memory that a block of pack_kernel.cuh needs: for each slot of the unit, or if scattered
+// for each column of conv1 in all parts, its channel.
+SHUFFLENET_HOST_DEVICE inline int64_t pack_shared_bytes(const Sizes& s, int slices, const PackedLayout& layout) {
+  const int tiles =
+      layout.scatters ? s.groups / slices * s.conv1_groups * layout.conv1_tiles : s.groups * layout.blocks;
+  return int64_t{tiles} * kColumns * static_cast<int64_t>(sizeof(int));
 }
 
 struct PackArguments {

@@ -32,7 +32,7 @@ void launch_on_host(const KernelArguments& arguments, Layout layout, int64_t sha
 
 template <class T>
 void launch_pack_on_host(const PackArguments& arguments) {
-  Machine machine(kPackThreads, pack_shared_bytes(arguments.sizes, arguments.layout), 0);
+  Machine machine(kPackThreads, pack_shared_bytes(arguments.sizes, arguments.slices, arguments.layout), 0);
   machine.launch(2, [&] { Packer<T>(arguments).run(); });
 }
 

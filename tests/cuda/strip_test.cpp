@@ -39,11 +39,12 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
       fragments.data};
   const StripArguments arguments(s, tiling, layout, problem.x.data, fragments.data, result.data);
 #ifdef SHUFFLENET_TEST_PTX
-  launch_ptx(c, "pack_kernel", 2, kPackThreads, pack_shared_bytes(s, layout.packed), pack, fragments.data);
+  launch_ptx(
+      c, "pack_kernel", 2, kPackThreads, pack_shared_bytes(s, tiling.slices, layout.packed), pack, fragments.data);
   const std::string kernel = kLayout == Layout::channels_last ? "LayoutE1" : "LayoutE0";
   launch_ptx(c, kernel, tiling.blocks(s), tiling.warps * 32, layout.bytes, arguments, result.data);
 #else
-  Machine packer(kPackThreads, pack_shared_bytes(s, layout.packed), c.number("seed", 0));
+  Machine packer(kPackThreads, pack_shared_bytes(s, tiling.slices, layout.packed), c.number("seed", 0));
   packer.launch(2, [&] { Packer<T>(pack).run(); });
   Machine machine(tiling.warps * 32, layout.bytes, c.number("seed", 0));
   machine.launch(tiling.blocks(s), [&] { StripBlock<T, kLayout>(arguments).run(); });
