@@ -63,6 +63,7 @@ struct Packer {
       for (; found < columns; ++found) channels[i * columns + found] = -1 - empty++;
     }
   }
+  // Returns what find_columns has written for a column of a group, in the part that begins with slice `first_slice`.
   SHUFFLENET_DEVICE int column(int first_slice, int group, int i) const {
     const int part = first_slice / arguments.slices;
     return channels[(part * s.conv1_groups + group) * layout.conv1_tiles * kColumns + i];

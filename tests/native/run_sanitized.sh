@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs the fuzzer of the kernels with AddressSanitizer and UndefinedBehaviorSanitizer. Arguments and environment: as for
-# run_fuzz.sh, but for FLAGS.
+# run_fuzz.sh, but for FLAGS, and for the units: 600 unless told.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
