@@ -23,6 +23,9 @@ TORCH_TARGET_VERSION = "0x020b000000000000ULL"
 DEFAULT_CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 # Whose PTX is kept beside that of the last one, for newer cards that the last one's does not reach: 10.3 and 11.0.
 PTX_CUDA_ARCH = "9.0"
+# By architecture, the older one whose PTX its code is made from. The sources ask for no more than that, and the first
+# half of nvcc's work, which takes longer than the second, is done once for both.
+CODE_FROM = {"8.6": "8.0", "8.9": "8.0", "10.0": "9.0"}
 
 
 def cpp_flags() -> list[str]:
@@ -70,6 +73,21 @@ def default_cuda_archs() -> str:
     if not archs:
         raise RuntimeError(f"{nvcc} knows none of {DEFAULT_CUDA_ARCHS}: set TORCH_CUDA_ARCH_LIST")
     return ";".join(f"{arch}+PTX" if arch in (PTX_CUDA_ARCH, archs[-1]) else arch for arch in archs)
+
+
+def default_gencode() -> list[str]:
+    """nvcc's flags for default_cuda_archs(), each architecture's code from the PTX that CODE_FROM names."""
+
+    def flag(virtual: str, kind: str, arch: str) -> str:
+        return f"-gencode=arch=compute_{virtual},code={kind}_{arch}".replace(".", "")
+
+    flags = []
+    for wanted in default_cuda_archs().split(";"):
+        arch = wanted.removesuffix("+PTX")
+        flags.append(flag(CODE_FROM.get(arch, arch), "sm", arch))
+        if arch != wanted:
+            flags.append(flag(arch, "compute", arch))
+    return flags
 
 
 def cuda_decision() -> tuple[bool, str]:
@@ -129,8 +147,9 @@ def extensions() -> list[Extension]:
 
 def cuda_extension() -> Extension:
     """The CUDA library, apart from the CPU's: where it cannot be loaded the CPU kernels still are."""
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_cuda_archs()
-    os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # torch's list of -gencode flags
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    archs = chosen or default_cuda_archs()
+    gencode = [] if chosen else default_gencode()  # where there are none, torch makes flags of TORCH_CUDA_ARCH_LIST
     print(f"shufflenet_ext: CUDA kernels for {archs}")
     flags = [*cpp_flags(), "-DUSE_CUDA", f'-DSHUFFLENET_EXT_CUDA_ARCHS="{archs}"']
     extension = cpp_extension.CUDAExtension(
@@ -138,7 +157,7 @@ def cuda_extension() -> Extension:
         cuda_sources(),
         include_dirs=[pybind11.get_include()],
         depends=[str(path) for suffix in ("h", "cuh") for path in Path("csrc").rglob(f"*.{suffix}")],
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++17", *flags[-1:]]},
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++17", *gencode, *flags[-1:]]},
     )
     # The static runtime: whichever CUDA version torch brings, the library takes its own.
     extension.libraries = [name for name in extension.libraries if name != "cudart"] + ["cudart_static", "rt", "dl"]

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,24 @@ Plan = Mapping[str, int | str]
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one that comes with triton."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        found = shutil.which("cuobjdump", path=str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
+    return found
+
+
+def built_library() -> Path | None:
+    """The CUDA library that SHUFFLENET_EXT_CUDA_LIBRARY names, so that its kernels need not be compiled once more."""
+    name = os.environ.get("SHUFFLENET_EXT_CUDA_LIBRARY")
+    return Path(name).resolve() if name else None
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,8 @@ def kernels_of_library(library: Path, cuobjdump: str, folder: Path) -> dict[str,
 def _compile(source: Path, arch: str, folder: Path) -> tuple[Path, list[str]]:
     """Compiles a file; what ptxas says of each of its kernels."""
     cubin = folder / f"{source.stem}_{arch}.cubin"
-    command = [nvcc(), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin", "-o", cubin, source]
+    code = f"-gencode=arch=compute_{ptx_arch(int(arch))},code=sm_{arch}"
+    command = [nvcc(), "-std=c++17", "-O3", code, "-Xptxas", "-v", "-cubin", "-o", cubin, source]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc failed on {source.name} for sm_{arch}:\n{done.stderr}")
@@ -98,23 +118,39 @@ def _kernel(layout: str, entry: str) -> Kernel:
 def compile_ptx(name: str, arch: int, kernel: Path = KERNEL) -> Path:
     """The PTX of name.cu, for a compute capability such as 90; ``kernel`` is the folder of the sources.
 
-    It is kept in build/ptx from one run to the next, by what it is made of. Raises RuntimeError where nvcc fails.
+    It is that of built_library(), where that has it. It is kept in build/ptx from one run to the next, by what it is
+    made of. Raises RuntimeError where nvcc fails.
     """
+    library = built_library() if kernel == KERNEL else None
     command = [str(nvcc()), "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx"]
-    key = hashlib.sha256(repr([command, toolkit_version(), name]).encode())
+    made_by = [command, toolkit_version()] if library is None else [library, library.stat().st_mtime_ns]
+    key = hashlib.sha256(repr([*made_by, name]).encode())
     for source in sorted([*kernel.glob("*.*"), *kernel.parent.glob("*.h")]):
         key.update(source.name.encode() + source.read_bytes())
     folder = ROOT / "build" / "ptx"
     ptx = folder / f"{name}_{arch}-{key.hexdigest()[:16]}.ptx"
     if not ptx.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        made = folder / f"{ptx.stem}-{os.getpid()}"  # a file that is there is a whole one
-        command += ["-o", str(made), str(kernel / f"{name}.cu")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"nvcc failed on {name}.cu for compute_{arch}:\n{done.stderr}")
-        made.rename(ptx)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a file that is there is a whole one
+            made = Path(scratch, "made.ptx")
+            if library is None or not _extract_ptx(library, f"{name}.*.sm_{arch}.ptx", made):
+                command += ["-o", str(made), str(kernel / f"{name}.cu")]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode != 0:
+                    raise RuntimeError(f"nvcc failed on {name}.cu for compute_{arch}:\n{done.stderr}")
+            made.rename(ptx)
     return ptx
+
+
+def _extract_ptx(library: Path, pattern: str, to: Path) -> bool:
+    """Whether the library has PTX of such a name, which is moved to a file."""
+    tool = cuobjdump()
+    if tool is None:
+        return False
+    subprocess.run([tool, "-xptx", "all", library], cwd=to.parent, capture_output=True, check=True)
+    for found in to.parent.glob(pattern):
+        found.rename(to)
+    return to.exists()
 
 
 # What unit_test.cpp and strip_test.cpp of tests/cuda are compiled with to run kernels by their PTX. No two operations
@@ -123,12 +159,13 @@ PTX_FLAGS = (
     *("-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-DSHUFFLENET_TEST_PTX", f"-I{KERNEL}", f"-I{ROOT / 'tests' / 'cuda'}"),
 )
-# The compute capabilities that tests compile PTX for: where kernels may begin to differ, and the newest.
+# The compute capabilities that PTX is compiled for, of which setup.py makes the code of all architectures: where kernels
+# may begin to differ, and the newest.
 PTX_ARCHS = (75, 80, 90, 120)
 
 
 def ptx_arch(sm: int) -> int:
-    """Which PTX an architecture runs, of those that are compiled."""
+    """Which PTX an architecture's code is made of."""
     return max(arch for arch in PTX_ARCHS if arch <= sm)
 
 

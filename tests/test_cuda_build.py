@@ -1,5 +1,6 @@
 """How setup.py finds the CUDA toolkit, and what it builds for. No GPU is needed."""
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import setuptools
 import torch
 from torch.utils import cpp_extension
+
+from benchmarks.cuda_toolkit import ptx_arch
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,20 +92,32 @@ def test_a_toolkit_of_another_major_version(
 
 
 @pytest.mark.parametrize(
-    ("known", "expected"),
+    ("known", "archs", "code"),
     [
-        ("75 80 86 87 89 90 100 103 110 120 121", "7.5;8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX"),
-        ("75 80 86 89 90", "7.5;8.0;8.6;8.9;9.0+PTX"),
-        ("70 75 80 86", "7.5;8.0;8.6+PTX"),
+        (
+            "75 80 86 87 89 90 100 103 110 120 121",
+            "7.5;8.0;8.6;8.9;9.0+PTX;10.0;12.0+PTX",
+            "75:sm_75 80:sm_80 80:sm_86 80:sm_89 90:sm_90 90:compute_90 90:sm_100 120:sm_120 120:compute_120",
+        ),
+        ("75 80 86 89 90", "7.5;8.0;8.6;8.9;9.0+PTX", "75:sm_75 80:sm_80 80:sm_86 80:sm_89 90:sm_90 90:compute_90"),
+        ("70 75 80 86", "7.5;8.0;8.6+PTX", "75:sm_75 80:sm_80 80:sm_86 86:compute_86"),
     ],
 )
 def test_default_architectures(
-    setup: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch, known: str, expected: str
+    setup: dict[str, Any], toolkit: Path, monkeypatch: pytest.MonkeyPatch, known: str, archs: str, code: str
 ) -> None:
     codes = " ".join(f"sm_{code}" for code in known.split())
     script(toolkit / "bin" / "nvcc", f"[ $1 = --list-gpu-code ] && printf '%s\\n' {codes}")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit))
-    assert setup["default_cuda_archs"]() == expected
+    assert setup["default_cuda_archs"]() == archs
+    made = [re.fullmatch(r"-gencode=arch=compute_(\d+),code=(\w+)", flag) for flag in setup["default_gencode"]()]
+    assert " ".join(f"{one[1]}:{one[2]}" for one in made if one) == code
+
+
+def test_code_is_made_of_the_ptx_that_tests_run(setup: dict[str, Any]) -> None:
+    made_from = {arch: setup["CODE_FROM"].get(arch, arch) for arch in setup["DEFAULT_CUDA_ARCHS"]}
+    numbers = {int(arch.replace(".", "")): int(virtual.replace(".", "")) for arch, virtual in made_from.items()}
+    assert numbers == {arch: ptx_arch(arch) for arch in numbers}
 
 
 def test_no_default_architecture_that_nvcc_knows(

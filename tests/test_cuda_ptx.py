@@ -148,45 +148,42 @@ def test_units_of_the_paper_by_strips(strip_program: Path) -> None:
     assert failures(strip_program, with_ptx(paper_strips(), "strip")) == []
 
 
-# Faults in inline assembly, which the source's host version has not: what is replaced in device.cuh.
-MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-IN_ASSEMBLY = {
-    "registers of A swapped": (MMA + "{%4, %5, %6, %7}", MMA + "{%4, %6, %5, %7}"),
-    "registers of B swapped": (MMA + "{%4, %5, %6, %7}, {%8, %9}", MMA + "{%4, %5, %6, %7}, {%9, %8}"),
-    "float16 taken for bfloat16": (MMA, MMA.replace("f16.f16", "bf16.bf16")),
-    "matrices swapped": ("m8n8.x4.shared.b16 {%0, %1, %2, %3}", "m8n8.x4.shared.b16 {%0, %2, %1, %3}"),
-    "matrices transposed": ("m8n8.x4.shared.b16", "m8n8.x4.trans.shared.b16"),
-    "a copy reads what is not there": ("const int bytes = valid ? kBytes : 0;", "const int bytes = kBytes;"),
-    "copies that are never committed": ('asm volatile("cp.async.commit_group;" ::: "memory");', ""),
-    "copies that nobody waits for": ('asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");', ""),
-}
-STRIP_MMA = MMA + "{%4, %5, %6, %7}, {%8, %9}, {%10"
-IN_ASSEMBLY_OF_STRIPS = {
+# Faults in inline assembly, which the source's host version has not. They are planted in the PTX itself. By name: the kind
+# of kernel, and what is replaced in all places, a pattern, and by what.
+MMA = r"(mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32 \{[^}]*\}, )"
+A = r"\{(%\w+), (%\w+), (%\w+), (%\w+)\}"
+IN_PTX = {
+    "registers of A swapped": ("unit", MMA + A, r"\1{\2, \4, \3, \5}"),
+    "registers of B swapped": ("unit", MMA + r"(\{[^}]*\}), \{(%\w+), (%\w+)\}", r"\1\2, {\4, \3}"),
+    "float16 taken for bfloat16": ("unit", r"f32\.f16\.f16\.f32", "f32.bf16.bf16.f32"),
+    "matrices swapped": ("unit", r"(m8n8\.x4\.shared\.b16) " + A, r"\1 {\2, \4, \3, \5}"),
+    "matrices transposed": ("unit", r"m8n8\.x4\.shared\.b16", "m8n8.x4.trans.shared.b16"),
+    "a copy reads what is not there": ("unit", r"(cp\.async\.cg\.\S+ \S+ \S+ 16, )%\w+", r"\g<1>16"),
+    "copies that are never committed": ("unit", r"cp\.async\.commit_group;", ""),
+    "copies that nobody waits for": ("unit", r"cp\.async\.wait_group \d+;", ""),
     "matrices stored in the wrong order": (
-        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2,",
-        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%2, %1,",
+        "strip",
+        r"(stmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 \S+) " + A,
+        r"\1 {\3, \2, \4, \5}",
     ),
-    "operands of planes not transposed": ("m8n8.x4.trans.shared.b16", "m8n8.x4.shared.b16"),
-    "copies of another size": (
-        '"r"(to), "l"(from), "n"(kBytes) : "memory"',
-        '"r"(to), "l"(from), "n"(kBytes == 8 ? 4 : 8) : "memory"',
+    "operands of planes not transposed": ("strip", r"m8n8\.x4\.trans\.shared\.b16", "m8n8.x4.shared.b16"),
+    "copies of another size": ("strip", r"(cp\.async\.ca\.\S+ \S+ \S+) 8;", r"\1 4;"),
+    "pairs stored in the wrong order": ("strip", r"(st\.global\.v2\.u32 \S+) \{(%\w+), (%\w+)\}", r"\1 {\3, \2}"),
+    "the first product's registers of A swapped": (
+        "strip",
+        MMA + A + r"(, \{[^}]*\}, \{(%\w+), \7, \7, \7\})",
+        r"\1{\2, \4, \3, \5}\6",
     ),
-    "pairs stored in the wrong order": ('"n"(kOffset), "r"(low), "r"(high)', '"n"(kOffset), "r"(high), "r"(low)'),
-    "the first product's registers of A swapped": (STRIP_MMA, STRIP_MMA.replace("%5, %6", "%6, %5")),
 }
-# Those of test_cuda_host.py and test_cuda_strips.py that are compiled here as well, which takes seconds each.
-IN_SOURCE = ("missing barrier", "missing barrier of a warp", "halo off by one", "one row too many")
-IN_SOURCE_OF_STRIPS = (
-    "swizzle of the copies alone",
-    "a pixel behind the last one stored",
-    "the pool takes the row below",
-)
-# By name: the kind of kernel, the file, what is replaced in it and by what.
-FAULTS: dict[str, tuple[str, str, str, str]] = {
-    **{name: ("unit", "device.cuh", *fault) for name, fault in IN_ASSEMBLY.items()},
-    **{name: ("strip", "matrices.cuh", *fault) for name, fault in IN_ASSEMBLY_OF_STRIPS.items()},
-    **{name: ("unit", *MUTATIONS[name][:3]) for name in IN_SOURCE if name in MUTATIONS},
-    **{name: ("strip", *STRIP_MUTATIONS[name][:3]) for name in IN_SOURCE_OF_STRIPS if name in STRIP_MUTATIONS},
+# Those of test_cuda_host.py and test_cuda_strips.py that are compiled here as well: the kind and the name.
+IN_SOURCE = {
+    "missing barrier": "unit",
+    "missing barrier of a warp": "unit",
+    "halo off by one": "unit",
+    "one row too many": "unit",
+    "swizzle of the copies alone": "strip",
+    "a pixel behind the last one stored": "strip",
+    "the pool takes the row below": "strip",
 }
 # Small cases of either kind. Of those by strips one has several tiles of conv1 a slice, one a pitch that is swizzled,
 # one a pool, and some are of planes.
@@ -202,34 +199,48 @@ CASES: dict[str, list[Case]] = {
 }
 
 
-def test_the_faults_to_plant_fit_the_kernels() -> None:
-    assert {*IN_SOURCE, *IN_SOURCE_OF_STRIPS} <= set(FAULTS)
-    found = {name: (KERNEL / file).read_text().count(right) for name, (_, file, right, _) in FAULTS.items()}
-    assert found == dict.fromkeys(FAULTS, 1)
+@needs_nvcc
+@pytest.mark.long
+@pytest.mark.parametrize("name", IN_PTX)
+def test_a_fault_planted_in_ptx_is_caught(program: Path, strip_program: Path, tmp_path: Path, name: str) -> None:
+    kind, right, planted = IN_PTX[name]
+    ptx, places = re.subn(right, planted, compile_ptx(f"{kind}_float16", 90).read_text())
+    assert places, "the fault does not fit the kernels"
+    (tmp_path / "faulty.ptx").write_text(ptx)
+    assert_wrong({"unit": program, "strip": strip_program}[kind], tmp_path / "faulty.ptx", CASES[kind])
 
 
 @pytest.fixture(scope="session")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The PTX of the kernels with each fault planted."""
+    """The PTX of the kernels for channels_last with each fault of IN_SOURCE planted."""
 
     def compile_fault(name: str) -> Path:
-        kind, file, right, planted = FAULTS[name]
+        file, right, planted, *_ = (MUTATIONS | STRIP_MUTATIONS)[name]
         sources = tmp_path_factory.mktemp("faulty") / "csrc"
         shutil.copytree(KERNEL.parent, sources, ignore=shutil.ignore_patterns("cpu"))
         kernel = sources / KERNEL.name
         (kernel / file).write_text((kernel / file).read_text().replace(right, planted))
-        return compile_ptx(f"{kind}_float16", 90, kernel)
+        for instances in kernel.glob("*_instance.cuh"):  # one of the two layouts compiles in half of the time
+            instances.write_text(instances.read_text().replace("Layout::contiguous>", "Layout::channels_last>"))
+        return compile_ptx(f"{IN_SOURCE[name]}_float16", 90, kernel)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(FAULTS, pool.map(compile_fault, FAULTS), strict=True))
+        return dict(zip(IN_SOURCE, pool.map(compile_fault, IN_SOURCE), strict=True))
 
 
 @needs_nvcc
 @pytest.mark.long  # compiles for a minute
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_caught(program: Path, strip_program: Path, faulty: dict[str, Path], name: str) -> None:
-    kind = FAULTS[name][0]
-    common: Case = {"dtype": "float16", "layout": "nhwc", "sm": 90, "ptx": str(faulty[name])}
-    done = run({"unit": program, "strip": strip_program}[kind], [common | case for case in CASES[kind]])
+@pytest.mark.parametrize("name", IN_SOURCE)
+def test_a_fault_planted_in_the_source_is_caught(
+    program: Path, strip_program: Path, faulty: dict[str, Path], name: str
+) -> None:
+    kind = IN_SOURCE[name]
+    cases = [case for case in CASES[kind] if case.get("layout", "nhwc") == "nhwc"]
+    assert_wrong({"unit": program, "strip": strip_program}[kind], faulty[name], cases)
+
+
+def assert_wrong(program: Path, ptx: Path, cases: list[Case]) -> None:
+    common: Case = {"dtype": "float16", "layout": "nhwc", "sm": 90, "ptx": str(ptx)}
+    done = run(program, [common | case for case in cases])
     # A wrong result, or an error of the machine, which says where; not one of reading the PTX.
     assert re.search(r"^wrong |^failed: block \d+, warp \d+", done.stdout, re.M), done.stdout + done.stderr
