@@ -17,14 +17,14 @@ from test_cuda_host import SOURCES, Case, failures, paper_units, pytestmark, run
 from benchmarks.cuda_toolkit import KERNEL
 
 
-def build(kernel: Path = KERNEL, *more_flags: str) -> Path:
-    flags = ["-O0", "-g1", "-fsanitize=address", "-fno-strict-aliasing", *more_flags]
+def build(*flags: str, kernel: Path = KERNEL) -> Path:
+    flags = ("-O0", "-fno-strict-aliasing", *flags)
     return compiled([SOURCES / "strip_test.cpp"], *flags, f"-I{kernel}", f"-I{SOURCES}")
 
 
 @pytest.fixture(scope="session")
 def program() -> Path:
-    return build()
+    return build("-g1", "-fsanitize=address")
 
 
 def random_strips(seed: int, count: int) -> list[Case]:
@@ -350,12 +350,13 @@ def strip_mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("strip_mutants")
 
     def build_mutant(name: str) -> Path:
-        file, right, planted, *_ = STRIP_MUTATIONS[name]
+        file, right, planted, _, case = STRIP_MUTATIONS[name]
         place = folder / name.replace(" ", "_") / "cuda"
         shutil.copytree(KERNEL, place, ignore=shutil.ignore_patterns("*.cpp", "*.cu"))
         shutil.copy(KERNEL.parent / "unit.h", place.parent)
         (place / file).write_text((place / file).read_text().replace(right, planted))
-        return build(place, "-DSHUFFLENET_TEST_FLOAT16_ONLY")  # which compiles in half of the time
+        layout = "contiguous" if case.get("layout") == "nchw" else "channels_last"
+        return build(f"-DSHUFFLENET_TEST_LAYOUT={layout}", kernel=place)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(STRIP_MUTATIONS, pool.map(build_mutant, STRIP_MUTATIONS), strict=True))
