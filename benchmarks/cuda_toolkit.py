@@ -4,6 +4,7 @@ Only the standard library is imported: tests and the model of the kernels' speed
 """
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -30,14 +31,10 @@ def nvcc() -> str | None:
 
 def cuobjdump() -> str | None:
     """The toolkit's, or the one that comes with triton."""
-    found = shutil.which("cuobjdump")
-    if found is None:
-        try:
-            import triton
-        except ImportError:
-            return None
-        found = shutil.which("cuobjdump", path=str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
-    return found
+    triton = importlib.util.find_spec("triton")
+    folders = [] if triton is None else triton.submodule_search_locations or []
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{folder}/backends/nvidia/bin" for folder in folders)])
+    return shutil.which("cuobjdump", path=path)
 
 
 def built_library() -> Path | None:
@@ -159,8 +156,8 @@ PTX_FLAGS = (
     *("-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-DSHUFFLENET_TEST_PTX", f"-I{KERNEL}", f"-I{ROOT / 'tests' / 'cuda'}"),
 )
-# The compute capabilities that PTX is compiled for, of which setup.py makes the code of all architectures: where kernels
-# may begin to differ, and the newest.
+# The compute capabilities that PTX is compiled for, of which setup.py makes the code of all architectures: those where
+# kernels may begin to differ, and the newest.
 PTX_ARCHS = (75, 80, 90, 120)
 
 

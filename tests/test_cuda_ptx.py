@@ -148,8 +148,8 @@ def test_units_of_the_paper_by_strips(strip_program: Path) -> None:
     assert failures(strip_program, with_ptx(paper_strips(), "strip")) == []
 
 
-# Faults in inline assembly, which the source's host version has not. They are planted in the PTX itself. By name: the kind
-# of kernel, and what is replaced in all places, a pattern, and by what.
+# Faults in inline assembly, which the source's host version has not; they are planted in the PTX itself. By name: the
+# kind of kernel, what is replaced in all places, a pattern, and by what.
 MMA = r"(mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32 \{[^}]*\}, )"
 A = r"\{(%\w+), (%\w+), (%\w+), (%\w+)\}"
 IN_PTX = {
