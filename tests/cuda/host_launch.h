@@ -1,4 +1,4 @@
-// Launches that run kernels on the CPU, by their source (host_matrices.h), in programs without AddressSanitizer.
+// Launches that run kernels on the CPU, by their source (host_matrices.h).
 #pragma once
 
 #ifndef SHUFFLENET_TEST_DEVICE
@@ -9,12 +9,6 @@
 #include "strip_kernel.cuh"
 #include "strip_planner.h"
 #include "unit_kernel.cuh"
-
-// What host_device.h tells AddressSanitizer of.
-extern "C" {
-inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
-inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
-}
 
 namespace shufflenet::cuda {
 
