@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed.nn  # first imported by DistributedDataParallel, its defaults would keep a process group alive
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset, Subset
