@@ -124,7 +124,7 @@ struct StripPlanes : StripStaging {
     }
 
    private:
-    // Of one chunk, the last pair of tiles alone may have channels that are not there; of several, the last chunk.
+    // Channels that are not there may be in the last pair of tiles where there is one chunk, else in the last chunk.
     template <bool kResidual>
     SHUFFLENET_DEVICE void write_as(const Sums<2 * kPairs>& sums, const Fragment* affine) const {
       constexpr int kChannels = kPairs * 2 * kColumns;

@@ -87,7 +87,7 @@ inline BlockInstructions block_instructions(const Sizes& s, const StripTiling& t
   const double depthwise = Count::item2 + p.blocks * Count::block2;
   const double conv3 = Count::item3 + conv3_tiles * (Count::outputs3 + (p.by_planes ? Count::in_place3 : 0)) +
                        Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
-  // Of the pool: pairs of blocks, and by how many warps the channels of a tile are shared.
+  // What the pool takes, by its pairs of blocks and by how many warps share the channels of a tile.
   const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
   const auto shares_of_pool = [&](double tiles) { return std::max(1.0, std::min(std::floor(t.warps / tiles), pairs)); };
   double pool = 0;
@@ -174,7 +174,7 @@ inline double busy_warps(const Sizes& s, const StripTiling& t, const StripLayout
 inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLayout& layout, const Device& device,
                            int blocks_per_multiprocessor) {
   constexpr double kWaits = 2;  // for x, and for the first operands of weights
-  // Of plans that take about as long that of the fewest instructions is the best: this part of their time counts.
+  // Among plans that take about as long, the one of the fewest instructions is the best: this part of their time counts.
   constexpr double kOfInstructions = 0.1;
   const Sizes s = sizes_of(unit);
   const double blocks = static_cast<double>(t.blocks(s));

@@ -177,7 +177,7 @@ static int64_t offset(int64_t n, int64_t c, int64_t row, int64_t column, int64_t
   return ((n * height + row) * width + column) * channels + c;
 }
 
-// Of each element of the result, in the order in which they are in memory.
+// What is expected of each element of the result, in the order in which they are in memory.
 struct Expected {
   std::vector<double> value;
   std::vector<double> magnitude;  // the sum of the absolute terms, of all convolutions: what rounding of sums goes with

@@ -340,7 +340,7 @@ class StemTrainingFuzz {
     check_value(got, expected, 64 * std::numeric_limits<A>::epsilon() * (magnitude + 1), what, i, isa_);
   }
 
-  // Of multiples of a quarter, so that a window often has several largest values, and all sums are exact.
+  // They are multiples of a quarter, so that a window often has several largest values, and all sums are exact.
   Array<A> few_values(int64_t n) const {
     Array<A> values(n);
     for (A& value : values) value = static_cast<A>(uniform(-4, 4)) / 4;

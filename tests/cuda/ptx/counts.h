@@ -9,7 +9,7 @@
 
 namespace ptx {
 
-// Of all executions of an instruction by a warp, whatever lanes took part.
+// Counts all executions of an instruction by a warp, whatever lanes took part.
 struct Count {
   int64_t executed = 0;
   // Shared memory serves a warp's access of 4 bytes a lane at once, of 8 for half of the lanes at once, of 16 for a

@@ -49,7 +49,7 @@ struct Instruction {
   int outcomes = 0;  // of a comparison, those for which it holds
   Combine combine = Combine::none;
   Poll poll = Poll::none;  // of a barrier: its operands are its number {, threads} {, a predicate, the result}
-  // Of an access to memory: `count` elements of `bytes` bytes. Of a conversion of integers, what it takes and gives.
+  // An access to memory has `count` elements of `bytes` bytes; a conversion of integers, what it takes and gives.
   Space space = Space::generic;
   int bytes = 0, count = 1;
   bool is_signed = false;

@@ -72,7 +72,7 @@ class Parser {
  private:
   // Variables and registers by name. Braces open a scope, as inline assembly uses them for registers of its own.
   using Scope = std::map<std::string, Operand>;
-  // Of a register that no instruction has named yet: nvcc declares many more than it uses.
+  // Stands for a register that no instruction has named yet: nvcc declares many more than it uses.
   static constexpr uint32_t kNoRow = 0xffffffffu;
 
   Listing read(const std::string& module, const std::string& name) {

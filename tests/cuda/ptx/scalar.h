@@ -59,7 +59,7 @@ struct Remainder {
     return std::is_signed_v<T> && b == static_cast<T>(-1) ? T{0} : static_cast<T>(a % b);
   }
 };
-// Of a number and a NaN, the number; +0 is above -0.
+// A number and a NaN give the number; +0 is above -0.
 template <bool kWantsGreater, bool kKeepsNan>
 struct Extreme {
   template <class T>
