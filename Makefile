@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/$(subst =,_,$(subst >,_,$(subst <,_,$(TORCH))))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
-CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(shell find benchmarks tests/native -name "*.cpp" -o -name "*.h")
+CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(shell find benchmarks tests -name "*.cpp" -o -name "*.h")
 
 .PHONY: demo test test-all mutants bench bench-cuda first-contact sanitize sanitize-cuda test-aarch64 lint format clean
 .DEFAULT_GOAL := demo

@@ -174,7 +174,7 @@ inline double busy_warps(const Sizes& s, const StripTiling& t, const StripLayout
 inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLayout& layout, const Device& device,
                            int blocks_per_multiprocessor) {
   constexpr double kWaits = 2;  // for x, and for the first operands of weights
-  // Among plans that take about as long, the one of the fewest instructions is the best: this part of their time counts.
+  // Among plans that take about as long, the one of fewest instructions is the best: this part of their time counts.
   constexpr double kOfInstructions = 0.1;
   const Sizes s = sizes_of(unit);
   const double blocks = static_cast<double>(t.blocks(s));
