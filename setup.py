@@ -75,14 +75,14 @@ def default_cuda_archs() -> str:
     return ";".join(f"{arch}+PTX" if arch in (PTX_CUDA_ARCH, archs[-1]) else arch for arch in archs)
 
 
-def default_gencode() -> list[str]:
-    """nvcc's flags for default_cuda_archs(), each architecture's code from the PTX that CODE_FROM names."""
+def gencode_of(archs: str) -> list[str]:
+    """nvcc's flags for what default_cuda_archs() names, each architecture's code from the PTX that CODE_FROM names."""
 
     def flag(virtual: str, kind: str, arch: str) -> str:
         return f"-gencode=arch=compute_{virtual},code={kind}_{arch}".replace(".", "")
 
     flags = []
-    for wanted in default_cuda_archs().split(";"):
+    for wanted in archs.split(";"):
         arch = wanted.removesuffix("+PTX")
         flags.append(flag(CODE_FROM.get(arch, arch), "sm", arch))
         if arch != wanted:
@@ -149,7 +149,7 @@ def cuda_extension() -> Extension:
     """The CUDA library, apart from the CPU's: where it cannot be loaded the CPU kernels still are."""
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
     archs = chosen or default_cuda_archs()
-    gencode = [] if chosen else default_gencode()  # where there are none, torch makes flags of TORCH_CUDA_ARCH_LIST
+    gencode = [] if chosen else gencode_of(archs)  # where there are none, torch makes flags of TORCH_CUDA_ARCH_LIST
     print(f"shufflenet_ext: CUDA kernels for {archs}")
     flags = [*cpp_flags(), "-DUSE_CUDA", f'-DSHUFFLENET_EXT_CUDA_ARCHS="{archs}"']
     extension = cpp_extension.CUDAExtension(

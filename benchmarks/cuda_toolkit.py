@@ -4,12 +4,10 @@ Only the standard library is imported: tests and the model of the kernels' speed
 """
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +25,6 @@ Plan = Mapping[str, int | str]
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
-
-
-def cuobjdump() -> str | None:
-    """The toolkit's, or the one that comes with triton."""
-    triton = importlib.util.find_spec("triton")
-    folders = [] if triton is None else triton.submodule_search_locations or []
-    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{folder}/backends/nvidia/bin" for folder in folders)])
-    return shutil.which("cuobjdump", path=path)
-
-
-def built_library() -> Path | None:
-    """The CUDA library that SHUFFLENET_EXT_CUDA_LIBRARY names, so that its kernels need not be compiled once more."""
-    name = os.environ.get("SHUFFLENET_EXT_CUDA_LIBRARY")
-    return Path(name).resolve() if name else None
 
 
 @dataclass(frozen=True)
@@ -115,39 +99,23 @@ def _kernel(layout: str, entry: str) -> Kernel:
 def compile_ptx(name: str, arch: int, kernel: Path = KERNEL) -> Path:
     """The PTX of name.cu, for a compute capability such as 90; ``kernel`` is the folder of the sources.
 
-    It is that of built_library(), where that has it. It is kept in build/ptx from one run to the next, by what it is
-    made of. Raises RuntimeError where nvcc fails.
+    It is kept in build/ptx from one run to the next, by what it is made of. Raises RuntimeError where nvcc fails.
     """
-    library = built_library() if kernel == KERNEL else None
     command = [str(nvcc()), "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx"]
-    made_by = [command, toolkit_version()] if library is None else [library, library.stat().st_mtime_ns]
-    key = hashlib.sha256(repr([*made_by, name]).encode())
+    key = hashlib.sha256(repr([command, toolkit_version(), name]).encode())
     for source in sorted([*kernel.glob("*.*"), *kernel.parent.glob("*.h")]):
         key.update(source.name.encode() + source.read_bytes())
     folder = ROOT / "build" / "ptx"
     ptx = folder / f"{name}_{arch}-{key.hexdigest()[:16]}.ptx"
     if not ptx.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a file that is there is a whole one
-            made = Path(scratch, "made.ptx")
-            if library is None or not _extract_ptx(library, f"{name}.*.sm_{arch}.ptx", made):
-                command += ["-o", str(made), str(kernel / f"{name}.cu")]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode != 0:
-                    raise RuntimeError(f"nvcc failed on {name}.cu for compute_{arch}:\n{done.stderr}")
-            made.rename(ptx)
+        made = folder / f"{ptx.stem}-{os.getpid()}"  # a file that is there is a whole one
+        command += ["-o", str(made), str(kernel / f"{name}.cu")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc failed on {name}.cu for compute_{arch}:\n{done.stderr}")
+        made.rename(ptx)
     return ptx
-
-
-def _extract_ptx(library: Path, pattern: str, to: Path) -> bool:
-    """Whether the library has PTX of such a name, which is moved to a file."""
-    tool = cuobjdump()
-    if tool is None:
-        return False
-    subprocess.run([tool, "-xptx", "all", library], cwd=to.parent, capture_output=True, check=True)
-    for found in to.parent.glob(pattern):
-        found.rename(to)
-    return to.exists()
 
 
 # What unit_test.cpp and strip_test.cpp of tests/cuda are compiled with to run kernels by their PTX. No two operations

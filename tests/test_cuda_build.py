@@ -110,7 +110,7 @@ def test_default_architectures(
     script(toolkit / "bin" / "nvcc", f"[ $1 = --list-gpu-code ] && printf '%s\\n' {codes}")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit))
     assert setup["default_cuda_archs"]() == archs
-    made = [re.fullmatch(r"-gencode=arch=compute_(\d+),code=(\w+)", flag) for flag in setup["default_gencode"]()]
+    made = [re.fullmatch(r"-gencode=arch=compute_(\d+),code=(\w+)", flag) for flag in setup["gencode_of"](archs)]
     assert " ".join(f"{one[1]}:{one[2]}" for one in made if one) == code
 
 

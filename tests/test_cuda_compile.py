@@ -9,26 +9,31 @@ lacks the tensor-core instructions or the 16-byte accesses that it was written f
 
 import os
 import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from benchmarks.cuda_toolkit import (
-    Kernel,
-    built_library,
-    compile_kernels,
-    compile_strips,
-    cuobjdump,
-    kernels_of_library,
-    nvcc,
-)
+from benchmarks.cuda_toolkit import Kernel, compile_kernels, compile_strips, kernels_of_library, nvcc
 
 ARCHS = ("75", "80", "86", "89", "90", "100", "120")
-LIBRARY = built_library()
+LIBRARY = os.environ.get("SHUFFLENET_EXT_CUDA_LIBRARY")
 Compiled = dict[tuple[str, str], tuple[Path, list[Kernel]]]  # by dtype and architecture
 DTYPES = ("float32", "float64", "bfloat16", "float16", "tfloat32")
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one that comes with triton."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        found = shutil.which("cuobjdump", path=str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
+    return found
 
 
 pytestmark = [
@@ -44,7 +49,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
     if LIBRARY is not None:
         tool = cuobjdump()
         assert tool is not None, "SHUFFLENET_EXT_CUDA_LIBRARY: needs cuobjdump on PATH"
-        return kernels_of_library(LIBRARY, tool, folder)
+        return kernels_of_library(Path(LIBRARY), tool, folder)
     compilers = {"unit": compile_kernels, "strip": compile_strips}
     wanted = [("unit", dtype, arch) for dtype in DTYPES for arch in ARCHS]
     wanted += [("strip", dtype, arch) for dtype in ("float16", "bfloat16") for arch in ARCHS]

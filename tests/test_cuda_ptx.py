@@ -215,14 +215,15 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The PTX of the kernels for channels_last with each fault of IN_SOURCE planted."""
 
     def compile_fault(name: str) -> Path:
-        file, right, planted, *_ = (MUTATIONS | STRIP_MUTATIONS)[name]
+        kind = IN_SOURCE[name]
+        file, right, planted, *_ = {"unit": MUTATIONS, "strip": STRIP_MUTATIONS}[kind][name]
         sources = tmp_path_factory.mktemp("faulty") / "csrc"
         shutil.copytree(KERNEL.parent, sources, ignore=shutil.ignore_patterns("cpu"))
         kernel = sources / KERNEL.name
         (kernel / file).write_text((kernel / file).read_text().replace(right, planted))
         for instances in kernel.glob("*_instance.cuh"):  # one of the two layouts compiles in half of the time
             instances.write_text(instances.read_text().replace("Layout::contiguous>", "Layout::channels_last>"))
-        return compile_ptx(f"{IN_SOURCE[name]}_float16", 90, kernel)
+        return compile_ptx(f"{kind}_float16", 90, kernel)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(IN_SOURCE, pool.map(compile_fault, IN_SOURCE), strict=True))

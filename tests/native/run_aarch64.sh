@@ -13,10 +13,10 @@ done
 here=$(cd "$(dirname "$0")" && pwd)
 export CXX=aarch64-linux-gnu-g++
 # Side by side: each has one file that takes a minute or two to compile, on one core.
-FLAGS="-O3 -static" BUILD_DIR=build/aarch64 RUN=qemu-aarch64 sh "$here/run_fuzz.sh" "${1:-200}" "${2:-0}" &
+FLAGS="-O3 -static" BUILD_DIR=build/aarch64 RUN=qemu-aarch64 sh "$here/run_fuzz.sh" "${1:-300}" "${2:-0}" &
 plain=$!
 # Under qemu a sanitized unit takes ten times as long as another: a fifth as many. The leak checker traces the process,
 # which qemu does not emulate.
 BUILD_DIR=build/aarch64-sanitize RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu" ASAN_OPTIONS=detect_leaks=0 \
-  sh "$here/run_sanitized.sh" "${1:-40}" "${2:-0}"
+  sh "$here/run_sanitized.sh" "${1:-60}" "${2:-0}"
 wait $plain
