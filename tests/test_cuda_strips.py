@@ -162,8 +162,8 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "rows above the image not cleared": (
         "strip_staging.cuh",
-        "const int above = in_row < 0 ? s.width : 0,",
-        "const int above = in_row < -1 ? s.width : 0,",
+        "if (in_row < 0) clear_row(0);",
+        "if (in_row < -1) clear_row(0);",
         "never written|wrong",
         {},
     ),
@@ -181,8 +181,29 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "wrong",
         {"mid": 48, "g": 1, "g1": 1, "h": 9, "w": 8, "rows": 9},  # whole items, which are stored by matrices
     ),
+    "pixels right of the image not cleared": (
+        "strip_shares.h",
+        "clears_right(s.stride == 1 ? t.gap > 1 :",
+        "clears_right(s.stride == 1 ? t.gap > 8 :",
+        "never written|wrong",
+        {"gap": 8},
+    ),
+    "a thread's share of the tables left out": (
+        "strip_kernel.cuh",
+        "this->write_places(thread - framing, threads - framing);",
+        "this->write_places(thread, threads);",
+        "never written",
+        {},
+    ),
+    "tiles of a piece in one block": (
+        "pack_kernel.cuh",
+        "+ group * layout.piece_tiles + tile % layout.piece_tiles;",
+        "+ group * layout.piece_tiles;",
+        "race|never written",
+        {"g": 2, "g1": 2, "mid": 64},
+    ),
     "half a step of y2 left over": (
-        "strip_staging.cuh",
+        "strip_kernel.cuh",
         "if (packed.blocks % 2 != 0) clear_block",
         "if (packed.blocks % 2 == 0) clear_block",
         "never written",

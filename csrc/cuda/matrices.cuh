@@ -37,6 +37,16 @@ SHUFFLENET_DEVICE Fragment load_constant(const Fragment* from) {
   return f;
 }
 
+// Loads a fragment's first word in the same way.
+template <int kAhead>
+SHUFFLENET_DEVICE uint32_t load_word(const Fragment* from) {
+  uint32_t word;
+  asm volatile("ld.global.nc.u32 %0, [%1+%2];"
+               : "=r"(word)
+               : "l"(from), "n"(kAhead * static_cast<int>(sizeof(Fragment))));
+  return word;
+}
+
 // Loads four floats in the same way.
 template <int kAhead>
 SHUFFLENET_DEVICE Vector4 load_floats(const Fragment* from) {

@@ -132,7 +132,13 @@ struct Packer {
     Fragment f;
     SHUFFLENET_UNROLL
     for (int odd = 0; odd < 2; ++odd) {
-      const int channel = column(first_slice, group, tile * kColumns + fragment % 4 * 2 + odd);
+      const int in_tile = fragment % 4 * 2 + odd;
+      if (!layout.scatters) {
+        f.words[2 * odd] = block_of_tile(group, tile);
+        f.words[2 * odd + 1] = in_tile * kElementBytes;
+        continue;
+      }
+      const int channel = column(first_slice, group, tile * kColumns + in_tile);
       const int empty = -1 - channel, behind = empty - arguments.slices * empty_slots;
       int slice = channel / s.slice_channels - first_slice, i = channel % s.slice_channels;
       if (channel < 0 && behind < 0) {
@@ -147,6 +153,14 @@ struct Packer {
       f.words[2 * odd + 1] = slot % kColumns * kElementBytes;
     }
     return f;
+  }
+
+  // Returns the block of y1 that a tile of a group of conv1 is: slices have theirs side by side. Behind all slices' lie
+  // those of the tiles that fill up a group's last chunk.
+  SHUFFLENET_DEVICE int block_of_tile(int group, int tile) const {
+    const int tiles = arguments.slices * layout.piece_tiles, more = tile - tiles;
+    if (more >= 0) return arguments.slices * layout.blocks + group * (layout.conv1_tiles - tiles) + more;
+    return tile / layout.piece_tiles * layout.blocks + group * layout.piece_tiles + tile % layout.piece_tiles;
   }
 
   // Returns the scales and the biases of two channels. Empty slots have -0, by which the kernel knows them, and 0.

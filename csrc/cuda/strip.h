@@ -42,6 +42,7 @@ inline constexpr int kMostConv3Pairs = 5;
 SHUFFLENET_HOST_DEVICE constexpr int most_strip_warps(int compute_capability, Layout layout) {
   return compute_capability >= 90 && layout == Layout::channels_last ? 12 : 8;
 }
+inline constexpr int kMostStripWarps = 12;  // of all architectures and layouts
 
 struct StripTiling {
   int rows = 0;    // of the result
@@ -83,7 +84,7 @@ struct GroupStart {
 //
 //   conv1     [conv1_groups][chunks][steps][tiles of the chunk][lane 32]: the operand of 32 channels
 //   affine1   [conv1_groups][tiles][lane % 4]: scale, scale, bias, bias of the two columns that the lane holds sums of
-//   slots     [conv1_groups][tiles][lane % 4], if scattered: block, byte, block, byte of the slots of the two columns
+//   slots     [conv1_groups][tiles][lane % 4]: block of y1, byte, block, byte of the slots of the two columns
 //   taps      [slices][blocks][3][lane 32]: diagonal operands of the taps 0 3, 1 4, 2 5, 6 7 and 8
 //   affine2   [slices][blocks][lane % 4]
 //   conv3     [slices][chunks][steps][tiles of the chunk][lane 32]
@@ -94,6 +95,10 @@ struct PackedLayout {
   SHUFFLENET_HOST_DEVICE PackedLayout(const Sizes& s, int slices, Layout layout)
       : by_planes(layout == Layout::contiguous),
         scatters(false),
+        left_out_mask(by_planes                      ? 0
+                      : s.result_channels % 16 == 0 ? 15
+                      : s.result_channels % 8 == 0  ? 7
+                                                    : 3),
         piece_tiles(0),
         conv1_tiles(0),
         conv1_halves(0),
@@ -157,7 +162,7 @@ struct PackedLayout {
     conv3_fragments = 2 * conv3_chunk * conv3_steps * 32;
     affine1 = s.conv1_groups * conv1_tiles * conv1_steps * 32;
     slots = affine1 + s.conv1_groups * conv1_tiles * 4;
-    taps = scatters ? slots + s.conv1_groups * conv1_tiles * 4 : slots;
+    taps = slots + s.conv1_groups * conv1_tiles * 4;
     affine2 = taps + slices * blocks * 3 * 32;
     conv3 = affine2 + slices * blocks * 4;
     affine3 = conv3 + slices * conv3_pairs * 2 * conv3_steps * 32;
@@ -186,8 +191,7 @@ struct PackedLayout {
   // channels lie side by side in memory, they begin at a sector's boundary, or where pixels do not, as far as these
   // allow.
   SHUFFLENET_HOST_DEVICE int channels_left_out(const Sizes& s, int slice) const {
-    const int aligned = s.result_channels % 16 == 0 ? 16 : s.result_channels % 8 == 0 ? 8 : 4;
-    return by_planes ? 0 : (s.first_conv3_channel + slice * s.group_rows) % aligned;
+    return (s.first_conv3_channel + slice * s.group_rows) & left_out_mask;
   }
   // Return the slot of a slice's channel where they are scattered, and the channel of a slot. Block i is turned by i
   // words, so that fewer of the columns that lanes store at a time lie in the same bank.
@@ -209,6 +213,7 @@ struct PackedLayout {
 
   bool by_planes;    // whether conv3's product is transposed
   bool scatters;     // whether conv1's columns are stored one by one
+  int left_out_mask;
   int piece_tiles;   // tiles of a piece
   int conv1_tiles;   // of a group of conv1 in a part
   int conv1_halves;  // blocks of 16 channels that a group of conv1 multiplies; a step has two

@@ -34,11 +34,7 @@ struct StripBlock : StripIn<T, kLayout> {
 
   SHUFFLENET_DEVICE void run() {
     this->copy_x();
-    this->write_places();
-    this->clear_y1_beside_the_image();
-    this->clear_y1_above_and_below();
-    this->clear_unused_x();
-    this->clear_y2_without_channels();
+    prepare();
     wait_copies<0>();
     barrier();
     conv1();
@@ -49,6 +45,21 @@ struct StripBlock : StripIn<T, kLayout> {
   }
 
  private:
+  // Does what is done once while x is on its way. A few warps clear y1's frame and the others write tables: what takes
+  // each warp of many more instructions to start than to do.
+  SHUFFLENET_DEVICE void prepare() const {
+    const int threads = t.warps * 32, framing = constants.framing_warps * 32, thread = warp * 32 + lane;
+    if (thread < framing) {
+      this->clear_frame_of_y1();
+    } else {
+      this->write_places(thread - framing, threads - framing);
+      this->clear_unused_x(thread - framing, threads - framing);
+    }
+  }
+
+  // Returns what the warp does of a phase. Its number is asked for anew, so as not to be kept in a register until then.
+  SHUFFLENET_DEVICE Share share_of(const WarpShares& shares) const { return shares.of[unknown(warp)]; }
+
   // ---- conv1 --------------------------------------------------------------------------------------------------------
 
   SHUFFLENET_DEVICE void conv1() {
@@ -63,9 +74,9 @@ struct StripBlock : StripIn<T, kLayout> {
   }
   template <int kTiles>
   SHUFFLENET_DEVICE void conv1_of() {
-    const Share share = constants.conv1.of(warp);
+    const Share share = share_of(constants.conv1);
     SHUFFLENET_NO_UNROLL
-    for (int piece = share.first; piece < constants.conv1.pieces; piece += share.step) {
+    for (int piece = share.first; piece < constants.conv1.pieces; piece += constants.conv1.step) {
       if (packed.is_masked) {
         conv1_tiles<kTiles, true>(piece, share);
       } else {
@@ -78,26 +89,28 @@ struct StripBlock : StripIn<T, kLayout> {
   template <int kTiles, bool kMasked>
   SHUFFLENET_DEVICE void conv1_tiles(int piece, const Share& share) {
     static_assert(kTiles <= kMostConv1Tiles);
-    const int pixels = this->image_rows * s.width, group = piece / packed.conv1_chunks;
+    const int pixels = this->image_rows * s.width, pixel_step = constants.conv1.pixel_step;
+    const int group = constants.by_conv1_chunks.quotient(piece);
     const GroupStart start(s, group);
     const ChannelMask mask = {start.skipped, s.conv1_depth};
     const Fragment* const weights = fragments + unsigned(piece * packed.conv1_fragments + lane);
     const Fragment* const affine = fragments + unsigned(packed.affine1 + piece * packed.conv1_chunk * 4 + lane % 4);
     const uint32_t y1 = base + layout.y1 + (this->image_row - this->in_row) * layout.y1_pitch * kBlockBytes;
     const Fragment* const slots = affine + unsigned(packed.slots - packed.affine1);
+    // The block of tile 2 * i, or for lanes 16 to 31 of the next one, unless columns are scattered.
     uint32_t blocks[kStores<kTiles>];
-    SHUFFLENET_UNROLL
-    for (int i = 0; i < kStores<kTiles>; ++i) {
-      blocks[i] = y1 + y1_block(group, (piece - group * packed.conv1_chunks) * packed.conv1_chunk + 2 * i + lane / 16);
-    }
+    for_each<0, kStores<kTiles>>([&](auto index) {
+      constexpr int i = decltype(index)::value;
+      blocks[i] = y1 + load_word<i * 8>(slots + lane / 16 * 4) * (layout.y1_pixels * kBlockBytes);
+    });
     const uint32_t tile_step = kTilePixels * this->bytes_to_next_pixel();
-    const uint32_t x_step = share.pixel_step * this->bytes_to_next_pixel();
+    const uint32_t x_step = pixel_step * this->bytes_to_next_pixel();
     const int halves = packed.conv1_halves;
     uint32_t x = this->operand_row(share.pixel, start.block, share.pixel + kItemPixels);
     uint32_t places = base + layout.places + (share.pixel + lane % 16) * kPlaceBytes;
     SHUFFLENET_NO_UNROLL
     for (int pixel = share.pixel; pixel < pixels;
-         pixel += share.pixel_step, x += x_step, places += share.pixel_step * kPlaceBytes) {
+         pixel += pixel_step, x += x_step, places += pixel_step * kPlaceBytes) {
       const bool is_tail = pixel + kItemPixels > pixels;
       uint32_t row[kTilesOfItem] = {x, x + tile_step};
       if (is_tail) {
@@ -135,17 +148,7 @@ struct StripBlock : StripIn<T, kLayout> {
   template <int kTiles>
   static constexpr int kStores = (kTiles + 1) / 2;
 
-  // Returns how far behind y1's first block that of a tile of a group of conv1 lies: slices have theirs side by side.
-  // Behind all slices' lie those of the tiles that fill up a group's last chunk.
-  SHUFFLENET_DEVICE uint32_t y1_block(int group, int tile) const {
-    const int slice = constants.by_piece_tiles.quotient(tile);
-    const int tiles_of_group =
-        slice < t.slices ? packed.piece_tiles : packed.conv1_tiles - t.slices * packed.piece_tiles;
-    const int block = tile + slice * (packed.blocks - packed.piece_tiles) + group * tiles_of_group;
-    return block * layout.y1_pixels * kBlockBytes;
-  }
-  // Stores tiles of 16 pixels as blocks of y1. blocks[i] is the address of the block of tile 2 * i, or for lanes 16 to
-  // 31 of the next one; `to` is where the lane's pixel lies in a block.
+  // Stores tiles of 16 pixels as blocks of y1; `to` is where the lane's pixel lies in a block.
   template <int kTiles>
   SHUFFLENET_DEVICE static void store_tiles(uint32_t to, const uint32_t (&blocks)[kStores<kTiles>],
                                             const uint32_t (&pairs)[kTiles][2]) {
@@ -212,20 +215,21 @@ struct StripBlock : StripIn<T, kLayout> {
   }
   template <int kPairs>
   SHUFFLENET_DEVICE void slices_of() {
-    const Share share = constants.conv3.of(warp);
+    const Share share = share_of(constants.conv3);
+    const int pixel_step = constants.conv3.pixel_step;
     SHUFFLENET_NO_UNROLL
-    for (int slice = share.first; slice < t.slices; slice += share.step) {
+    for (int slice = share.first; slice < t.slices; slice += constants.conv3.step) {
       int pixel = share.pixel + this->first_item();
       Results<kPairs> results(*this, pixel, slice);
       SHUFFLENET_NO_UNROLL
-      for (; pixel < this->out_rows * s.out_width; pixel += share.pixel_step) {
+      for (; pixel < this->out_rows * s.out_width; pixel += pixel_step) {
         make_y2_of<true>(pixel, slice);
         if (!conv3<kPairs>(results, slice, true)) {
           const int same = unknown(slice);  // so that nothing is computed ahead for what seldom happens
           make_y2_of<false>(pixel, same);
           conv3<kPairs>(results, same, false);
         }
-        results.advance(share.pixel_step);
+        results.advance(pixel_step);
       }
     }
   }
@@ -306,6 +310,8 @@ struct StripBlock : StripIn<T, kLayout> {
         }
       }
     }
+    // conv3 multiplies two blocks at a time.
+    if (packed.blocks % 2 != 0) clear_block(end);
     warp_barrier();
   }
 

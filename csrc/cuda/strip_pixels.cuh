@@ -21,10 +21,9 @@ struct StripPixels : StripStaging {
     if (mine * 4 == constants.copy_pixels) return;  // a lane that is left over
     const int pixels = image_rows * s.width, first = warp * constants.copy_pixels + mine * 4;
     const int step = t.warps * constants.copy_pixels;
-    const int64_t pixel_bytes = s.in_channels * int64_t{kElementBytes};
+    const uint32_t pixel_bytes = s.in_channels * kElementBytes;
     const int x_pitch = layout.x_pitch;
-    const char* const strip = static_cast<const char*>(arguments.x) +
-                              ((int64_t{image} * s.height + image_row) * s.width + first) * pixel_bytes;
+    const char* const strip = x_of_image() + (image_row * s.width + first) * pixel_bytes;
     SHUFFLENET_NO_UNROLL
     for (int block = lane - mine * lanes; block < layout.own_blocks; block += 32) {
       const char* from = strip + block * kBlockBytes;
@@ -45,14 +44,16 @@ struct StripPixels : StripStaging {
     commit_copies();
   }
 
-  // Zeroes the blocks of x that conv1 or the pool loads without using them, and the pixel of zeros behind the last one.
-  SHUFFLENET_DEVICE void clear_unused_x() const {
-    const int blocks = layout.own_blocks, unused = layout.x_blocks - blocks, pixels = image_rows * s.width;
-    const int pitch_blocks = layout.x_pitch / kBlockBytes;
+  // Zeroes the blocks of x that conv1 or the pool loads without using them, and the pixel of zeros behind the last one,
+  // as one thread of several.
+  SHUFFLENET_DEVICE void clear_unused_x(int thread, int threads) const {
+    const int blocks = layout.own_blocks, unused = layout.x_blocks - blocks;
+    if (unused == 0 && s.stride == 1) return;
+    const int pixels = image_rows * s.width, pitch_blocks = layout.x_pitch / kBlockBytes;
     if (unused > 0) {
       const int in_pitch = least(unused, pitch_blocks - blocks), behind_last = s.stride == 2 ? in_pitch : unused;
       SHUFFLENET_NO_UNROLL
-      for (int pixel = warp * 32 + lane; pixel < pixels; pixel += t.warps * 32) {
+      for (int pixel = thread; pixel < pixels; pixel += threads) {
         const int count = pixel == pixels - 1 ? behind_last : in_pitch;
         SHUFFLENET_NO_UNROLL
         for (int i = 0; i < count; ++i) clear_block(base + layout.x_offset(pixel, (blocks + i) * kBlockBytes));
@@ -60,7 +61,7 @@ struct StripPixels : StripStaging {
     }
     if (s.stride == 2) {
       SHUFFLENET_NO_UNROLL
-      for (int block = warp * 32 + lane; block < pitch_blocks; block += t.warps * 32) {
+      for (int block = thread; block < pitch_blocks; block += threads) {
         clear_block(base + pixels * layout.x_pitch + block * kBlockBytes);
       }
     }
@@ -98,9 +99,8 @@ struct StripPixels : StripStaging {
       channel = strip.lane % 4 * 4 - strip.packed.channels_left_out(s, group);
       const int byte = (group * s.group_rows + channel) * kElementBytes;
       from = strip.base + strip.layout.x_offset(pixel + (strip.out_row - strip.image_row) * s.width, byte);
-      to = static_cast<char*>(strip.arguments.result) +
-           ((int64_t{strip.image} * s.out_height + strip.out_row) * s.out_width + pixel) * pixel_bytes + byte +
-           s.first_conv3_channel * kElementBytes;
+      const int in_image = (strip.out_row * s.out_width + pixel) * pixel_bytes;
+      to = strip.result_of_image() + in_image + (s.first_conv3_channel * kElementBytes + byte);
       pixels_left = strip.out_rows * s.out_width - first_pixel;
       channels = s.group_rows;
       adds_residual = s.stride == 1;
@@ -159,6 +159,8 @@ struct StripPixels : StripStaging {
       for_each<0, kPairs>([&](auto index) {
         constexpr int kPair = decltype(index)::value, kChannels = kPair * 2 * kColumns;
         constexpr int kBytes = kChannels * kElementBytes;
+        const int four = channel + kChannels;
+        if (kPlaces != Places::all && (four <= -4 || four >= channels)) return;
         const Vector4 first = load_floats<kPair * 8>(affine), second = load_floats<kPair * 8 + 4>(affine);
         SHUFFLENET_UNROLL
         for (int m = 0; m < kTilesOfItem; ++m) {
@@ -167,10 +169,8 @@ struct StripPixels : StripStaging {
           finish<T, !kResidual>(sums[m][2 * kPair + 1], second, high);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
-            const int eight = 2 * m + half, four = channel + kChannels;
-            if (kPlaces != Places::all &&
-                (eight * 8 + lane_index() / 4 >= pixels_left || four <= -4 || four >= channels))
-              continue;
+            const int eight = 2 * m + half;
+            if (kPlaces != Places::all && eight * 8 + lane_index() / 4 >= pixels_left) continue;
             if constexpr (kResidual) add_relu_to<kBytes>(x[eight], low[half], high[half], T{});
             if (kPlaces != Places::parts || (four >= 0 && four + 4 <= channels)) {
               store_pairs<kBytes>(out[eight], low[half], high[half]);

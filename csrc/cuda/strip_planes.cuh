@@ -17,8 +17,7 @@ struct StripPlanes : StripStaging {
 
   // Starts to copy the strip's rows of x.
   SHUFFLENET_DEVICE void copy_x() const {
-    const char* const from = static_cast<const char*>(arguments.x) +
-                             (int64_t{image} * s.in_channels * s.in_plane + image_row * s.width) * kElementBytes;
+    const char* const from = x_of_image() + image_row * s.width * kElementBytes;
     const Runs runs = {s.in_channels, image_rows * s.width, s.in_plane, layout.x_pitch};
     switch (layout.x_unit) {
       case 16: copy_x_in<16>(from, runs); break;
@@ -29,20 +28,19 @@ struct StripPlanes : StripStaging {
     commit_copies();
   }
 
-  // Zeroes what conv1 loads without using it: the pixels behind a channel's last one, and the channels behind x's own.
-  SHUFFLENET_DEVICE void clear_unused_x() const {
+  // Zeroes what conv1 loads without using it: the pixels behind a channel's last one, and the channels behind x's own;
+  // as one thread of several.
+  SHUFFLENET_DEVICE void clear_unused_x(int thread, int threads) const {
     const int pixels = image_rows * s.width, end_pixel = ceil_div(pixels, kColumns) * kColumns;
     SHUFFLENET_NO_UNROLL
-    for (int channel = warp * 32 + lane; channel < s.in_channels && pixels < end_pixel; channel += t.warps * 32) {
+    for (int channel = thread; channel < s.in_channels && pixels < end_pixel; channel += threads) {
       const uint32_t plane = base + channel * layout.x_pitch, plane_end = plane + end_pixel * kElementBytes;
       SHUFFLENET_NO_UNROLL
       for (uint32_t at = plane + pixels * kElementBytes; at < plane_end; at += kElementBytes) store_element(at, 0);
     }
     const int begin = s.in_channels * layout.x_pitch, end = layout.x_blocks * kColumns * layout.x_pitch;
     SHUFFLENET_NO_UNROLL
-    for (int at = begin + (warp * 32 + lane) * kBlockBytes; at < end; at += t.warps * 32 * kBlockBytes) {
-      clear_block(base + at);
-    }
+    for (int at = begin + thread * kBlockBytes; at < end; at += threads * kBlockBytes) clear_block(base + at);
   }
 
   // Returns the address that the lane passes to load the channels of a block of x, and of the next one, of 16 pixels
@@ -90,7 +88,6 @@ struct StripPlanes : StripStaging {
                    base + layout.y2);
       barrier();
     }
-    clear_y2_without_channels();
   }
 
   // Where in shared memory the results of 32 pixels of a slice go, with x added if the stride is 1, kPairs pairs of
@@ -190,7 +187,7 @@ struct StripPlanes : StripStaging {
 
   // Copies what the strip has of some channels of the result, from `from` on in shared memory.
   SHUFFLENET_DEVICE void copy_results(int channel, int channels, uint32_t from) const {
-    char* const to = in_result(channel, out_row * s.out_width);
+    char* const to = result_of_image() + (int64_t{channel} * s.out_plane + out_row * s.out_width) * kElementBytes;
     const Runs runs = {channels, out_rows * s.out_width, s.out_plane, layout.result_pitch};
     switch (layout.result_unit) {
       case 16: copy_result_in<16>(to, from, runs); break;

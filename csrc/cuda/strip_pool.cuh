@@ -60,9 +60,9 @@ struct StripPool {
     SHUFFLENET_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int pixel = first_pixel + half * 8 + lane / 4;
-      scale[half] = TapPlace(*this, pixel).scale();
-      to[half] = static_cast<char*>(block.arguments.result) +
-                 ((int64_t{block.image} * s.out_height + block.out_row) * s.out_width + pixel) * pixel_bytes +
+      scale[half] = 1.f / 9;
+      if (!s.pool_count_include_pad) scale[half] = TapPlace(*this, pixel).scale();
+      to[half] = block.result_of_image() + int64_t{block.out_row * s.out_width + pixel} * pixel_bytes +
                  (s.first_pooled_channel + pair * 2 * kColumns + column) * kElementBytes;
     }
     SHUFFLENET_NO_UNROLL
@@ -131,9 +131,8 @@ struct StripPool {
       const int pixel = is_inside ? tap_row * width + tap_column : block.image_rows * width;
       return block.base + block.layout.x_offset(pixel, at);
     }
-    // Returns 1 over the number of taps that count.
+    // Returns 1 over the number of taps inside of the image.
     SHUFFLENET_DEVICE float scale() const {
-      if (block.s.pool_count_include_pad) return 1.f / 9;
       const auto taps = [](int first, int size) { return least(first + 3, size) - most(first, 0); };
       return inverse(taps(row, block.image_rows)) * inverse(taps(column, block.s.width));
     }

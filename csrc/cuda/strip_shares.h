@@ -65,27 +65,28 @@ struct PackArguments {
   void* fragments;
 };
 
-// What a warp does of a phase: of `pieces` (groups or slices), those from `first` on, `step` apart; of the pixels, the
-// items from `pixel` on, `pixel_step` pixels apart. The host computes what all warps have in common.
+// How warps share a phase. The host computes it.
 struct WarpShares {
   WarpShares(int warps, int pieces)
       : pieces(pieces),
         teams(warps > pieces ? warps / pieces : 1),
         step(warps < pieces ? warps : pieces),
-        pixel_step(teams * kItemPixels),
-        by_pieces(pieces) {}
-
-  struct Share {
-    int first, step, pixel, pixel_step;
-  };
-  SHUFFLENET_HOST_DEVICE Share of(int warp) const {
-    const int team = by_pieces.quotient(warp);
-    // A warp that is left over has no piece.
-    return {team < teams ? warp - team * pieces : pieces, step, team * kItemPixels, pixel_step};
+        pixel_step(teams * kItemPixels) {
+    for (int warp = 0; warp < warps; ++warp) {
+      const int team = warp / pieces;
+      // A warp that is left over has no piece.
+      of[warp] = {team < teams ? warp - team * pieces : pieces, team * kItemPixels};
+    }
   }
 
-  int pieces, teams, step, pixel_step;
-  Divisor by_pieces;
+  int pieces, teams;
+  // What a warp does: of `pieces` (groups or slices), those from `first` on, `step` apart; of the pixels, the items
+  // from `pixel` on, `pixel_step` pixels apart.
+  struct Share {
+    int first, pixel;
+  };
+  Share of[kMostStripWarps];
+  int step, pixel_step;
 };
 
 // What all blocks have in common: dividing takes a warp many instructions.
@@ -93,28 +94,37 @@ struct StripConstants {
   StripConstants(const Sizes& s, const StripTiling& t, const StripLayout& layout)
       : strips(t.strips(s)),
         parts(t.parts(s)),
+        image_bytes(s.in_channels * s.in_plane * kElementBytes),
+        result_bytes(s.result_channels * s.out_plane * kElementBytes),
         copy_lanes(s.in_channels / kColumns < 32 ? s.in_channels / kColumns : 32),
         copy_pixels(32 / copy_lanes * 4),
         copy_bytes(t.warps * copy_pixels * s.in_channels * kElementBytes),
         copy_pitch(t.warps * copy_pixels * layout.x_pitch),
         by_copy_lanes(copy_lanes),
+        framing_warps(t.warps < 4 ? 1 : 2),
+        clears_right(s.stride == 1 ? t.gap > 1 : s.width % 2 != 0),
         y1_corner(layout.y1 - (s.stride == 1 ? kBlockBytes : 0)),
+        y1_end(layout.y1 + s.conv1_groups * layout.packed.conv1_tiles * layout.y1_pixels * kBlockBytes),
         by_strips(strips),
         by_parts(parts),
         by_width(s.width),
         by_out_width(s.out_width),
-        by_piece_tiles(layout.packed.piece_tiles),
+        by_conv1_chunks(layout.packed.conv1_chunks),
         shares_fours(s.group_rows % 4 != 0 || s.first_conv3_channel % 4 != 0),
         conv1(t.warps, s.conv1_groups * layout.packed.conv1_chunks),
         conv3(t.warps, t.slices) {}
   int strips, parts;
+  int image_bytes, result_bytes;  // of an image of x and of the result
   // In channels_last: how many lanes copy a pixel, each a block at a time; how many pixels a warp copies before it goes
   // on, and by how many bytes it does in memory and in shared memory.
   int copy_lanes, copy_pixels, copy_bytes, copy_pitch;
   Divisor by_copy_lanes;
+  int framing_warps;            // how many warps clear the frame of y1
+  bool clears_right;            // whether the frame has a pixel of its own behind each row
   int y1_corner;                // what StripLayout::corners are counted from
+  int y1_end;                   // where y1 ends in shared memory
   Divisor by_strips, by_parts;  // blocks: the planner sees to their range
-  Divisor by_width, by_out_width, by_piece_tiles;
+  Divisor by_width, by_out_width, by_conv1_chunks;
   bool shares_fours;  // whether four neighbouring channels of the result may be several slices'
   WarpShares conv1, conv3;
 };

@@ -35,30 +35,25 @@ struct StripStaging {
     fragments = static_cast<const Fragment*>(arguments.fragments) + int64_t{part} * packed.part;
   }
 
-  // Zeroes the pixels of y1 left and right of the image, as padding is zero behind conv1's bias and ReLU. A lane goes
-  // through the blocks with a pixel of each: those left of all rows come first.
-  SHUFFLENET_DEVICE void clear_y1_beside_the_image() const {
-    const int rows = t.in_rows(s, t.rows), row_bytes = layout.y1_pitch * kBlockBytes;
-    // With a gap of one pixel a row ends with the next one's first. With stride 2 nothing reads behind an even row.
-    const int ends = (s.stride == 1 ? t.gap > 1 : s.width % 2 != 0) ? rows : 1;
+  // Zeroes the pixels of y1 around the image, as padding is zero behind conv1's bias and ReLU. A lane goes through the
+  // blocks with a pixel of each.
+  SHUFFLENET_DEVICE void clear_frame_of_y1() const {
+    const int row_bytes = layout.y1_pitch * kBlockBytes, last_row = (in_rows - 1) * row_bytes;
+    const int right = y1_offset(s.width);
     SHUFFLENET_NO_UNROLL
-    for (int i = lane; i < rows + ends; i += 32) {
-      clear_in_all_blocks(i < rows ? i * row_bytes : (i - ends) * row_bytes + y1_offset(s.width));
+    for (int row = lane; row < in_rows; row += 32) {
+      const int left = row * row_bytes;
+      clear_in_all_blocks(left);
+      // With a gap of one pixel a row ends with the next one's first. With stride 2 nothing reads behind an even row.
+      if (row == in_rows - 1 || constants.clears_right) clear_in_all_blocks(left + right);
     }
-  }
-  // Zeroes the rows of y1 above and below the image, in the same way.
-  SHUFFLENET_DEVICE void clear_y1_above_and_below() const {
-    const int above = in_row < 0 ? s.width : 0, below = in_row + in_rows > s.height ? s.width : 0;
-    SHUFFLENET_NO_UNROLL
-    for (int i = lane; i < above + below; i += 32) {
-      const int last_row = (in_rows - 1) * layout.y1_pitch * kBlockBytes;
-      clear_in_all_blocks(i < above ? y1_offset(i) : last_row + y1_offset(i - above));
-    }
+    if (in_row < 0) clear_row(0);
+    if (in_row + in_rows > s.height) clear_row(last_row);
   }
 
-  // Writes where pixels lie in a block of y1.
-  SHUFFLENET_DEVICE void write_places() const {
-    const int thread = warp * 32 + lane, threads = t.warps * 32, row_bytes = layout.y1_pitch * kBlockBytes;
+  // Writes where pixels lie in a block of y1: `threads` threads share them, of which this is number `thread`.
+  SHUFFLENET_DEVICE void write_places(int thread, int threads) const {
+    const int row_bytes = layout.y1_pitch * kBlockBytes;
     SHUFFLENET_NO_UNROLL
     for (int pixel = thread; pixel < image_rows * s.width; pixel += threads) {
       const int row = constants.by_width.quotient(pixel);
@@ -73,17 +68,17 @@ struct StripStaging {
     }
   }
 
-  // Zeroes the block of the warp's y2 that makes its number even.
-  SHUFFLENET_DEVICE void clear_y2_without_channels() const {
-    if (packed.blocks % 2 != 0) clear_block(my_y2() + (packed.blocks * kItemPixels + lane) * kBlockBytes);
-  }
-
-  // Zeroes 16 bytes of each block of y1; the warps share the blocks.
-  SHUFFLENET_DEVICE void clear_in_all_blocks(int in_block) const {
-    const int blocks = s.conv1_groups * packed.conv1_tiles, block_bytes = layout.y1_pixels * kBlockBytes;
-    uint32_t to = base + layout.y1 + warp * block_bytes + in_block;
+  // Zeroes the pixels of a row of y1.
+  SHUFFLENET_DEVICE void clear_row(int row) const {
     SHUFFLENET_NO_UNROLL
-    for (int block = warp; block < blocks; block += t.warps, to += t.warps * block_bytes) clear_block(to);
+    for (int column = lane; column < s.width; column += 32) clear_in_all_blocks(row + y1_offset(column));
+  }
+  // Zeroes 16 bytes of each block of y1; the warps that do so share the blocks.
+  SHUFFLENET_DEVICE void clear_in_all_blocks(int in_block) const {
+    const int block_bytes = layout.y1_pixels * kBlockBytes, step = constants.framing_warps * block_bytes;
+    const uint32_t end = base + constants.y1_end;
+    SHUFFLENET_NO_UNROLL
+    for (uint32_t to = base + layout.y1 + warp * block_bytes + in_block; to < end; to += step) clear_block(to);
   }
 
   // Returns where a pixel of a row lies in y1, in bytes from the row's beginning.
@@ -94,10 +89,12 @@ struct StripStaging {
   }
   SHUFFLENET_DEVICE uint32_t my_y2() const { return base + layout.y2 + warp * layout.y2_bytes; }
 
-  // Returns where the image has a pixel of a channel of the result, if that is in planes.
-  SHUFFLENET_DEVICE char* in_result(int channel, int pixel) const {
-    return static_cast<char*>(arguments.result) +
-           ((int64_t{image} * s.result_channels + channel) * s.out_plane + pixel) * kElementBytes;
+  // Return where in memory x and the result begin of the block's image.
+  SHUFFLENET_DEVICE const char* x_of_image() const {
+    return static_cast<const char*>(arguments.x) + image * int64_t{constants.image_bytes};
+  }
+  SHUFFLENET_DEVICE char* result_of_image() const {
+    return static_cast<char*>(arguments.result) + image * int64_t{constants.result_bytes};
   }
 
   const StripArguments& arguments;

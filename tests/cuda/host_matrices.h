@@ -21,6 +21,11 @@ Fragment load_constant(const Fragment* from) {
 }
 
 template <int kAhead>
+uint32_t load_word(const Fragment* from) {
+  return from[kAhead].words[0];
+}
+
+template <int kAhead>
 Vector4 load_floats(const Fragment* from) {
   return bits_as<Vector4>(from[kAhead]);
 }
