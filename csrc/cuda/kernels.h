@@ -14,7 +14,7 @@ const void* kernel_bfloat16(Layout layout);
 const void* kernel_float16(Layout layout);
 const void* kernel_tfloat32(Layout layout);
 
-// The kernels of a unit that is cut into strips, of 16-bit dtypes.
+// The kernels of a unit that is cut into strips, of dtypes that tensor cores multiply; null where there is none.
 struct StripKernels {
   const void* channels_last;
   const void* contiguous;
@@ -22,6 +22,7 @@ struct StripKernels {
 };
 StripKernels strip_kernels_float16();
 StripKernels strip_kernels_bfloat16();
+StripKernels strip_kernels_tfloat32();
 
 // Returns a device's properties, which are asked for once. Makes no context there. Throws std::runtime_error where CUDA
 // fails.

@@ -164,6 +164,7 @@ void prepare(const void* kernel, int64_t shared_bytes, const Blocks& blocks_on) 
 }
 
 StripKernels strip_kernels_for(Dtype dtype) {
+  if (dtype == Dtype::tfloat32) return strip_kernels_tfloat32();
   return dtype == Dtype::float16 ? strip_kernels_float16() : strip_kernels_bfloat16();
 }
 

@@ -19,7 +19,11 @@ struct alignas(16) Fragment {
 struct Vector4 {
   float values[4];
 };
+struct alignas(8) FloatPair {
+  float low, high;
+};
 SHUFFLENET_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+SHUFFLENET_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 // Returns the number in a way that the compiler cannot see through.
 SHUFFLENET_DEVICE int unknown(int number) {
@@ -97,6 +101,45 @@ SHUFFLENET_DEVICE uint16_t load_element(uint32_t at) {
 }
 SHUFFLENET_DEVICE void store_element(uint32_t at, uint16_t value) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(value) : "memory");
+}
+
+SHUFFLENET_DEVICE void store_element(uint32_t at, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory");
+}
+template <int kOffset>
+SHUFFLENET_DEVICE FloatPair load_float_pair(uint32_t at) {
+  FloatPair pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2+%3];"
+               : "=f"(pair.low), "=f"(pair.high)
+               : "r"(at), "n"(kOffset)
+               : "memory");
+  return pair;
+}
+template <int kOffset>
+SHUFFLENET_DEVICE void store_pair(uint32_t at, FloatPair pair) {
+  asm volatile("st.shared.v2.f32 [%0+%1], {%2, %3};" ::"r"(at), "n"(kOffset), "f"(pair.low), "f"(pair.high) : "memory");
+}
+template <int kOffset>
+SHUFFLENET_DEVICE Vector4 load_shared_floats(uint32_t at) {
+  Vector4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4+%5];"
+               : "=f"(v.values[0]), "=f"(v.values[1]), "=f"(v.values[2]), "=f"(v.values[3])
+               : "r"(at), "n"(kOffset)
+               : "memory");
+  return v;
+}
+template <int kOffset>
+SHUFFLENET_DEVICE void load_fragment(uint32_t (&words)[4], uint32_t at) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4+%5];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(at), "n"(kOffset)
+               : "memory");
+}
+template <int kOffset>
+SHUFFLENET_DEVICE void store_fragment(uint32_t at, const Fragment& f) {
+  asm volatile("st.shared.v4.u32 [%0+%1], {%2, %3, %4, %5};" ::"r"(at), "n"(kOffset), "r"(f.words[0]), "r"(f.words[1]),
+               "r"(f.words[2]), "r"(f.words[3])
+               : "memory");
 }
 
 // Copies 4, 8 or 16 bytes of shared memory to global memory.
@@ -194,6 +237,15 @@ SHUFFLENET_DEVICE void set_to_product(float (&d)[4], const uint32_t (&a)[4], con
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.f));
 #endif
 }
+SHUFFLENET_DEVICE void set_to_product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TFloat32) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+      "%10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.f));
+#endif
+}
 SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[2], uint32_t b, BFloat16) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
@@ -202,7 +254,7 @@ SHUFFLENET_DEVICE void multiply_matrices(float (&d)[4], const uint32_t (&a)[2], 
 #endif
 }
 
-// ---- Pairs of 16-bit numbers: the lower half of a register is the first ---------------------------------------------
+// ---- Pairs of neighbouring numbers: in 16 bits, the lower half of a register is the first ---------------------------
 
 // Rounds two sums to a pair, behind a ReLU if kRelu. NaN stays NaN.
 template <bool kRelu>
@@ -230,6 +282,11 @@ SHUFFLENET_DEVICE uint32_t pack(float low, float high, BFloat16) {
   return pair;
 }
 
+template <bool kRelu>
+SHUFFLENET_DEVICE FloatPair pack(float low, float high, TFloat32) {
+  return kRelu ? FloatPair{relu(low), relu(high)} : FloatPair{low, high};
+}
+
 // Returns relu(a + b), rounded once; 0x3c00 and 0x3f80 are 1: there is no addition with a ReLU.
 SHUFFLENET_DEVICE uint32_t add_relu(uint32_t a, uint32_t b, Float16) {
   uint32_t sum = 0;
@@ -251,10 +308,21 @@ SHUFFLENET_DEVICE void store_one(void* to, uint16_t value) {
   asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(value) : "memory");
 }
 
+SHUFFLENET_DEVICE void store_one(void* to, float value) {
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+
 // Writes two pairs to global memory. The address is kOffset bytes less than meant.
 template <int kOffset>
 SHUFFLENET_DEVICE void store_pairs(void* to, uint32_t low, uint32_t high) {
   asm volatile("st.global.v2.u32 [%0+%1], {%2, %3};" ::"l"(to), "n"(kOffset), "r"(low), "r"(high) : "memory");
+}
+
+template <int kOffset>
+SHUFFLENET_DEVICE void store_pairs(void* to, FloatPair low, FloatPair high) {
+  asm volatile("st.global.v4.f32 [%0+%1], {%2, %3, %4, %5};" ::"l"(to), "n"(kOffset), "f"(low.low), "f"(low.high),
+               "f"(high.low), "f"(high.high)
+               : "memory");
 }
 
 // Adds to two pairs those of shared memory at `at`, applies a ReLU, and rounds once. The address is kOffset bytes less
@@ -265,6 +333,13 @@ SHUFFLENET_DEVICE void add_relu_to(uint32_t at, uint32_t& low, uint32_t& high, T
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2+%3];" : "=r"(x[0]), "=r"(x[1]) : "r"(at), "n"(kOffset) : "memory");
   low = add_relu(low, x[0], T{});
   high = add_relu(high, x[1], T{});
+}
+
+template <int kOffset>
+SHUFFLENET_DEVICE void add_relu_to(uint32_t at, FloatPair& low, FloatPair& high, TFloat32) {
+  const Vector4 x = load_shared_floats<kOffset>(at);
+  low = {relu(low.low + x.values[0]), relu(low.high + x.values[1])};
+  high = {relu(high.low + x.values[2]), relu(high.high + x.values[3])};
 }
 
 }  // namespace shufflenet::cuda

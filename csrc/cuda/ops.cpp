@@ -71,7 +71,7 @@ std::shared_ptr<const UnitPlan> cached_plan(const Unit& u, Dtype dtype, int devi
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMost) plans.clear();
   UnitPlan made = {plan_unit(u, dtype, device_properties(device_index)), {}};
-  if (made.plan.by_strips) made.strips.emplace(sizes_of(u), made.plan.strips.tiling, u.layout);
+  if (made.plan.by_strips) made.strips.emplace(sizes_of(u), made.plan.strips.tiling, u.layout, element_bytes(dtype));
   return plans[key] = std::make_shared<const UnitPlan>(std::move(made));
 }
 

@@ -6,6 +6,7 @@
 #ifndef SHUFFLENET_TEST_DEVICE
 #include "matrices.cuh"
 #endif
+#include "strip_products.cuh"
 #include "strip_shares.h"
 
 namespace shufflenet::cuda {
@@ -109,7 +110,14 @@ struct Packer {
       });
     }
     if (i < layout.taps) return slots_fragment(first_slice, i - layout.slots);
-    if (i < layout.affine2) return taps_fragment(first_slice, i - layout.taps);
+    if (i < layout.affine2) {
+      i -= layout.taps;
+      if constexpr (kIsWide<T>) {
+        return pairs_of_taps(first_slice, i);
+      } else {
+        return diagonal_taps(first_slice, i);
+      }
+    }
     if (i < layout.conv3) {
       i -= layout.affine2;
       const int slice = first_slice + i / 4 / layout.blocks, block = i / 4 % layout.blocks;
@@ -135,7 +143,7 @@ struct Packer {
       const int in_tile = fragment % 4 * 2 + odd;
       if (!layout.scatters) {
         f.words[2 * odd] = block_of_tile(group, tile);
-        f.words[2 * odd + 1] = in_tile * kElementBytes;
+        f.words[2 * odd + 1] = in_tile * kElement;
         continue;
       }
       const int channel = column(first_slice, group, tile * kColumns + in_tile);
@@ -150,7 +158,7 @@ struct Packer {
       }
       const int slot = PackedLayout::scattered_slot(i);
       f.words[2 * odd] = slice * layout.blocks + slot / kColumns;
-      f.words[2 * odd + 1] = slot % kColumns * kElementBytes;
+      f.words[2 * odd + 1] = slot % kColumns * kElement;
     }
     return f;
   }
@@ -177,15 +185,16 @@ struct Packer {
     return f;
   }
 
-  // Returns a lane's operand of 32 rows: word i holds rows 8 * i + 2 * (lane % 4) and the one behind, of column lane
-  // / 4. weight_of(row, column) gives the weights' bits.
+  // Returns a lane's operand of kRows rows, of column lane / 4: a word holds the rows that the lane has of 16 bytes of
+  // them. weight_of(row, column) gives the weights' bits.
   template <class WeightOf>
   SHUFFLENET_DEVICE static Fragment operand(int lane, const WeightOf& weight_of) {
     Fragment f;
     SHUFFLENET_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int row = 8 * i + lane % 4 * 2;
-      f.words[i] = weight_of(row, lane / 4) | uint32_t{weight_of(row + 1, lane / 4)} << 16;
+      const int row = kInWord * (4 * i + lane % 4);
+      f.words[i] = weight_of(row, lane / 4);
+      if constexpr (!kIsWide<T>) f.words[i] |= weight_of(row + 1, lane / 4) << 16;
     }
     return f;
   }
@@ -195,17 +204,30 @@ struct Packer {
     i /= 32 * layout.conv1_chunk;
     const int step = i % layout.conv1_steps, chunk = i / layout.conv1_steps % layout.conv1_chunks;
     const int group = i / layout.conv1_steps / layout.conv1_chunks;
-    const int skipped = GroupStart(s, group).skipped, tile = chunk * layout.conv1_chunk + in_chunk;
-    return operand(lane, [&](int row, int column) -> uint16_t {
-      const int channel = conv1_channel(first_slice, group, tile, column), depth = step * 32 + row - skipped;
+    const int skipped = GroupStart(s, group, kElement).skipped, tile = chunk * layout.conv1_chunk + in_chunk;
+    return operand(lane, [&](int row, int column) -> uint32_t {
+      const int channel = conv1_channel(first_slice, group, tile, column), depth = step * kRows + row - skipped;
       if (channel < 0 || depth < 0 || depth >= s.conv1_depth) return 0;
-      return weight(arguments.conv1, PackedLayout::conv1_row(s, channel), s.conv1_depth, depth);
+      return factor(arguments.conv1, PackedLayout::conv1_row(s, channel), s.conv1_depth, depth);
     });
+  }
+
+  // Word 2 * t + c of a lane, of the five fragments that a block has, is tap t of the fragment's two, of the lane's column
+  // c.
+  SHUFFLENET_DEVICE Fragment pairs_of_taps(int first_slice, int i) const {
+    const int fifth = i / 4 % 5, block = i / 20 % layout.blocks, slice = i / 20 / layout.blocks;
+    Fragment f = {};
+    SHUFFLENET_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const int channel = channel_of(first_slice + slice, block * kColumns + i % 4 * 2 + w % 2), tap = 2 * fifth + w / 2;
+      if (channel >= 0 && tap < 9) f.words[w] = bits_at(arguments.conv2, channel, 9, tap);
+    }
+    return f;
   }
 
   // Word w of a lane, of the three fragments that a block has, is the operand of tap tap_of(w): rows are slots, too,
   // and only what is on the diagonal is not 0.
-  SHUFFLENET_DEVICE Fragment taps_fragment(int first_slice, int i) const {
+  SHUFFLENET_DEVICE Fragment diagonal_taps(int first_slice, int i) const {
     const int lane = i % 32, third = i / 32 % 3, block = i / 96 % layout.blocks, slice = i / 96 / layout.blocks;
     const int column = lane / 4, channel = channel_of(first_slice + slice, block * kColumns + column);
     Fragment f = {};
@@ -215,7 +237,7 @@ struct Packer {
       const int word = third * 4 + w;
       if (word >= 9) break;
       const int tap = word < 6 ? word / 2 + word % 2 * 3 : word;
-      f.words[w] = uint32_t{weight(arguments.conv2, channel, 9, tap)} << 16 * (column % 2);
+      f.words[w] = bits_at(arguments.conv2, channel, 9, tap) << 16 * (column % 2);
     }
     return f;
   }
@@ -226,16 +248,32 @@ struct Packer {
     const int step = i % layout.conv3_steps, chunk = i / layout.conv3_steps % layout.conv3_chunks;
     const int slice = first_slice + i / layout.conv3_steps / layout.conv3_chunks;
     const int tile = chunk * 2 * layout.conv3_chunk + in_chunk;
-    return operand(lane, [&](int row, int column) -> uint16_t {
-      const int channel = conv3_channel(slice, tile, column), from = channel_of(slice, step * 32 + row);
+    return operand(lane, [&](int row, int column) -> uint32_t {
+      // ExactDepthwise stores y2 in this order.
+      const int slot = kIsWide<T> ? row / 8 * 8 + row % 4 * 2 + row % 8 / 4 : row;
+      const int channel = conv3_channel(slice, tile, column), from = channel_of(slice, step * kRows + slot);
       if (channel < 0 || from < 0) return 0;
-      return weight(arguments.conv3, channel, s.slice_channels, from - slice * s.slice_channels);
+      return factor(arguments.conv3, channel, s.slice_channels, from - slice * s.slice_channels);
     });
   }
 
-  SHUFFLENET_DEVICE static uint16_t weight(const ConvolutionPointers& conv, int row, int depth, int i) {
-    return static_cast<const T*>(conv.weight)[int64_t{row} * depth + i].bits;
+  // Return the bits of a weight: as they are, and as an mma instruction takes them.
+  SHUFFLENET_DEVICE static uint32_t bits_at(const ConvolutionPointers& conv, int row, int depth, int i) {
+    const T weight = static_cast<const T*>(conv.weight)[int64_t{row} * depth + i];
+    if constexpr (kIsWide<T>) {
+      return bits_of(weight);
+    } else {
+      return weight.bits;
+    }
   }
+  SHUFFLENET_DEVICE static uint32_t factor(const ConvolutionPointers& conv, int row, int depth, int i) {
+    uint32_t bits[1] = {bits_at(conv, row, depth, i)};
+    round_operands<T>(bits);
+    return bits[0];
+  }
+
+  static constexpr int kElement = sizeof(T), kInWord = kWordBytes / kElement;
+  static constexpr int kRows = 2 * kHalfBytes / kElement;  // of a step
 
   const PackArguments& arguments;
   const Sizes& s;

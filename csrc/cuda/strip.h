@@ -29,9 +29,10 @@ namespace shufflenet::cuda {
 // A warp multiplies 32 pixels at a time, two tiles of 16, by the same operands of weights.
 inline constexpr int kTilesOfItem = 2;
 inline constexpr int kItemPixels = kTilesOfItem * kTilePixels;
-inline constexpr int kColumns = 8;  // of a tile; a block of y1 or y2 has as many slots, which are 16 bytes of a pixel
-inline constexpr int kElementBytes = 2;
-inline constexpr int kBlockBytes = kColumns * kElementBytes;
+inline constexpr int kColumns = 8;      // of a tile; a block of y1 or y2 has as many slots
+inline constexpr int kBlockBytes = 16;  // of a block of x: what a lane copies, and a row of a matrix that is loaded
+inline constexpr int kHalfBytes = 2 * kBlockBytes;  // of a pixel's channels that one mma instruction multiplies
+inline constexpr int kElementBytes = 2;             // in the contiguous layout, which is of 16 bits here
 inline constexpr int kPlaceBytes = 4;    // of an entry of StripLayout's tables
 inline constexpr int kSectorBytes = 32;  // by which global memory is accessed
 // The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers.
@@ -39,10 +40,10 @@ inline constexpr int kMostConv1Tiles = 6;
 inline constexpr int kMostConv3Pairs = 5;
 // Returns the most warps of a block. The more there are, the less time passes without any that has work; but a quarter
 // of a multiprocessor's registers are 255 a thread for two warps, and 168 for three, which not all kernels do with.
-SHUFFLENET_HOST_DEVICE constexpr int most_strip_warps(int compute_capability, Layout layout) {
-  return compute_capability >= 90 && layout == Layout::channels_last ? 12 : 8;
+SHUFFLENET_HOST_DEVICE constexpr int most_strip_warps(int compute_capability, Layout layout, int element) {
+  return compute_capability >= 90 && layout == Layout::channels_last && element == 2 ? 12 : 8;
 }
-inline constexpr int kMostStripWarps = 12;  // of all architectures and layouts
+inline constexpr int kMostStripWarps = 12;  // of all kernels
 
 struct StripTiling {
   int rows = 0;    // of the result
@@ -69,36 +70,35 @@ struct Chunks {
   int count, size;
 };
 
-// The channels of x that a group of conv1 reads, as blocks of 8 that begin at a multiple of 8: `skipped` channels
-// before the group's own lie in the first one.
+// The channels of x, of `element` bytes each, that a group of conv1 reads, as blocks: `skipped` channels before the
+// group's own lie in the first one.
 struct GroupStart {
-  SHUFFLENET_HOST_DEVICE GroupStart(const Sizes& s, int group) {
-    const unsigned channel = static_cast<unsigned>(group * s.conv1_depth);
-    block = static_cast<int>(channel / kColumns);
-    skipped = static_cast<int>(channel % kColumns);
+  SHUFFLENET_HOST_DEVICE GroupStart(const Sizes& s, int group, int element) {
+    const unsigned channel = static_cast<unsigned>(group * s.conv1_depth), of_block = kBlockBytes / element;
+    block = static_cast<int>(channel / of_block);
+    skipped = static_cast<int>(channel % of_block);
   }
   int block, skipped;
 };
 
 // Where the parts of a unit lie in the packed weights, in fragments (16 bytes). One part after the other, a part has
 //
-//   conv1     [conv1_groups][chunks][steps][tiles of the chunk][lane 32]: the operand of 32 channels
+//   conv1     [conv1_groups][chunks][steps][tiles of the chunk][lane 32]: the operand of 64 bytes of channels
 //   affine1   [conv1_groups][tiles][lane % 4]: scale, scale, bias, bias of the two columns that the lane holds sums of
 //   slots     [conv1_groups][tiles][lane % 4]: block of y1, byte, block, byte of the slots of the two columns
-//   taps      [slices][blocks][3][lane 32]: diagonal operands of the taps 0 3, 1 4, 2 5, 6 7 and 8
+//   taps      [slices][blocks][3][lane 32]: diagonal operands of the taps 0 3, 1 4, 2 5, 6 7 and 8; of 32 bits
+//             [slices][blocks][5][lane % 4]: two taps of the two columns
 //   affine2   [slices][blocks][lane % 4]
 //   conv3     [slices][chunks][steps][tiles of the chunk][lane 32]
 //   affine3   [slices][tiles][lane % 4]; of the transposed product [slices][pairs of tiles][lane / 4]: scales and
 //   biases
 //             of the two rows, channels, that the lane holds sums of
 struct PackedLayout {
-  SHUFFLENET_HOST_DEVICE PackedLayout(const Sizes& s, int slices, Layout layout)
-      : by_planes(layout == Layout::contiguous),
+  SHUFFLENET_HOST_DEVICE PackedLayout(const Sizes& s, int slices, Layout layout, int element)
+      : element(element),
+        by_planes(layout == Layout::contiguous),
         scatters(false),
-        left_out_mask(by_planes                      ? 0
-                      : s.result_channels % 16 == 0 ? 15
-                      : s.result_channels % 8 == 0  ? 7
-                                                    : 3),
+        left_out_mask(by_planes ? 0 : aligned_channels(s, element) - 1),
         piece_tiles(0),
         conv1_tiles(0),
         conv1_halves(0),
@@ -140,11 +140,11 @@ struct PackedLayout {
     conv1_tiles = first.count * first.size;
     int skipped = 0;
     for (int r = 0; r < s.conv1_groups && r < kColumns; ++r) {
-      const int mine = GroupStart(s, r).skipped;
+      const int mine = GroupStart(s, r, element).skipped;
       skipped = mine > skipped ? mine : skipped;
     }
-    is_masked = s.conv1_groups > 1 && (skipped > 0 || s.conv1_depth % 16 != 0);
-    conv1_halves = ceil_div(skipped + s.conv1_depth, 16);
+    is_masked = s.conv1_groups > 1 && (skipped > 0 || s.conv1_depth * element % kHalfBytes != 0);
+    conv1_halves = ceil_div((skipped + s.conv1_depth) * element, kHalfBytes);
     conv1_steps = ceil_div(conv1_halves, 2);
     int left_out = 0;  // at most
     for (int h = 0; h < s.groups; ++h) {
@@ -156,14 +156,14 @@ struct PackedLayout {
     conv3_chunks = last.count;
     conv3_pairs = last.count * last.size;
     has_whole_chunks = left_out == 0 && s.group_rows == conv3_pairs * 2 * kColumns;
-    conv3_halves = ceil_div(blocks, 2);
+    conv3_halves = ceil_div(blocks * kColumns * element, kHalfBytes);
     conv3_steps = ceil_div(conv3_halves, 2);
     conv1_fragments = conv1_chunk * conv1_steps * 32;
     conv3_fragments = 2 * conv3_chunk * conv3_steps * 32;
     affine1 = s.conv1_groups * conv1_tiles * conv1_steps * 32;
     slots = affine1 + s.conv1_groups * conv1_tiles * 4;
     taps = slots + s.conv1_groups * conv1_tiles * 4;
-    affine2 = taps + slices * blocks * 3 * 32;
+    affine2 = taps + slices * blocks * tap_fragments();
     conv3 = affine2 + slices * blocks * 4;
     affine3 = conv3 + slices * conv3_pairs * 2 * conv3_steps * 32;
     part = affine3 + slices * conv3_pairs * 2 * 4;
@@ -186,6 +186,14 @@ struct PackedLayout {
       }
     }
     return most;
+  }
+  // Returns how many fragments a block of taps takes.
+  SHUFFLENET_HOST_DEVICE int tap_fragments() const { return element == 2 ? 3 * 32 : 5 * 4; }
+  // Returns how many channels of a channels_last result take as many bytes as its pixels are aligned to, or a sector.
+  SHUFFLENET_HOST_DEVICE static int aligned_channels(const Sizes& s, int element) {
+    int channels = kSectorBytes / element;
+    while (s.result_channels % channels != 0) channels /= 2;
+    return channels;
   }
   // Returns how many channels of the result lie before a slice's own in its first pair of tiles: where a pair's
   // channels lie side by side in memory, they begin at a sector's boundary, or where pixels do not, as far as these
@@ -211,12 +219,13 @@ struct PackedLayout {
     return conv1_row(s, channel) / (s.mid_channels / s.conv1_groups);
   }
 
+  int element;       // bytes
   bool by_planes;    // whether conv3's product is transposed
   bool scatters;     // whether conv1's columns are stored one by one
   int left_out_mask;
   int piece_tiles;   // tiles of a piece
   int conv1_tiles;   // of a group of conv1 in a part
-  int conv1_halves;  // blocks of 16 channels that a group of conv1 multiplies; a step has two
+  int conv1_halves;  // of 32 bytes of channels, that a group of conv1 multiplies; a step has two
   int conv1_steps;
   int blocks;       // of a slice
   int conv3_pairs;  // pairs of tiles of a slice
@@ -231,19 +240,20 @@ struct PackedLayout {
 
 // A block's shared memory, as byte offsets.
 struct StripLayout {
-  SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t, Layout layout)
-      : StripLayout(s, t, PackedLayout(s, t.slices, layout)) {}
+  SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t, Layout layout, int element)
+      : StripLayout(s, t, PackedLayout(s, t.slices, layout, element)) {}
   SHUFFLENET_HOST_DEVICE StripLayout(const Sizes& s, const StripTiling& t, const PackedLayout& packed)
       : packed(packed),
         x_pitch(0),
         result_pitch(0),
         x_unit(kBlockBytes),
         result_unit(kBlockBytes),
-        own_blocks(s.in_channels / kColumns),
+        own_blocks(s.in_channels * packed.element / kBlockBytes),
         x_blocks(0),
-        y1_pitch(0),
+        y1_pixel(kColumns * packed.element),
+        y1_row(0),
         y1_odd(0),
-        y1_pixels(0),
+        y1_block(0),
         y1(0),
         y2(0),
         y2_bytes(0),
@@ -251,7 +261,7 @@ struct StripLayout {
         corners(0),
         bytes(0) {
     // Blocks of a pixel that are read: behind its own channels lie those that the last group's last step reads as well.
-    const int last = GroupStart(s, s.conv1_groups - 1).block + 2 * packed.conv1_halves;
+    const int last = GroupStart(s, s.conv1_groups - 1, packed.element).block + 2 * packed.conv1_halves;
     x_blocks = static_cast<int>(round_up(last > own_blocks ? last : own_blocks, 2));
     const int in_rows = StripTiling::in_rows(s, t.rows), image_rows = in_rows < s.height ? in_rows : s.height;
     const int64_t pixels = int64_t{image_rows} * s.width;
@@ -279,18 +289,19 @@ struct StripLayout {
     } else {
       // An odd number of 32 bytes: with the swizzle of x_swizzle, eight neighbouring pixels' blocks lie in different
       // banks.
-      x_pitch = (ceil_div(s.in_channels, 2 * kColumns) | 1) * 2 * kBlockBytes;
+      x_pitch = (ceil_div(own_blocks, 2) | 1) * 2 * kBlockBytes;
     }
-    if (s.stride == 1) {
-      y1_pitch = s.width + t.gap;
-    } else {
+    int row = s.width + t.gap;  // pixels
+    if (s.stride == 2) {
       // With these remainders eight neighbouring pixels, of which conv1 writes four in each half, lie in different
       // banks; and so do eight pixels of the result, where the next row's follow (if a row has an even number).
-      y1_odd = next_with_remainder(s.out_width + 1, 5, 8);
-      y1_pitch = next_with_remainder(y1_odd + s.out_width, s.out_width / 2 % 4, 4);
+      const int odd = next_with_remainder(s.out_width + 1, 5, 8);
+      row = next_with_remainder(odd + s.out_width, s.out_width / 2 % 4, 4);
+      y1_odd = odd * y1_pixel;
     }
-    const int64_t y1_all = int64_t{in_rows} * y1_pitch + 1;
-    y1_pixels = static_cast<int>(y1_all);
+    y1_row = row * y1_pixel;
+    const int64_t block_bytes = int64_t{in_rows} * y1_row + y1_pixel;
+    y1_block = static_cast<int>(block_bytes);
     // Behind the pixels lie the blocks that are read behind the last one, or with stride 2 a pixel of zeros, which is
     // the longer.
     const int behind = x_blocks * kBlockBytes > x_pitch ? x_blocks * kBlockBytes - x_pitch : 0;
@@ -302,7 +313,7 @@ struct StripLayout {
     }
     end = round_up(end, 32);
     y1 = static_cast<int>(end);
-    end += int64_t{s.conv1_groups} * packed.conv1_tiles * y1_all * kBlockBytes;
+    end += int64_t{s.conv1_groups} * packed.conv1_tiles * block_bytes;
     // With stride 1 the top left tap lies a pixel before the place of the pixel itself, a row further up.
     places = corners = static_cast<int>(end);
     end += round_up(pixels * kPlaceBytes, kBlockBytes);
@@ -311,7 +322,7 @@ struct StripLayout {
       end += round_up(int64_t{t.rows} * s.out_width * kPlaceBytes, kBlockBytes);
     }
     y2 = static_cast<int>(end);
-    y2_bytes = packed.conv3_halves * 2 * kItemPixels * kBlockBytes;
+    y2_bytes = packed.conv3_halves * kItemPixels * kHalfBytes;
     end += int64_t{t.warps} * y2_bytes;
     if (packed.by_planes && s.stride == 2) {
       // Before it is made, the pool takes y2's place, with 16 channels at a time or more.
@@ -336,11 +347,13 @@ struct StripLayout {
   int result_pitch;          // of planes, the bytes from one of the result to the next
   int x_unit, result_unit;   // bytes that planes are copied by: what is copied lies at multiples of them
   int own_blocks, x_blocks;  // that a pixel has, and that are read from its first on
-  // A row of y1 has a pixel of zeros at either end where it is read. With stride 2, the pixels in even places come
-  // first, and those in odd ones y1_odd behind: what a tap reads of neighbouring pixels then lies side by side.
-  int y1_pitch, y1_odd, y1_pixels;
-  int y1;            // [slices][blocks of a slice][y1_pixels] blocks, and behind them those of tiles that nobody reads
-  int y2, y2_bytes;  // of each warp: [2 * conv3_halves][kItemPixels] blocks
+  // Bytes of y1: of a pixel in a block, and from a row to the next. A row has a pixel of zeros at either end where it is
+  // read. With stride 2, the pixels in even places come first, and those in odd ones y1_odd behind: what a tap reads of
+  // neighbouring pixels then lies side by side.
+  int y1_pixel, y1_row, y1_odd;
+  int y1_block;      // bytes of a block
+  int y1;            // [slices][blocks of a slice], and behind them the blocks of tiles that nobody reads
+  int y2, y2_bytes;  // of each warp: [2 * conv3_halves][kItemPixels] blocks of 16 bytes, of 32 bits in lanes' own order
   // Tables: where the pixels of x lie in a block of y1, in bytes, if the strip's first row of x is the first of y1; and
   // where the top left taps of the result's pixels do. To compute these takes more instructions than to read them.
   int places, corners;

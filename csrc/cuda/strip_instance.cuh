@@ -1,4 +1,4 @@
-// Makes CUDA kernels of strip_kernel.cuh and pack_kernel.cuh. strip_float16.cu and strip_bfloat16.cu include this file.
+// Makes CUDA kernels of strip_kernel.cuh and pack_kernel.cuh. The files strip_*.cu include this one.
 #pragma once
 
 #include "kernels.h"
@@ -15,7 +15,7 @@ inline constexpr int kArchitecture = 0;  // the host compiles no kernels
 
 // Before sm_80 the kernel is empty: strip_planner.h plans none there.
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(32 * most_strip_warps(kArchitecture, kLayout), 1)
+__global__ void __launch_bounds__(32 * most_strip_warps(kArchitecture, kLayout, sizeof(T)), 1)
     strip_kernel(const __grid_constant__ StripArguments arguments) {
 #if __CUDA_ARCH__ >= 800
   StripBlock<T, kLayout>(arguments).run();
@@ -29,9 +29,12 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
 
 template <class T>
 StripKernels strip_kernels_of() {
-  return {reinterpret_cast<const void*>(&strip_kernel<T, Layout::channels_last>),
-          reinterpret_cast<const void*>(&strip_kernel<T, Layout::contiguous>),
-          reinterpret_cast<const void*>(&pack_kernel<T>)};
+  StripKernels kernels = {
+      reinterpret_cast<const void*>(&strip_kernel<T, Layout::channels_last>),
+      nullptr,
+      reinterpret_cast<const void*>(&pack_kernel<T>)};
+  if constexpr (!kIsWide<T>) kernels.contiguous = reinterpret_cast<const void*>(&strip_kernel<T, Layout::contiguous>);
+  return kernels;
 }
 
 }  // namespace shufflenet::cuda

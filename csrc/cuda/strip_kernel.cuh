@@ -1,11 +1,10 @@
-// A unit as one fused pass over a strip of rows (strip.h), in 16 bits, on tensor cores from sm_80 on. x is copied to
-// shared memory once and serves conv1 and the shortcut: the residual, or with stride 2 the pool. What depends on x's
-// layout is in strip_pixels.cuh and strip_planes.cuh.
+// A unit as one fused pass over a strip of rows (strip.h), on tensor cores from sm_80 on, in 16 bits or TF32. x is
+// copied to shared memory once and serves conv1 and the shortcut: the residual, or with stride 2 the pool. What depends
+// on x's layout is in strip_pixels.cuh and strip_planes.cuh.
 //
 //   conv1      multiplies 32 pixels by some tiles of a group. The results are stored as blocks of y1, which the shuffle
 //              has sorted.
-//   depthwise  and conv3 make 32 pixels of a slice. The warp keeps their y2 in shared memory of its own, from where
-//              conv3's operands come.
+//   depthwise  and conv3 make 32 pixels of a slice (strip_depthwise.cuh).
 //
 // A warp stays with its group or slice and goes on to further pixels, so that all addresses but few are computed once.
 // As in PyTorch, y1, y2 and y3 are rounded to x's dtype, and y3 before the residual is added.
@@ -13,6 +12,7 @@
 
 #include <type_traits>
 
+#include "strip_depthwise.cuh"
 #include "strip_pixels.cuh"
 #include "strip_planes.cuh"
 
@@ -24,9 +24,10 @@ using StripIn = std::conditional_t<kLayout == Layout::channels_last, StripPixels
 template <class T, Layout kLayout>
 struct StripBlock : StripIn<T, kLayout> {
   using Strip = StripIn<T, kLayout>;
-  using Strip::base, Strip::constants, Strip::fragments, Strip::lane, Strip::layout, Strip::my_y2, Strip::packed,
+  using Strip::base, Strip::constants, Strip::fragments, Strip::lane, Strip::layout, Strip::packed,
       Strip::s, Strip::t, Strip::warp;
   using Share = WarpShares::Share;
+  using Depthwise = StripDepthwise<T>;
   template <int kPairs>
   using Results = typename Strip::template Results<kPairs>;
 
@@ -91,17 +92,19 @@ struct StripBlock : StripIn<T, kLayout> {
     static_assert(kTiles <= kMostConv1Tiles);
     const int pixels = this->image_rows * s.width, pixel_step = constants.conv1.pixel_step;
     const int group = constants.by_conv1_chunks.quotient(piece);
-    const GroupStart start(s, group);
+    const GroupStart start(s, group, sizeof(T));
     const ChannelMask mask = {start.skipped, s.conv1_depth};
     const Fragment* const weights = fragments + unsigned(piece * packed.conv1_fragments + lane);
     const Fragment* const affine = fragments + unsigned(packed.affine1 + piece * packed.conv1_chunk * 4 + lane % 4);
-    const uint32_t y1 = base + layout.y1 + (this->image_row - this->in_row) * layout.y1_pitch * kBlockBytes;
+    const uint32_t y1 = base + layout.y1 + (this->image_row - this->in_row) * layout.y1_row;
     const Fragment* const slots = affine + unsigned(packed.slots - packed.affine1);
-    // The block of tile 2 * i, or for lanes 16 to 31 of the next one, unless columns are scattered.
-    uint32_t blocks[kStores<kTiles>];
-    for_each<0, kStores<kTiles>>([&](auto index) {
+    // Where blocks of y1 lie that are not scattered: that of each tile, or where matrices are stored, that of tile
+    // 2 * i, or for lanes 16 to 31 of the next one.
+    uint32_t blocks[kBlocksOfLane<kTiles>];
+    for_each<0, kBlocksOfLane<kTiles>>([&](auto index) {
       constexpr int i = decltype(index)::value;
-      blocks[i] = y1 + load_word<i * 8>(slots + lane / 16 * 4) * (layout.y1_pixels * kBlockBytes);
+      const uint32_t block = kIsWide<T> ? load_word<i * 4>(slots) : load_word<i * 8>(slots + lane / 16 * 4);
+      blocks[i] = y1 + block * layout.y1_block;
     });
     const uint32_t tile_step = kTilePixels * this->bytes_to_next_pixel();
     const uint32_t x_step = pixel_step * this->bytes_to_next_pixel();
@@ -122,7 +125,7 @@ struct StripBlock : StripIn<T, kLayout> {
       Sums<kTiles> sums;
       auto operand = this->operand(row);
       multiply<T, kMasked, false>(sums, operand, weights, halves, mask);
-      uint32_t pairs[kTilesOfItem][kTiles][2];
+      Pair<T> pairs[kTilesOfItem][kTiles][2];
       for_each<0, kTiles>([&](auto index) {
         constexpr int n = decltype(index)::value;
         const Vector4 scales = load_floats<n * 4>(affine);
@@ -135,7 +138,9 @@ struct StripBlock : StripIn<T, kLayout> {
       }
       for_each<0, kTilesOfItem>([&](auto index) {
         constexpr int m = decltype(index)::value, kTile = m * kTilePixels;
-        if (is_tail) {
+        if constexpr (kIsWide<T>) {
+          store_pixels_inside<kTiles>(pixel + kTile, pixels, blocks, pairs[m]);
+        } else if (is_tail) {
           store_pixels_inside<kTiles>(pixel + kTile, pixels, blocks, pairs[m]);
         } else {
           store_tiles<kTiles>(load_pair<kTile * kPlaceBytes>(places), blocks, pairs[m]);
@@ -144,13 +149,12 @@ struct StripBlock : StripIn<T, kLayout> {
     }
   }
 
-  // How many instructions store the tiles of 16 pixels.
   template <int kTiles>
-  static constexpr int kStores = (kTiles + 1) / 2;
+  static constexpr int kBlocksOfLane = kIsWide<T> ? kTiles : (kTiles + 1) / 2;
 
   // Stores tiles of 16 pixels as blocks of y1; `to` is where the lane's pixel lies in a block.
   template <int kTiles>
-  SHUFFLENET_DEVICE static void store_tiles(uint32_t to, const uint32_t (&blocks)[kStores<kTiles>],
+  SHUFFLENET_DEVICE static void store_tiles(uint32_t to, const uint32_t (&blocks)[kBlocksOfLane<kTiles>],
                                             const uint32_t (&pairs)[kTiles][2]) {
     SHUFFLENET_UNROLL
     for (int n = 0; n + 1 < kTiles; n += 2) {
@@ -160,11 +164,18 @@ struct StripBlock : StripIn<T, kLayout> {
   }
   // Stores those of 16 pixels, from `first` on, that lie before the last one: a lane its pair of each tile.
   template <int kTiles>
-  SHUFFLENET_DEVICE void store_pixels_inside(int first, int pixels, const uint32_t (&blocks)[kStores<kTiles>],
-                                             const uint32_t (&pairs)[kTiles][2]) const {
+  SHUFFLENET_DEVICE void store_pixels_inside(int first, int pixels, const uint32_t (&blocks)[kBlocksOfLane<kTiles>],
+                                             const Pair<T> (&pairs)[kTiles][2]) const {
     uint32_t block[kTiles];
     SHUFFLENET_UNROLL
-    for (int n = 0; n < kTiles; ++n) block[n] = from_lane(blocks[n / 2], n % 2 * 16) + lane % 4 * 4;
+    for (int n = 0; n < kTiles; ++n) {
+      block[n] = lane % 4 * sizeof(Pair<T>);
+      if constexpr (kIsWide<T>) {
+        block[n] += blocks[n];
+      } else {
+        block[n] += from_lane(blocks[n / 2], n % 2 * 16);
+      }
+    }
     SHUFFLENET_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int pixel = first + half * 8 + lane / 4;
@@ -178,14 +189,13 @@ struct StripBlock : StripIn<T, kLayout> {
   // Stores those of the 32 pixels from `first` on that lie before the last one, each column to its slot.
   template <int kTiles>
   SHUFFLENET_DEVICE void scatter_tiles(int first, int pixels, uint32_t y1, const Fragment* slots,
-                                       const uint32_t (&pairs)[kTilesOfItem][kTiles][2]) const {
-    const uint32_t block_bytes = layout.y1_pixels * kBlockBytes;
+                                       const Pair<T> (&pairs)[kTilesOfItem][kTiles][2]) const {
     uint32_t to[kTiles][2];
     for_each<0, kTiles>([&](auto index) {
       constexpr int n = decltype(index)::value;
       const Fragment slot = load_constant<n * 4>(slots);
       SHUFFLENET_UNROLL
-      for (int odd = 0; odd < 2; ++odd) to[n][odd] = y1 + slot.words[2 * odd] * block_bytes + slot.words[2 * odd + 1];
+      for (int odd = 0; odd < 2; ++odd) to[n][odd] = y1 + slot.words[2 * odd] * layout.y1_block + slot.words[2 * odd + 1];
     });
     SHUFFLENET_UNROLL
     for (int i = 0; i < 2 * kTilesOfItem; ++i) {
@@ -194,9 +204,9 @@ struct StripBlock : StripIn<T, kLayout> {
         const uint32_t place = load_pair(base + layout.places + pixel * kPlaceBytes);
         SHUFFLENET_UNROLL
         for (int n = 0; n < kTiles; ++n) {
-          const uint32_t pair = pairs[i / 2][n][i % 2];
-          store_element(to[n][0] + place, static_cast<uint16_t>(pair));
-          store_element(to[n][1] + place, static_cast<uint16_t>(pair >> 16));
+          const Pair<T> pair = pairs[i / 2][n][i % 2];
+          store_element(to[n][0] + place, element_of<T>(pair, 0));
+          store_element(to[n][1] + place, element_of<T>(pair, 1));
         }
       }
     }
@@ -223,10 +233,12 @@ struct StripBlock : StripIn<T, kLayout> {
       Results<kPairs> results(*this, pixel, slice);
       SHUFFLENET_NO_UNROLL
       for (; pixel < this->out_rows * s.out_width; pixel += pixel_step) {
-        make_y2_of<true>(pixel, slice);
-        if (!conv3<kPairs>(results, slice, true)) {
+        make_y2<true>(pixel, slice);
+        if constexpr (Depthwise::kIsExact) {
+          conv3<kPairs>(results, slice, false);
+        } else if (!conv3<kPairs>(results, slice, true)) {
           const int same = unknown(slice);  // so that nothing is computed ahead for what seldom happens
-          make_y2_of<false>(pixel, same);
+          make_y2<false>(pixel, same);
           conv3<kPairs>(results, same, false);
         }
         results.advance(pixel_step);
@@ -234,94 +246,21 @@ struct StripBlock : StripIn<T, kLayout> {
     }
   }
   template <bool kFinite>
-  SHUFFLENET_DEVICE void make_y2_of(int pixel, int slice) {
+  SHUFFLENET_DEVICE void make_y2(int pixel, int slice) const {
+    const Depthwise y2(*this, kFinite ? lane : unknown(lane));
+    // Where not kFinite, the ReLU is decided later.
+    const bool relu = (kFinite || Depthwise::kIsExact) && s.conv2_relu;
     if (s.stride == 1) {
-      if (kFinite && s.conv2_relu) {
-        make_y2<1, kFinite, true>(pixel, slice);
+      if (relu) {
+        y2.template make<1, kFinite, true>(pixel, slice);
       } else {
-        make_y2<1, kFinite, false>(pixel, slice);
+        y2.template make<1, kFinite, false>(pixel, slice);
       }
-    } else if (kFinite && s.conv2_relu) {
-      make_y2<2, kFinite, true>(pixel, slice);
+    } else if (relu) {
+      y2.template make<2, kFinite, true>(pixel, slice);
     } else {
-      make_y2<2, kFinite, false>(pixel, slice);
+      y2.template make<2, kFinite, false>(pixel, slice);
     }
-  }
-
-  // Returns the address, in the first block of y1 that a slice has, of the top left tap of a pixel.
-  SHUFFLENET_DEVICE uint32_t y1_corner(int pixel, int slice) const {
-    const int inside = most(0, least(pixel, this->out_rows * s.out_width - 1));
-    return base + constants.y1_corner + slice * packed.blocks * (layout.y1_pixels * kBlockBytes) +
-           load_pair(base + layout.corners + inside * kPlaceBytes);
-  }
-
-  // Makes the warp's y2 of 32 pixels. Where kFinite, all of y1 should be finite: 0 times Inf carries NaN from one slot
-  // into others. If not, each slot is computed by itself, and the ReLU is decided at run time.
-  template <int kStride, bool kFinite, bool kRelu>
-  SHUFFLENET_DEVICE void make_y2(int first_pixel, int slice) {
-    const uint32_t row_bytes = layout.y1_pitch * kBlockBytes, block_bytes = layout.y1_pixels * kBlockBytes;
-    const uint32_t middle_bytes = (kStride == 1 ? 1 : layout.y1_odd) * kBlockBytes;
-    uint32_t corner[kTilesOfItem], bottom[kTilesOfItem], rows[kTilesOfItem][2];
-    SHUFFLENET_UNROLL
-    for (int m = 0; m < kTilesOfItem; ++m) {
-      const uint32_t at = y1_corner(first_pixel + m * kTilePixels + lane % 16, slice);
-      corner[m] = at + lane / 16 * row_bytes;
-      bottom[m] = at + 2 * row_bytes + lane / 16 * middle_bytes;
-      if constexpr (!kFinite) {
-        SHUFFLENET_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          rows[m][half] = y1_corner(first_pixel + m * kTilePixels + half * 8 + lane / 4, slice);
-        }
-      }
-    }
-    const Fragment* taps = fragments + unsigned(packed.taps + slice * packed.blocks * 96 + lane);
-    const Fragment* affine = fragments + unsigned(packed.affine2 + slice * packed.blocks * 4 + lane % 4);
-    uint32_t to = my_y2() + lane * kBlockBytes;
-    const uint32_t end = to + packed.blocks * (kItemPixels * kBlockBytes);
-    warp_barrier();  // all lanes have finished reading what y2 was
-    SHUFFLENET_NO_UNROLL
-    for (; to != end; to += kItemPixels * kBlockBytes) {
-      Sums<1> sums;
-      const Vector4 scales = load_floats<0>(affine);
-      if constexpr (kFinite) {
-        depthwise<T, kStride>(sums, corner, bottom, middle_bytes, taps);
-      } else {
-        depthwise_by_slots<T, kStride>(sums, rows, row_bytes, middle_bytes, taps);
-      }
-      uint32_t pairs[kTilesOfItem][2];
-      SHUFFLENET_UNROLL
-      for (int m = 0; m < kTilesOfItem; ++m) {
-        finish<T, kRelu>(sums[m][0], scales, pairs[m]);
-        if constexpr (!kFinite) {
-          if (s.conv2_relu) finish<T, true>(sums[m][0], scales, pairs[m]);
-          clear_empty_slots(pairs[m], scales);
-        }
-      }
-      store_matrices<4>(to, {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
-      taps += 96;
-      affine += 4;
-      SHUFFLENET_UNROLL
-      for (int m = 0; m < kTilesOfItem; ++m) {
-        corner[m] += block_bytes;
-        bottom[m] += block_bytes;
-        if constexpr (!kFinite) {
-          rows[m][0] += block_bytes;
-          rows[m][1] += block_bytes;
-        }
-      }
-    }
-    // conv3 multiplies two blocks at a time.
-    if (packed.blocks % 2 != 0) clear_block(end);
-    warp_barrier();
-  }
-
-  // Zeroes the slots that no channel has: 0 times Inf may have made them NaN.
-  SHUFFLENET_DEVICE static void clear_empty_slots(uint32_t (&pairs)[2], const Vector4& scales) {
-    constexpr uint32_t kEmpty = 0x80000000u;  // -0
-    const uint32_t mask =
-        (bits_of(scales.values[0]) == kEmpty ? 0 : 0xffffu) | (bits_of(scales.values[1]) == kEmpty ? 0 : 0xffff0000u);
-    pairs[0] &= mask;
-    pairs[1] &= mask;
   }
 
   // Makes the results of 32 pixels of a slice from y2. Where `checks`, it returns false and writes nothing if a sum is
@@ -334,10 +273,9 @@ struct StripBlock : StripIn<T, kLayout> {
     const Fragment* weights = fragments + unsigned(packed.conv3 + first_chunk * packed.conv3_fragments + lane);
     const Fragment* affine =
         fragments + unsigned(packed.affine3 + first_chunk * packed.conv3_chunk * 8 + this->affine3_lane());
-    const uint32_t y2 = my_y2() + (lane / 16 * kItemPixels + lane % 16) * kBlockBytes;
     SHUFFLENET_NO_UNROLL
     for (int chunk = 0; chunk < packed.conv3_chunks; ++chunk) {
-      PixelOperand<2 * kItemPixels * kBlockBytes> operand = {{y2, y2 + kTilePixels * kBlockBytes}};
+      auto operand = Depthwise(*this, lane).operand();
       Sums<kTiles> sums;
       multiply<T, false, Strip::kTransposed>(sums, operand, weights, halves, {});
       if (chunk == 0 && checks) {

@@ -13,6 +13,7 @@ struct StripPixels : StripStaging {
   SHUFFLENET_DEVICE explicit StripPixels(const StripArguments& arguments) : StripStaging(arguments) {}
 
   static constexpr bool kTransposed = false;
+  static constexpr int kElement = sizeof(T);
 
   // Starts to copy the strip's rows of x. A lane copies a block of four neighbouring pixels at a time, and as many
   // lanes as a pixel has blocks all of these pixels.
@@ -21,7 +22,7 @@ struct StripPixels : StripStaging {
     if (mine * 4 == constants.copy_pixels) return;  // a lane that is left over
     const int pixels = image_rows * s.width, first = warp * constants.copy_pixels + mine * 4;
     const int step = t.warps * constants.copy_pixels;
-    const uint32_t pixel_bytes = s.in_channels * kElementBytes;
+    const uint32_t pixel_bytes = s.in_channels * kElement;
     const int x_pitch = layout.x_pitch;
     const char* const strip = x_of_image() + (image_row * s.width + first) * pixel_bytes;
     SHUFFLENET_NO_UNROLL
@@ -73,7 +74,7 @@ struct StripPixels : StripStaging {
     return base + layout.x_offset(least(pixel + lane % 16, last), (block + lane / 16) * kBlockBytes);
   }
   SHUFFLENET_DEVICE uint32_t bytes_to_next_pixel() const { return layout.x_pitch; }
-  SHUFFLENET_DEVICE PixelOperand<2 * kBlockBytes> operand(const uint32_t (&row)[kTilesOfItem]) const {
+  SHUFFLENET_DEVICE PixelOperand<T, kHalfBytes> operand(const uint32_t (&row)[kTilesOfItem]) const {
     return {{row[0], row[1]}};
   }
 
@@ -91,16 +92,16 @@ struct StripPixels : StripStaging {
   template <int kPairs>
   struct Results {
     SHUFFLENET_DEVICE Results(const StripPixels& strip, int first_pixel, int slice)
-        : pixel_bytes(strip.s.result_channels * kElementBytes), x_pitch(strip.layout.x_pitch) {
+        : pixel_bytes(strip.s.result_channels * kElement), x_pitch(strip.layout.x_pitch) {
       const Sizes& s = strip.s;
       const int pixel = first_pixel + strip.lane / 4;
       // The lane's four channels of a pair of tiles, within the slice's group, and their byte in a pixel.
       const int group = strip.part * strip.t.slices + slice;
       channel = strip.lane % 4 * 4 - strip.packed.channels_left_out(s, group);
-      const int byte = (group * s.group_rows + channel) * kElementBytes;
-      from = strip.base + strip.layout.x_offset(pixel + (strip.out_row - strip.image_row) * s.width, byte);
-      const int in_image = (strip.out_row * s.out_width + pixel) * pixel_bytes;
-      to = strip.result_of_image() + in_image + (s.first_conv3_channel * kElementBytes + byte);
+      const int byte = (group * s.group_rows + channel) * kElement;
+      from = strip.base + strip.layout.x_offset(pixel + strip.rows_above_result() * s.width, byte);
+      const uint32_t in_image = static_cast<uint32_t>(strip.out_row * s.out_width + pixel) * pixel_bytes;
+      to = strip.result_of_image() + in_image + (s.first_conv3_channel * kElement + byte);
       pixels_left = strip.out_rows * s.out_width - first_pixel;
       channels = s.group_rows;
       adds_residual = s.stride == 1;
@@ -123,8 +124,8 @@ struct StripPixels : StripStaging {
         write_as<false>(sums, affine);
       }
       channel += kPairs * 2 * kColumns;
-      from += kPairs * 2 * kColumns * kElementBytes;
-      to += kPairs * 2 * kColumns * kElementBytes;
+      from += kPairs * 2 * kColumns * kElement;
+      to += kPairs * 2 * kColumns * kElement;
     }
 
    private:
@@ -153,18 +154,18 @@ struct StripPixels : StripStaging {
       uint32_t x[2 * kTilesOfItem];  // the swizzle is the same every eight pixels
       SHUFFLENET_UNROLL
       for (int eight = 0; eight < 2 * kTilesOfItem; ++eight) {
-        out[eight] = to + eight * (8 * pixel_bytes);
-        x[eight] = from + eight * (8 * x_pitch);
+        out[eight] = eight == 0 ? to : out[eight - 1] + 8 * pixel_bytes;
+        x[eight] = eight == 0 ? from : x[eight - 1] + 8 * x_pitch;
       }
       for_each<0, kPairs>([&](auto index) {
         constexpr int kPair = decltype(index)::value, kChannels = kPair * 2 * kColumns;
-        constexpr int kBytes = kChannels * kElementBytes;
+        constexpr int kBytes = kChannels * kElement;
         const int four = channel + kChannels;
         if (kPlaces != Places::all && (four <= -4 || four >= channels)) return;
         const Vector4 first = load_floats<kPair * 8>(affine), second = load_floats<kPair * 8 + 4>(affine);
         SHUFFLENET_UNROLL
         for (int m = 0; m < kTilesOfItem; ++m) {
-          uint32_t low[2], high[2];
+          Pair<T> low[2], high[2];
           finish<T, !kResidual>(sums[m][2 * kPair], first, low);
           finish<T, !kResidual>(sums[m][2 * kPair + 1], second, high);
           SHUFFLENET_UNROLL
@@ -175,7 +176,7 @@ struct StripPixels : StripStaging {
             if (kPlaces != Places::parts || (four >= 0 && four + 4 <= channels)) {
               store_pairs<kBytes>(out[eight], low[half], high[half]);
             } else {
-              store_some(out[eight] + kBytes, low[half] | uint64_t{high[half]} << 32, four);
+              store_some(out[eight] + kBytes, low[half], high[half], four);
             }
           }
         }
@@ -183,10 +184,18 @@ struct StripPixels : StripStaging {
     }
 
     // Writes those of four channels, from `first` on, that are the group's.
-    SHUFFLENET_DEVICE void store_some(char* out, uint64_t four, int first) const {
+    SHUFFLENET_DEVICE void store_some(char* out, uint32_t low, uint32_t high, int first) const {
+      uint64_t four = low | uint64_t{high} << 32;
       SHUFFLENET_NO_UNROLL
-      for (int i = 0; i < 4; ++i, four >>= 16, out += kElementBytes) {
+      for (int i = 0; i < 4; ++i, four >>= 16, out += kElement) {
         if (first + i >= 0 && first + i < channels) store_one(out, static_cast<uint16_t>(four));
+      }
+    }
+    SHUFFLENET_DEVICE void store_some(char* out, FloatPair low, FloatPair high, int first) const {
+      SHUFFLENET_NO_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const FloatPair pair = i < 2 ? low : high;
+        if (first + i >= 0 && first + i < channels) store_one(out + i * kElement, i % 2 == 0 ? pair.low : pair.high);
       }
     }
 

@@ -36,7 +36,7 @@ struct StripPlanes : StripStaging {
     for (int channel = thread; channel < s.in_channels && pixels < end_pixel; channel += threads) {
       const uint32_t plane = base + channel * layout.x_pitch, plane_end = plane + end_pixel * kElementBytes;
       SHUFFLENET_NO_UNROLL
-      for (uint32_t at = plane + pixels * kElementBytes; at < plane_end; at += kElementBytes) store_element(at, 0);
+      for (uint32_t at = plane + pixels * kElementBytes; at < plane_end; at += kElementBytes) store_element(at, uint16_t{0});
     }
     const int begin = s.in_channels * layout.x_pitch, end = layout.x_blocks * kColumns * layout.x_pitch;
     SHUFFLENET_NO_UNROLL
@@ -178,7 +178,7 @@ struct StripPlanes : StripStaging {
   static constexpr int kCopiesInARow = 8;
 
   // Returns the pixel of x, in shared memory, that the result's first one is added to.
-  SHUFFLENET_DEVICE int first_pixel_of_result() const { return s.stride == 1 ? (out_row - image_row) * s.width : 0; }
+  SHUFFLENET_DEVICE int first_pixel_of_result() const { return s.stride == 1 ? rows_above_result() * s.width : 0; }
   // Returns where in shared memory conv3's results are: the first pixel of the part's first channel.
   SHUFFLENET_DEVICE uint32_t result() const {
     if (s.stride == 2) return base;

@@ -23,10 +23,11 @@ struct StripPlan {
 
 // Says why a unit cannot be cut into strips, or nothing.
 inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Device& device) {
-  if (dtype != Dtype::float16 && dtype != Dtype::bfloat16) return "strips are for 16 bits";
   if (device.compute_capability < 80) return "strips need sm_80";
+  if (!uses_mma(dtype, device)) return "strips are for dtypes that tensor cores multiply";
+  if (element_bytes(dtype) == 4 && unit.layout != Layout::channels_last) return "strips of 32 bits are for channels_last";
   if (!unit.adds_residual() && !unit.concatenates_pool()) return "strips are for whole units of v1";
-  if (unit.in_channels % 8 != 0) return "strips need a multiple of 8 channels";
+  if (unit.in_channels * element_bytes(dtype) % kBlockBytes != 0) return "strips need pixels that end at 16 bytes";
   if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
   if (unit.layout == Layout::channels_last && unit.result_channels() % 4 != 0)
     return "strips need a multiple of 4 channels of a channels_last result";
@@ -38,26 +39,31 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
 // How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for
 // sm_90 on the CPU. The sum comes within a tenth of what whole launches execute.
 struct StripInstructions {
+  explicit StripInstructions(int element) {
+    if (element == 2) return;
+    operand1 = 10, outputs1 = 34, outputs3 = 31, block2 = 160, pool_item = 400, pool_pair = 140;
+  }
   // Once a warp; to copy the blocks of 32 lanes.
-  static constexpr double warp = 600, copy = 3.8;
-  // A product, for each step, and for each half of a step: without its tiles, and for each of them. What a mask adds.
-  static constexpr double step = 8, step_tile = 1, half = 2, half_tile = 2, mask = 12;
+  double warp = 600, copy = 3.8;
+  // A product, for each step, and for each half of a step: without its tiles, for an operand of conv1 or of conv3, and
+  // for each tile. What a mask adds.
+  double step = 8, step_tile = 1, operand1 = 2, operand3 = 2, half_tile = 2, mask = 12;
   // conv1 and conv3: an item, and what is done to the sums of each tile of it; what it adds to scatter one.
-  static constexpr double item1 = 32, outputs1 = 14, scattered1 = 26, item3 = 27, outputs3 = 22;
+  double item1 = 32, outputs1 = 14, scattered1 = 26, item3 = 27, outputs3 = 22;
   // The depthwise convolution: an item, and each block of 8 slots of it.
-  static constexpr double item2 = 35, block2 = 47;
+  double item2 = 35, block2 = 47;
   // In the contiguous layout: once a warp that copies x or results, once a unit of a plane or some that it copies, and
   // once a unit of x (of less than 4 bytes, through a register) and of the result (of elements, some at a time); what
   // it adds to a half of a step of conv1, and to the sums of a tile of conv3.
-  static constexpr double copies = 60, copies_unit = 50, copy_in = 3.6, copy_element = 5, copy_out = 4.4, copy_row = 10,
-                          transposed = 2, in_place3 = 4;
+  double copies = 60, copies_unit = 50, copy_in = 3.6, copy_element = 5, copy_out = 4.4, copy_row = 10, transposed = 2,
+         in_place3 = 4;
   // The pool: 16 pixels, and 16 channels of them.
-  static constexpr double pool_item = 200, pool_pair = 79;
+  double pool_item = 200, pool_pair = 79;
   // In the contiguous layout: 8 columns of the result, a row of them, and 16 channels of that.
-  static constexpr double plane_pool_item = 220, plane_pool_row = 55, plane_pool_pair = 46;
+  double plane_pool_item = 220, plane_pool_row = 55, plane_pool_pair = 46;
 
-  static double product(int tiles, int steps, int halves, bool is_masked) {
-    return steps * (step + tiles * step_tile) + halves * (half + tiles * half_tile + (is_masked ? mask : 0));
+  double product(int tiles, int steps, int halves, double operand) const {
+    return steps * (step + tiles * step_tile) + halves * (operand + tiles * half_tile);
   }
 };
 
@@ -78,15 +84,15 @@ struct BlockInstructions {
 
 inline BlockInstructions block_instructions(const Sizes& s, const StripTiling& t, const StripLayout& layout,
                                             const Strip& strip) {
-  using Count = StripInstructions;
   const PackedLayout& p = layout.packed;
+  const StripInstructions count(p.element);
   const int conv3_tiles = 2 * p.conv3_chunk;
-  const double conv1 = Count::item1 + p.conv1_chunk * (Count::outputs1 + (p.scatters ? Count::scattered1 : 0)) +
-                       (p.by_planes ? p.conv1_halves * Count::transposed : 0) +
-                       Count::product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, p.is_masked);
-  const double depthwise = Count::item2 + p.blocks * Count::block2;
-  const double conv3 = Count::item3 + conv3_tiles * (Count::outputs3 + (p.by_planes ? Count::in_place3 : 0)) +
-                       Count::product(conv3_tiles, p.conv3_steps, p.conv3_halves, false);
+  const double conv1 = count.item1 + p.conv1_chunk * (count.outputs1 + (p.scatters ? count.scattered1 : 0)) +
+                       (p.by_planes ? p.conv1_halves * count.transposed : 0) +
+                       count.product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, count.operand1 + (p.is_masked ? count.mask : 0));
+  const double depthwise = count.item2 + p.blocks * count.block2;
+  const double conv3 = count.item3 + conv3_tiles * (count.outputs3 + (p.by_planes ? count.in_place3 : 0)) +
+                       count.product(conv3_tiles, p.conv3_steps, p.conv3_halves, count.operand3);
   // What the pool takes, by its pairs of blocks and by how many warps share the channels of a tile.
   const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
   const auto shares_of_pool = [&](double tiles) { return std::max(1.0, std::min(std::floor(t.warps / tiles), pairs)); };
@@ -95,32 +101,32 @@ inline BlockInstructions block_instructions(const Sizes& s, const StripTiling& t
     const PlanePoolTiles by(s, strip.rows, t.warps);
     const double tiles = by.in_row * by.rows.count, shares = shares_of_pool(tiles);
     const double pools = std::min(1.0, pairs);  // the share of the parts that have any
-    pool = pools * shares * (tiles * Count::plane_pool_item + by.in_row * strip.rows * Count::plane_pool_row) +
-           by.in_row * strip.rows * pairs * Count::plane_pool_pair;
+    pool = pools * shares * (tiles * count.plane_pool_item + by.in_row * strip.rows * count.plane_pool_row) +
+           by.in_row * strip.rows * pairs * count.plane_pool_pair;
   } else if (s.stride == 2) {
     const double tiles = ceil_div(strip.rows * s.out_width, kTilePixels);
-    pool = tiles * (shares_of_pool(tiles) * Count::pool_item + pairs * Count::pool_pair);
+    pool = tiles * (shares_of_pool(tiles) * count.pool_item + pairs * count.pool_pair);
   }
   double copies =
-      Count::copy * strip.in_rows * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
+      count.copy * strip.in_rows * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
   if (p.by_planes) {
     const auto of = [&](int planes, int pixels, int plane, int unit, double each, bool is_stored) {
       const PlaneCopy by(pixels, plane, unit, t.warps * 32, is_stored);
       const double steps = ceil_div(planes, by.together * by.side_by_side);
       const double slots = ceil_div(by.slots * by.together, by.lanes);
-      const double one = by.in_a_row > 1 ? Count::copy_row : each;
-      return t.warps * (Count::copies + slots * (Count::copies_unit + one * steps));
+      const double one = by.in_a_row > 1 ? count.copy_row : each;
+      return t.warps * (count.copies + slots * (count.copies_unit + one * steps));
     };
-    const double in = layout.x_unit < 4 ? Count::copy_element : Count::copy_in;
+    const double in = layout.x_unit < 4 ? count.copy_element : count.copy_in;
     const auto stored = [&](int planes) {
-      return of(planes, strip.rows * s.out_width, s.out_plane, layout.result_unit, Count::copy_out, true);
+      return of(planes, strip.rows * s.out_width, s.out_plane, layout.result_unit, count.copy_out, true);
     };
     copies = of(s.in_channels, strip.in_rows * s.width, s.in_plane, layout.x_unit, in, false) +
              stored(t.slices * s.group_rows) + (s.stride == 2 ? stored(ceil_div(s.in_channels, t.parts(s))) : 0);
   }
   return {copies, ceil_div(strip.in_rows * s.width, kItemPixels) * s.conv1_groups * p.conv1_chunks * conv1,
           ceil_div(strip.rows * s.out_width, kItemPixels) * t.slices * (depthwise + p.conv3_chunks * conv3),
-          t.warps * Count::warp + pool};
+          t.warps * count.warp + pool};
 }
 
 // Predicts what the warps of a launch execute.
@@ -200,7 +206,7 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
     values +=
         s.in_channels * beside(s.width, s.in_plane) + s.result_channels * beside(t.rows * s.out_width, s.out_plane);
   }
-  const double memory_cycles = side_by_side * kElementBytes * values / t.parts(s) / bandwidth_of(device);
+  const double memory_cycles = side_by_side * layout.packed.element * values / t.parts(s) / bandwidth_of(device);
   double longest = 0, instructions = 0;
   for (int row = 0; row < s.out_height; row += t.rows) {
     const Strip strip(s, t, row);
@@ -213,9 +219,14 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   return rounds * (longest + kWaits * kLatency + kOfInstructions * side_by_side * instructions / kMostInstructions);
 }
 
-inline int strips_per_multiprocessor(int64_t shared_bytes, int warps, Layout layout, const Device& device) {
-  const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kReservedPerBlock);
-  const int64_t by_registers = most_strip_warps(device.compute_capability, layout) / warps;
+inline int most_warps_of(const PackedLayout& packed, const Device& device) {
+  return most_strip_warps(
+      device.compute_capability, packed.by_planes ? Layout::contiguous : Layout::channels_last, packed.element);
+}
+
+inline int strips_per_multiprocessor(const StripLayout& layout, int warps, const Device& device) {
+  const int64_t by_shared = device.shared_per_multiprocessor / (layout.bytes + kReservedPerBlock);
+  const int64_t by_registers = most_warps_of(layout.packed, device) / warps;
   return static_cast<int>(std::max<int64_t>(1, std::min(by_shared, by_registers)));
 }
 
@@ -232,7 +243,7 @@ inline StripPlan plan_of(const Unit& unit, const StripTiling& t, const StripLayo
   plan.ok = true;
   plan.tiling = t;
   plan.shared_bytes = layout.bytes;
-  plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout.bytes, t.warps, unit.layout, device);
+  plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout, t.warps, device);
   plan.blocks = t.blocks(s);
   plan.busy_warps = busy_warps(s, t, layout);
   plan.instructions = strip_instructions(s, t, layout);
@@ -248,19 +259,19 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
   int64_t least_bytes = std::numeric_limits<int64_t>::max();
   for (int slices = s.groups; slices >= 1; --slices) {
     if (s.groups % slices != 0) continue;
-    const PackedLayout packed(s, slices, unit.layout);  // takes longer than the rest of a layout
+    const PackedLayout packed(s, slices, unit.layout, element_bytes(dtype));  // takes longer than the rest of a layout
     if (pack_shared_bytes(s, slices, packed) > kSharedWithoutAsking) continue;
     for (int rows = s.out_height; rows >= 1; --rows) {
       if (int64_t{rows} * s.stride * s.width > 1 << 14)
         continue;  // more pixels than shared memory holds, and than fit 32 bits
-      for (int warps = most_strip_warps(device.compute_capability, unit.layout); warps > 0; warps -= 2) {
+      for (int warps = most_warps_of(packed, device); warps > 0; warps -= 2) {
         for (int gap : {8, 1}) {
           if (s.stride == 2 && gap != 1) continue;  // which then has no meaning
           const StripTiling t = {rows, slices, warps, gap};
           const StripLayout layout(s, t, packed);
           least_bytes = std::min(least_bytes, layout.bytes);
           if (layout.bytes > device.shared_per_block || t.blocks(s) > most_blocks(s, t)) continue;
-          const int blocks = strips_per_multiprocessor(layout.bytes, warps, unit.layout, device);
+          const int blocks = strips_per_multiprocessor(layout, warps, device);
           if (best.ok && strip_cycles(unit, t, layout, device, blocks) >= best.cycles) continue;
           best = plan_of(unit, t, layout, device);
         }

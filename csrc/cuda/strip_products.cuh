@@ -1,6 +1,6 @@
-// What a warp of strip_kernel.cuh multiplies: 32 pixels by some tiles of conv1, by the taps of a slice, by some tiles
-// of conv3. All operands of pixels come from shared memory by ldmatrix, a lane giving the address of one pixel; all
-// operands of weights from the packed fragments.
+// What a warp of strip_kernel.cuh multiplies: 32 pixels by some tiles of conv1 or of conv3. Operands of pixels come from
+// shared memory, by ldmatrix, for which a lane gives the address of one pixel, or as the lane has stored them; operands
+// of weights come from the packed fragments.
 //
 // A lane holds the sums of rows (pixels) lane / 4 and lane / 4 + 8 of a tile, in columns 2 * (lane % 4) and the one
 // behind: sum[0], sum[1] of the first row, sum[2], sum[3] of the second. The same registers make the transposed product
@@ -27,17 +27,27 @@ SHUFFLENET_DEVICE void for_each(const F& f) {
   }
 }
 
+inline constexpr int kWordBytes = 4;  // of a register: one or two channels of an operand
+
+// Whether a lane's operands and results are 32 bits wide. Two neighbouring ones of the latter are a pair.
+template <class T>
+inline constexpr bool kIsWide = sizeof(T) == 4;
+template <class T>
+using Pair = std::conditional_t<kIsWide<T>, FloatPair, uint32_t>;
+
 template <int kTiles>
 using Sums = float[kTilesOfItem][kTiles][4];
 
 // The channels of x that a group reads, of the blocks that are loaded: `depth` of them behind `skipped` ones.
 struct ChannelMask {
-  // Clears what a lane holds of other channels, in the half (16 channels) `half` of a tile's operand. They are
+  // Clears what a lane holds of other channels, in the half (32 bytes of channels) `half` of a tile's operand. They are
   // multiplied by weights that are 0; but 0 times Inf is NaN.
+  template <class T>
   SHUFFLENET_DEVICE void apply(uint32_t (&a)[4], int half) const {
+    constexpr int kInWord = kWordBytes / sizeof(T);
     SHUFFLENET_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int channel = 16 * half + 8 * i + lane_index() % 4 * 2 - skipped;
+      const int channel = kInWord * (8 * half + 4 * i + lane_index() % 4) - skipped;
       const uint32_t mask = static_cast<uint32_t>(channel) < static_cast<uint32_t>(depth) ? 0xffffffffu : 0;
       a[2 * i] &= mask;
       a[2 * i + 1] &= mask;
@@ -46,19 +56,34 @@ struct ChannelMask {
   int skipped, depth;
 };
 
-// Where operands of pixels lie if a pixel's channels lie side by side, in blocks of 8: row[m] is the address of the
-// lane's pixel of tile m, lanes 16 to 31 having that of the next 8 channels. Each half lies kHalfBytes behind the last.
-template <int kHalfBytes>
+// Where operands of pixels lie if a pixel's channels lie side by side, in blocks of 16 bytes: row[m] is the address of
+// the lane's pixel of tile m, lanes 16 to 31 having that of the next block. Each half lies kToNext bytes behind the last.
+template <class T, int kToNext>
 struct PixelOperand {
   template <int kHalf>
   SHUFFLENET_DEVICE void load(uint32_t (&a)[4], int m) const {
-    load_matrices<kHalf * kHalfBytes>(a, row[m]);
+    load_matrices<kHalf * kToNext>(a, row[m]);
+    round_operands<T>(a);
   }
   SHUFFLENET_DEVICE void advance() {
     SHUFFLENET_UNROLL
-    for (int m = 0; m < kTilesOfItem; ++m) row[m] += 2 * kHalfBytes;
+    for (int m = 0; m < kTilesOfItem; ++m) row[m] += 2 * kToNext;
   }
   uint32_t row[kTilesOfItem];
+};
+
+// The same if each lane has stored what it holds of an operand: at[m] is the address of that.
+template <int kToNext>
+struct StoredOperand {
+  template <int kHalf>
+  SHUFFLENET_DEVICE void load(uint32_t (&a)[4], int m) const {
+    load_fragment<kHalf * kToNext>(a, at[m]);
+  }
+  SHUFFLENET_DEVICE void advance() {
+    SHUFFLENET_UNROLL
+    for (int m = 0; m < kTilesOfItem; ++m) at[m] += 2 * kToNext;
+  }
+  uint32_t at[kTilesOfItem];
 };
 
 // The same if a channel's pixels do: row[m] is the address of eight pixels of the lane's channel. Lanes 8 to 15 and 24
@@ -86,7 +111,7 @@ SHUFFLENET_DEVICE void multiply_tile(float (&sum)[4], const uint32_t (&a)[4], co
   }
 }
 
-// Multiplies half kHalf (16 channels) of a step for kTiles tiles: the first half of all sets the sums.
+// Multiplies half kHalf of a step for kTiles tiles: the first half of all sets the sums.
 template <class T, int kHalf, bool kSets, bool kTransposed, int kTiles>
 SHUFFLENET_DEVICE void multiply_half(Sums<kTiles>& sums, const uint32_t (&a)[kTilesOfItem][4],
                                      const Fragment (&b)[kTiles]) {
@@ -107,7 +132,7 @@ SHUFFLENET_DEVICE void multiply_half(Sums<kTiles>& sums, const uint32_t (&a)[kTi
   }
 }
 
-// Multiplies 32 pixels by kTiles tiles, over 16 x `halves` channels.
+// Multiplies 32 pixels by kTiles tiles, over so many halves of channels.
 template <class T, bool kMasked, bool kTransposed, int kTiles, class Operand>
 SHUFFLENET_DEVICE void multiply(Sums<kTiles>& sums, Operand& pixels, const Fragment* weights, int halves,
                                 ChannelMask mask) {
@@ -115,7 +140,7 @@ SHUFFLENET_DEVICE void multiply(Sums<kTiles>& sums, Operand& pixels, const Fragm
     SHUFFLENET_UNROLL
     for (int m = 0; m < kTilesOfItem; ++m) {
       pixels.template load<decltype(odd)::value>(a[m], m);
-      if constexpr (kMasked) mask.apply(a[m], half);
+      if constexpr (kMasked) mask.apply<T>(a[m], half);
     }
   };
   const auto step = [&](int half, auto sets) {
@@ -139,7 +164,7 @@ SHUFFLENET_DEVICE void multiply(Sums<kTiles>& sums, Operand& pixels, const Fragm
 
 // Applies scale, scale, bias, bias to a tile's sums, rounds them, and keeps the pairs of both rows.
 template <class T, bool kRelu>
-SHUFFLENET_DEVICE void finish(const float (&sum)[4], const Vector4& affine, uint32_t (&pairs)[2]) {
+SHUFFLENET_DEVICE void finish(const float (&sum)[4], const Vector4& affine, Pair<T> (&pairs)[2]) {
   const float (&v)[4] = affine.values;
   SHUFFLENET_UNROLL
   for (int row = 0; row < 2; ++row) {
@@ -157,82 +182,18 @@ SHUFFLENET_DEVICE void finish_transposed(const float (&sum)[4], const Vector4& a
   }
 }
 
-// The number of a pair, as a float.
+// Return a number of a pair: as it is stored, and as a float.
+template <class T>
+SHUFFLENET_DEVICE auto element_of(Pair<T> pair, int i) {
+  if constexpr (kIsWide<T>) {
+    return i == 0 ? pair.low : pair.high;
+  } else {
+    return static_cast<uint16_t>(pair >> 16 * i);
+  }
+}
 template <class T>
 SHUFFLENET_DEVICE float number_of(uint32_t pair, int i) {
-  return widen(T{static_cast<uint16_t>(pair >> 16 * i)});
-}
-
-// How far in y1 a pixel's right taps lie behind its left ones: with stride 2 no odd places are between them.
-template <int kStride>
-inline constexpr int kRightBytes = (kStride == 1 ? 2 : 1) * kBlockBytes;
-
-// The depthwise convolution of a block of 8 slots. The operand of weights is diagonal: slot times slot. The operand of
-// pixels is two taps by 8 slots. corner[m] is the address of the top left tap of the lane's pixel in tile m, of that
-// below for lanes 16 to 31; bottom[m] that of the bottom left tap, of the one right of it for lanes 16 to 31. A pixel's
-// middle taps lie middle_bytes behind its left ones.
-template <class T, int kStride>
-SHUFFLENET_DEVICE void depthwise(Sums<1>& sums, const uint32_t (&corner)[kTilesOfItem],
-                                 const uint32_t (&bottom)[kTilesOfItem], uint32_t middle_bytes, const Fragment* taps) {
-  const Fragment first = load_constant<0>(taps), second = load_constant<32>(taps), third = load_constant<64>(taps);
-  SHUFFLENET_UNROLL
-  for (int m = 0; m < kTilesOfItem; ++m) {
-    uint32_t a[4], last[2];
-    load_matrices<0>(a, corner[m]);
-    set_to_product(sums[m][0], a, {first.words[0], first.words[1]}, T{});
-    if constexpr (kStride == 1) {
-      load_matrices<kBlockBytes>(a, corner[m]);
-    } else {
-      load_matrices<0>(a, corner[m] + middle_bytes);
-    }
-    multiply_matrices(sums[m][0], a, {first.words[2], first.words[3]}, T{});
-    load_matrices<kRightBytes<kStride>>(a, corner[m]);
-    multiply_matrices(sums[m][0], a, {second.words[0], second.words[1]}, T{});
-    load_matrices<0>(a, bottom[m]);
-    multiply_matrices(sums[m][0], a, {second.words[2], second.words[3]}, T{});
-    load_matrices<kRightBytes<kStride>>(last, bottom[m]);
-    multiply_matrices(sums[m][0], last, third.words[0], T{});
-  }
-}
-
-// The same, slot by slot, where y1 is not finite: 0 times Inf would carry NaN from one slot into the others.
-// corner[m][row] is the address of the top left tap of the lane's pixel in a row of a tile.
-template <class T, int kStride>
-SHUFFLENET_DEVICE void depthwise_by_slots(Sums<1>& sums, const uint32_t (&corner)[kTilesOfItem][2], uint32_t row_bytes,
-                                          uint32_t middle_bytes, const Fragment* taps) {
-  // The lanes that hold what is on the diagonal in the lane's two columns; `taps` is the lane's own.
-  const int column = lane_index() % 4 * 2, here = lane_index();
-  const int lanes[2] = {column * 4 + column / 2, (column + 1) * 4 + column / 2};
-  SHUFFLENET_UNROLL
-  for (int m = 0; m < kTilesOfItem; ++m) {
-    SHUFFLENET_UNROLL
-    for (int i = 0; i < 4; ++i) sums[m][0][i] = 0;
-  }
-  SHUFFLENET_NO_UNROLL
-  for (int tap = 0; tap < 9; ++tap) {
-    const int word = tap < 3 ? 2 * tap : tap < 6 ? 2 * (tap - 3) + 1 : tap;
-    const uint32_t in_row = tap % 3 == 1 ? middle_bytes : tap % 3 == 2 ? kRightBytes<kStride> : 0;
-    float weight[2];
-    SHUFFLENET_UNROLL
-    for (int odd = 0; odd < 2; ++odd) {
-      const Fragment f = load_constant(taps + (word / 4 * 32 + lanes[odd] - here));
-      const uint32_t even_words = word % 2 == 0 ? f.words[0] : f.words[1],
-                     odd_words = word % 2 == 0 ? f.words[2] : f.words[3];
-      weight[odd] = number_of<T>(word % 4 < 2 ? even_words : odd_words, odd);
-    }
-    SHUFFLENET_UNROLL
-    for (int m = 0; m < kTilesOfItem; ++m) {
-      SHUFFLENET_UNROLL
-      for (int row = 0; row < 2; ++row) {
-        const uint32_t pair = load_pair(corner[m][row] + tap / 3 * row_bytes + in_row + column * 2);
-        SHUFFLENET_UNROLL
-        for (int odd = 0; odd < 2; ++odd) {
-          float& sum = sums[m][0][2 * row + odd];
-          sum = multiply_add(number_of<T>(pair, odd), weight[odd], sum);
-        }
-      }
-    }
-  }
+  return widen(T{element_of<T>(pair, i)});
 }
 
 }  // namespace shufflenet::cuda

@@ -94,17 +94,17 @@ struct StripConstants {
   StripConstants(const Sizes& s, const StripTiling& t, const StripLayout& layout)
       : strips(t.strips(s)),
         parts(t.parts(s)),
-        image_bytes(s.in_channels * s.in_plane * kElementBytes),
-        result_bytes(s.result_channels * s.out_plane * kElementBytes),
-        copy_lanes(s.in_channels / kColumns < 32 ? s.in_channels / kColumns : 32),
+        image_bytes(static_cast<uint32_t>(s.in_channels * s.in_plane) * layout.packed.element),
+        result_bytes(static_cast<uint32_t>(s.result_channels * s.out_plane) * layout.packed.element),
+        copy_lanes(layout.own_blocks < 32 ? layout.own_blocks : 32),
         copy_pixels(32 / copy_lanes * 4),
-        copy_bytes(t.warps * copy_pixels * s.in_channels * kElementBytes),
+        copy_bytes(t.warps * copy_pixels * s.in_channels * layout.packed.element),
         copy_pitch(t.warps * copy_pixels * layout.x_pitch),
         by_copy_lanes(copy_lanes),
         framing_warps(t.warps < 4 ? 1 : 2),
         clears_right(s.stride == 1 ? t.gap > 1 : s.width % 2 != 0),
-        y1_corner(layout.y1 - (s.stride == 1 ? kBlockBytes : 0)),
-        y1_end(layout.y1 + s.conv1_groups * layout.packed.conv1_tiles * layout.y1_pixels * kBlockBytes),
+        y1_corner(layout.y1 - (s.stride == 1 ? layout.y1_pixel : 0)),
+        y1_end(layout.y1 + s.conv1_groups * layout.packed.conv1_tiles * layout.y1_block),
         by_strips(strips),
         by_parts(parts),
         by_width(s.width),
@@ -114,7 +114,7 @@ struct StripConstants {
         conv1(t.warps, s.conv1_groups * layout.packed.conv1_chunks),
         conv3(t.warps, t.slices) {}
   int strips, parts;
-  int image_bytes, result_bytes;  // of an image of x and of the result
+  uint32_t image_bytes, result_bytes;  // of an image of x and of the result; the planner sees that they fit
   // In channels_last: how many lanes copy a pixel, each a block at a time; how many pixels a warp copies before it goes
   // on, and by how many bytes it does in memory and in shared memory.
   int copy_lanes, copy_pixels, copy_bytes, copy_pitch;

@@ -38,32 +38,30 @@ struct StripStaging {
   // Zeroes the pixels of y1 around the image, as padding is zero behind conv1's bias and ReLU. A lane goes through the
   // blocks with a pixel of each.
   SHUFFLENET_DEVICE void clear_frame_of_y1() const {
-    const int row_bytes = layout.y1_pitch * kBlockBytes, last_row = (in_rows - 1) * row_bytes;
     const int right = y1_offset(s.width);
     SHUFFLENET_NO_UNROLL
     for (int row = lane; row < in_rows; row += 32) {
-      const int left = row * row_bytes;
+      const int left = row * layout.y1_row;
       clear_in_all_blocks(left);
       // With a gap of one pixel a row ends with the next one's first. With stride 2 nothing reads behind an even row.
       if (row == in_rows - 1 || constants.clears_right) clear_in_all_blocks(left + right);
     }
     if (in_row < 0) clear_row(0);
-    if (in_row + in_rows > s.height) clear_row(last_row);
+    if (in_row + in_rows > s.height) clear_row((in_rows - 1) * layout.y1_row);
   }
 
   // Writes where pixels lie in a block of y1: `threads` threads share them, of which this is number `thread`.
   SHUFFLENET_DEVICE void write_places(int thread, int threads) const {
-    const int row_bytes = layout.y1_pitch * kBlockBytes;
     SHUFFLENET_NO_UNROLL
     for (int pixel = thread; pixel < image_rows * s.width; pixel += threads) {
       const int row = constants.by_width.quotient(pixel);
-      store_pair<0>(base + layout.places + pixel * kPlaceBytes, row * row_bytes + y1_offset(pixel - row * s.width));
+      store_pair<0>(base + layout.places + pixel * kPlaceBytes, row * layout.y1_row + y1_offset(pixel - row * s.width));
     }
     if (s.stride == 1) return;
     SHUFFLENET_NO_UNROLL
     for (int pixel = thread; pixel < out_rows * s.out_width; pixel += threads) {
       const int row = constants.by_out_width.quotient(pixel);
-      const int at = 2 * row * row_bytes + (pixel - row * s.out_width) * kBlockBytes;
+      const int at = 2 * row * layout.y1_row + (pixel - row * s.out_width) * layout.y1_pixel;
       store_pair<0>(base + layout.corners + pixel * kPlaceBytes, at);
     }
   }
@@ -73,28 +71,39 @@ struct StripStaging {
     SHUFFLENET_NO_UNROLL
     for (int column = lane; column < s.width; column += 32) clear_in_all_blocks(row + y1_offset(column));
   }
-  // Zeroes 16 bytes of each block of y1; the warps that do so share the blocks.
+  // Zeroes a pixel of each block of y1; the warps that do so share the blocks.
   SHUFFLENET_DEVICE void clear_in_all_blocks(int in_block) const {
-    const int block_bytes = layout.y1_pixels * kBlockBytes, step = constants.framing_warps * block_bytes;
+    const int step = constants.framing_warps * layout.y1_block;
     const uint32_t end = base + constants.y1_end;
     SHUFFLENET_NO_UNROLL
-    for (uint32_t to = base + layout.y1 + warp * block_bytes + in_block; to < end; to += step) clear_block(to);
+    for (uint32_t to = base + layout.y1 + warp * layout.y1_block + in_block; to < end; to += step) {
+      clear_block(to);
+      if (layout.y1_pixel > kBlockBytes) clear_block(to + kBlockBytes);
+    }
   }
 
   // Returns where a pixel of a row lies in y1, in bytes from the row's beginning.
   SHUFFLENET_DEVICE int y1_offset(int column) const {
     const uint32_t place = column + 1;
-    const uint32_t in_halves = place / 2 + (place % 2 == 0 ? 0 : layout.y1_odd);
-    return static_cast<int>(s.stride == 1 ? place : in_halves) * kBlockBytes;
+    return s.stride == 1 ? place * layout.y1_pixel
+                         : place / 2 * layout.y1_pixel + (place % 2 == 0 ? 0 : layout.y1_odd);
+  }
+  // Returns the address, in the first block of y1 that a slice has, of the top left tap of a pixel.
+  SHUFFLENET_DEVICE uint32_t y1_corner(int pixel, int slice) const {
+    const int inside = most(0, least(pixel, out_rows * s.out_width - 1));
+    return base + constants.y1_corner + slice * packed.blocks * layout.y1_block +
+           load_pair(base + layout.corners + inside * kPlaceBytes);
   }
   SHUFFLENET_DEVICE uint32_t my_y2() const { return base + layout.y2 + warp * layout.y2_bytes; }
 
+  // Returns, of stride 1, how many rows of x in shared memory lie above the result's first one.
+  SHUFFLENET_DEVICE int rows_above_result() const { return least(out_row, 1); }
   // Return where in memory x and the result begin of the block's image.
   SHUFFLENET_DEVICE const char* x_of_image() const {
-    return static_cast<const char*>(arguments.x) + image * int64_t{constants.image_bytes};
+    return static_cast<const char*>(arguments.x) + static_cast<uint32_t>(image) * uint64_t{constants.image_bytes};
   }
   SHUFFLENET_DEVICE char* result_of_image() const {
-    return static_cast<char*>(arguments.result) + image * int64_t{constants.result_bytes};
+    return static_cast<char*>(arguments.result) + static_cast<uint32_t>(image) * uint64_t{constants.result_bytes};
   }
 
   const StripArguments& arguments;

@@ -13,7 +13,11 @@ struct alignas(16) Fragment {
 struct Vector4 {
   float values[4];
 };
+struct alignas(8) FloatPair {
+  float low, high;
+};
 inline uint32_t bits_of(float value) { return bits_as<uint32_t>(value); }
+inline float float_of(uint32_t bits) { return bits_as<float>(bits); }
 inline int unknown(int number) { return number; }
 template <int kAhead = 0>
 Fragment load_constant(const Fragment* from) {
@@ -81,7 +85,31 @@ template <int kOffset = 0>
 uint16_t load_element(uint32_t at) {
   return detail::load_shared<uint16_t>(at + kOffset);
 }
-inline void store_element(uint32_t at, uint16_t value) { detail::store_shared(at, value); }
+template <class Element>
+void store_element(uint32_t at, Element value) {
+  detail::store_shared(at, value);
+}
+template <int kOffset>
+FloatPair load_float_pair(uint32_t at) {
+  return detail::load_shared<FloatPair>(at + kOffset);
+}
+template <int kOffset>
+void store_pair(uint32_t at, FloatPair pair) {
+  detail::store_shared(at + kOffset, pair);
+}
+template <int kOffset>
+Vector4 load_shared_floats(uint32_t at) {
+  return bits_as<Vector4>(detail::load_shared<Fragment>(at + kOffset));
+}
+template <int kOffset>
+void load_fragment(uint32_t (&words)[4], uint32_t at) {
+  const Fragment f = detail::load_shared<Fragment>(at + kOffset);
+  std::memcpy(words, f.words, sizeof words);
+}
+template <int kOffset>
+void store_fragment(uint32_t at, const Fragment& f) {
+  detail::store_shared(at + kOffset, f);
+}
 
 template <int kOffset, int kMatrices>
 void load_matrices(uint32_t (&to)[kMatrices], uint32_t row, int line = __builtin_LINE()) {
@@ -146,7 +174,7 @@ inline void multiply_matrices(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
   detail::multiply_16_bit<8, BFloat16>(d, a, &b, line);
 }
 
-// ---- Pairs of 16-bit numbers ----------------------------------------------------------------------------------------
+// ---- Pairs of neighbouring numbers ----------------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -168,13 +196,22 @@ template <bool kRelu, class T>
 uint32_t pack(float low, float high, T) {
   return kRelu ? detail::pair_of<T>(relu(low), relu(high)) : detail::pair_of<T>(low, high);
 }
-inline void store_one(void* to, uint16_t value) { std::memcpy(to, &value, 2); }
-template <int kOffset>
-void store_pairs(void* to, uint32_t low, uint32_t high) {
+template <bool kRelu>
+FloatPair pack(float low, float high, TFloat32) {
+  return kRelu ? FloatPair{relu(low), relu(high)} : FloatPair{low, high};
+}
+template <class Element>
+void store_one(void* to, Element value) {
+  std::memcpy(to, &value, sizeof value);
+}
+template <int kOffset, class Pair>
+void store_pairs(void* to, Pair low, Pair high) {
   char* const into = static_cast<char*>(to) + kOffset;
-  if (reinterpret_cast<uintptr_t>(into) % 8) Machine::fail("a global address not aligned to 8");
-  const uint32_t pairs[2] = {low, high};
-  std::memcpy(into, pairs, 8);
+  const Pair pairs[2] = {low, high};
+  if (reinterpret_cast<uintptr_t>(into) % sizeof pairs) {
+    Machine::fail("a global address not aligned to %d", static_cast<int>(sizeof pairs));
+  }
+  std::memcpy(into, pairs, sizeof pairs);
 }
 // The sum of two 16-bit numbers is rounded to float first. Only bfloat16's sums may then differ from those that are
 // rounded once, and by less than float's rounding.
@@ -188,6 +225,13 @@ void add_relu_to(uint32_t at, uint32_t& low, uint32_t& high, T) {
   const uint64_t x = detail::load_shared<uint64_t>(at + kOffset);
   low = add_relu(low, static_cast<uint32_t>(x), T{});
   high = add_relu(high, static_cast<uint32_t>(x >> 32), T{});
+}
+
+template <int kOffset>
+void add_relu_to(uint32_t at, FloatPair& low, FloatPair& high, TFloat32) {
+  const Vector4 x = load_shared_floats<kOffset>(at);
+  low = {relu(low.low + x.values[0]), relu(low.high + x.values[1])};
+  high = {relu(high.low + x.values[2]), relu(high.high + x.values[3])};
 }
 
 }  // namespace shufflenet::cuda

@@ -42,7 +42,7 @@ void launch_strips_on(int index) {
     const Case c("n=2 in=240 mid=60 out=240 h=28 w=28 sm=90 layout=nhwc dtype=float16");
     const StripPlan plan = plan_strips(c.unit(), c.dtype(), c.device());
     const Sizes s = sizes_of(c.unit());
-    const StripLayout layout(s, plan.tiling, c.unit().layout);
+    const StripLayout layout(s, plan.tiling, c.unit().layout, element_bytes(c.dtype()));
     const CurrentDevice current(index);
     launch_pack({s, plan.tiling.slices, layout.packed, {}, {}, {}, nullptr}, plan, c.dtype(), nullptr);
     launch_strips({s, plan.tiling, layout, nullptr, nullptr, nullptr}, plan, c.dtype(), nullptr);

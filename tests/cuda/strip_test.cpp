@@ -25,7 +25,7 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
   tiling.slices = static_cast<int>(c.number("slices", tiling.slices));
   tiling.warps = static_cast<int>(c.number("warps", tiling.warps));
   tiling.gap = static_cast<int>(c.number("gap", tiling.gap));
-  const StripLayout layout(s, tiling, kLayout);
+  const StripLayout layout(s, tiling, kLayout, sizeof(T));
   Problem<T, Norm> problem(c);
   Buffer<T> result(problem.result_elements());
   Buffer<Fragment> fragments(layout.packed.fragments(s, tiling.slices));
@@ -57,6 +57,9 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
 
 template <Layout kLayout>
 std::string run(const Case& c, const Sizes& s, const StripTiling& tiling) {
+  if constexpr (kLayout == Layout::channels_last) {
+    if (c.dtype() == Dtype::tfloat32) return run<TFloat32, TFloat32, kLayout>(c, s, tiling);
+  }
   if (c.dtype() == Dtype::bfloat16) return run<BFloat16, float, kLayout>(c, s, tiling);
   return run<Float16, Float16, kLayout>(c, s, tiling);
 }
