@@ -59,13 +59,12 @@ void cut_strips(const Case& c, const Unit& unit, const Device& device, StripPlan
   t.slices = static_cast<int>(c.number("slices", 0));
   t.warps = static_cast<int>(c.number("warps", 0));
   t.gap = static_cast<int>(c.number("gap", 0));
-  const StripLayout layout(sizes_of(unit), t, unit.layout, element_bytes(c.dtype()));
-  const int most = most_warps_of(layout.packed, device);
+  const int most = most_strip_warps(device.compute_capability, unit.layout);
   if (t.warps > most) {
     throw std::runtime_error(
         "does not fit: " + std::to_string(t.warps) + " warps, a block has " + std::to_string(most));
   }
-  plan = plan_of(unit, t, layout, device);
+  plan = plan_of(unit, t, StripLayout(sizes_of(unit), t, unit.layout, element_bytes(c.dtype())), device);
 }
 
 // Cuts a case's unit as the planner does, or as the case says. Throws std::runtime_error where that does not fit.

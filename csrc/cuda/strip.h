@@ -35,13 +35,14 @@ inline constexpr int kHalfBytes = 2 * kBlockBytes;  // of a pixel's channels tha
 inline constexpr int kElementBytes = 2;             // in the contiguous layout, which is of 16 bits here
 inline constexpr int kPlaceBytes = 4;    // of an entry of StripLayout's tables
 inline constexpr int kSectorBytes = 32;  // by which global memory is accessed
-// The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers.
+// The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers, which
+// are too many where results are 32 bits wide.
 inline constexpr int kMostConv1Tiles = 6;
-inline constexpr int kMostConv3Pairs = 5;
+SHUFFLENET_HOST_DEVICE constexpr int most_conv3_pairs(int element) { return element == 2 ? 5 : 4; }
 // Returns the most warps of a block. The more there are, the less time passes without any that has work; but a quarter
 // of a multiprocessor's registers are 255 a thread for two warps, and 168 for three, which not all kernels do with.
-SHUFFLENET_HOST_DEVICE constexpr int most_strip_warps(int compute_capability, Layout layout, int element) {
-  return compute_capability >= 90 && layout == Layout::channels_last && element == 2 ? 12 : 8;
+SHUFFLENET_HOST_DEVICE constexpr int most_strip_warps(int compute_capability, Layout layout) {
+  return compute_capability >= 90 && layout == Layout::channels_last ? 12 : 8;
 }
 inline constexpr int kMostStripWarps = 12;  // of all kernels
 
@@ -151,7 +152,7 @@ struct PackedLayout {
       const int mine = channels_left_out(s, h);
       left_out = mine > left_out ? mine : left_out;
     }
-    const Chunks last(ceil_div(left_out + s.group_rows, 2 * kColumns), kMostConv3Pairs);
+    const Chunks last(ceil_div(left_out + s.group_rows, 2 * kColumns), most_conv3_pairs(element));
     conv3_chunk = last.size;
     conv3_chunks = last.count;
     conv3_pairs = last.count * last.size;

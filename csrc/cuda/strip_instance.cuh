@@ -15,7 +15,7 @@ inline constexpr int kArchitecture = 0;  // the host compiles no kernels
 
 // Before sm_80 the kernel is empty: strip_planner.h plans none there.
 template <class T, Layout kLayout>
-__global__ void __launch_bounds__(32 * most_strip_warps(kArchitecture, kLayout, sizeof(T)), 1)
+__global__ void __launch_bounds__(32 * most_strip_warps(kArchitecture, kLayout), 1)
     strip_kernel(const __grid_constant__ StripArguments arguments) {
 #if __CUDA_ARCH__ >= 800
   StripBlock<T, kLayout>(arguments).run();

@@ -220,7 +220,7 @@ struct StripBlock : StripIn<T, kLayout> {
       case 2: slices_of<2>(); break;
       case 3: slices_of<3>(); break;
       case 4: slices_of<4>(); break;
-      default: slices_of<5>();
+      default: slices_of<most_conv3_pairs(sizeof(T))>();
     }
   }
   template <int kPairs>
@@ -267,7 +267,7 @@ struct StripBlock : StripIn<T, kLayout> {
   // NaN. A NaN anywhere in a pixel's y2 makes all of its sums NaN, so that one of them is asked.
   template <int kPairs>
   SHUFFLENET_DEVICE bool conv3(Results<kPairs> results, int slice, bool checks) {
-    static_assert(kPairs <= kMostConv3Pairs);
+    static_assert(kPairs <= most_conv3_pairs(sizeof(T)));
     constexpr int kTiles = 2 * kPairs;
     const int first_chunk = slice * packed.conv3_chunks, halves = packed.conv3_halves;
     const Fragment* weights = fragments + unsigned(packed.conv3 + first_chunk * packed.conv3_fragments + lane);

@@ -100,7 +100,7 @@ struct StripPixels : StripStaging {
       channel = strip.lane % 4 * 4 - strip.packed.channels_left_out(s, group);
       const int byte = (group * s.group_rows + channel) * kElement;
       from = strip.base + strip.layout.x_offset(pixel + strip.rows_above_result() * s.width, byte);
-      const uint32_t in_image = static_cast<uint32_t>(strip.out_row * s.out_width + pixel) * pixel_bytes;
+      const uint32_t in_image = (strip.out_row * s.out_width + pixel) * pixel_bytes;
       to = strip.result_of_image() + in_image + (s.first_conv3_channel * kElement + byte);
       pixels_left = strip.out_rows * s.out_width - first_pixel;
       channels = s.group_rows;
@@ -112,7 +112,7 @@ struct StripPixels : StripStaging {
     // Goes on to later pixels: a multiple of 8, so that the swizzle is the same.
     SHUFFLENET_DEVICE void advance(int pixels) {
       from += pixels * x_pitch;
-      to += int64_t{pixels} * pixel_bytes;
+      to += pixels * pixel_bytes;
       pixels_left -= pixels;
     }
 
@@ -157,6 +157,7 @@ struct StripPixels : StripStaging {
         out[eight] = eight == 0 ? to : out[eight - 1] + 8 * pixel_bytes;
         x[eight] = eight == 0 ? from : x[eight - 1] + 8 * x_pitch;
       }
+      const int lanes_left = pixels_left - lane_index() / 4;  // from the lane's first pixel on
       for_each<0, kPairs>([&](auto index) {
         constexpr int kPair = decltype(index)::value, kChannels = kPair * 2 * kColumns;
         constexpr int kBytes = kChannels * kElement;
@@ -171,7 +172,7 @@ struct StripPixels : StripStaging {
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
             const int eight = 2 * m + half;
-            if (kPlaces != Places::all && eight * 8 + lane_index() / 4 >= pixels_left) continue;
+            if (kPlaces != Places::all && lanes_left <= eight * 8) continue;
             if constexpr (kResidual) add_relu_to<kBytes>(x[eight], low[half], high[half], T{});
             if (kPlaces != Places::parts || (four >= 0 && four + 4 <= channels)) {
               store_pairs<kBytes>(out[eight], low[half], high[half]);
@@ -201,7 +202,8 @@ struct StripPixels : StripStaging {
 
     char* to;
     uint32_t from;  // the residual
-    int pixel_bytes, x_pitch;
+    uint32_t pixel_bytes;
+    int x_pitch;
     int pixels_left;        // from the item's first one on
     int channel, channels;  // the lane's first one in the group, which has so many
     bool adds_residual, has_whole_chunks, shares_fours;

@@ -219,14 +219,9 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   return rounds * (longest + kWaits * kLatency + kOfInstructions * side_by_side * instructions / kMostInstructions);
 }
 
-inline int most_warps_of(const PackedLayout& packed, const Device& device) {
-  return most_strip_warps(
-      device.compute_capability, packed.by_planes ? Layout::contiguous : Layout::channels_last, packed.element);
-}
-
-inline int strips_per_multiprocessor(const StripLayout& layout, int warps, const Device& device) {
-  const int64_t by_shared = device.shared_per_multiprocessor / (layout.bytes + kReservedPerBlock);
-  const int64_t by_registers = most_warps_of(layout.packed, device) / warps;
+inline int strips_per_multiprocessor(int64_t shared_bytes, int warps, Layout layout, const Device& device) {
+  const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kReservedPerBlock);
+  const int64_t by_registers = most_strip_warps(device.compute_capability, layout) / warps;
   return static_cast<int>(std::max<int64_t>(1, std::min(by_shared, by_registers)));
 }
 
@@ -243,7 +238,7 @@ inline StripPlan plan_of(const Unit& unit, const StripTiling& t, const StripLayo
   plan.ok = true;
   plan.tiling = t;
   plan.shared_bytes = layout.bytes;
-  plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout, t.warps, device);
+  plan.blocks_per_multiprocessor = strips_per_multiprocessor(layout.bytes, t.warps, unit.layout, device);
   plan.blocks = t.blocks(s);
   plan.busy_warps = busy_warps(s, t, layout);
   plan.instructions = strip_instructions(s, t, layout);
@@ -264,14 +259,14 @@ inline StripPlan plan_strips(const Unit& unit, Dtype dtype, const Device& device
     for (int rows = s.out_height; rows >= 1; --rows) {
       if (int64_t{rows} * s.stride * s.width > 1 << 14)
         continue;  // more pixels than shared memory holds, and than fit 32 bits
-      for (int warps = most_warps_of(packed, device); warps > 0; warps -= 2) {
+      for (int warps = most_strip_warps(device.compute_capability, unit.layout); warps > 0; warps -= 2) {
         for (int gap : {8, 1}) {
           if (s.stride == 2 && gap != 1) continue;  // which then has no meaning
           const StripTiling t = {rows, slices, warps, gap};
           const StripLayout layout(s, t, packed);
           least_bytes = std::min(least_bytes, layout.bytes);
           if (layout.bytes > device.shared_per_block || t.blocks(s) > most_blocks(s, t)) continue;
-          const int blocks = strips_per_multiprocessor(layout, warps, device);
+          const int blocks = strips_per_multiprocessor(layout.bytes, warps, unit.layout, device);
           if (best.ok && strip_cycles(unit, t, layout, device, blocks) >= best.cycles) continue;
           best = plan_of(unit, t, layout, device);
         }

@@ -22,6 +22,7 @@ int main() {
               << " strip_busy_percent="
               << static_cast<int64_t>(100 * plan.strips.busy_warps / std::max(1, strips.warps))
               << " strip_instructions=" << static_cast<int64_t>(plan.strips.instructions)
+              << " strip_cycles=" << static_cast<int64_t>(plan.strips.cycles)
               << " cycles=" << static_cast<int64_t>(plan.cycles) << " explanation=" << plan.explanation << "\n";
   }
 }
