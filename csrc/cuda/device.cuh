@@ -153,7 +153,7 @@ SHUFFLENET_DEVICE void round_operands(uint32_t (&registers)[kRegisters]) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (sizeof(T) == 4) {
     SHUFFLENET_UNROLL
-    for (uint32_t& bits : registers) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(__uint_as_float(bits)));
+    for (uint32_t& bits : registers) asm("cvt.rna.tf32.f32 %0, %0;" : "+r"(bits));
   }
 #endif
 }

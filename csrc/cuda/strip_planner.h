@@ -41,7 +41,7 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
 struct StripInstructions {
   explicit StripInstructions(int element) {
     if (element == 2) return;
-    operand1 = 10, outputs1 = 34, outputs3 = 31, block2 = 160, pool_item = 400, pool_pair = 140;
+    operand1 = 10, outputs1 = 34, outputs3 = 31, block2 = 190, pool_item = 190, pool_pair = 110;
   }
   // Once a warp; to copy the blocks of 32 lanes.
   double warp = 600, copy = 3.8;
