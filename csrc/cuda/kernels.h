@@ -14,7 +14,7 @@ const void* kernel_bfloat16(Layout layout);
 const void* kernel_float16(Layout layout);
 const void* kernel_tfloat32(Layout layout);
 
-// The kernels of a unit that is cut into strips, of dtypes that tensor cores multiply; null where there is none.
+// The kernels of a unit that is cut into strips, of dtypes that tensor cores multiply.
 struct StripKernels {
   const void* channels_last;
   const void* contiguous;

@@ -325,8 +325,17 @@ SHUFFLENET_DEVICE void store_pairs(void* to, FloatPair low, FloatPair high) {
                : "memory");
 }
 
-// Adds to two pairs those of shared memory at `at`, applies a ReLU, and rounds once. The address is kOffset bytes less
-// than meant.
+// Add to one or two pairs those of shared memory at `at`, apply a ReLU, and round once. The address is kOffset bytes
+// less than meant.
+template <int kOffset, class T>
+SHUFFLENET_DEVICE void add_relu_to(uint32_t at, uint32_t& pair, T) {
+  pair = add_relu(pair, load_pair<kOffset>(at), T{});
+}
+template <int kOffset>
+SHUFFLENET_DEVICE void add_relu_to(uint32_t at, FloatPair& pair, TFloat32) {
+  const FloatPair x = load_float_pair<kOffset>(at);
+  pair = {relu(pair.low + x.low), relu(pair.high + x.high)};
+}
 template <int kOffset, class T>
 SHUFFLENET_DEVICE void add_relu_to(uint32_t at, uint32_t& low, uint32_t& high, T) {
   uint32_t x[2];

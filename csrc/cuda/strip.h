@@ -32,7 +32,6 @@ inline constexpr int kItemPixels = kTilesOfItem * kTilePixels;
 inline constexpr int kColumns = 8;      // of a tile; a block of y1 or y2 has as many slots
 inline constexpr int kBlockBytes = 16;  // of a block of x: what a lane copies, and a row of a matrix that is loaded
 inline constexpr int kHalfBytes = 2 * kBlockBytes;  // of a pixel's channels that one mma instruction multiplies
-inline constexpr int kElementBytes = 2;             // in the contiguous layout, which is of 16 bits here
 inline constexpr int kPlaceBytes = 4;    // of an entry of StripLayout's tables
 inline constexpr int kSectorBytes = 32;  // by which global memory is accessed
 // The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers, which
@@ -267,12 +266,14 @@ struct StripLayout {
     const int in_rows = StripTiling::in_rows(s, t.rows), image_rows = in_rows < s.height ? in_rows : s.height;
     const int64_t pixels = int64_t{image_rows} * s.width;
     if (packed.by_planes) {
-      // An odd number of blocks: eight channels' blocks then lie in different banks.
-      x_pitch = static_cast<int>((pixels + kColumns - 1) / kColumns | 1) * kBlockBytes;
+      // An odd number of times eight pixels: what is loaded of neighbouring channels then lies in different banks.
+      const auto pitch = [&](int64_t pixels) {
+        return static_cast<int>((pixels + kColumns - 1) / kColumns | 1) * kColumns * packed.element;
+      };
       const int64_t out_pixels = int64_t{t.rows} * s.out_width;
-      result_pitch =
-          s.stride == 1 ? x_pitch : static_cast<int>((out_pixels + kColumns - 1) / kColumns | 1) * kBlockBytes;
-      const auto fits = [](int64_t pixels, int unit) { return pixels * kElementBytes % unit == 0; };
+      x_pitch = pitch(pixels);
+      result_pitch = s.stride == 1 ? x_pitch : pitch(out_pixels);
+      const auto fits = [&](int64_t pixels, int unit) { return pixels * packed.element % unit == 0; };
       // Each strip of x begins and ends at a multiple of its unit.
       const auto fits_x = [&](int unit) {
         bool all = fits(s.in_plane, unit);
@@ -308,7 +309,7 @@ struct StripLayout {
     const int behind = x_blocks * kBlockBytes > x_pitch ? x_blocks * kBlockBytes - x_pitch : 0;
     int64_t end = pixels * x_pitch + (s.stride == 2 ? x_pitch : behind);
     if (packed.by_planes) {
-      const int64_t x_bytes = int64_t{x_blocks} * kColumns * x_pitch;
+      const int64_t x_bytes = int64_t{x_blocks} * (kBlockBytes / packed.element) * x_pitch;
       const int64_t result_bytes = int64_t{t.slices} * s.group_rows * result_pitch;
       end = s.stride == 2 && result_bytes > x_bytes ? result_bytes : x_bytes;
     }

@@ -29,12 +29,9 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
 
 template <class T>
 StripKernels strip_kernels_of() {
-  StripKernels kernels = {
-      reinterpret_cast<const void*>(&strip_kernel<T, Layout::channels_last>),
-      nullptr,
-      reinterpret_cast<const void*>(&pack_kernel<T>)};
-  if constexpr (!kIsWide<T>) kernels.contiguous = reinterpret_cast<const void*>(&strip_kernel<T, Layout::contiguous>);
-  return kernels;
+  return {reinterpret_cast<const void*>(&strip_kernel<T, Layout::channels_last>),
+          reinterpret_cast<const void*>(&strip_kernel<T, Layout::contiguous>),
+          reinterpret_cast<const void*>(&pack_kernel<T>)};
 }
 
 }  // namespace shufflenet::cuda

@@ -123,7 +123,7 @@ struct StripBlock : StripIn<T, kLayout> {
         }
       }
       Sums<kTiles> sums;
-      auto operand = this->operand(row);
+      auto operand = this->operand(row, pixel);
       multiply<T, kMasked, false>(sums, operand, weights, halves, mask);
       Pair<T> pairs[kTilesOfItem][kTiles][2];
       for_each<0, kTiles>([&](auto index) {

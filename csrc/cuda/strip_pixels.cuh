@@ -74,7 +74,7 @@ struct StripPixels : StripStaging {
     return base + layout.x_offset(least(pixel + lane % 16, last), (block + lane / 16) * kBlockBytes);
   }
   SHUFFLENET_DEVICE uint32_t bytes_to_next_pixel() const { return layout.x_pitch; }
-  SHUFFLENET_DEVICE PixelOperand<T, kHalfBytes> operand(const uint32_t (&row)[kTilesOfItem]) const {
+  SHUFFLENET_DEVICE PixelOperand<T, kHalfBytes> operand(const uint32_t (&row)[kTilesOfItem], int) const {
     return {{row[0], row[1]}};
   }
 

@@ -1,8 +1,9 @@
 // The shortcut of a unit of stride 2 by strips in the contiguous layout: avg_pool2d(x, 3, 2, 1), with or without a
 // ReLU, of what is in shared memory of x. The result goes to shared memory too, so that it is copied as conv3's is.
 //
-// A warp sums 8 pixels of a row of the result on tensor cores, 16 channels at a time: it multiplies their pixels of x
-// by ones, where a pixel is a tap of the result's, and by zeros.
+// In 16 bits a warp sums 8 pixels of a row of the result on tensor cores, 16 channels at a time: it multiplies their
+// pixels of x by ones, where a pixel is a tap of the result's, and by zeros. In 32 bits, which tensor cores would round,
+// a lane sums a pixel, a channel at a time.
 #pragma once
 
 #include "strip_products.cuh"
@@ -10,13 +11,31 @@
 
 namespace shufflenet::cuda {
 
-template <class T>
-struct PlanePool {
-  // `to` is where the result is put: planes of layout.result_pitch bytes, from channel 16 * begin on.
-  SHUFFLENET_DEVICE PlanePool(const StripStaging& block, uint32_t to)
+// The taps of the pool, and where its result is put: planes of layout.result_pitch bytes.
+struct PlaneTaps {
+  SHUFFLENET_DEVICE PlaneTaps(const StripStaging& block, uint32_t to)
       : block(block), s(block.s), layout(block.layout), lane(block.lane), to(to) {}
 
-  // Pools the channels from 16 * begin to 16 * end.
+  // Returns the first row of taps of a row of the result, among the rows of x in shared memory. May be -1.
+  SHUFFLENET_DEVICE int first_row(int row) const { return 2 * row + block.in_row - block.image_row; }
+  // Return the first column of taps inside of the image, and how many there are.
+  SHUFFLENET_DEVICE int first_tap(int column) const { return most(0, 2 * column - 1); }
+  SHUFFLENET_DEVICE int column_taps(int column) const { return least(2 * column + 2, s.width) - first_tap(column); }
+  // Returns what a sum is multiplied by for the taps that it has in a row or a column of the image.
+  SHUFFLENET_DEVICE float scale(int taps) const { return inverse(s.pool_count_include_pad ? 3 : taps); }
+
+  const StripStaging& block;
+  const Sizes& s;
+  const StripLayout& layout;
+  const int lane;
+  const uint32_t to;
+};
+
+template <class T>
+struct MatrixPlanePool : PlaneTaps {
+  SHUFFLENET_DEVICE MatrixPlanePool(const StripStaging& block, uint32_t to) : PlaneTaps(block, to) {}
+
+  // Pools the channels from 16 * begin, the first one that is put, to 16 * end.
   SHUFFLENET_DEVICE void run(int begin, int end) const {
     const int warps = block.t.warps;
     const PlanePoolTiles by(s, block.out_rows, warps);
@@ -41,18 +60,19 @@ struct PlanePool {
   }
 
  private:
+  static constexpr int kElement = sizeof(T);
   // The taps of 8 pixels in a row of x lie in three blocks of 8 of its pixels, wherever the first of these begins.
   static constexpr int kRowEights = 3, kEights = 3 * kRowEights, kSteps = kEights / 2;
 
   // Eight pixels of the result, from `column` of a row on: the operands that pick their taps out of nine blocks of 8
   // pixels of x, and the addresses that the lane loads the blocks of its channel from, two by two and the last one.
   struct Tile {
-    SHUFFLENET_DEVICE Tile(const PlanePool& pool, int row, int column)
+    SHUFFLENET_DEVICE Tile(const MatrixPlanePool& pool, int row, int column)
         : row(row),
           pixel(column + pool.lane % 4 * 2),
           plane(pool.block.base + pool.lane % 16 * pool.layout.x_pitch),
           end(plane + (pool.block.image_rows * pool.s.width - 1) / kColumns * kBlockBytes),
-          two_rows(2 * pool.s.width * kElementBytes) {
+          two_rows(2 * pool.s.width * kElement) {
       const int width = pool.s.width;
       T one;
       narrow(1.f, one);
@@ -116,7 +136,7 @@ struct PlanePool {
     for (int k = 0; k < kEights; ++k) {
       ones[k] = (k >= kRowEights || has_top) && (k < 2 * kRowEights || has_bottom) ? tile.ones[k] : 0;
     }
-    uint32_t at = to + (pair * 2 * kColumns + lane / 4) * layout.result_pitch + pixel * kElementBytes;
+    uint32_t at = to + (pair * 2 * kColumns + lane / 4) * layout.result_pitch + pixel * kElement;
     uint32_t from = (begin + pair) * pair_bytes;
     const uint32_t end_bytes = (begin + end) * pair_bytes;
     SHUFFLENET_NO_UNROLL
@@ -145,7 +165,7 @@ struct PlanePool {
           store_pair<0>(into, both);
         } else {
           store_element(into, static_cast<uint16_t>(both));
-          if (here > 1) store_element(into + kElementBytes, static_cast<uint16_t>(both >> 16));
+          if (here > 1) store_element(into + kElement, static_cast<uint16_t>(both >> 16));
         }
       }
     }
@@ -163,25 +183,64 @@ struct PlanePool {
       for (int row = most(0, first_row(tile.row)); row < least(first_row(tile.row) + 3, block.image_rows); ++row) {
         SHUFFLENET_NO_UNROLL
         for (int tap = 0; tap < column_taps(pixel); ++tap) {
-          sums[i] += widen(T{load_element(plane + (row * s.width + first + tap) * kElementBytes)});
+          sums[i] += widen(T{load_element(plane + (row * s.width + first + tap) * kElement)});
         }
       }
     }
   }
-
-  // Returns the first row of taps of a row of the result, among the rows of x in shared memory. May be -1.
-  SHUFFLENET_DEVICE int first_row(int row) const { return 2 * row + block.in_row - block.image_row; }
-  // Return the first column of taps inside of the image, and how many there are.
-  SHUFFLENET_DEVICE int first_tap(int column) const { return most(0, 2 * column - 1); }
-  SHUFFLENET_DEVICE int column_taps(int column) const { return least(2 * column + 2, s.width) - first_tap(column); }
-  // Returns what a sum is multiplied by for the taps that it has in a row or a column of the image.
-  SHUFFLENET_DEVICE float scale(int taps) const { return inverse(s.pool_count_include_pad ? 3 : taps); }
-
-  const StripStaging& block;
-  const Sizes& s;
-  const StripLayout& layout;
-  const int lane;
-  const uint32_t to;
 };
+
+template <class T>
+struct ExactPlanePool : PlaneTaps {
+  SHUFFLENET_DEVICE ExactPlanePool(const StripStaging& block, uint32_t to) : PlaneTaps(block, to) {}
+
+  SHUFFLENET_DEVICE void run(int begin, int end) const {
+    const int first = begin * 2 * kColumns, channels = least(end * 2 * kColumns, s.in_channels) - first;
+    const int warps = block.t.warps, items = ceil_div(block.out_rows * s.out_width, 32);
+    // Where there are fewer items than warps, these share the channels as well.
+    const int shares = most(1, least(warps / items, channels)), share_channels = ceil_div(channels, shares);
+    SHUFFLENET_NO_UNROLL
+    for (int i = block.warp; i < items * shares; i += warps) {
+      const int share = i / items, mine = share * share_channels;
+      pool((i - share * items) * 32 + lane, first, mine, least(mine + share_channels, channels));
+    }
+  }
+
+ private:
+  static constexpr int kElement = sizeof(T);
+
+  // Pools a pixel, of the channels from `channel` to `end`, counted from the first one that is put.
+  SHUFFLENET_DEVICE void pool(int pixel, int first, int channel, int end) const {
+    const int inside = least(pixel, block.out_rows * s.out_width - 1);
+    const int out_row = block.constants.by_out_width.quotient(inside), column = inside - out_row * s.out_width;
+    const int row = first_row(out_row);
+    // The middle row and column of taps are inside of the image.
+    const bool has_top = row >= 0, has_bottom = row + 2 < block.image_rows;
+    const bool has_left = column > 0, has_right = 2 * column + 1 < s.width;
+    const float factor = scale(1 + has_left + has_right) * scale(1 + has_top + has_bottom);
+    const uint32_t row_bytes = s.width * kElement;
+    uint32_t from =
+        block.base + (first + channel) * layout.x_pitch + ((row + 1) * s.width + 2 * column) * kElement;
+    uint32_t at = to + channel * layout.result_pitch + inside * kElement;
+    const auto sum_row = [&](uint32_t middle) {
+      float sum = float_of(load_pair(middle));
+      if (has_left) sum += float_of(load_pair(middle - kElement));
+      if (has_right) sum += float_of(load_pair(middle + kElement));
+      return sum;
+    };
+    SHUFFLENET_NO_UNROLL
+    for (; channel < end; ++channel, from += layout.x_pitch, at += layout.result_pitch) {
+      float sum = sum_row(from);
+      if (has_top) sum += sum_row(from - row_bytes);
+      if (has_bottom) sum += sum_row(from + row_bytes);
+      sum *= factor;
+      if (s.pool_relu) sum = relu(sum);
+      if (pixel == inside) store_element(at, sum);
+    }
+  }
+};
+
+template <class T>
+using PlanePool = std::conditional_t<kIsWide<T>, ExactPlanePool<T>, MatrixPlanePool<T>>;
 
 }  // namespace shufflenet::cuda

@@ -14,16 +14,18 @@ struct StripPlanes : StripStaging {
   SHUFFLENET_DEVICE explicit StripPlanes(const StripArguments& arguments) : StripStaging(arguments) {}
 
   static constexpr bool kTransposed = true;
+  static constexpr int kElement = sizeof(T), kBlockChannels = kBlockBytes / kElement;
 
   // Starts to copy the strip's rows of x.
   SHUFFLENET_DEVICE void copy_x() const {
-    const char* const from = x_of_image() + image_row * s.width * kElementBytes;
+    const char* const from = x_of_image() + image_row * s.width * kElement;
     const Runs runs = {s.in_channels, image_rows * s.width, s.in_plane, layout.x_pitch};
     switch (layout.x_unit) {
       case 16: copy_x_in<16>(from, runs); break;
       case 8: copy_x_in<8>(from, runs); break;
       case 4: copy_x_in<4>(from, runs); break;
-      default: copy_x_in_elements(from, runs);
+      default:
+        if constexpr (!kIsWide<T>) copy_x_in_elements(from, runs);
     }
     commit_copies();
   }
@@ -34,11 +36,11 @@ struct StripPlanes : StripStaging {
     const int pixels = image_rows * s.width, end_pixel = ceil_div(pixels, kColumns) * kColumns;
     SHUFFLENET_NO_UNROLL
     for (int channel = thread; channel < s.in_channels && pixels < end_pixel; channel += threads) {
-      const uint32_t plane = base + channel * layout.x_pitch, plane_end = plane + end_pixel * kElementBytes;
+      const uint32_t plane = base + channel * layout.x_pitch, plane_end = plane + end_pixel * kElement;
       SHUFFLENET_NO_UNROLL
-      for (uint32_t at = plane + pixels * kElementBytes; at < plane_end; at += kElementBytes) store_element(at, uint16_t{0});
+      for (uint32_t at = plane + pixels * kElement; at < plane_end; at += kElement) store_element(at, element_of<T>({}, 0));
     }
-    const int begin = s.in_channels * layout.x_pitch, end = layout.x_blocks * kColumns * layout.x_pitch;
+    const int begin = s.in_channels * layout.x_pitch, end = layout.x_blocks * kBlockChannels * layout.x_pitch;
     SHUFFLENET_NO_UNROLL
     for (int at = begin + thread * kBlockBytes; at < end; at += threads * kBlockBytes) clear_block(base + at);
   }
@@ -46,13 +48,28 @@ struct StripPlanes : StripStaging {
   // Returns the address that the lane passes to load the channels of a block of x, and of the next one, of 16 pixels
   // from `pixel` on. Behind the last pixel it is that of the last eight.
   SHUFFLENET_DEVICE uint32_t operand_row(int pixel, int block, int last) const {
-    const int channel = (block + lane / 16) * kColumns + lane % 8;
-    const int eight = least(pixel + lane / 8 % 2 * 8, last / 8 * 8);
-    return base + channel * layout.x_pitch + eight * kElementBytes;
+    const int last_eight = last / 8 * 8;
+    if constexpr (kIsWide<T>) {
+      const int channel = block * kBlockChannels + lane % 4, mine = least(pixel, last_eight) + lane / 4;
+      return base + channel * layout.x_pitch + mine * kElement;
+    }
+    const int channel = (block + lane / 16) * kBlockChannels + lane % 8;
+    return base + channel * layout.x_pitch + least(pixel + lane / 8 % 2 * 8, last_eight) * kElement;
   }
-  SHUFFLENET_DEVICE uint32_t bytes_to_next_pixel() const { return kElementBytes; }
-  SHUFFLENET_DEVICE PlaneOperand operand(const uint32_t (&row)[kTilesOfItem]) const {
-    return {{row[0], row[1]}, static_cast<uint32_t>(2 * kColumns * layout.x_pitch)};
+  SHUFFLENET_DEVICE uint32_t bytes_to_next_pixel() const { return kElement; }
+  SHUFFLENET_DEVICE auto operand(const uint32_t (&row)[kTilesOfItem], int pixel) const {
+    const uint32_t half_bytes = 2 * kBlockChannels * layout.x_pitch;
+    if constexpr (kIsWide<T>) {
+      WidePlaneOperand<T> operand = {{row[0], row[1]}, {}, half_bytes};
+      SHUFFLENET_UNROLL
+      for (int m = 0; m < kTilesOfItem; ++m) {
+        const bool has_last = pixel + m * kTilePixels + 8 < image_rows * s.width;
+        operand.eight_bytes[m] = has_last ? 8 * kElement : 0;
+      }
+      return operand;
+    } else {
+      return PlaneOperand{{row[0], row[1]}, half_bytes};
+    }
   }
 
   // Returns the pixel of the result that conv3's items begin at, so that their pairs of pixels are words of x.
@@ -98,14 +115,14 @@ struct StripPlanes : StripStaging {
         : pitch(strip.layout.result_pitch), channel(strip.lane / 4) {
       const Sizes& s = strip.s;
       const int pixel = first_pixel + strip.lane % 4 * 2;
-      at = strip.result() + (slice * s.group_rows + channel) * pitch + pixel * kElementBytes;
+      at = strip.result() + (slice * s.group_rows + channel) * pitch + pixel * kElement;
       adds_residual = s.stride == 1;
       pixels_left = strip.out_rows * s.out_width - pixel;
       channels_left = s.group_rows;
     }
 
     SHUFFLENET_DEVICE void advance(int pixels) {
-      at += pixels * kElementBytes;
+      at += pixels * kElement;
       pixels_left -= pixels;
     }
 
@@ -142,17 +159,17 @@ struct StripPlanes : StripStaging {
         constants[decltype(pair)::value] = load_floats<decltype(pair)::value * 8>(affine);
       });
       for_each<0, 2 * kTilesOfItem>([&](auto eighth) {
-        constexpr int kEight = decltype(eighth)::value, kBytes = kEight * kBlockBytes;
+        constexpr int kEight = decltype(eighth)::value, kBytes = kEight * 8 * kElement;
         if (kEight * 8 >= pixels_left) return;
         SHUFFLENET_UNROLL
         for (int pair = 0; pair < kPairs; ++pair) {
-          uint32_t pairs[2];
+          Pair<T> pairs[2];
           finish_transposed<T, !kResidual>(sums[kEight / 2][2 * pair + kEight % 2], constants[pair], pairs);
           SHUFFLENET_UNROLL
           for (int half = 0; half < 2; ++half) {
             if (pair >= kPairs - kUnsure && (2 * pair + half) * kColumns + channel >= channels_left) continue;
             const uint32_t to = at + (2 * pair + half) * kColumns * pitch;
-            if constexpr (kResidual) pairs[half] = add_relu(pairs[half], load_pair<kBytes>(to), T{});
+            if constexpr (kResidual) add_relu_to<kBytes>(to, pairs[half], T{});
             store_pair<kBytes>(to, pairs[half]);
           }
         }
@@ -182,18 +199,19 @@ struct StripPlanes : StripStaging {
   // Returns where in shared memory conv3's results are: the first pixel of the part's first channel.
   SHUFFLENET_DEVICE uint32_t result() const {
     if (s.stride == 2) return base;
-    return base + part * t.slices * s.group_rows * layout.x_pitch + first_pixel_of_result() * kElementBytes;
+    return base + part * t.slices * s.group_rows * layout.x_pitch + first_pixel_of_result() * kElement;
   }
 
   // Copies what the strip has of some channels of the result, from `from` on in shared memory.
   SHUFFLENET_DEVICE void copy_results(int channel, int channels, uint32_t from) const {
-    char* const to = result_of_image() + (int64_t{channel} * s.out_plane + out_row * s.out_width) * kElementBytes;
+    char* const to = result_of_image() + (int64_t{channel} * s.out_plane + out_row * s.out_width) * kElement;
     const Runs runs = {channels, out_rows * s.out_width, s.out_plane, layout.result_pitch};
     switch (layout.result_unit) {
       case 16: copy_result_in<16>(to, from, runs); break;
       case 8: copy_result_in<8>(to, from, runs); break;
       case 4: copy_result_in<4>(to, from, runs); break;
-      default: copy_result_in<2>(to, from, runs);
+      default:
+        if constexpr (!kIsWide<T>) copy_result_in<kLeastUnitBytes>(to, from, runs);
     }
   }
 
@@ -212,10 +230,10 @@ struct StripPlanes : StripStaging {
   // first run begins; if kFillsSectors, a thread's slots lie where sectors begin before it.
   template <int kBytes, bool kFillsSectors, class Copy>
   SHUFFLENET_DEVICE void for_each_share(const Runs& runs, const char* memory, const Copy& copy) const {
-    const PlaneCopy by(runs.pixels, runs.plane, kBytes, t.warps * 32, kFillsSectors);
+    const PlaneCopy by(runs.pixels, runs.plane, kElement, kBytes, t.warps * 32, kFillsSectors);
     const int thread = warp * 32 + lane, mine = thread / by.lanes;
     if (mine == by.side_by_side) return;
-    const int step = by.side_by_side * by.together, plane_bytes = runs.plane * kElementBytes;
+    const int step = by.side_by_side * by.together, plane_bytes = runs.plane * kElement;
     SHUFFLENET_NO_UNROLL
     for (int slot = thread - mine * by.lanes; slot < by.slots * by.together; slot += by.lanes) {
       const int in_group = kFillsSectors ? slot / by.slots : 0, plane = mine * by.together + in_group;
@@ -225,11 +243,11 @@ struct StripPlanes : StripStaging {
       if (kFillsSectors && !by.is_whole) {
         constexpr int kInASector = kSectorBytes / kBytes;
         const auto run = reinterpret_cast<uintptr_t>(memory) + static_cast<uint32_t>(plane * plane_bytes);
-        if (kBytes == kElementBytes) unit += unit / kInASector * (kSectorsInARow - 1) * kInASector;
+        if (kBytes == kLeastUnitBytes) unit += unit / kInASector * (kSectorsInARow - 1) * kInASector;
         unit -= static_cast<int>(run % kSectorBytes) / kBytes;
         bool any = false;
         SHUFFLENET_UNROLL
-        for (int i = 0; i < (kBytes == kElementBytes ? kSectorsInARow : 1); ++i) {
+        for (int i = 0; i < (kBytes == kLeastUnitBytes ? kSectorsInARow : 1); ++i) {
           share.has[i] = static_cast<uint32_t>(unit + i * kInASector) < static_cast<uint32_t>(by.units);
           any = any || share.has[i];
         }
@@ -272,7 +290,7 @@ struct StripPlanes : StripStaging {
   }
   // There are no asynchronous copies of elements: some loads are started before the first of them is stored.
   SHUFFLENET_DEVICE void copy_x_in_elements(const char* from, const Runs& runs) const {
-    for_each_share<kElementBytes, false>(runs, from, [&](const CopyShare& share) {
+    for_each_share<kLeastUnitBytes, false>(runs, from, [&](const CopyShare& share) {
       const char* source = from + share.global;
       uint32_t to = base + share.begin;
       const auto copy_some = [&](int count, auto is_whole) {
@@ -300,7 +318,7 @@ struct StripPlanes : StripStaging {
       char* target = to + share.global;
       uint32_t at = from + share.begin;
       repeat(share.count, [&] {
-        if constexpr (kBytes == kElementBytes) {
+        if constexpr (kBytes == kLeastUnitBytes) {
           for_each<0, kSectorsInARow>([&](auto index) {
             constexpr int kOffset = decltype(index)::value * kSectorBytes;
             if (share.has[decltype(index)::value]) {

@@ -25,7 +25,6 @@ struct StripPlan {
 inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Device& device) {
   if (device.compute_capability < 80) return "strips need sm_80";
   if (!uses_mma(dtype, device)) return "strips are for dtypes that tensor cores multiply";
-  if (element_bytes(dtype) == 4 && unit.layout != Layout::channels_last) return "strips of 32 bits are for channels_last";
   if (!unit.adds_residual() && !unit.concatenates_pool()) return "strips are for whole units of v1";
   if (unit.in_channels * element_bytes(dtype) % kBlockBytes != 0) return "strips need pixels that end at 16 bytes";
   if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
@@ -111,7 +110,7 @@ inline BlockInstructions block_instructions(const Sizes& s, const StripTiling& t
       count.copy * strip.in_rows * s.width * ceil_div(layout.own_blocks, 32) / std::max(1, 32 / layout.own_blocks);
   if (p.by_planes) {
     const auto of = [&](int planes, int pixels, int plane, int unit, double each, bool is_stored) {
-      const PlaneCopy by(pixels, plane, unit, t.warps * 32, is_stored);
+      const PlaneCopy by(pixels, plane, p.element, unit, t.warps * 32, is_stored);
       const double steps = ceil_div(planes, by.together * by.side_by_side);
       const double slots = ceil_div(by.slots * by.together, by.lanes);
       const double one = by.in_a_row > 1 ? count.copy_row : each;
@@ -195,13 +194,13 @@ inline double strip_cycles(const Unit& unit, const StripTiling& t, const StripLa
   values /= t.strips(s);
   if (layout.packed.by_planes && t.rows < s.out_height) {
     // Runs that do not begin at a sector take a part of one more.
-    const auto beside = [](int pixels, int plane) {
-      int aligned = kElementBytes;
-      while (aligned < kSectorBytes && pixels * kElementBytes % (2 * aligned) == 0 &&
-             plane * kElementBytes % (2 * aligned) == 0) {
+    const int element = layout.packed.element;
+    const auto beside = [&](int pixels, int plane) {
+      int aligned = element;
+      while (aligned < kSectorBytes && pixels * element % (2 * aligned) == 0 && plane * element % (2 * aligned) == 0) {
         aligned *= 2;
       }
-      return static_cast<double>(kSectorBytes - aligned) / kElementBytes;
+      return static_cast<double>(kSectorBytes - aligned) / element;
     };
     values +=
         s.in_channels * beside(s.width, s.in_plane) + s.result_channels * beside(t.rows * s.out_width, s.out_plane);

@@ -140,7 +140,7 @@ struct MatrixPool : PoolItems {
       }
       // 0 times Inf carries NaN from one channel into others: each of a pixel's four lanes has a column that shows it.
       const float any = sums[0][0] + sums[0][2];
-      if (warp_any(any != any)) sum_by_channels(sums, first_pixel, (pair * 2 * kColumns + column) * kElementBytes);
+      if (warp_any(any != any)) sum_by_channels(sums, first_pixel, pair * kPairBytes<T> + column * static_cast<int>(sizeof(T)));
       SHUFFLENET_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int left = pixels - (first_pixel + half * 8 + lane / 4);

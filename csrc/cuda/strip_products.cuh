@@ -101,6 +101,27 @@ struct PlaneOperand {
   uint32_t half_bytes;
 };
 
+// The same in 32 bits, which are loaded one by one: row[m] is the address of the lane's pixel, of number lane / 4, and
+// channel, of number lane % 4. The last eight pixels lie eight_bytes[m] behind.
+template <class T>
+struct WidePlaneOperand {
+  template <int kHalf>
+  SHUFFLENET_DEVICE void load(uint32_t (&a)[4], int m) const {
+    const uint32_t first = row[m] + kHalf * half_bytes, last = first + eight_bytes[m];
+    a[0] = load_pair(first);
+    a[1] = load_pair(last);
+    a[2] = load_pair(first + half_bytes / 2);
+    a[3] = load_pair(last + half_bytes / 2);
+    round_operands<T>(a);
+  }
+  SHUFFLENET_DEVICE void advance() {
+    SHUFFLENET_UNROLL
+    for (int m = 0; m < kTilesOfItem; ++m) row[m] += 2 * half_bytes;
+  }
+  uint32_t row[kTilesOfItem], eight_bytes[kTilesOfItem];
+  uint32_t half_bytes;
+};
+
 // Multiplies, or if kSets sets.
 template <class T, bool kSets>
 SHUFFLENET_DEVICE void multiply_tile(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -174,7 +195,7 @@ SHUFFLENET_DEVICE void finish(const float (&sum)[4], const Vector4& affine, Pair
 
 // The same for a tile of the transposed product: the constants are of the lane's rows, and a pair is of pixels.
 template <class T, bool kRelu>
-SHUFFLENET_DEVICE void finish_transposed(const float (&sum)[4], const Vector4& affine, uint32_t (&pairs)[2]) {
+SHUFFLENET_DEVICE void finish_transposed(const float (&sum)[4], const Vector4& affine, Pair<T> (&pairs)[2]) {
   SHUFFLENET_UNROLL
   for (int row = 0; row < 2; ++row) {
     const float scale = affine.values[row], bias = affine.values[2 + row];

@@ -5,7 +5,9 @@
 
 namespace shufflenet::cuda {
 
-// How many elements of a part of a plane a lane copies at a time, each of another sector: what 4 rows of 7 pixels take.
+// The least bytes that planes are copied by, and how many such units of a part of a plane a lane copies at a time, each
+// of another sector: what 4 rows of 7 pixels of 16 bits take.
+inline constexpr int kLeastUnitBytes = 2;
 inline constexpr int kSectorsInARow = 3;
 
 // How the threads of a block share the copying of some planes, of each `pixels` pixels of `plane`, in units of
@@ -15,14 +17,12 @@ inline constexpr int kSectorsInARow = 3;
 // units take in sectors wherever it begins, or where units are elements, a slot for some of them. Slots without a unit
 // are left out.
 struct PlaneCopy {
-  SHUFFLENET_HOST_DEVICE PlaneCopy(int pixels, int plane, int unit_bytes, int threads, bool fills_sectors)
+  SHUFFLENET_HOST_DEVICE PlaneCopy(int pixels, int plane, int element, int unit_bytes, int threads, bool fills_sectors)
       : together(1), is_whole(pixels == plane) {
     const int in_a_sector = fills_sectors ? kSectorBytes / unit_bytes : 1;
-    if (fills_sectors) {
-      together = plane % 16 == 0 ? 1 : plane % 8 == 0 ? 2 : plane % 4 == 0 ? 4 : plane % 2 == 0 ? 8 : 16;
-    }
-    units = pixels * kElementBytes / unit_bytes;
-    in_a_row = fills_sectors && !is_whole && unit_bytes == kElementBytes ? kSectorsInARow : 1;
+    while (fills_sectors && plane * element * together % kSectorBytes != 0) together *= 2;
+    units = pixels * element / unit_bytes;
+    in_a_row = fills_sectors && !is_whole && unit_bytes == kLeastUnitBytes ? kSectorsInARow : 1;
     slots = is_whole ? units : ceil_div(ceil_div(units + in_a_sector - 1, in_a_sector), in_a_row) * in_a_sector;
     lanes = ceil_div(Chunks(slots * together, threads).size, in_a_sector) * in_a_sector;
     lanes = lanes < slots * together ? lanes : slots * together;

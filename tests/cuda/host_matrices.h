@@ -221,6 +221,15 @@ uint32_t add_relu(uint32_t a, uint32_t b, T) {
   return detail::pair_of<T>(one(0), one(1));
 }
 template <int kOffset, class T>
+void add_relu_to(uint32_t at, uint32_t& pair, T) {
+  pair = add_relu(pair, load_pair<kOffset>(at), T{});
+}
+template <int kOffset>
+void add_relu_to(uint32_t at, FloatPair& pair, TFloat32) {
+  const FloatPair x = load_float_pair<kOffset>(at);
+  pair = {relu(pair.low + x.low), relu(pair.high + x.high)};
+}
+template <int kOffset, class T>
 void add_relu_to(uint32_t at, uint32_t& low, uint32_t& high, T) {
   const uint64_t x = detail::load_shared<uint64_t>(at + kOffset);
   low = add_relu(low, static_cast<uint32_t>(x), T{});

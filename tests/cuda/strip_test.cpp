@@ -57,9 +57,7 @@ std::string run(const Case& c, const Sizes& s, StripTiling tiling) {
 
 template <Layout kLayout>
 std::string run(const Case& c, const Sizes& s, const StripTiling& tiling) {
-  if constexpr (kLayout == Layout::channels_last) {
-    if (c.dtype() == Dtype::tfloat32) return run<TFloat32, TFloat32, kLayout>(c, s, tiling);
-  }
+  if (c.dtype() == Dtype::tfloat32) return run<TFloat32, TFloat32, kLayout>(c, s, tiling);
   if (c.dtype() == Dtype::bfloat16) return run<BFloat16, float, kLayout>(c, s, tiling);
   return run<Float16, Float16, kLayout>(c, s, tiling);
 }
