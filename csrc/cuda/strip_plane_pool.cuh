@@ -196,21 +196,23 @@ struct ExactPlanePool : PlaneTaps {
 
   SHUFFLENET_DEVICE void run(int begin, int end) const {
     const int first = begin * 2 * kColumns, channels = least(end * 2 * kColumns, s.in_channels) - first;
-    const int warps = block.t.warps, items = ceil_div(block.out_rows * s.out_width, 32);
-    // Where there are fewer items than warps, these share the channels as well.
+    const int warps = block.t.warps, pixels = block.out_rows * s.out_width, items = ceil_div(pixels, 32);
+    // Where there are fewer items than warps, these share the channels as well; and so do lanes where pixels are few.
     const int shares = most(1, least(warps / items, channels)), share_channels = ceil_div(channels, shares);
+    const int lanes = least(pixels, 32), side_by_side = 32 / lanes, in_turn = lane / lanes;
+    if (in_turn == side_by_side) return;
     SHUFFLENET_NO_UNROLL
     for (int i = block.warp; i < items * shares; i += warps) {
-      const int share = i / items, mine = share * share_channels;
-      pool((i - share * items) * 32 + lane, first, mine, least(mine + share_channels, channels));
+      const int share = i / items, begin = share * share_channels, end = least(begin + share_channels, channels);
+      pool((i - share * items) * 32 + lane - in_turn * lanes, first, begin + in_turn, end, side_by_side);
     }
   }
 
  private:
   static constexpr int kElement = sizeof(T);
 
-  // Pools a pixel, of the channels from `channel` to `end`, counted from the first one that is put.
-  SHUFFLENET_DEVICE void pool(int pixel, int first, int channel, int end) const {
+  // Pools a pixel, of every step-th channel from `channel` to `end`, counted from the first one that is put.
+  SHUFFLENET_DEVICE void pool(int pixel, int first, int channel, int end, int step) const {
     const int inside = least(pixel, block.out_rows * s.out_width - 1);
     const int out_row = block.constants.by_out_width.quotient(inside), column = inside - out_row * s.out_width;
     const int row = first_row(out_row);
@@ -229,7 +231,7 @@ struct ExactPlanePool : PlaneTaps {
       return sum;
     };
     SHUFFLENET_NO_UNROLL
-    for (; channel < end; ++channel, from += layout.x_pitch, at += layout.result_pitch) {
+    for (; channel < end; channel += step, from += step * layout.x_pitch, at += step * layout.result_pitch) {
       float sum = sum_row(from);
       if (has_top) sum += sum_row(from - row_bytes);
       if (has_bottom) sum += sum_row(from + row_bytes);

@@ -40,7 +40,7 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
 struct StripInstructions {
   explicit StripInstructions(int element) {
     if (element == 2) return;
-    operand1 = 10, outputs1 = 34, outputs3 = 31, block2 = 190, pool_item = 190, pool_pair = 110;
+    operand1 = 10, outputs1 = 34, outputs3 = 31, block2 = 190, pool_item = 190, pool_pair = 110, plane_pool_item = 120;
   }
   // Once a warp; to copy the blocks of 32 lanes.
   double warp = 600, copy = 3.8;
@@ -58,8 +58,9 @@ struct StripInstructions {
          in_place3 = 4;
   // The pool: 16 pixels, and 16 channels of them.
   double pool_item = 200, pool_pair = 79;
-  // In the contiguous layout: 8 columns of the result, a row of them, and 16 channels of that.
-  double plane_pool_item = 220, plane_pool_row = 55, plane_pool_pair = 46;
+  // In the contiguous layout: 8 columns of the result, a row of them, and 16 channels of that; in 32 bits, 32 pixels
+  // and a channel of them.
+  double plane_pool_item = 220, plane_pool_row = 55, plane_pool_pair = 46, plane_pool_channel = 38;
 
   double product(int tiles, int steps, int halves, double operand) const {
     return steps * (step + tiles * step_tile) + halves * (operand + tiles * half_tile);
@@ -96,7 +97,12 @@ inline BlockInstructions block_instructions(const Sizes& s, const StripTiling& t
   const double pairs = static_cast<double>(ceil_div(layout.own_blocks, 2)) / t.parts(s);
   const auto shares_of_pool = [&](double tiles) { return std::max(1.0, std::min(std::floor(t.warps / tiles), pairs)); };
   double pool = 0;
-  if (s.stride == 2 && p.by_planes) {
+  if (s.stride == 2 && p.by_planes && p.element == 4) {
+    const int pixels = strip.rows * s.out_width, side_by_side = std::max(1, 32 / pixels);
+    const double items = ceil_div(pixels, 32), channels = static_cast<double>(s.in_channels) / t.parts(s);
+    pool = items * (std::max(1.0, t.warps / items) * count.plane_pool_item +
+                    channels / side_by_side * count.plane_pool_channel);
+  } else if (s.stride == 2 && p.by_planes) {
     const PlanePoolTiles by(s, strip.rows, t.warps);
     const double tiles = by.in_row * by.rows.count, shares = shares_of_pool(tiles);
     const double pools = std::min(1.0, pairs);  // the share of the parts that have any
