@@ -47,7 +47,7 @@ def compile_kernels(dtype: str, arch: str, folder: Path) -> _Compiled:
 
 
 def compile_strips(dtype: str, arch: str, folder: Path) -> _Compiled:
-    """Compiles the kernels that run units of a 16-bit dtype by strips, as above."""
+    """Compiles the kernels that run units by strips, as above."""
     cubin, entries = _compile(KERNEL / f"strip_{dtype}.cu", arch, folder)
     strips = [entry for entry in entries if "strip_kernel" in entry.partition("\n")[0]]
     return cubin, [_kernel(LAYOUTS["LayoutE1" in entry], entry) for entry in strips]

@@ -22,6 +22,7 @@ ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 LIBRARY = os.environ.get("SHUFFLENET_EXT_CUDA_LIBRARY")
 Compiled = dict[tuple[str, str], tuple[Path, list[Kernel]]]  # by dtype and architecture
 DTYPES = ("float32", "float64", "bfloat16", "float16", "tfloat32")
+STRIP_DTYPES = ("bfloat16", "float16", "tfloat32")
 
 
 def cuobjdump() -> str | None:
@@ -52,7 +53,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
         return kernels_of_library(Path(LIBRARY), tool, folder)
     compilers = {"unit": compile_kernels, "strip": compile_strips}
     wanted = [("unit", dtype, arch) for dtype in DTYPES for arch in ARCHS]
-    wanted += [("strip", dtype, arch) for dtype in ("float16", "bfloat16") for arch in ARCHS]
+    wanted += [("strip", dtype, arch) for dtype in STRIP_DTYPES for arch in ARCHS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(lambda k: compilers[k[0]](*k[1:], folder), wanted))
     return {
@@ -99,7 +100,7 @@ def test_the_assembly_has_the_instructions_it_should(kernels: dict[str, Compiled
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", STRIP_DTYPES)
 def test_strips_fit_their_registers(kernels: dict[str, Compiled], dtype: str, arch: str) -> None:
     cubin, found = kernels["strip"][dtype, arch]
     assert {kernel.layout for kernel in found} == {"contiguous", "channels_last"}
@@ -115,8 +116,11 @@ def test_strips_fit_their_registers(kernels: dict[str, Compiled], dtype: str, ar
     codes = [part for part in assembly.split("Function : ")[1:] if "strip_kernel" in part.partition("\n")[0]]
     assert len(codes) == 2
     for code in codes:
-        for instruction in (r"HMMA\.16816\.F32", r"LDSM\.16\.M88\.4", r"LDGSTS\.E\.BYPASS\S*\.128", r"STG\.E\S*\.64"):
+        is_wide, of_planes = dtype == "tfloat32", "LayoutE0" in code.partition("\n")[0]
+        product = r"HMMA\.1688\.F32\.TF32" if is_wide else r"HMMA\.16816\.F32"
+        for instruction in (product, r"LDGSTS\.E\.BYPASS\S*\.128", r"STG\.E\S*\.128" if is_wide else r"STG\.E\S*\.64"):
             assert re.search(instruction, code), instruction
-        assert ("STSM.16.M88" in code) == (int(arch) >= 90)
+        assert ("LDSM.16.M88.4" in code) == (not is_wide or not of_planes)
+        assert ("STSM.16.M88" in code) == (int(arch) >= 90 and not is_wide)
         # Planes: operands of x are transposed on their way from shared memory.
-        assert ("LDSM.16.MT88.4" in code) == ("LayoutE0" in code.partition("\n")[0])
+        assert ("LDSM.16.MT88.4" in code) == (of_planes and not is_wide)

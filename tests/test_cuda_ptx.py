@@ -123,16 +123,17 @@ def test_eight_groups_take_at_most_twice_as_many_instructions(strip_program: Pat
 @pytest.mark.parametrize("sm", [80, 90])
 def test_the_planner_predicts_what_strips_execute(strip_program: Path, tmp_path: Path, sm: int) -> None:
     planner = build_planner(tmp_path)
-    for (name, unit), layout in itertools.product(cuda_counts.paper_units(2).items(), LAYOUTS):
-        case = unit.case("float16", layout, sm)
+    units = cuda_counts.paper_units(2).items()
+    for (name, unit), dtype, layout in itertools.product(units, ("float16", "tfloat32"), LAYOUTS):
+        case = unit.case(dtype, layout, sm)
         (plan,) = plans(planner, [case])
         counted = sum(count.executed for count in cuda_counts.count({"strip": strip_program}, case).values())
-        assert 0.8 < int(plan["strip_instructions"]) / counted < 1.2, (name, layout)
+        assert 0.8 < int(plan["strip_instructions"]) / counted < 1.2, (name, dtype, layout)
 
 
 @needs_nvcc
 def test_a_few_strips(strip_program: Path) -> None:
-    cases = [case | {"dtype": "float16", "sm": 90} for case in random_strips(1000, 12)]
+    cases = [case | {"dtype": dtype, "sm": 90} for dtype in ("float16", "tfloat32") for case in random_strips(1000, 8)]
     assert failures(strip_program, with_ptx(cases, "strip")) == []
 
 

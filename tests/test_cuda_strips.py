@@ -3,6 +3,7 @@
 As in test_cuda_host.py, only g++ on x86-64 Linux is needed.
 """
 
+import itertools
 import math
 import os
 import random
@@ -106,8 +107,12 @@ def test_copies_of_planes(program: Path) -> None:
 
 
 def paper_strips() -> list[Case]:
-    common: Case = {"dtype": "float16", "norm": 1, "sm": 90, "wild": 2}
-    return [unit | common | {"layout": layout} for unit in paper_units() for layout in ("nhwc", "nchw")]
+    common: Case = {"norm": 1, "sm": 90, "wild": 2}
+    dtypes = ("float16", "tfloat32")
+    return [
+        unit | common | {"layout": layout, "dtype": dtype}
+        for unit, layout, dtype in itertools.product(paper_units(), ("nhwc", "nchw"), dtypes)
+    ]
 
 
 @pytest.mark.long
@@ -121,6 +126,7 @@ def test_units_of_the_paper_by_strips(program: Path, groups: int) -> None:
 
 TWO: Case = {"stride": 2, "h": 7, "rows": 2}
 PLANES: Case = {"layout": "nchw"}
+WIDE: Case = {"dtype": "tfloat32"}
 SCATTERED: Case = {"g": 8, "g1": 8, "in": 64, "mid": 96, "out": 64}
 # What each planted bug replaces in a file, and how the harness must answer; what the case has beside STRIP.
 STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
@@ -140,7 +146,7 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         {"rows": 5},
     ),
     "y2 of the next pixels too early": (
-        "strip_kernel.cuh",
+        "strip_depthwise.cuh",
         "    warp_barrier();  // all lanes have finished reading what y2 was\n",
         "",
         "race",
@@ -203,7 +209,7 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         {"g": 2, "g1": 2, "mid": 64},
     ),
     "half a step of y2 left over": (
-        "strip_kernel.cuh",
+        "strip_depthwise.cuh",
         "if (packed.blocks % 2 != 0) clear_block",
         "if (packed.blocks % 2 == 0) clear_block",
         "never written",
@@ -231,7 +237,7 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         TWO | {"w": 9},
     ),
     "the middle tap of stride 2 a pixel further": (
-        "strip_products.cuh",
+        "strip_depthwise.cuh",
         "load_matrices<0>(a, corner[m] + middle_bytes);",
         "load_matrices<kBlockBytes>(a, corner[m] + middle_bytes);",
         "wrong|never written",
@@ -335,6 +341,62 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
         "wrong|outside|never written",
         PLANES | TWO | {"w": 6},
     ),
+    "slots of y2 in their own order": (
+        "pack_kernel.cuh",
+        "kIsWide<T> ? row / 8 * 8 + row % 4 * 2 + row % 8 / 4 : row",
+        "row",
+        "wrong",
+        WIDE,
+    ),
+    "operands of x not rounded": (
+        "strip_products.cuh",
+        "    load_matrices<kHalf * kToNext>(a, row[m]);\n    round_operands<T>(a);\n",
+        "    load_matrices<kHalf * kToNext>(a, row[m]);\n",
+        "not rounded",
+        WIDE,
+    ),
+    "NaN of other groups in an empty slot": (
+        "strip_depthwise.cuh",
+        "if (is_empty(scales.values[0])) pair.low = 0;",
+        "if (lane < 0) pair.low = 0;",
+        "wrong",
+        WIDE | {"g": 2, "g1": 2, "in": 40, "out": 40, "mid": 20, "wild": 2},
+    ),
+    "two taps in each other's places": (
+        "pack_kernel.cuh",
+        "tap = 2 * fifth + w / 2",
+        "tap = 2 * fifth + (w / 2 ^ 1)",
+        "wrong",
+        WIDE,
+    ),
+    "a pixel that is not pooled": (
+        "strip_pool.cuh",
+        "find_taps(taps, pixel, pair * kPairBytes<T> + lane % 4 * kBlockBytes);",
+        "find_taps(taps, pixel + 1, pair * kPairBytes<T> + lane % 4 * kBlockBytes);",
+        "wrong",
+        WIDE | TWO,
+    ),
+    "eight pixels behind the last ones": (
+        "strip_planes.cuh",
+        "pixel + m * kTilePixels + 8 < image_rows * s.width",
+        "pixel >= 0",
+        "never written|race|wrong|outside",
+        WIDE | PLANES | {"g": 1, "g1": 1},
+    ),
+    "a pixel of the row above pooled": (
+        "strip_plane_pool.cuh",
+        "const bool has_left = column > 0,",
+        "const bool has_left = true,",
+        "wrong|never written|outside",
+        WIDE | PLANES | TWO,
+    ),
+    "channels side by side pooled twice": (
+        "strip_plane_pool.cuh",
+        "begin + in_turn, end, side_by_side);",
+        "begin + in_turn, end, 1);",
+        "race",
+        WIDE | PLANES | TWO,
+    ),
     "empty columns that share a slot": (
         "pack_kernel.cuh",
         "= -1 - empty++;",
@@ -344,8 +406,8 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "the columns of a pair in each other's slots": (
         "strip_kernel.cuh",
-        "store_element(to[n][1] + place, static_cast<uint16_t>(pair >> 16));",
-        "store_element(to[n][1] + place, static_cast<uint16_t>(pair));",
+        "store_element(to[n][1] + place, element_of<T>(pair, 1));",
+        "store_element(to[n][1] + place, element_of<T>(pair, 0));",
         "wrong",
         SCATTERED,
     ),
@@ -377,7 +439,8 @@ def strip_mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         shutil.copy(KERNEL.parent / "unit.h", place.parent)
         (place / file).write_text((place / file).read_text().replace(right, planted))
         layout = "contiguous" if case.get("layout") == "nchw" else "channels_last"
-        return build(f"-DSHUFFLENET_TEST_LAYOUT={layout}", kernel=place)
+        element = "TFloat32" if case.get("dtype") == "tfloat32" else "Float16"
+        return build(f"-DSHUFFLENET_TEST_LAYOUT={layout}", f"-DSHUFFLENET_TEST_TYPE={element}", kernel=place)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(STRIP_MUTATIONS, pool.map(build_mutant, STRIP_MUTATIONS), strict=True))

@@ -13,7 +13,7 @@
 namespace shufflenet::cuda {
 namespace {
 
-const char kernels[2 * kDtypes] = {}, strip_kernels[6] = {};
+const char kernels[2 * kDtypes] = {}, strip_kernels[9] = {};
 const void* kernel_of(Dtype dtype, Layout layout) {
   return &kernels[2 * static_cast<int>(dtype) + static_cast<int>(layout)];
 }
@@ -57,6 +57,7 @@ void on_a_fresh_thread(const std::function<void()>& work) { std::thread(work).jo
 
 StripKernels strip_kernels_float16() { return {&strip_kernels[0], &strip_kernels[1], &strip_kernels[2]}; }
 StripKernels strip_kernels_bfloat16() { return {&strip_kernels[3], &strip_kernels[4], &strip_kernels[5]}; }
+StripKernels strip_kernels_tfloat32() { return {&strip_kernels[6], &strip_kernels[7], &strip_kernels[8]}; }
 const void* kernel_float32(Layout layout) { return kernel_of(Dtype::float32, layout); }
 const void* kernel_float64(Layout layout) { return kernel_of(Dtype::float64, layout); }
 const void* kernel_bfloat16(Layout layout) { return kernel_of(Dtype::bfloat16, layout); }

@@ -51,11 +51,13 @@ void launch(const KernelArguments& arguments, Dtype dtype, Layout layout, int64_
 void launch_pack(const PackArguments& arguments, const StripPlan&, Dtype dtype, void*) {
   ++launches[pack_kernel];
   if (dtype == Dtype::bfloat16) return launch_pack_on_host<BFloat16>(arguments);
+  if (dtype == Dtype::tfloat32) return launch_pack_on_host<TFloat32>(arguments);
   launch_pack_on_host<Float16>(arguments);
 }
 void launch_strips(const StripArguments& arguments, const StripPlan& plan, Dtype dtype, void*) {
   ++launches[strip_kernel];
   if (dtype == Dtype::bfloat16) return launch_strips_on_host<BFloat16>(arguments, plan);
+  if (dtype == Dtype::tfloat32) return launch_strips_on_host<TFloat32>(arguments, plan);
   launch_strips_on_host<Float16>(arguments, plan);
 }
 

@@ -67,9 +67,11 @@ std::string run(const std::string& line) {
   const StripPlan plan = plan_strips(c.unit(), c.dtype(), c.device());
   if (!plan.ok) return "unplanned " + plan.explanation;
   const Sizes s = sizes_of(c.unit());
-#ifdef SHUFFLENET_TEST_LAYOUT  // one kernel of float16 compiles in a third of the time
-  if (c.dtype() != Dtype::float16 || c.unit().layout != Layout::SHUFFLENET_TEST_LAYOUT) return "not compiled";
-  return run<Float16, Float16, Layout::SHUFFLENET_TEST_LAYOUT>(c, s, plan.tiling);
+#ifdef SHUFFLENET_TEST_LAYOUT  // one kernel compiles in a fraction of the time
+  using T = SHUFFLENET_TEST_TYPE;
+  const Dtype dtype = kIsWide<T> ? Dtype::tfloat32 : Dtype::float16;
+  if (c.dtype() != dtype || c.unit().layout != Layout::SHUFFLENET_TEST_LAYOUT) return "not compiled";
+  return run<T, T, Layout::SHUFFLENET_TEST_LAYOUT>(c, s, plan.tiling);
 #else
   if (c.unit().layout == Layout::channels_last) return run<Layout::channels_last>(c, s, plan.tiling);
   return run<Layout::contiguous>(c, s, plan.tiling);
