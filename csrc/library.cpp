@@ -26,11 +26,12 @@ STABLE_TORCH_LIBRARY(shufflenet_ext, m) {
       "Tensor? shortcut2_weight=None, Tensor? shortcut2_bias=None, *, int stride=1, int split_groups=1, "
       "int shuffle_groups=2, bool allow_tf32=False) -> Tensor");
   // A network or a part of one, for inference: see program.h. On CUDA, `packed` is what pack_network made of the
-  // weights for an x of the same shape, strides and dtype; without it each call packs them.
+  // weights for an x of the same shape, strides and dtype, and the same setting of TF32; without it each call packs
+  // them.
   m.def(
       "shuffle_network(Tensor x, Tensor weights, int[] program, *, Tensor? packed=None, bool allow_tf32=False) "
       "-> Tensor");
-  m.def("pack_network(Tensor x, Tensor weights, int[] program) -> Tensor");
+  m.def("pack_network(Tensor x, Tensor weights, int[] program, *, bool allow_tf32=False) -> Tensor");
   // shuffle_network from a model's own tensors: of each convolution weight and bias, and weight, bias, mean and
   // variance of its batch norm in inference mode; of the linear layer weight and bias. Nothing is folded ahead of a
   // call.

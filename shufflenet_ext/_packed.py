@@ -37,21 +37,25 @@ class PackedWeights:
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedWeights, ()
 
-    def of(self, x: Tensor, weights: Tensor, program: list[int], source: Tensor) -> Tensor | None:
-        """The weights for calls with ``x``; None where the op has to pack them itself, or need not.
+    def of(
+        self, x: Tensor, weights: Tensor, program: list[int], source: Tensor, settings: dict[str, Any]
+    ) -> Tensor | None:
+        """The weights for calls with ``x`` and these settings; None where the op has to pack them itself, or need not.
 
         ``weights`` is ``source``, or a part of it.
         """
         if _is_traced(x, weights) or source.is_inference():  # which does not count its changes
             return None
-        key = x.shape, x.stride(), x.dtype, id(source)
+        key = x.shape, x.stride(), x.dtype, id(source), *settings.items()
         found = self._packed.get(key)
         if found is None or not found.is_of_now():
             with self._lock:
-                found = self._pack(key, x, weights, program, source)
+                found = self._pack(key, x, weights, program, source, settings)
         return None if found is None else found.weights
 
-    def _pack(self, key: Any, x: Tensor, weights: Tensor, program: list[int], source: Tensor) -> _Packed | None:
+    def _pack(
+        self, key: Any, x: Tensor, weights: Tensor, program: list[int], source: Tensor, settings: dict[str, Any]
+    ) -> _Packed | None:
         found = self._packed.get(key)
         if found is not None and found.is_of_now():  # another thread was here first
             return found
@@ -63,7 +67,7 @@ class PackedWeights:
                 self._packed = {other: each for other, each in self._packed.items() if each.source is source}
                 if len(self._packed) >= _MOST:
                     return None
-            packed: Tensor = torch.ops.shufflenet_ext.pack_network(x, weights, program)
+            packed: Tensor = torch.ops.shufflenet_ext.pack_network(x, weights, program, **settings)
             if found is not None and found.weights is not None:
                 packed = found.weights.copy_(packed)
             made = _Packed(packed if packed.numel() > 0 else None, source, source.data_ptr(), source._version)

@@ -175,9 +175,10 @@ def _run_on_cuda(module: InferenceUnits | InferenceNetwork, x: Tensor, weights: 
     """Runs units, by weights that are the module's or a part of them."""
     run, settings = implementation(x, lambda: module.sizes, module.version)
     given = _for_cuda(x, weights)
-    packed = module.packed.of(given, weights, program, _weights(module)) if run is torch.ops.shufflenet_ext else None
-    if packed is not None:
-        settings = {**settings, "packed": packed}
+    if run is torch.ops.shufflenet_ext:
+        packed = module.packed.of(given, weights, program, _weights(module), settings)
+        if packed is not None:
+            settings = {**settings, "packed": packed}
     y: Tensor = run.shuffle_network(given, weights, program, **settings)
     return y.to(x.dtype)
 

@@ -208,12 +208,28 @@ def units() -> tuple[Any, nn.Module]:
     return model, plain
 
 
-def run(model: Any, x: Tensor) -> Tensor:
+def run(model: Any, x: Tensor, **settings: Any) -> Tensor:
     """A call as of a tensor on a card."""
     weights = model._buffers["weights"]
-    packed = model.packed.of(x, weights, model.program, weights)
-    settings = {} if packed is None else {"packed": packed}
+    packed = model.packed.of(x, weights, model.program, weights, settings)
+    if packed is not None:
+        settings["packed"] = packed
     return torch.ops.shufflenet_ext.shuffle_network(x, weights, model.program, **settings)
+
+
+def test_weights_are_packed_for_a_setting_of_tf32(host: Host, card: Card) -> None:
+    plain = nn.Sequential(*(randomize(se.ShuffleBottleneck(24, 24, 1, 3), seed) for seed in (1, 2))).eval()
+    model, x = se.optimize_for_inference(plain).model, torch.randn(2, 24, 9, 7)
+    with host.launching(unit=2):
+        exact = run(model, x)
+    with host.launching(pack=2, strip=2):
+        rounded = run(model, x, allow_tf32=True)
+    with host.launching(strip=2):
+        torch.testing.assert_close(run(model, x, allow_tf32=True), rounded, rtol=0, atol=0)
+    with host.launching(unit=2):
+        torch.testing.assert_close(run(model, x), exact, rtol=0, atol=0)
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=4e-3, atol=4e-3)
 
 
 def test_weights_are_packed_once(host: Host, card: Card) -> None:
@@ -285,7 +301,7 @@ def test_threads_that_come_first_together_pack_once(host: Host, card: Card) -> N
     got: list[Any] = []
 
     def ask() -> None:
-        got.append(model.packed.of(x, model.weights, model.program, model.weights))
+        got.append(model.packed.of(x, model.weights, model.program, model.weights, {}))
 
     with host.launching(pack=2):
         with model.packed._lock:
@@ -354,7 +370,7 @@ def test_nothing_is_packed_where_somebody_looks_at_the_ops(
     asked = []
 
     def ask(x: Tensor) -> Tensor:
-        asked.append(model.packed.of(x, model.weights, model.program, model.weights))
+        asked.append(model.packed.of(x, model.weights, model.program, model.weights, {}))
         return x
 
     torch.func.vmap(ask)(x[None])

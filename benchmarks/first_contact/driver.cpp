@@ -142,7 +142,7 @@ class CardUnit {
     if (problem.conv3) conv3_.reset(new CardConvolution<T, Norm>(*problem.conv3));
     if (!plan.by_strips) return;
     const Sizes sizes = sizes_of(unit_);
-    const StripLayout layout(sizes, plan.strips.tiling, unit_.layout);
+    const StripLayout layout(sizes, plan.strips.tiling, unit_.layout, element_bytes(dtype_));
     const int slices = plan.strips.tiling.slices;
     packed_ = std::make_unique<card::Memory>(layout.packed.fragments(sizes, slices) * kBlockBytes);
     card::run([&](void* stream) {
@@ -155,7 +155,7 @@ class CardUnit {
     const Sizes sizes = sizes_of(unit_);
     const auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
     if (packed_ && (address(x) | address(result)) % 16 == 0) {  // as ops.cpp does
-      const StripLayout layout(sizes, plan.strips.tiling, unit_.layout);
+      const StripLayout layout(sizes, plan.strips.tiling, unit_.layout, element_bytes(dtype_));
       launch_strips({sizes, plan.strips.tiling, layout, x, packed_->data, result}, plan.strips, dtype_, stream);
       return;
     }

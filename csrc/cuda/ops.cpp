@@ -256,10 +256,10 @@ Tensor run_program(const Tensor& x, const Tensor& weights, const Program& progra
 }
 
 // Packs the weights of a program's units as calls with an x of this shape, strides and dtype read them.
-Tensor pack_network(Tensor x, Tensor weights, std::vector<int64_t> program) {
+Tensor pack_network(Tensor x, Tensor weights, std::vector<int64_t> program, bool allow_tf32) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const CurrentDevice current(x.get_device_index());
-  return Units(x, weights, read_program(x, weights, program), false).pack(x);
+  return Units(x, weights, read_program(x, weights, program), allow_tf32).pack(x);
 }
 
 // Returns the unit that `sizes` describes: the shape of conv1's weight, that of conv3's (left out where the unit has no
