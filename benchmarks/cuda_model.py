@@ -143,7 +143,9 @@ class Model:
 
     def compile(self, dtypes: Iterable[str], archs: Iterable[int]) -> None:
         """Compiles all that is asked for later, side by side."""
-        kernels = {f"unit_{dtype}" for dtype in dtypes} | {f"strip_{d}" for d in dtypes if ELEMENT_BYTES[d] == 2}
+        kernels = {
+            f"{kind}_{dtype}" for dtype in dtypes for kind in ("unit", "strip") if (kind, dtype) != ("strip", "float32")
+        }
         wanted = sorted(product(kernels, {cuda_toolkit.ptx_arch(arch) for arch in archs}))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda one: cuda_toolkit.compile_ptx(*one), wanted))
