@@ -471,8 +471,8 @@ MUTANTS = [
     Mutant(
         "CUDA: strips: the pooled shortcut lies where conv3's channels do",
         CUDA + "strip_pool.cuh",
-        "(s.first_pooled_channel + pair",
-        "(s.first_conv3_channel + pair",
+        "+ s.first_pooled_channel + channel;",
+        "+ s.first_conv3_channel + channel;",
         "test_cuda_strips.py::test_strips_of_all_kinds",
     ),
     Mutant(
@@ -485,7 +485,7 @@ MUTANTS = [
     Mutant(
         "CUDA: strips of planes: the residual is that of the strip's first row of x",
         CUDA + "strip_planes.cuh",
-        "return s.stride == 1 ? (out_row - image_row) * s.width : 0;",
+        "return s.stride == 1 ? rows_above_result() * s.width : 0;",
         "return 0;",
         "test_cuda_strips.py::test_copies_of_planes",
     ),
@@ -499,8 +499,8 @@ MUTANTS = [
     Mutant(
         "CUDA: strips of planes: the pool's divisor counts a row above the image",
         CUDA + "strip_plane_pool.cuh",
-        "scale(1 + has_top + has_bottom)",
-        "scale(2 + has_bottom)",
+        "3 * scale(1 + has_top + has_bottom)",
+        "3 * scale(2 + has_bottom)",
         "test_cuda_strips.py::test_strips_around_the_tiles",
     ),
     Mutant(

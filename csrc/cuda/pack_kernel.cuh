@@ -212,14 +212,15 @@ struct Packer {
     });
   }
 
-  // Word 2 * t + c of a lane, of the five fragments that a block has, is tap t of the fragment's two, of the lane's column
-  // c.
+  // Word 2 * t + c of a lane, of the five fragments that a block has, is tap t of the fragment's two, of the lane's
+  // column c.
   SHUFFLENET_DEVICE Fragment pairs_of_taps(int first_slice, int i) const {
     const int fifth = i / 4 % 5, block = i / 20 % layout.blocks, slice = i / 20 / layout.blocks;
     Fragment f = {};
     SHUFFLENET_UNROLL
     for (int w = 0; w < 4; ++w) {
-      const int channel = channel_of(first_slice + slice, block * kColumns + i % 4 * 2 + w % 2), tap = 2 * fifth + w / 2;
+      const int channel = channel_of(first_slice + slice, block * kColumns + i % 4 * 2 + w % 2),
+                tap = 2 * fifth + w / 2;
       if (channel >= 0 && tap < 9) f.words[w] = bits_at(arguments.conv2, channel, 9, tap);
     }
     return f;

@@ -32,10 +32,10 @@ inline constexpr int kItemPixels = kTilesOfItem * kTilePixels;
 inline constexpr int kColumns = 8;      // of a tile; a block of y1 or y2 has as many slots
 inline constexpr int kBlockBytes = 16;  // of a block of x: what a lane copies, and a row of a matrix that is loaded
 inline constexpr int kHalfBytes = 2 * kBlockBytes;  // of a pixel's channels that one mma instruction multiplies
-inline constexpr int kPlaceBytes = 4;    // of an entry of StripLayout's tables
-inline constexpr int kSectorBytes = 32;  // by which global memory is accessed
-// The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers, which
-// are too many where results are 32 bits wide.
+inline constexpr int kPlaceBytes = 4;               // of an entry of StripLayout's tables
+inline constexpr int kSectorBytes = 32;             // by which global memory is accessed
+// The most tiles of conv1, and pairs of tiles of conv3, that a warp keeps sums of: 2 x 10 tiles take 80 registers,
+// which are too many where results are 32 bits wide.
 inline constexpr int kMostConv1Tiles = 6;
 SHUFFLENET_HOST_DEVICE constexpr int most_conv3_pairs(int element) { return element == 2 ? 5 : 4; }
 // Returns the most warps of a block. The more there are, the less time passes without any that has work; but a quarter
@@ -219,9 +219,9 @@ struct PackedLayout {
     return conv1_row(s, channel) / (s.mid_channels / s.conv1_groups);
   }
 
-  int element;       // bytes
-  bool by_planes;    // whether conv3's product is transposed
-  bool scatters;     // whether conv1's columns are stored one by one
+  int element;     // bytes
+  bool by_planes;  // whether conv3's product is transposed
+  bool scatters;   // whether conv1's columns are stored one by one
   int left_out_mask;
   int piece_tiles;   // tiles of a piece
   int conv1_tiles;   // of a group of conv1 in a part
@@ -349,9 +349,9 @@ struct StripLayout {
   int result_pitch;          // of planes, the bytes from one of the result to the next
   int x_unit, result_unit;   // bytes that planes are copied by: what is copied lies at multiples of them
   int own_blocks, x_blocks;  // that a pixel has, and that are read from its first on
-  // Bytes of y1: of a pixel in a block, and from a row to the next. A row has a pixel of zeros at either end where it is
-  // read. With stride 2, the pixels in even places come first, and those in odd ones y1_odd behind: what a tap reads of
-  // neighbouring pixels then lies side by side.
+  // Bytes of y1: of a pixel in a block, and from a row to the next. A row has a pixel of zeros at either end where it
+  // is read. With stride 2, the pixels in even places come first, and those in odd ones y1_odd behind: what a tap reads
+  // of neighbouring pixels then lies side by side.
   int y1_pixel, y1_row, y1_odd;
   int y1_block;      // bytes of a block
   int y1;            // [slices][blocks of a slice], and behind them the blocks of tiles that nobody reads

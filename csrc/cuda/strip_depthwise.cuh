@@ -9,7 +9,7 @@ namespace shufflenet::cuda {
 
 // How far in y1 a pixel's right taps lie behind its left ones: with stride 2 no odd places are between them.
 template <class T, int kStride>
-inline constexpr int kRightBytes = (kStride == 1 ? 2 : 1) * kColumns* static_cast<int>(sizeof(T));
+inline constexpr int kRightBytes = (kStride == 1 ? 2 : 1) * kColumns * static_cast<int>(sizeof(T));
 // Whether a scale is that of an empty slot.
 SHUFFLENET_DEVICE bool is_empty(float scale) { return bits_of(scale) == 0x80000000u; }  // -0
 
@@ -166,8 +166,7 @@ struct MatrixDepthwise : DepthwisePlace {
  private:
   // Zeroes the slots that no channel has: 0 times Inf may have made them NaN.
   SHUFFLENET_DEVICE static void clear_empty_slots(uint32_t (&pairs)[2], const Vector4& scales) {
-    const uint32_t mask =
-        (is_empty(scales.values[0]) ? 0 : 0xffffu) | (is_empty(scales.values[1]) ? 0 : 0xffff0000u);
+    const uint32_t mask = (is_empty(scales.values[0]) ? 0 : 0xffffu) | (is_empty(scales.values[1]) ? 0 : 0xffff0000u);
     pairs[0] &= mask;
     pairs[1] &= mask;
   }
@@ -244,7 +243,7 @@ struct ExactDepthwise : DepthwisePlace {
     for_each<0, 9>([&](auto index) {
       constexpr int kTap = decltype(index)::value, kColumn = kTap % 3;
       const uint32_t row = corner + kTap / 3 * layout.y1_row;
-      const uint32_t(&words)[4] = weights[kTap / 2].words;
+      const uint32_t (&words)[4] = weights[kTap / 2].words;
       FloatPair y1;
       if constexpr (kColumn == 1) {
         y1 = load_float_pair<0>(row + (kStride == 1 ? kPixelBytes : layout.y1_odd));

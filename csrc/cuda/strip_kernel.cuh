@@ -24,8 +24,8 @@ using StripIn = std::conditional_t<kLayout == Layout::channels_last, StripPixels
 template <class T, Layout kLayout>
 struct StripBlock : StripIn<T, kLayout> {
   using Strip = StripIn<T, kLayout>;
-  using Strip::base, Strip::constants, Strip::fragments, Strip::lane, Strip::layout, Strip::packed,
-      Strip::s, Strip::t, Strip::warp;
+  using Strip::base, Strip::constants, Strip::fragments, Strip::lane, Strip::layout, Strip::packed, Strip::s, Strip::t,
+      Strip::warp;
   using Share = WarpShares::Share;
   using Depthwise = StripDepthwise<T>;
   template <int kPairs>
@@ -195,7 +195,8 @@ struct StripBlock : StripIn<T, kLayout> {
       constexpr int n = decltype(index)::value;
       const Fragment slot = load_constant<n * 4>(slots);
       SHUFFLENET_UNROLL
-      for (int odd = 0; odd < 2; ++odd) to[n][odd] = y1 + slot.words[2 * odd] * layout.y1_block + slot.words[2 * odd + 1];
+      for (int odd = 0; odd < 2; ++odd)
+        to[n][odd] = y1 + slot.words[2 * odd] * layout.y1_block + slot.words[2 * odd + 1];
     });
     SHUFFLENET_UNROLL
     for (int i = 0; i < 2 * kTilesOfItem; ++i) {
@@ -248,8 +249,7 @@ struct StripBlock : StripIn<T, kLayout> {
   template <bool kFinite>
   SHUFFLENET_DEVICE void make_y2(int pixel, int slice) const {
     const Depthwise y2(*this, kFinite ? lane : unknown(lane));
-    // Where not kFinite, the ReLU is decided later.
-    const bool relu = (kFinite || Depthwise::kIsExact) && s.conv2_relu;
+    const bool relu = kFinite && s.conv2_relu;  // otherwise it is decided later
     if (s.stride == 1) {
       if (relu) {
         y2.template make<1, kFinite, true>(pixel, slice);

@@ -2,8 +2,8 @@
 // ReLU, of what is in shared memory of x. The result goes to shared memory too, so that it is copied as conv3's is.
 //
 // In 16 bits a warp sums 8 pixels of a row of the result on tensor cores, 16 channels at a time: it multiplies their
-// pixels of x by ones, where a pixel is a tap of the result's, and by zeros. In 32 bits, which tensor cores would round,
-// a lane sums a pixel, a channel at a time.
+// pixels of x by ones, where a pixel is a tap of the result's, and by zeros. In 32 bits, which tensor cores would
+// round, a lane sums a pixel, a channel at a time.
 #pragma once
 
 #include "strip_products.cuh"
@@ -221,8 +221,7 @@ struct ExactPlanePool : PlaneTaps {
     const bool has_left = column > 0, has_right = 2 * column + 1 < s.width;
     const float factor = scale(1 + has_left + has_right) * scale(1 + has_top + has_bottom);
     const uint32_t row_bytes = s.width * kElement;
-    uint32_t from =
-        block.base + (first + channel) * layout.x_pitch + ((row + 1) * s.width + 2 * column) * kElement;
+    uint32_t from = block.base + (first + channel) * layout.x_pitch + ((row + 1) * s.width + 2 * column) * kElement;
     uint32_t at = to + channel * layout.result_pitch + inside * kElement;
     const auto sum_row = [&](uint32_t middle) {
       float sum = float_of(load_pair(middle));

@@ -38,7 +38,8 @@ struct StripPlanes : StripStaging {
     for (int channel = thread; channel < s.in_channels && pixels < end_pixel; channel += threads) {
       const uint32_t plane = base + channel * layout.x_pitch, plane_end = plane + end_pixel * kElement;
       SHUFFLENET_NO_UNROLL
-      for (uint32_t at = plane + pixels * kElement; at < plane_end; at += kElement) store_element(at, element_of<T>({}, 0));
+      for (uint32_t at = plane + pixels * kElement; at < plane_end; at += kElement)
+        store_element(at, element_of<T>({}, 0));
     }
     const int begin = s.in_channels * layout.x_pitch, end = layout.x_blocks * kBlockChannels * layout.x_pitch;
     SHUFFLENET_NO_UNROLL

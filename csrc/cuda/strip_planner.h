@@ -87,9 +87,10 @@ inline BlockInstructions block_instructions(const Sizes& s, const StripTiling& t
   const PackedLayout& p = layout.packed;
   const StripInstructions count(p.element);
   const int conv3_tiles = 2 * p.conv3_chunk;
-  const double conv1 = count.item1 + p.conv1_chunk * (count.outputs1 + (p.scatters ? count.scattered1 : 0)) +
-                       (p.by_planes ? p.conv1_halves * count.transposed : 0) +
-                       count.product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, count.operand1 + (p.is_masked ? count.mask : 0));
+  const double conv1 =
+      count.item1 + p.conv1_chunk * (count.outputs1 + (p.scatters ? count.scattered1 : 0)) +
+      (p.by_planes ? p.conv1_halves * count.transposed : 0) +
+      count.product(p.conv1_chunk, p.conv1_steps, p.conv1_halves, count.operand1 + (p.is_masked ? count.mask : 0));
   const double depthwise = count.item2 + p.blocks * count.block2;
   const double conv3 = count.item3 + conv3_tiles * (count.outputs3 + (p.by_planes ? count.in_place3 : 0)) +
                        count.product(conv3_tiles, p.conv3_steps, p.conv3_halves, count.operand3);

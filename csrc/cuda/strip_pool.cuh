@@ -71,7 +71,8 @@ struct PoolItems {
   // Returns where in memory the result of a pixel's channel goes.
   template <class T>
   SHUFFLENET_DEVICE char* result_at(int pixel, int channel) const {
-    const uint32_t number = (block.out_row * s.out_width + pixel) * s.result_channels + s.first_pooled_channel + channel;
+    const uint32_t number =
+        (block.out_row * s.out_width + pixel) * s.result_channels + s.first_pooled_channel + channel;
     return block.result_of_image() + number * static_cast<uint32_t>(sizeof(T));
   }
 
@@ -140,7 +141,8 @@ struct MatrixPool : PoolItems {
       }
       // 0 times Inf carries NaN from one channel into others: each of a pixel's four lanes has a column that shows it.
       const float any = sums[0][0] + sums[0][2];
-      if (warp_any(any != any)) sum_by_channels(sums, first_pixel, pair * kPairBytes<T> + column * static_cast<int>(sizeof(T)));
+      if (warp_any(any != any))
+        sum_by_channels(sums, first_pixel, pair * kPairBytes<T> + column * static_cast<int>(sizeof(T)));
       SHUFFLENET_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int left = pixels - (first_pixel + half * 8 + lane / 4);

@@ -1,6 +1,6 @@
-// What a warp of strip_kernel.cuh multiplies: 32 pixels by some tiles of conv1 or of conv3. Operands of pixels come from
-// shared memory, by ldmatrix, for which a lane gives the address of one pixel, or as the lane has stored them; operands
-// of weights come from the packed fragments.
+// What a warp of strip_kernel.cuh multiplies: 32 pixels by some tiles of conv1 or of conv3. Operands of pixels come
+// from shared memory, by ldmatrix, for which a lane gives the address of one pixel, or as the lane has stored them;
+// operands of weights come from the packed fragments.
 //
 // A lane holds the sums of rows (pixels) lane / 4 and lane / 4 + 8 of a tile, in columns 2 * (lane % 4) and the one
 // behind: sum[0], sum[1] of the first row, sum[2], sum[3] of the second. The same registers make the transposed product
@@ -57,7 +57,8 @@ struct ChannelMask {
 };
 
 // Where operands of pixels lie if a pixel's channels lie side by side, in blocks of 16 bytes: row[m] is the address of
-// the lane's pixel of tile m, lanes 16 to 31 having that of the next block. Each half lies kToNext bytes behind the last.
+// the lane's pixel of tile m, lanes 16 to 31 having that of the next block. Each half lies kToNext bytes behind the
+// last.
 template <class T, int kToNext>
 struct PixelOperand {
   template <int kHalf>
@@ -102,7 +103,7 @@ struct PlaneOperand {
 };
 
 // The same in 32 bits, which are loaded one by one: row[m] is the address of the lane's pixel, of number lane / 4, and
-// channel, of number lane % 4. The last eight pixels lie eight_bytes[m] behind.
+// channel, of number lane % 4. The last eight pixels lie eight_bytes[m] behind: none where there are no more.
 template <class T>
 struct WidePlaneOperand {
   template <int kHalf>

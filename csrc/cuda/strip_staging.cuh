@@ -85,8 +85,7 @@ struct StripStaging {
   // Returns where a pixel of a row lies in y1, in bytes from the row's beginning.
   SHUFFLENET_DEVICE int y1_offset(int column) const {
     const uint32_t place = column + 1;
-    return s.stride == 1 ? place * layout.y1_pixel
-                         : place / 2 * layout.y1_pixel + (place % 2 == 0 ? 0 : layout.y1_odd);
+    return s.stride == 1 ? place * layout.y1_pixel : place / 2 * layout.y1_pixel + (place % 2 == 0 ? 0 : layout.y1_odd);
   }
   // Returns the address, in the first block of y1 that a slice has, of the top left tap of a pixel.
   SHUFFLENET_DEVICE uint32_t y1_corner(int pixel, int slice) const {
