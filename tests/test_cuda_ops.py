@@ -217,9 +217,10 @@ def run(model: Any, x: Tensor, **settings: Any) -> Tensor:
     return torch.ops.shufflenet_ext.shuffle_network(x, weights, model.program, **settings)
 
 
-def test_weights_are_packed_for_a_setting_of_tf32(host: Host, card: Card) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_are_packed_for_a_setting_of_tf32(host: Host, card: Card, layout: torch.memory_format) -> None:
     plain = nn.Sequential(*(randomize(se.ShuffleBottleneck(24, 24, 1, 3), seed) for seed in (1, 2))).eval()
-    model, x = se.optimize_for_inference(plain).model, torch.randn(2, 24, 9, 7)
+    model, x = se.optimize_for_inference(plain).model, torch.randn(2, 24, 9, 7).contiguous(memory_format=layout)
     with host.launching(unit=2):
         exact = run(model, x)
     with host.launching(pack=2, strip=2):

@@ -168,8 +168,8 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "rows above the image not cleared": (
         "strip_staging.cuh",
-        "if (in_row < 0) clear_row(0);",
-        "if (in_row < -1) clear_row(0);",
+        "if (in_row < 0) clear_row",
+        "if (in_row < -1) clear_row",
         "never written|wrong",
         {},
     ),

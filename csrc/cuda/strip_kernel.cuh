@@ -51,7 +51,7 @@ struct StripBlock : StripIn<T, kLayout> {
   SHUFFLENET_DEVICE void prepare() const {
     const int threads = t.warps * 32, framing = constants.framing_warps * 32, thread = warp * 32 + lane;
     if (thread < framing) {
-      this->clear_frame_of_y1();
+      this->template clear_frame_of_y1<kColumns * sizeof(T)>();
     } else {
       this->write_places(thread - framing, threads - framing);
       this->clear_unused_x(thread - framing, threads - framing);
@@ -98,14 +98,25 @@ struct StripBlock : StripIn<T, kLayout> {
     const Fragment* const affine = fragments + unsigned(packed.affine1 + piece * packed.conv1_chunk * 4 + lane % 4);
     const uint32_t y1 = base + layout.y1 + (this->image_row - this->in_row) * layout.y1_row;
     const Fragment* const slots = affine + unsigned(packed.slots - packed.affine1);
-    // Where blocks of y1 lie that are not scattered: that of each tile, or where matrices are stored, that of tile
-    // 2 * i, or for lanes 16 to 31 of the next one.
-    uint32_t blocks[kBlocksOfLane<kTiles>];
-    for_each<0, kBlocksOfLane<kTiles>>([&](auto index) {
-      constexpr int i = decltype(index)::value;
-      const uint32_t block = kIsWide<T> ? load_word<i * 4>(slots) : load_word<i * 8>(slots + lane / 16 * 4);
-      blocks[i] = y1 + block * layout.y1_block;
-    });
+    // If scattered, where the slots of the lane's two columns of a tile lie. Otherwise to[i][0] is where a block of y1
+    // lies: that of tile i, or where matrices are stored, that of tile 2 * i, or for lanes 16 to 31 of the next one.
+    uint32_t to[kTiles][2];
+    if (packed.scatters) {
+      for_each<0, kTiles>([&](auto index) {
+        constexpr int n = decltype(index)::value;
+        const Fragment slot = load_constant<n * 4>(slots);
+        SHUFFLENET_UNROLL
+        for (int odd = 0; odd < 2; ++odd) {
+          to[n][odd] = y1 + slot.words[2 * odd] * layout.y1_block + slot.words[2 * odd + 1];
+        }
+      });
+    } else {
+      for_each<0, kBlocksOfLane<kTiles>>([&](auto index) {
+        constexpr int i = decltype(index)::value;
+        const uint32_t block = kIsWide<T> ? load_word<i * 4>(slots) : load_word<i * 8>(slots + lane / 16 * 4);
+        to[i][0] = y1 + block * layout.y1_block;
+      });
+    }
     const uint32_t tile_step = kTilePixels * this->bytes_to_next_pixel();
     const uint32_t x_step = pixel_step * this->bytes_to_next_pixel();
     const int halves = packed.conv1_halves;
@@ -133,17 +144,17 @@ struct StripBlock : StripIn<T, kLayout> {
         for (int m = 0; m < kTilesOfItem; ++m) finish<T, true>(sums[m][n], scales, pairs[m][n]);
       });
       if (packed.scatters) {
-        scatter_tiles<kTiles>(pixel, pixels, y1, slots, pairs);
+        scatter_tiles<kTiles>(pixel, pixels, to, pairs);
         continue;
       }
       for_each<0, kTilesOfItem>([&](auto index) {
         constexpr int m = decltype(index)::value, kTile = m * kTilePixels;
         if constexpr (kIsWide<T>) {
-          store_pixels_inside<kTiles>(pixel + kTile, pixels, blocks, pairs[m]);
+          store_pixels_inside<kTiles>(pixel + kTile, pixels, to, pairs[m]);
         } else if (is_tail) {
-          store_pixels_inside<kTiles>(pixel + kTile, pixels, blocks, pairs[m]);
+          store_pixels_inside<kTiles>(pixel + kTile, pixels, to, pairs[m]);
         } else {
-          store_tiles<kTiles>(load_pair<kTile * kPlaceBytes>(places), blocks, pairs[m]);
+          store_tiles<kTiles>(load_pair<kTile * kPlaceBytes>(places), to, pairs[m]);
         }
       });
     }
@@ -152,28 +163,28 @@ struct StripBlock : StripIn<T, kLayout> {
   template <int kTiles>
   static constexpr int kBlocksOfLane = kIsWide<T> ? kTiles : (kTiles + 1) / 2;
 
-  // Stores tiles of 16 pixels as blocks of y1; `to` is where the lane's pixel lies in a block.
+  // Stores tiles of 16 pixels as blocks of y1. The lane's pixel lies at `place` in a block.
   template <int kTiles>
-  SHUFFLENET_DEVICE static void store_tiles(uint32_t to, const uint32_t (&blocks)[kBlocksOfLane<kTiles>],
+  SHUFFLENET_DEVICE static void store_tiles(uint32_t place, const uint32_t (&to)[kTiles][2],
                                             const uint32_t (&pairs)[kTiles][2]) {
     SHUFFLENET_UNROLL
     for (int n = 0; n + 1 < kTiles; n += 2) {
-      store_matrices<4>(to + blocks[n / 2], {pairs[n][0], pairs[n][1], pairs[n + 1][0], pairs[n + 1][1]});
+      store_matrices<4>(place + to[n / 2][0], {pairs[n][0], pairs[n][1], pairs[n + 1][0], pairs[n + 1][1]});
     }
-    if constexpr (kTiles % 2 != 0) store_matrices<2>(to + blocks[kTiles / 2], pairs[kTiles - 1]);
+    if constexpr (kTiles % 2 != 0) store_matrices<2>(place + to[kTiles / 2][0], pairs[kTiles - 1]);
   }
   // Stores those of 16 pixels, from `first` on, that lie before the last one: a lane its pair of each tile.
   template <int kTiles>
-  SHUFFLENET_DEVICE void store_pixels_inside(int first, int pixels, const uint32_t (&blocks)[kBlocksOfLane<kTiles>],
+  SHUFFLENET_DEVICE void store_pixels_inside(int first, int pixels, const uint32_t (&to)[kTiles][2],
                                              const Pair<T> (&pairs)[kTiles][2]) const {
     uint32_t block[kTiles];
     SHUFFLENET_UNROLL
     for (int n = 0; n < kTiles; ++n) {
       block[n] = lane % 4 * sizeof(Pair<T>);
       if constexpr (kIsWide<T>) {
-        block[n] += blocks[n];
+        block[n] += to[n][0];
       } else {
-        block[n] += from_lane(blocks[n / 2], n % 2 * 16);
+        block[n] += from_lane(to[n / 2][0], n % 2 * 16);
       }
     }
     SHUFFLENET_UNROLL
@@ -188,16 +199,8 @@ struct StripBlock : StripIn<T, kLayout> {
 
   // Stores those of the 32 pixels from `first` on that lie before the last one, each column to its slot.
   template <int kTiles>
-  SHUFFLENET_DEVICE void scatter_tiles(int first, int pixels, uint32_t y1, const Fragment* slots,
+  SHUFFLENET_DEVICE void scatter_tiles(int first, int pixels, const uint32_t (&to)[kTiles][2],
                                        const Pair<T> (&pairs)[kTilesOfItem][kTiles][2]) const {
-    uint32_t to[kTiles][2];
-    for_each<0, kTiles>([&](auto index) {
-      constexpr int n = decltype(index)::value;
-      const Fragment slot = load_constant<n * 4>(slots);
-      SHUFFLENET_UNROLL
-      for (int odd = 0; odd < 2; ++odd)
-        to[n][odd] = y1 + slot.words[2 * odd] * layout.y1_block + slot.words[2 * odd + 1];
-    });
     SHUFFLENET_UNROLL
     for (int i = 0; i < 2 * kTilesOfItem; ++i) {
       const int pixel = first + i * 8 + lane / 4;

@@ -35,19 +35,20 @@ struct StripStaging {
     fragments = static_cast<const Fragment*>(arguments.fragments) + int64_t{part} * packed.part;
   }
 
-  // Zeroes the pixels of y1 around the image, as padding is zero behind conv1's bias and ReLU. A lane goes through the
-  // blocks with a pixel of each.
+  // Zeroes the pixels of y1, of kPixelBytes in a block, around the image, as padding is zero behind conv1's bias and
+  // ReLU. A lane goes through the blocks with a pixel of each.
+  template <int kPixelBytes>
   SHUFFLENET_DEVICE void clear_frame_of_y1() const {
     const int right = y1_offset(s.width);
     SHUFFLENET_NO_UNROLL
     for (int row = lane; row < in_rows; row += 32) {
       const int left = row * layout.y1_row;
-      clear_in_all_blocks(left);
+      clear_in_all_blocks<kPixelBytes>(left);
       // With a gap of one pixel a row ends with the next one's first. With stride 2 nothing reads behind an even row.
-      if (row == in_rows - 1 || constants.clears_right) clear_in_all_blocks(left + right);
+      if (row == in_rows - 1 || constants.clears_right) clear_in_all_blocks<kPixelBytes>(left + right);
     }
-    if (in_row < 0) clear_row(0);
-    if (in_row + in_rows > s.height) clear_row((in_rows - 1) * layout.y1_row);
+    if (in_row < 0) clear_row<kPixelBytes>(0);
+    if (in_row + in_rows > s.height) clear_row<kPixelBytes>((in_rows - 1) * layout.y1_row);
   }
 
   // Writes where pixels lie in a block of y1: `threads` threads share them, of which this is number `thread`.
@@ -67,18 +68,20 @@ struct StripStaging {
   }
 
   // Zeroes the pixels of a row of y1.
+  template <int kPixelBytes>
   SHUFFLENET_DEVICE void clear_row(int row) const {
     SHUFFLENET_NO_UNROLL
-    for (int column = lane; column < s.width; column += 32) clear_in_all_blocks(row + y1_offset(column));
+    for (int column = lane; column < s.width; column += 32) clear_in_all_blocks<kPixelBytes>(row + y1_offset(column));
   }
   // Zeroes a pixel of each block of y1; the warps that do so share the blocks.
+  template <int kPixelBytes>
   SHUFFLENET_DEVICE void clear_in_all_blocks(int in_block) const {
     const int step = constants.framing_warps * layout.y1_block;
     const uint32_t end = base + constants.y1_end;
     SHUFFLENET_NO_UNROLL
     for (uint32_t to = base + layout.y1 + warp * layout.y1_block + in_block; to < end; to += step) {
-      clear_block(to);
-      if (layout.y1_pixel > kBlockBytes) clear_block(to + kBlockBytes);
+      SHUFFLENET_UNROLL
+      for (int i = 0; i < kPixelBytes; i += kBlockBytes) clear_block(to + i);
     }
   }
 

@@ -84,7 +84,7 @@ inline void transpose_matrix(Warp& warp, const Instruction& x, uint32_t lanes) {
 
 // ---- mma ------------------------------------------------------------------------------------------------------------
 
-struct TFloat {};  // tf32: a float whose lowest 13 bits are 0
+struct TFloat {};  // tf32: a float whose lowest 13 bits are 0, or the NaN that cvt makes
 
 // How many elements a register of an operand holds, and the columns of a (the rows of b) from one to the next.
 template <class T>
@@ -98,8 +98,9 @@ float operand_element(uint32_t bits, int i) {
 }
 template <>
 inline float operand_element<TFloat>(uint32_t bits, int) {
-  if (bits & 0x1fff) throw Error("an operand that was not rounded to TF32");
-  return bits_as<float>(bits);
+  const float value = bits_as<float>(bits);
+  if (bits != round_to_tf32(value)) throw Error("an operand that was not rounded to TF32");
+  return value;
 }
 
 // mma.m16n8: d = a * b + c, 16 x kDepth times kDepth x 8. "Matrix Fragments for mma.m16n8k4 / m16n8k8 / m16n8k16", with
