@@ -43,7 +43,7 @@ struct StripInstructions {
     operand1 = 10, outputs1 = 34, outputs3 = 31, block2 = 190, pool_item = 190, pool_pair = 110, plane_pool_item = 120;
   }
   // Once a warp; to copy the blocks of 32 lanes.
-  double warp = 460, copy = 3.8;
+  double warp = 520, copy = 3.8;
   // A product, for each step, and for each half of a step: without its tiles, for an operand of conv1 or of conv3, and
   // for each tile. What a mask adds.
   double step = 8, step_tile = 1, operand1 = 2, operand3 = 2, half_tile = 2, mask = 12;
