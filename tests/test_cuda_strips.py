@@ -392,8 +392,8 @@ STRIP_MUTATIONS: dict[str, tuple[str, str, str, str, Case]] = {
     ),
     "channels side by side pooled twice": (
         "strip_plane_pool.cuh",
-        "begin + in_turn, end, side_by_side);",
-        "begin + in_turn, end, 1);",
+        "mine + in_turn, behind, side_by_side);",
+        "mine + in_turn, behind, 1);",
         "race",
         WIDE | PLANES | TWO,
     ),

@@ -2,9 +2,10 @@
 // work by on the device.
 //
 // A block computes a strip of whole rows of one image, for `slices` slices of the unit; with stride 2, also for as
-// large a share of the pooled shortcut. Everything is multiplied on tensor cores, by mma instructions of 16 pixels x 8
-// columns. Their operands of weights lie in memory in the order in which lanes hold them, as pack_kernel.cuh has put
-// them there, so that one load of 16 bytes brings a lane what it needs for 32 channels.
+// large a share of the pooled shortcut. In 16 bits everything is multiplied on tensor cores, in 32 bits (TF32) conv1
+// and conv3 are, by mma instructions of 16 pixels x 8 columns. Their operands of weights lie in memory in the order in
+// which lanes hold them, as pack_kernel.cuh has put them there, so that one load of 16 bytes brings a lane what it
+// needs for 64 bytes of channels.
 //
 // **Pieces and tiles.** Piece (h, r) is what the shuffle sends from group r of conv1 to slice h: a group of conv3 and
 // the channels that it reads. A tile of conv1 is 8 columns of one piece, and so 8 neighbouring slots of the slice. A
@@ -13,9 +14,9 @@
 // block of y1.
 //
 // **Scattered.** Where pieces have few channels, as with eight groups, most of their tiles would be empty. A tile of
-// conv1 is then 8 columns of a group, side by side, and each of them is stored to a slot of its own, two bytes at a
-// time: a slice's channels lie in order, but for a turn of each block. There are as many columns as slots or more, so
-// that each empty slot is an empty column's, and what is left over goes to blocks that nobody reads.
+// conv1 is then 8 columns of a group, side by side, and each of them is stored to a slot of its own: a slice's channels
+// lie in order, but for a turn of each block. There are as many columns as slots or more, so that each empty slot is an
+// empty column's, and what is left over goes to blocks that nobody reads.
 //
 // **Layouts.** In channels_last a pixel's channels lie side by side in shared memory, as in x. In the contiguous layout
 // a channel's pixels do, x's planes being copied as they are: conv1 transposes its operands as it loads them, and conv3
@@ -90,9 +91,8 @@ struct GroupStart {
 //             [slices][blocks][5][lane % 4]: two taps of the two columns
 //   affine2   [slices][blocks][lane % 4]
 //   conv3     [slices][chunks][steps][tiles of the chunk][lane 32]
-//   affine3   [slices][tiles][lane % 4]; of the transposed product [slices][pairs of tiles][lane / 4]: scales and
-//   biases
-//             of the two rows, channels, that the lane holds sums of
+//   affine3   [slices][tiles][lane % 4]; of the transposed product [slices][pairs of tiles][lane / 4], for the two
+//             rows, channels, that the lane holds sums of
 struct PackedLayout {
   SHUFFLENET_HOST_DEVICE PackedLayout(const Sizes& s, int slices, Layout layout, int element)
       : element(element),

@@ -94,7 +94,7 @@ struct DepthwisePlace {
 // Makes y2 of 16 bits.
 template <class T>
 struct MatrixDepthwise : DepthwisePlace {
-  static constexpr bool kIsExact = false;
+  static constexpr bool kIsExact = false;  // whether no slot depends on another
   static constexpr int kPixelBytes = kColumns * static_cast<int>(sizeof(T));
 
   SHUFFLENET_DEVICE MatrixDepthwise(const StripStaging& block, int lane) : DepthwisePlace(block, lane) {}
@@ -183,7 +183,7 @@ struct ExactDepthwise : DepthwisePlace {
 
   SHUFFLENET_DEVICE ExactDepthwise(const StripStaging& block, int lane) : DepthwisePlace(block, lane) {}
 
-  // Makes the warp's y2 of 32 pixels.
+  // Makes the warp's y2 of 32 pixels, be y1 finite or not.
   template <int kStride, bool kFinite, bool kRelu>
   SHUFFLENET_DEVICE void make(int first_pixel, int slice) const {
     uint32_t corner[kTilesOfItem][2];

@@ -203,8 +203,8 @@ struct ExactPlanePool : PlaneTaps {
     if (in_turn == side_by_side) return;
     SHUFFLENET_NO_UNROLL
     for (int i = block.warp; i < items * shares; i += warps) {
-      const int share = i / items, begin = share * share_channels, end = least(begin + share_channels, channels);
-      pool((i - share * items) * 32 + lane - in_turn * lanes, first, begin + in_turn, end, side_by_side);
+      const int share = i / items, mine = share * share_channels, behind = least(mine + share_channels, channels);
+      pool((i - share * items) * 32 + lane - in_turn * lanes, first, mine + in_turn, behind, side_by_side);
     }
   }
 
