@@ -109,13 +109,13 @@ def test_counts_are_as_recorded(strip_program: Path, program: Path, name: str, l
 @needs_nvcc
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["stage 2 stride 1", "stage 3 stride 1"])
-def test_eight_groups_take_about_twice_as_many_instructions(strip_program: Path, name: str) -> None:
+def test_eight_groups_take_at_most_twice_as_many_instructions(strip_program: Path, name: str) -> None:
     """For each multiply-add, of what three groups take."""
     recorded = json.loads((cuda_counts.RESULTS / "cuda_counts.json").read_text())[f"{name}, channels_last"]
     three, eight = (cuda_counts.paper_units(cuda_counts.BATCH, groups)[name] for groups in (3, 8))
     case = eight.case(cuda_counts.DTYPE, "channels_last", cuda_counts.SM)
     executed = sum(count.executed for count in cuda_counts.count({"strip": strip_program}, case).values())
-    assert executed / eight.multiply_adds <= 2.1 * recorded["instructions"] / three.multiply_adds
+    assert executed / eight.multiply_adds <= 2 * recorded["instructions"] / three.multiply_adds
 
 
 @needs_nvcc
@@ -133,14 +133,14 @@ def test_the_planner_predicts_what_strips_execute(strip_program: Path, tmp_path:
 
 @needs_nvcc
 def test_a_few_strips(strip_program: Path) -> None:
-    cases = [case | {"dtype": dtype, "sm": 90} for dtype in ("float16", "tfloat32") for case in random_strips(1000, 8)]
+    cases = [case | {"dtype": dtype, "sm": 90} for dtype in ("float16", "tfloat32") for case in random_strips(1000, 12)]
     assert failures(strip_program, with_ptx(cases, "strip")) == []
 
 
 @needs_nvcc
 @pytest.mark.long
 def test_strips_of_all_kinds(strip_program: Path) -> None:
-    assert failures(strip_program, with_ptx(random_strips(1001, 120), "strip")) == []
+    assert failures(strip_program, with_ptx(random_strips(1001, 180), "strip")) == []
 
 
 @needs_nvcc

@@ -215,7 +215,7 @@ struct Packer {
   // Word 2 * t + c of a lane, of the five fragments that a block has, is tap t of the fragment's two, of the lane's
   // column c.
   SHUFFLENET_DEVICE Fragment pairs_of_taps(int first_slice, int i) const {
-    const int fifth = i / 4 % 5, block = i / 20 % layout.blocks, slice = i / 20 / layout.blocks;
+    const int fifth = i / 4 % 5, block = i / kTaps % layout.blocks, slice = i / kTaps / layout.blocks;
     Fragment f = {};
     SHUFFLENET_UNROLL
     for (int w = 0; w < 4; ++w) {
@@ -229,7 +229,7 @@ struct Packer {
   // Word w of a lane, of the three fragments that a block has, is the operand of tap tap_of(w): rows are slots, too,
   // and only what is on the diagonal is not 0.
   SHUFFLENET_DEVICE Fragment diagonal_taps(int first_slice, int i) const {
-    const int lane = i % 32, third = i / 32 % 3, block = i / 96 % layout.blocks, slice = i / 96 / layout.blocks;
+    const int lane = i % 32, third = i / 32 % 3, block = i / kTaps % layout.blocks, slice = i / kTaps / layout.blocks;
     const int column = lane / 4, channel = channel_of(first_slice + slice, block * kColumns + column);
     Fragment f = {};
     if (channel < 0 || column / 2 != lane % 4) return f;
@@ -275,6 +275,7 @@ struct Packer {
 
   static constexpr int kElement = sizeof(T), kInWord = kWordBytes / kElement;
   static constexpr int kRows = 2 * kHalfBytes / kElement;  // of a step
+  static constexpr int kTaps = tap_fragments(kElement);
 
   const PackArguments& arguments;
   const Sizes& s;

@@ -82,6 +82,9 @@ struct GroupStart {
   int block, skipped;
 };
 
+// Returns how many fragments the taps of a block of slots take.
+SHUFFLENET_HOST_DEVICE constexpr int tap_fragments(int element) { return element == 2 ? 3 * 32 : 5 * 4; }
+
 // Where the parts of a unit lie in the packed weights, in fragments (16 bytes). One part after the other, a part has
 //
 //   conv1     [conv1_groups][chunks][steps][tiles of the chunk][lane 32]: the operand of 64 bytes of channels
@@ -163,7 +166,7 @@ struct PackedLayout {
     affine1 = s.conv1_groups * conv1_tiles * conv1_steps * 32;
     slots = affine1 + s.conv1_groups * conv1_tiles * 4;
     taps = slots + s.conv1_groups * conv1_tiles * 4;
-    affine2 = taps + slices * blocks * tap_fragments();
+    affine2 = taps + slices * blocks * tap_fragments(element);
     conv3 = affine2 + slices * blocks * 4;
     affine3 = conv3 + slices * conv3_pairs * 2 * conv3_steps * 32;
     part = affine3 + slices * conv3_pairs * 2 * 4;
@@ -187,8 +190,6 @@ struct PackedLayout {
     }
     return most;
   }
-  // Returns how many fragments a block of taps takes.
-  SHUFFLENET_HOST_DEVICE int tap_fragments() const { return element == 2 ? 3 * 32 : 5 * 4; }
   // Returns how many channels of a channels_last result take as many bytes as its pixels are aligned to, or a sector.
   SHUFFLENET_HOST_DEVICE static int aligned_channels(const Sizes& s, int element) {
     int channels = kSectorBytes / element;

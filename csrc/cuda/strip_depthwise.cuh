@@ -117,7 +117,8 @@ struct MatrixDepthwise : DepthwisePlace {
         }
       }
     }
-    const Fragment* taps = block.fragments + unsigned(packed.taps + slice * packed.blocks * 96 + lane);
+    const Fragment* taps =
+        block.fragments + unsigned(packed.taps + slice * packed.blocks * tap_fragments(sizeof(T)) + lane);
     const Fragment* affine = block.fragments + unsigned(packed.affine2 + slice * packed.blocks * 4 + lane % 4);
     uint32_t to = block.my_y2() + lane * kBlockBytes;
     const uint32_t end = to + packed.blocks * (kItemPixels * kBlockBytes);
@@ -141,7 +142,7 @@ struct MatrixDepthwise : DepthwisePlace {
         }
       }
       store_matrices<4>(to, {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
-      taps += 96;
+      taps += tap_fragments(sizeof(T));
       affine += 4;
       SHUFFLENET_UNROLL
       for (int m = 0; m < kTilesOfItem; ++m) {
@@ -179,7 +180,7 @@ template <class T>
 struct ExactDepthwise : DepthwisePlace {
   static constexpr bool kIsExact = true;
   static constexpr int kPixelBytes = kColumns * static_cast<int>(sizeof(T));
-  static constexpr int kTapFragments = 5;
+  static constexpr int kTapFragments = tap_fragments(sizeof(T)) / 4;  // of a lane
 
   SHUFFLENET_DEVICE ExactDepthwise(const StripStaging& block, int lane) : DepthwisePlace(block, lane) {}
 
@@ -192,7 +193,7 @@ struct ExactDepthwise : DepthwisePlace {
       corner[i / 2][i % 2] = block.y1_corner(first_pixel + i * 8 + lane / 4, slice) + lane % 4 * kPairBytes;
     }
     const Fragment* taps =
-        block.fragments + unsigned(packed.taps + slice * packed.blocks * (4 * kTapFragments) + lane % 4);
+        block.fragments + unsigned(packed.taps + slice * packed.blocks * tap_fragments(sizeof(T)) + lane % 4);
     const Fragment* affine = block.fragments + unsigned(packed.affine2 + slice * packed.blocks * 4 + lane % 4);
     uint32_t to = block.my_y2() + lane * kBlockBytes;
     const uint32_t end = to + packed.blocks * (kItemPixels * kHalfBytes);
@@ -223,7 +224,7 @@ struct ExactDepthwise : DepthwisePlace {
         round_operands<T>(a.words);
         store_fragment<m * kTileBytes>(to, a);
       });
-      taps += 4 * kTapFragments;
+      taps += tap_fragments(sizeof(T));
       affine += 4;
     }
   }

@@ -187,33 +187,34 @@ struct StripBlock : StripIn<T, kLayout> {
         block[n] += from_lane(to[n / 2][0], n % 2 * 16);
       }
     }
-    SHUFFLENET_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int pixel = first + half * 8 + lane / 4;
-      if (pixel >= pixels) continue;
-      const uint32_t place = load_pair(base + layout.places + pixel * kPlaceBytes);
+    const int pixel = first + lane / 4;
+    const uint32_t places = base + layout.places + pixel * kPlaceBytes;
+    for_each<0, 2>([&](auto index) {
+      constexpr int kHalf = decltype(index)::value;
+      if (pixel + kHalf * 8 >= pixels) return;
+      const uint32_t place = load_pair<kHalf * 8 * kPlaceBytes>(places);
       SHUFFLENET_UNROLL
-      for (int n = 0; n < kTiles; ++n) store_pair<0>(block[n] + place, pairs[n][half]);
-    }
+      for (int n = 0; n < kTiles; ++n) store_pair<0>(block[n] + place, pairs[n][kHalf]);
+    });
   }
 
   // Stores those of the 32 pixels from `first` on that lie before the last one, each column to its slot.
   template <int kTiles>
   SHUFFLENET_DEVICE void scatter_tiles(int first, int pixels, const uint32_t (&to)[kTiles][2],
                                        const Pair<T> (&pairs)[kTilesOfItem][kTiles][2]) const {
-    SHUFFLENET_UNROLL
-    for (int i = 0; i < 2 * kTilesOfItem; ++i) {
-      const int pixel = first + i * 8 + lane / 4;
-      if (pixel < pixels) {
-        const uint32_t place = load_pair(base + layout.places + pixel * kPlaceBytes);
-        SHUFFLENET_UNROLL
-        for (int n = 0; n < kTiles; ++n) {
-          const Pair<T> pair = pairs[i / 2][n][i % 2];
-          store_element(to[n][0] + place, element_of<T>(pair, 0));
-          store_element(to[n][1] + place, element_of<T>(pair, 1));
-        }
+    const int pixel = first + lane / 4;
+    const uint32_t places = base + layout.places + pixel * kPlaceBytes;
+    for_each<0, 2 * kTilesOfItem>([&](auto index) {
+      constexpr int kEight = decltype(index)::value;
+      if (pixel + kEight * 8 >= pixels) return;
+      const uint32_t place = load_pair<kEight * 8 * kPlaceBytes>(places);
+      SHUFFLENET_UNROLL
+      for (int n = 0; n < kTiles; ++n) {
+        const Pair<T> pair = pairs[kEight / 2][n][kEight % 2];
+        store_element(to[n][0] + place, element_of<T>(pair, 0));
+        store_element(to[n][1] + place, element_of<T>(pair, 1));
       }
-    }
+    });
   }
 
   // ---- The depthwise convolution and conv3 --------------------------------------------------------------------------

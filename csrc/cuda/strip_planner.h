@@ -26,6 +26,8 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
   if (device.compute_capability < 80) return "strips need sm_80";
   if (!uses_mma(dtype, device)) return "strips are for dtypes that tensor cores multiply";
   if (!unit.adds_residual() && !unit.concatenates_pool()) return "strips are for whole units of v1";
+  // Beyond this, layouts' bytes would not fit the numbers that count them.
+  if (unit.in_channels * element_bytes(dtype) > device.shared_per_block) return "a pixel of x exceeds shared memory";
   if (unit.in_channels * element_bytes(dtype) % kBlockBytes != 0) return "strips need pixels that end at 16 bytes";
   if (unit.conv1_depth() % 4 != 0) return "strips need a multiple of 4 channels in a group of conv1";
   if (unit.layout == Layout::channels_last && unit.result_channels() % 4 != 0)
@@ -36,7 +38,7 @@ inline std::string obstacle_to_strips(const Unit& unit, Dtype dtype, const Devic
 }
 
 // How many instructions a warp executes for each piece of work, counted by running the PTX of strip_kernel.cuh for
-// sm_90 on the CPU. The sum comes within a tenth of what whole launches execute.
+// sm_90 on the CPU. The sum comes within a fifth of what whole launches execute.
 struct StripInstructions {
   explicit StripInstructions(int element) {
     if (element == 2) return;
